@@ -1,0 +1,136 @@
+"""Anon's hyperparameters: their allowed ranges, and the record of those that the state depends on.
+
+The preconditioner and the second moment are only meaningful together with the γ, ρ, β2, β3 and window that made them. Each param group
+therefore carries, under `HISTORY`, a record of the values its state was made with; a group whose values have drifted from their record was
+edited past `Anon.rebase`, and a step refuses it. The record is a JSON string: one leaf, which no checkpoint library takes apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.optim.schedule import Regime, Schedule, schedule
+
+HISTORY = "history"
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+BF16_MAX_BETA = 0.99
+
+Group = Mapping[str, Any]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a plain real number (a bool is not) and not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"Anon: {name} must be {allowed}, not {value!r}")
+
+
+def state_dtype_name(value: torch.dtype | str | None) -> str:
+    """The name under which a state dtype is kept in a param group: one of `STATE_DTYPES`.
+
+    Raises:
+        ValueError: it is not one of them.
+    """
+    name = "float32" if value is None else str(value).removeprefix("torch.")
+    _require(name in STATE_DTYPES, "state_dtype", value, "one of " + ", ".join(STATE_DTYPES))
+    return name
+
+
+def validate(group: Group) -> None:
+    """Check every hyperparameter of a param group.
+
+    Raises:
+        ValueError: naming the first argument that is out of its range, and the range.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        _require(lr.numel() == 1, "lr", lr, "a number or a tensor of one element")
+    else:
+        _require(is_number(lr) and 0.0 <= lr < math.inf, "lr", lr, "a finite number ≥ 0")
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        _require(0.0 <= float(lr) < math.inf, "lr", lr, "a finite number ≥ 0")
+    betas = group["betas"]
+    _require(isinstance(betas, tuple | list) and len(betas) == 2, "betas", betas, "a pair (β1, β2)")
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        _require(is_number(beta) and 0.0 <= beta < 1.0, name, beta, "in [0, 1)")
+    for name, allowed, ok in (
+        ("eps", "a finite number > 0", lambda x: 0.0 < x < math.inf),
+        ("gamma", "a finite real number", math.isfinite),
+        ("weight_decay", "a finite number ≥ 0", lambda x: 0.0 <= x < math.inf),
+        ("refresh_ratio", "a finite number > 1", lambda x: 1.0 < x < math.inf),
+        ("beta3", "in [0, 1)", lambda x: 0.0 <= x < 1.0),
+    ):
+        _require(is_number(group[name]) and ok(group[name]), name, group[name], allowed)
+    clip, window = group["update_clip"], group["window"]
+    _require(
+        clip is None or (is_number(clip) and 0.0 < clip < math.inf), "update_clip", clip, "None or a finite number > 0"
+    )
+    whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+    _require(window is None or window == "auto" or whole, "window", window, "None, 'auto' or an integer ≥ 1")
+    for name in ("maximize", "hold_silent"):
+        _require(isinstance(group[name], bool), name, group[name], "True or False")
+    _require(group["foreach"] in (None, True, False), "foreach", group["foreach"], "None, True or False")
+    state_dtype_name(group["state_dtype"])
+    if group["state_dtype"] == "bfloat16":
+        _require(
+            max(betas) <= BF16_MAX_BETA,
+            "betas",
+            betas,
+            f"at most {BF16_MAX_BETA} with state_dtype=bfloat16, whose rounding swallows the small increments of a slower average",
+        )
+
+
+def recorded(group: Group, since: int = 0) -> dict[str, Any]:
+    """The record of a group's present values, in force after step `since`."""
+    return {
+        "since": since,
+        "gamma": group["gamma"],
+        "refresh_ratio": group["refresh_ratio"],
+        "beta2": group["betas"][1],
+        "beta3": group["beta3"],
+        "window": group["window"],
+    }
+
+
+def new_history(group: Group) -> str:
+    """The history of a group that has taken no step."""
+    return json.dumps([recorded(group)])
+
+
+def append_history(group: Group, since: int) -> str:
+    """The group's history, followed by its present values from step `since` on (0: they replace it)."""
+    entries = [e for e in json.loads(group[HISTORY]) if e["since"] < since]
+    return json.dumps([*entries, recorded(group, since)])
+
+
+def drifted(group: Group) -> dict[str, tuple[Any, Any]]:
+    """Hyperparameters whose value is not the one on record: name → (recorded, present)."""
+    record = _last(group[HISTORY])
+    present = recorded(group)
+    return {k: (record[k], v) for k, v in present.items() if k != "since" and record[k] != v}
+
+
+@lru_cache(maxsize=256)
+def _last(history: str) -> dict[str, Any]:
+    entry: dict[str, Any] = json.loads(history)[-1]
+    return entry
+
+
+@lru_cache(maxsize=256)
+def _schedule(history: str) -> Schedule:
+    return schedule(*(Regime(e["since"], e["refresh_ratio"], e["beta2"], e["window"]) for e in json.loads(history)))
+
+
+def schedule_of(group: Group) -> Schedule:
+    """The refresh schedule of a group, past changes included."""
+    return _schedule(group[HISTORY])

@@ -1,0 +1,167 @@
+"""When the preconditioner is refreshed and which steps feed it: integers only.
+
+The paper refreshes at a_k = 2^k. Here a_0 = 1 and a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉), which is the paper's for ρ = 2. Everything
+follows from a parameter's own step count and its group's hyperparameters; there is no counter that a checkpoint could lose.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+Window = int | Literal["auto"] | None
+
+WINDOW_BITS = 24
+"""What an automatic window leaves out of the second moment weighs at most 2^-24, a float32's half unit of rounding."""
+
+
+def refresh_after(step: int, ratio: float) -> int:
+    """The refresh that follows one at `step`: max(step + 1, ⌈ratio · step⌉).
+
+    The ratio is taken at its decimal face value. As a binary float 1.1 lies above 11/10, and ⌈1.1 · 170⌉ would be 188, not 187.
+    """
+    return max(step + 1, math.ceil(Fraction(str(ratio)) * step))
+
+
+def window_length(window: Window, beta2: float) -> int | None:
+    """Steps before a refresh in which the second moment is accumulated; None for all of them."""
+    if window != "auto":
+        return window
+    if beta2 == 0.0:
+        return 1
+    return max(1, math.ceil(WINDOW_BITS * math.log(2.0) / -math.log(beta2)))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Schedule hyperparameters in force after step `since`, until the next regime's `since`."""
+
+    since: int
+    refresh_ratio: float
+    beta2: float
+    window: Window
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does beyond the momentum and the parameter update."""
+
+    accumulate: bool
+    """Whether the squared gradient enters the second moment."""
+    refresh: bool
+    """Whether the preconditioner is refreshed, after that."""
+    first: bool
+    """Whether it is the first refresh, which has no old preconditioner to keep a part of."""
+    beta2: float
+    """Decay of the second moment at this step."""
+    debias: float
+    """At a refresh, the summed weight of the accumulated gradients, 1 − β2^age; 1.0 at any other step."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps `first` to `last` on the way from the refresh at `previous` to the one at `target`, under one regime.
+
+    `last < target` only where a change of regime moved the target.
+    """
+
+    first: int
+    last: int
+    previous: int
+    target: int
+    regime: Regime
+    log_decay: float
+    """Σ ln β2 over the accumulating steps since `previous` that came before this stretch."""
+    accumulated: int
+    """How many those are."""
+
+    @property
+    def window_start(self) -> int:
+        """The first step of the stretch that accumulates (it may lie past `last`)."""
+        length = window_length(self.regime.window, self.regime.beta2)
+        return self.first if length is None else max(self.first, self.target - length + 1)
+
+    @property
+    def log_decay_after(self) -> float:
+        count = self.accumulated_after - self.accumulated
+        if count == 0:
+            return self.log_decay
+        return self.log_decay + count * (math.log(self.regime.beta2) if self.regime.beta2 > 0.0 else -math.inf)
+
+    @property
+    def accumulated_after(self) -> int:
+        return self.accumulated + max(0, self.last - self.window_start + 1)
+
+
+class Schedule:
+    """The plan of every step t = 1, 2, … under a sequence of regimes.
+
+    A change of regime at step T keeps the age of the second moment: what was accumulated until T counts with the weight it has. The
+    next refresh is then at max(T + 1, ⌈ρ' a⌉), a being the last one; but if a window had left steps out, not before the new
+    window could be filled, since an average over fewer steps would be worse than the old preconditioner.
+    """
+
+    def __init__(self, regimes: tuple[Regime, ...]) -> None:
+        if not regimes or regimes[0].since != 0 or any(a.since >= b.since for a, b in pairwise(regimes)):
+            raise ValueError(f"regimes must start at step 0 and follow each other, not {regimes}")
+        self._regimes = regimes
+        self._stretches = [self._stretch(1, 0, 1, 0, 0.0, 0)]
+        self._lasts = [self._stretches[0].last]
+
+    def plan(self, step: int) -> Plan:
+        """The plan of `step` ≥ 1. Amortised O(log t): stretches are made as far as asked."""
+        if step < 1:
+            raise ValueError(f"steps count from 1, not {step}")
+        while self._lasts[-1] < step:
+            self._extend()
+        stretch = self._stretches[bisect_left(self._lasts, step)]
+        refresh = step == stretch.target
+        return Plan(
+            accumulate=step >= stretch.window_start,
+            refresh=refresh,
+            first=refresh and stretch.previous == 0,
+            beta2=stretch.regime.beta2,
+            debias=-math.expm1(stretch.log_decay_after) if refresh else 1.0,
+        )
+
+    def refreshes(self, until: int) -> list[int]:
+        """All refresh steps a_k ≤ until."""
+        while self._lasts[-1] < until:
+            self._extend()
+        return [s.target for s in self._stretches if s.last == s.target <= until]
+
+    def _extend(self) -> None:
+        done = self._stretches[-1]
+        index = self._regimes.index(done.regime)
+        if index + 1 < len(self._regimes) and self._regimes[index + 1].since == done.last:
+            index += 1
+        regime = self._regimes[index]
+        if done.last == done.target:
+            target = refresh_after(done.target, regime.refresh_ratio)
+            stretch = self._stretch(done.last + 1, done.target, target, index, 0.0, 0)
+        else:
+            target = max(done.last + 1, refresh_after(done.previous, regime.refresh_ratio) if done.previous else 1)
+            accumulated = done.accumulated_after
+            if accumulated < done.last - done.previous:
+                length = window_length(regime.window, regime.beta2) or window_length("auto", regime.beta2) or 1
+                target = max(target, done.last + length - accumulated)
+            stretch = self._stretch(done.last + 1, done.previous, target, index, done.log_decay_after, accumulated)
+        self._stretches.append(stretch)
+        self._lasts.append(stretch.last)
+
+    def _stretch(
+        self, first: int, previous: int, target: int, index: int, log_decay: float, accumulated: int
+    ) -> _Stretch:
+        changes = self._regimes[index + 1].since if index + 1 < len(self._regimes) else target
+        return _Stretch(first, min(target, changes), previous, target, self._regimes[index], log_decay, accumulated)
+
+
+@lru_cache(maxsize=256)
+def schedule(*regimes: Regime) -> Schedule:
+    """The schedule of these regimes, shared by all groups that have them."""
+    return Schedule(regimes)

@@ -1,0 +1,119 @@
+"""Anon's arithmetic (arXiv 2605.02317), elementwise, over lists of local tensors.
+
+For t = 1, 2, …, gradient g and learning rate η:
+
+    θ ← (1 − η λ) θ                                  decay_weights
+    m ← β1 m + (1 − β1) g                            update_momentum
+    s ← β2 s + (1 − β2) g²                           accumulate
+    if t = a_k:                                      refresh
+        σ = s / (1 − β2^age) + ε
+        d ← σ^γ  (k = 0)   or   β3 d + (1 − β3) σ^γ
+        v ← d^(−1/2);  s ← 0
+    θ ← θ − η · clip(v · m / (1 − β1^t))             apply_update
+
+Each function takes lists whose i-th members belong together, all of one device; lists are what `torch._foreach_*` fuses, and a list of one
+tensor is the plain case. An element's result does not depend on its position, so neither on how a parameter was cut into shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+D_MIN, D_MAX = 2.0**-126, 2.0**127
+"""d = σ^γ is kept in float32's normal range: at ε = 1e-16, γ = 3 a silent coordinate would otherwise have v = ∞."""
+
+REFRESH_ELEMENTS = 1 << 22
+"""A refresh works in float64; it goes through a tensor in pieces of this many elements, so that it needs no more than 100 MB."""
+
+
+def decay_weights(theta: Tensors, factor: float | Tensor) -> None:
+    """θ ← factor · θ, in place; factor = 1 − η λ."""
+    torch._foreach_mul_(theta, factor)
+
+
+def update_momentum(m: Tensors, g: Tensors, beta1: float) -> None:
+    """m ← β1 m + (1 − β1) g, in place."""
+    torch._foreach_lerp_(m, g, 1.0 - beta1)
+
+
+def accumulate(s: Tensors, g: Tensors, beta2: float) -> None:
+    """s ← β2 s + (1 − β2) g², in place."""
+    torch._foreach_mul_(s, beta2)
+    torch._foreach_addcmul_(s, g, g, value=1.0 - beta2)
+
+
+def refresh(
+    v: Tensors,
+    s: Tensors,
+    *,
+    gamma: float,
+    beta3: float,
+    eps: float,
+    debias: float,
+    first: bool,
+    hold_silent: bool,
+) -> None:
+    """v ← (β3 v^(−2) + (1 − β3) σ^γ)^(−1/2) with σ = s / debias + ε, then s ← 0; both in place, computed in float64.
+
+    float32 would not do: for σ = 1e-16 and γ = 2 its rounding of ln σ alone moves σ^γ by 40 units. σ^γ is exp(γ ln σ) because torch's
+    vectorised `exp` and `log` treat the end of a tensor as they do its middle; its `pow` and `exp2` do not.
+
+    Args:
+        v: preconditioners; 1 before the first refresh.
+        s: second moments since the last refresh.
+        debias: summed weight of what s holds, 1 − β2^age.
+        first: k = 0: there is no older preconditioner (`beta3` is not used).
+        hold_silent: elements with s = 0 keep their v.
+    """
+    keep = 0.0 if first else beta3
+    for whole_v, whole_s in zip(v, s, strict=True):
+        for v_i, s_i in _pieces(whole_v, whole_s):
+            d = s_i.double().div_(debias).add_(eps).log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX)
+            if keep:
+                d.mul_(1.0 - keep).add_(v_i.double().square_().reciprocal_(), alpha=keep)
+            fresh = d.rsqrt_()
+            if hold_silent:
+                fresh = torch.where(s_i == 0, v_i.double(), fresh)
+            v_i.copy_(fresh)
+        whole_s.zero_()
+
+
+def apply_update(
+    theta: Tensors, v: Tensors, m: Tensors, *, lr: float | Tensor, debias: float, clip: float | None
+) -> None:
+    """θ ← θ − lr · clip(v · m / debias), in place; debias = 1 − β1^t, and clip limits the magnitude of each element."""
+    scale = lr / debias
+    if clip is None and isinstance(scale, float):
+        torch._foreach_addcmul_(theta, v, m, value=-scale)
+        return
+    update = list(torch._foreach_mul(v, m))
+    if clip is not None:
+        torch._foreach_clamp_max_(update, clip * debias)
+        torch._foreach_clamp_min_(update, -clip * debias)
+    if isinstance(scale, float):
+        torch._foreach_add_(theta, update, alpha=-scale)
+    else:  # a learning rate that lives on the device stays there
+        torch._foreach_mul_(update, scale)
+        torch._foreach_sub_(theta, update)
+
+
+def convert_exponent(v: Tensors, ratio: float) -> None:
+    """v ← v^ratio in place, in float64: d^(γ'/γ), with d = v^(−2) clamped to `D_MIN` and `D_MAX`."""
+    for whole in v:
+        for (v_i,) in _pieces(whole):
+            v_i.copy_(v_i.double().log_().mul_(ratio).exp_().clamp_(D_MAX**-0.5, D_MIN**-0.5))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of each tensor, of at most about `REFRESH_ELEMENTS` elements; whatever the strides."""
+    first = tensors[0]
+    if first.numel() <= REFRESH_ELEMENTS or first.dim() == 0:
+        yield tensors
+        return
+    rows = max(1, REFRESH_ELEMENTS // (first.numel() // first.shape[0]))
+    yield from zip(*(t.split(rows) for t in tensors), strict=True)

@@ -1,0 +1,411 @@
+"""Anon as a torch optimizer: state, checkpoints, groups, hyperparameters, dispatch."""
+
+import copy
+import io
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from anon_dist import Anon
+from anon_dist.optim import STATE_KEYS, update
+
+LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
+
+
+def make(shape=(7, 5), seed=0, dtype=torch.float32, **hyper):
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+    return p, Anon([p], **{**LM, **hyper})
+
+
+def gradient(p, t):
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 + t)).to(p.dtype)
+
+
+def run(p, optimizer, steps):
+    for t in steps:
+        p.grad = gradient(p, t)
+        optimizer.step()
+
+
+def assert_same_bits(p, optimizer, q, other):
+    assert torch.equal(p, q)
+    for key in STATE_KEYS:
+        assert torch.equal(optimizer.state[p][key], other.state[q][key]), key
+
+
+# -- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_state_at_construction_and_init_state_is_idempotent():
+    p, optimizer = make()
+    assert len(optimizer.state) == 0
+    optimizer.init_state()
+    run(p, optimizer, range(3))
+    before = {k: v.clone() for k, v in optimizer.state[p].items()}
+    optimizer.init_state()
+    assert set(optimizer.state[p]) == set(STATE_KEYS)
+    assert all(torch.equal(optimizer.state[p][k], before[k]) for k in STATE_KEYS)
+
+
+def test_init_state_follows_swapped_parameters():
+    """FSDP2 and DeepSpeed replace the parameters in the groups: the old ones' state must go."""
+    _p, optimizer = make()
+    optimizer.init_state()
+    q = nn.Parameter(torch.randn(3))
+    optimizer.param_groups[0]["params"] = [q]
+    optimizer.init_state()
+    assert set(optimizer.state) == {q}
+    run(q, optimizer, range(2))
+    assert int(optimizer.state[q]["step"]) == 2
+
+
+def test_frozen_parameters_have_no_state_until_they_train():
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3), requires_grad=False)
+    optimizer = Anon([p, q])
+    optimizer.init_state()
+    assert set(optimizer.state) == {p}
+    q.requires_grad_()
+    run(q, optimizer, range(1))
+    assert set(optimizer.state) == {p, q}
+
+
+def test_step_is_torchs_convention():
+    p, optimizer = make()
+    run(p, optimizer, range(3))
+    step = optimizer.state[p]["step"]
+    assert (step.dtype, step.dim(), step.device.type, float(step)) == (torch.float32, 0, "cpu", 3.0)
+
+
+@pytest.mark.parametrize("read", [lambda model, o: o.state_dict(), lambda model, o: get_optimizer_state_dict(model, o)])
+def test_reading_the_state_before_the_first_step_takes_no_step(read):
+    """torch's checkpoint library steps an optimizer it finds without state; that would consume the refresh at t = 1."""
+    model = nn.Linear(4, 3)
+    optimizer = Anon(model.parameters(), **LM)
+    weight = model.weight.detach().clone()
+    states = read(model, optimizer)["state"]
+    assert all(float(s["step"]) == 0 and (s["precond"] == 1).all() for s in states.values())
+    assert len(states) == 2
+    assert torch.equal(model.weight, weight)
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+
+# ρ = 1.1: refreshes at 57, 63, 70, 77; ρ = 2, window 5: it opens at 28 for the refresh at 32 and closes until 60.
+EDGES = [
+    *[({"refresh_ratio": 2.0, "beta3": 0.5}, t) for t in (1, 2, 3, 4, 7, 8, 9, 31, 32, 33)],
+    *[({"refresh_ratio": 2.0, "window": 5}, t) for t in (27, 28, 29, 31, 32, 33, 59, 60)],
+    *[({"window": 4}, t) for t in (62, 63, 64, 66, 67)],
+    ({"window": "auto"}, 40),
+]
+
+
+@pytest.mark.parametrize(("hyper", "at"), EDGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_exact(hyper, at, dtype):
+    p, optimizer = make(dtype=dtype, **hyper)
+    run(p, optimizer, range(at))
+    file = io.BytesIO()
+    torch.save({"model": p.detach().clone(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    q, resumed = make(dtype=dtype)  # with other hyperparameters, which the checkpoint's replace
+    q.data.copy_(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    run(p, optimizer, range(at, at + 40))
+    run(q, resumed, range(at, at + 40))
+    assert_same_bits(p, optimizer, q, resumed)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("extra", [{}, {"fused": True}, {"capturable": True}])
+def test_state_dtypes_survive_a_load(state_dtype, extra):
+    """torch would cast the states to the parameter's bfloat16, and move `step` to its device for a fused group."""
+    p, optimizer = make(dtype=torch.bfloat16, state_dtype=state_dtype)
+    run(p, optimizer, range(5))
+    states = optimizer.state_dict()
+    states["param_groups"][0].update(extra)
+    q, resumed = make(dtype=torch.bfloat16, state_dtype=state_dtype)
+    seen = []
+    resumed.register_load_state_dict_pre_hook(lambda o, d: seen.append(d["state"][0]["exp_avg"].dtype))
+    resumed.register_load_state_dict_post_hook(lambda o: seen.append(o.state[q]["exp_avg"].dtype))
+    resumed.load_state_dict(states)
+    wanted = getattr(torch, state_dtype)
+    assert seen == [wanted, wanted]
+    assert {resumed.state[q][k].dtype for k in STATE_KEYS[1:]} == {wanted}
+    assert resumed.state[q]["step"].device.type == "cpu"
+
+
+def test_copies_and_pickles():
+    p, optimizer = make()
+    run(p, optimizer, range(5))
+    holder = copy.deepcopy({"p": p, "optimizer": optimizer})
+    q, other = holder["p"], holder["optimizer"]
+    run(p, optimizer, range(5, 20))
+    run(q, other, range(5, 20))
+    assert_same_bits(p, optimizer, q, other)
+
+
+def test_loading_a_state_dict_of_an_older_version_takes_defaults_for_what_it_lacks():
+    p, optimizer = make()
+    run(p, optimizer, range(5))
+    states = optimizer.state_dict()
+    for key in ("hold_silent", "history"):
+        del states["param_groups"][0][key]
+    q, other = make()
+    other.load_state_dict(states)
+    run(q, other, range(5, 9))
+    assert other.param_groups[0]["hold_silent"] is False
+
+
+def test_another_optimizers_state_is_refused_and_nothing_changes():
+    p, optimizer = make()
+    run(p, optimizer, range(2))
+    adam = torch.optim.AdamW([p])
+    adam.step()
+    before, groups = (
+        copy.deepcopy(optimizer.state_dict()["state"]),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+    )
+    with pytest.raises(ValueError, match=r"parameter 0 has \['exp_avg', 'exp_avg_sq', 'step'\].*another optimizer's"):
+        optimizer.load_state_dict(adam.state_dict())
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_a_state_of_another_shape_is_refused():
+    p, optimizer = make()
+    run(p, optimizer, range(2))
+    _, other = make(shape=(5, 7))
+    with pytest.raises(
+        ValueError, match=r"exp_avg of parameter 0 is a Tensor\(7, 5\), but the parameter is a Parameter\(5, 7\)"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+
+
+# -- groups and hyperparameters ---------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_own_hyperparameters():
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = Anon([{"params": [a], "gamma": 0.0}, {"params": [b], "gamma": 2.0, "refresh_ratio": 1.1}], lr=0.1)
+    other = Anon([a2 := nn.Parameter(torch.ones(3))], lr=0.1, gamma=2.0, refresh_ratio=1.1)
+    for t in range(20):
+        a.grad = b.grad = a2.grad = gradient(a, t)
+        optimizer.step()
+        other.step()
+    assert torch.equal(b, a2)
+    assert (optimizer.state[a]["precond"] == 1).all()
+    assert [g["gamma"] for g in optimizer.state_dict()["param_groups"]] == [0.0, 2.0]
+
+
+BAD = [
+    ({"lr": -1.0}, r"lr must be a finite number ≥ 0"),
+    ({"lr": float("nan")}, r"lr must be a finite number ≥ 0"),
+    ({"lr": float("inf")}, r"lr must be a finite number ≥ 0"),
+    ({"lr": torch.tensor(-0.1)}, r"lr must be a finite number ≥ 0"),
+    ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element"),
+    ({"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\)"),
+    ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\)"),
+    ({"betas": (0.9, float("nan"))}, r"betas\[1\] must be in \[0, 1\)"),
+    ({"betas": 0.9}, r"betas must be a pair"),
+    ({"eps": 0.0}, r"eps must be a finite number > 0"),
+    ({"eps": -1e-8}, r"eps must be a finite number > 0"),
+    ({"gamma": float("nan")}, r"gamma must be a finite real number"),
+    ({"gamma": float("inf")}, r"gamma must be a finite real number"),
+    ({"weight_decay": -0.1}, r"weight_decay must be a finite number ≥ 0"),
+    ({"refresh_ratio": 1.0}, r"refresh_ratio must be a finite number > 1"),
+    ({"refresh_ratio": float("nan")}, r"refresh_ratio must be a finite number > 1"),
+    ({"beta3": 1.0}, r"beta3 must be in \[0, 1\)"),
+    ({"update_clip": 0.0}, r"update_clip must be None or a finite number > 0"),
+    ({"window": 0}, r"window must be None, 'auto' or an integer ≥ 1"),
+    ({"window": "always"}, r"window must be None, 'auto' or an integer ≥ 1"),
+    ({"window": 2.5}, r"window must be None, 'auto' or an integer ≥ 1"),
+    ({"state_dtype": torch.int8}, r"state_dtype must be one of float32, float64, bfloat16"),
+    ({"state_dtype": torch.bfloat16, "betas": (0.9, 0.999)}, r"betas must be at most 0.99 with state_dtype=bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("hyper", "message"), BAD)
+def test_arguments_out_of_range_are_named(hyper, message):
+    with pytest.raises(ValueError, match=message):
+        make(**hyper)
+    _p, optimizer = make()
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **hyper})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_gradients_and_parameters_that_are_not_supported():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        Anon(embedding.parameters()).step()
+    with pytest.raises(TypeError, match="complex"):
+        Anon([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+
+
+def test_negative_gamma_warns_about_silent_coordinates():
+    with pytest.warns(UserWarning, match="hold_silent=True or a larger eps"):
+        make(gamma=-1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(gamma=-1.0, hold_silent=True)
+        make(gamma=-1.0, eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gamma": 0.5}, {"refresh_ratio": 2.0}, {"beta3": 0.5}, {"betas": (0.9, 0.99)}, {"window": 10}]
+)
+def test_hyperparameters_of_the_state_do_not_change_silently(change):
+    p, optimizer = make()
+    optimizer.param_groups[0].update(change)  # before the first step anything goes
+    run(p, optimizer, range(3))
+    p, optimizer = make()
+    run(p, optimizer, range(3))
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(RuntimeError, match=r"was changed from .* call optimizer.rebase"):
+        run(p, optimizer, range(3, 4))
+    p, optimizer = make()
+    run(p, optimizer, range(3))
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.0, update_clip=None, eps=1e-8)
+    run(p, optimizer, range(3, 4))
+
+
+def test_rebase_converts_the_preconditioner():
+    """Away from refreshes v is (σ^γ)^(−1/2) of one σ: at another γ it is what that optimizer would have, with β3 = 0."""
+    p, optimizer = make(gamma=1.0, beta3=0.0, refresh_ratio=2.0)
+    q, other = make(gamma=0.5, beta3=0.0, refresh_ratio=2.0)
+    run(p, optimizer, range(20))
+    run(q, other, range(20))
+    optimizer.rebase(gamma=0.5)
+    torch.testing.assert_close(optimizer.state[p]["precond"], other.state[q]["precond"], rtol=1e-6, atol=0)
+    p.data.copy_(q)
+    run(p, optimizer, range(20, 50))
+    run(q, other, range(20, 50))
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_rebase_survives_a_checkpoint():
+    p, optimizer = make(refresh_ratio=2.0)
+    run(p, optimizer, range(20))
+    optimizer.rebase(refresh_ratio=1.1, beta2=0.9, beta3=0.5, window=6)
+    run(p, optimizer, range(20, 25))
+    q, resumed = make()
+    q.data.copy_(p)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(p, optimizer, range(25, 90))
+    run(q, resumed, range(25, 90))
+    assert_same_bits(p, optimizer, q, resumed)
+
+
+def test_rebase_refuses_what_is_not_defined():
+    p, optimizer = make(gamma=0.0)
+    optimizer.rebase(gamma=0.5)  # no step was taken
+    optimizer.rebase(gamma=0.0)
+    run(p, optimizer, range(3))
+    with pytest.raises(ValueError, match="cannot be changed from 0"):
+        optimizer.rebase(gamma=0.5)
+    with pytest.raises(ValueError, match="refresh_ratio must be"):
+        optimizer.rebase(refresh_ratio=1.0)
+    run(p, optimizer, range(3, 6))
+
+
+def test_learning_rate_as_a_tensor_and_schedulers():
+    p, optimizer = make(lr=torch.tensor(0.01))
+    q, other = make(lr=float(torch.tensor(0.01)))
+    for o in (optimizer, other):
+        o.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(o, 30)
+    for t in range(10):
+        run(p, optimizer, [t])
+        run(q, other, [t])
+        optimizer.scheduler.step()
+        other.scheduler.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(p, make()[0])
+
+
+def test_learning_rate_tensor_on_the_device_of_the_parameters():
+    """A learning rate that is a tensor when it reaches the update is used as one, never read by the host."""
+    theta, v, m = [torch.ones(4)], [torch.full((4,), 2.0)], [torch.full((4,), 3.0)]
+    update.apply_update(theta, v, m, lr=torch.tensor(0.5), debias=0.5, clip=None)
+    assert torch.equal(theta[0], torch.full((4,), -5.0))
+
+
+def test_closure_and_maximize():
+    p, optimizer = make(maximize=True, weight_decay=0.0)
+    q, other = make(weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert float(loss) == pytest.approx(float((q.detach() ** 2).sum()))
+    q.grad = -2 * q.detach()
+    other.step()
+    assert torch.equal(p, q)
+
+
+# -- dispatch ---------------------------------------------------------------------------------------------------------
+
+
+def test_bits_do_not_depend_on_where_a_parameter_is_cut():
+    """Shards of any length and alignment give the bits of the whole: γ's powers and all."""
+    whole, optimizer = make(shape=(997,), gamma=0.7, window="auto")
+    cuts = [0, 1, 2, 5, 8, 15, 31, 64, 100, 228, 229, 500, 996, 997]
+    shards = [nn.Parameter(whole.detach()[a:b].clone()) for a, b in itertools.pairwise(cuts)]
+    # a view that starts at an odd address, too
+    shards.append(nn.Parameter(torch.empty(998)[1:]))
+    shards[-1].data.copy_(whole.detach())
+    sharded = Anon(shards, gamma=0.7, window="auto", **dict(LM.items()))
+    for t in range(60):
+        run(whole, optimizer, [t])
+        for (a, b), shard in zip([*itertools.pairwise(cuts), (0, 997)], shards, strict=True):
+            shard.grad = whole.grad[a:b].clone()
+        sharded.step()
+    assert torch.equal(torch.cat([s.detach() for s in shards[:-1]]), whole)
+    assert torch.equal(shards[-1], whole)
+    assert torch.equal(torch.cat([sharded.state[s]["precond"] for s in shards[:-1]]), optimizer.state[whole]["precond"])
+
+
+@pytest.mark.parametrize("hyper", [{}, {"update_clip": None}, {"gamma": 0.5, "window": 4}])
+def test_foreach_gives_the_same_bits(hyper):
+    shapes = [(63, 63), (1,), (), (0,), (5, 0), (128,), (3, 4, 5)]
+    params = {
+        f: [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+        for f in (True, False)
+    }
+    optimizers = {f: Anon(ps, **{**LM, **hyper}, foreach=f) for f, ps in params.items()}
+    for t in range(30):
+        for f, ps in params.items():
+            for i, p in enumerate(ps):
+                p.grad = gradient(p, 100 * t + i) if (t + i) % 3 else None  # so that step counts differ
+            optimizers[f].step()
+    for a, b in zip(params[True], params[False], strict=True):
+        assert_same_bits(a, optimizers[True], b, optimizers[False])
+
+
+def test_strides_are_kept_and_do_not_matter():
+    p = nn.Parameter(torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last))
+    q = nn.Parameter(p.detach().contiguous())
+    optimizer, other = Anon([p], **LM), Anon([q], **LM)
+    run(p, optimizer, range(12))
+    run(q, other, range(12))
+    assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+    assert_same_bits(p, optimizer, q, other)
+
+
+def test_refresh_in_pieces_gives_the_same_bits(monkeypatch):
+    p, optimizer = make(shape=(37, 5, 2))
+    q, other = make(shape=(37, 5, 2))
+    run(p, optimizer, range(12))
+    monkeypatch.setattr(update, "REFRESH_ELEMENTS", 64)
+    run(q, other, range(12))
+    assert_same_bits(p, optimizer, q, other)

@@ -1,0 +1,93 @@
+"""The schedule against the definitions, counted step by step."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anon_dist.optim.schedule import Regime, Schedule, window_length
+
+
+def test_ratio_two_is_the_papers_powers_of_two():
+    assert Schedule((Regime(0, 2.0, 0.999, None),)).refreshes(1 << 20) == [1 << k for k in range(21)]
+
+
+def test_ratio_is_taken_at_its_decimal_value():
+    """170 · 1.1 is 187; in binary floating point it is a little more, and its ceiling 188."""
+    refreshes = Schedule((Regime(0, 1.1, 0.95, None),)).refreshes(200)
+    assert refreshes[-3:] == [154, 170, 187]
+
+
+@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 325), (0.99, 1656), (0.999, 16628), (0.0, 1)])
+def test_auto_window(beta2, steps):
+    assert window_length("auto", beta2) == steps
+    assert beta2**steps <= 2.0**-24
+
+
+@given(
+    ratio=st.sampled_from([1.001, 1.05, 1.1, 1.25, 1.5, 2, 2.0, 3.7, 10.0]),
+    beta2=st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.999]),
+    window=st.one_of(st.none(), st.just("auto"), st.integers(1, 50)),
+)
+def test_plans_follow_the_definition(ratio, beta2, window):
+    plan = Schedule((Regime(0, ratio, beta2, window),)).plan
+    a, previous, k = 1, 0, 0
+    length = window_length(window, beta2) or math.inf
+    for t in range(1, 400):
+        p = plan(t)
+        assert p.accumulate == (a - t < length)
+        assert p.refresh == (t == a)
+        assert p.first == (t == 1)
+        if p.refresh:
+            age = min(length, a - previous)
+            assert p.debias == pytest.approx(1 - beta2**age, rel=1e-12)
+            previous, a, k = a, max(a + 1, math.ceil(Fraction(str(ratio)) * a)), k + 1
+
+
+@given(
+    first=st.tuples(st.sampled_from([1.1, 2.0]), st.sampled_from([0.9, 0.99]), st.sampled_from([None, 5, 20])),
+    second=st.tuples(st.sampled_from([1.05, 1.5, 3.0]), st.sampled_from([0.5, 0.95]), st.sampled_from([None, 3, 40])),
+    since=st.integers(1, 120),
+)
+def test_change_of_regime_keeps_the_weight_of_what_was_accumulated(first, second, since):
+    """The debiasing factor is the exact weight in s of the accumulated gradients: s of constant g² = 1, divided by it, is 1."""
+    plan = Schedule((Regime(0, *first), Regime(since, *second))).plan
+    s, refreshes = 0.0, []
+    for t in range(1, 600):
+        p = plan(t)
+        assert p.beta2 == (first if t <= since else second)[1]
+        if p.accumulate:
+            s = p.beta2 * s + (1 - p.beta2)
+        if p.refresh:
+            assert s / p.debias == pytest.approx(1.0, rel=1e-9)
+            s = 0.0
+            refreshes.append(t)
+    before = Schedule((Regime(0, *first),)).refreshes(since)
+    assert refreshes[: len(before)] == before
+    ratio = Fraction(str(second[0]))
+    after = refreshes[len(before) + 1 :]  # the first refresh after the change may wait for its window
+    assert all(b == max(a + 1, math.ceil(ratio * a)) for a, b in itertools.pairwise(after))
+
+
+def test_denser_refreshes_start_at_once():
+    """At step 600 of ρ = 2 the next refresh would be 1024; with ρ = 1.1 from the last one, 512, it is overdue."""
+    schedule = Schedule((Regime(0, 2.0, 0.9, None), Regime(600, 1.1, 0.9, None)))
+    assert schedule.refreshes(700)[-3:] == [512, 601, 662]
+
+
+def test_refresh_waits_for_the_window():
+    """At step 600 nothing has been accumulated since 512 (the window of 100 opens at 925): 601 would refresh from one step."""
+    schedule = Schedule((Regime(0, 2.0, 0.9, 100), Regime(600, 1.1, 0.9, 100)))
+    assert schedule.refreshes(800)[-2:] == [700, 770]
+    assert not any(schedule.plan(t).accumulate for t in range(513, 601))
+    assert all(schedule.plan(t).accumulate for t in range(601, 701))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="count from 1"):
+        Schedule((Regime(0, 2.0, 0.9, None),)).plan(0)
+    with pytest.raises(ValueError, match="start at step 0"):
+        Schedule((Regime(3, 2.0, 0.9, None),))
