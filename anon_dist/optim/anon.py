@@ -248,7 +248,11 @@ class Anon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
-        groups = [{**self.__dict__.get("defaults", state.get("defaults", {})), **g} for g in state["param_groups"]]
+        defaults = dict(self.__dict__.get("defaults", state.get("defaults", {})))
+        defaults.pop(
+            "differentiable", None
+        )  # torch adds it to what it restores; here it would be an option without effect
+        groups = [{**defaults, **g} for g in state["param_groups"]]
         for group in groups:
             group["state_dtype"] = state_dtype_name(group["state_dtype"])
             group.setdefault(HISTORY, new_history(group))

@@ -31,14 +31,15 @@ def param_groups(
         no_decay: patterns of further parameters that are not decayed.
 
     Returns:
-        Groups in the order in which their first parameter appears in the model; none is empty.
+        Groups in the order in which their first parameter appears in the model; none is empty. Which parameters are together depends on
+        the decay rule and the patterns alone, not on the values, so that a checkpoint fits after a value has changed.
 
     Raises:
         ValueError: a pattern matches no trainable parameter.
     """
     gamma, overrides = gamma or {}, overrides or {}
     unused = {*gamma, *overrides, *no_decay}
-    groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    groups: dict[tuple[bool, str | None, str | None], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -48,12 +49,13 @@ def param_groups(
         unused.difference_update(matches)
         decayed = p.dim() >= 2 and not any(m in no_decay for m in matches)
         settings: dict[str, Any] = {"weight_decay": weight_decay if decayed else 0.0}
-        if own := next((m for m in matches if m in gamma), None):
-            settings["gamma"] = gamma[own]
-        if own := next((m for m in matches if m in overrides), None):
+        own_gamma = next((m for m in matches if m in gamma), None)
+        own = next((m for m in matches if m in overrides), None)
+        if own_gamma is not None:
+            settings["gamma"] = gamma[own_gamma]
+        if own is not None:
             settings.update(overrides[own])
-        key = tuple(sorted((k, repr(v)) for k, v in settings.items()))
-        groups.setdefault(key, {"params": [], **settings})["params"].append(p)
+        groups.setdefault((decayed, own_gamma, own), {"params": [], **settings})["params"].append(p)
     if unused:
         names = ", ".join(n for n, p in list(model.named_parameters())[:4])
         raise ValueError(f"param_groups: {sorted(unused)} match no trainable parameter; the names are like {names}, …")

@@ -1,0 +1,92 @@
+"""Model and optimizer as a torch distributed checkpoint (DCP): every rank writes its shards, any number of ranks reads them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint.errors import CheckpointError
+
+
+def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write `{"model": …, "optimizer": …}` into an existing folder; every rank must call it. The files are synced to disk."""
+    state = _state(model, optimizer)
+    with _without_single_process_warning():
+        save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+
+
+def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Restore, in place, what `save_sharded` wrote; on any number of ranks.
+
+    DCP leaves out, without a word, what only one side has. Here that is an error.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or optimizer, or its files are damaged.
+    """
+    state = _state(model, optimizer)
+    reader = FileSystemReader(folder)
+    try:
+        saved = set(reader.read_metadata().state_dict_metadata)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}/.metadata cannot be read ({error}); take an earlier checkpoint (--resume FOLDER)"
+        ) from error
+    _compare(folder, saved, set(flatten_state_dict(state)[0]), optimizer)
+    try:
+        with _without_single_process_warning():
+            load(state, storage_reader=reader)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        failures = getattr(error, "failures", None)
+        reason = next(iter(failures.values()))[0] if failures else error
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {reason}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
+        ) from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    if hasattr(optimizer, "init_state"):
+        optimizer.init_state()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: Optimizer) -> None:
+    """Every key on both sides, or an error that says what kind of thing is missing."""
+    missing, extra = sorted(wanted - saved), sorted(saved - wanted)
+    if not missing and not extra:
+        return
+    kinds = {"missing": missing, "unexpected": extra}
+    if not any(k.startswith("model.") for k in missing + extra):
+        raise CheckpointError(
+            f"{folder} holds another optimizer's state than {type(optimizer).__name__}'s: {_some(kinds)}. Resume with the optimizer "
+            "that wrote it, or start a new run"
+        )
+    raise CheckpointError(
+        f"{folder} is of another model: {_some(kinds)}. Resume with the model configuration it was written with"
+    )
+
+
+def _some(kinds: dict[str, list[str]]) -> str:
+    return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in kinds.items() if keys)
+
+
+class _without_single_process_warning(warnings.catch_warnings):  # noqa: N801 - stands like a context manager of the library
+    """DCP warns that it is used without a process group, which is what a single process is."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        if not dist.is_initialized():
+            warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+        return entered

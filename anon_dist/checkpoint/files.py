@@ -1,0 +1,53 @@
+"""Files and folders that are complete or absent, also after a crash of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file, or the entries of a folder, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` every file and folder below, and the folder itself."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write or replace a JSON file in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished folder its name: its contents are on the disk before, and an older folder of that name is gone after."""
+    sync_tree(temporary)
+    if target.exists():
+        remove(target)
+    temporary.rename(target)
+    sync(target.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; interrupted, it is not there under its name any more."""
+    doomed = folder.with_name(folder.name + ".deleting")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,73 @@
+"""The console command `anon-dist`: thin, over the packages that do the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
+
+  data prepare   tokenise text into shards for pretraining
+  train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
+
+anon-dist COMMAND --help says more."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command that `args` (by default, the command line) names."""
+    args = list(sys.argv[1:] if args is None else args)
+    commands: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+        ("data", "prepare"): data_prepare,
+        ("train",): train,
+    }
+    for words, command in commands.items():
+        if tuple(args[: len(words)]) == words:
+            return command(args[len(words) :])
+    asked_for_help = not args or args[0] in ("-h", "--help", "help")
+    print(
+        COMMANDS if asked_for_help else f"anon-dist: unknown command '{' '.join(args[:2])}'\n\n{COMMANDS}",
+        file=sys.stderr if args else None,
+    )
+    sys.exit(0 if asked_for_help else 2)
+
+
+def data_prepare(args: list[str]) -> None:
+    """`anon-dist data prepare`"""
+    import tyro
+
+    from anon_dist.data import DataError, PrepareConfig, prepare
+
+    config = tyro.cli(PrepareConfig, args=args, prog="anon-dist data prepare")
+    _or_exit(lambda: prepare(config), DataError, OSError)
+
+
+def train(args: list[str] | None = None) -> None:
+    """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
+    from anon_dist.checkpoint import CheckpointError
+    from anon_dist.data import DataError
+    from anon_dist.engines import EngineError
+    from anon_dist.train.config import ConfigError, parse_args
+    from anon_dist.train.loop import train as run
+
+    expected = (ConfigError, EngineError, CheckpointError, DataError)
+    try:
+        _or_exit(lambda: run(parse_args(args)), *expected)
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
+    """Run it; an error that the user can mend is one line, without a traceback, and exit code 1."""
+    try:
+        action()
+    except expected as error:
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}")
+
+
+if __name__ == "__main__":
+    main()

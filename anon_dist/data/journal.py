@@ -1,0 +1,99 @@
+"""How far a preparation has come: `progress.json`, rewritten whole at each commit and removed when the index is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anon_dist.data.errors import PreparationError
+from anon_dist.data.files import write_json
+from anon_dist.data.index import FORMAT_VERSION
+from anon_dist.data.sources import START, Cursor
+from anon_dist.data.writer import SplitState
+
+JOURNAL_FILE = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A commit: everything before `cursor` is in the shards that `splits` describe, and nothing after it."""
+
+    tokenizer_hash: str | None = None
+    """The tokenizer in the folder, None before there is one."""
+    cursor: Cursor = START
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Reason → items of the source passed over for it."""
+    splits: Mapping[str, SplitState] = field(default_factory=dict)
+
+
+class Journal:
+    """The progress file of a folder, bound to the settings and the source of the preparation.
+
+    Args:
+        directory: the folder.
+        settings: the settings that determine the result.
+        source: the description of the source.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        self.path = directory / JOURNAL_FILE
+        self._identity = {"format_version": FORMAT_VERSION, "settings": dict(settings), "source": dict(source)}
+
+    def load(self) -> Progress | None:
+        """The last commit, None if there was no earlier run.
+
+        Raises:
+            PreparationError: the earlier run had other settings or another source, or the file is not readable.
+        """
+        try:
+            content = json.loads(self.path.read_bytes())
+            refuse_differences(self.path.parent, content["settings"], content["source"], self._identity)
+            return Progress(
+                content["tokenizer_hash"],
+                Cursor(*content["cursor"]),
+                content["skipped"],
+                {name: SplitState.from_json(state) for name, state in content["splits"].items()},
+            )
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise PreparationError(
+                f"{self.path} is not a progress file ({error!r}). Start again with --overwrite."
+            ) from None
+
+    def commit(self, progress: Progress) -> None:
+        """Record a commit. What it describes is on the disk already."""
+        write_json(self.path, {**self._identity, **asdict(progress)})
+
+    def remove(self) -> None:
+        """The preparation is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def refuse_differences(
+    directory: Path, settings: Mapping[str, Any], source: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Refuse to go on in a folder that was begun with other settings, or from a source that has changed since.
+
+    Raises:
+        PreparationError: naming each difference, and the remedy.
+    """
+    differences = [
+        f"--{key.replace('_', '-')} was {settings.get(key)!r}, now {value!r}"
+        for key, value in wanted["settings"].items()
+        if settings.get(key) != value
+    ]
+    if not differences:
+        differences = [
+            f"the source's {key} was {source.get(key)!r}, now {value!r}"
+            for key, value in wanted["source"].items()
+            if source.get(key) != value
+        ]
+    if differences:
+        raise PreparationError(
+            f"--out {directory} was prepared differently: {'; '.join(differences)}. "
+            "Use --overwrite to prepare it again from nothing, or another --out."
+        )

@@ -1,0 +1,125 @@
+"""Checks after wrapping: that the ranks see each other, and that the optimizer that will step is the one asked for.
+
+The traps are real ones: ranks that train alone, replaced optimizers, lost param groups, state left unsharded (accelerate and DeepSpeed,
+all without an error).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+class EngineError(RuntimeError):
+    """The engine did not do what was asked of it."""
+
+
+def check_world(device: torch.device) -> int:
+    """The number of ranks, counted by adding up a one from each.
+
+    Raises:
+        EngineError: fewer or more came up than the launcher started.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    counted = 1
+    if dist.is_available() and dist.is_initialized():
+        ones = torch.ones((), device=device)
+        dist.all_reduce(ones)
+        counted = int(ones)
+    if counted != launched:
+        raise EngineError(
+            f"the launcher started {launched} processes, and this one sees {counted}: each would train alone. "
+            "Start with `accelerate launch`, `torchrun` or plain `python`, and see that use_cpu and distributed_type of accelerate's "
+            "configuration fit the machine (configs/accelerate has ready ones)"
+        )
+    return counted
+
+
+def check_same_start(model: nn.Module, device: torch.device) -> None:
+    """Every rank must have built the same weights, since each keeps its own part of its own copy.
+
+    Raises:
+        EngineError: they differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    total = torch.stack(
+        [p.detach().double().sum() + p.detach().double().square().sum() for p in model.parameters()]
+    ).sum()
+    both = torch.stack([total, -total]).to(device, torch.float64)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        raise EngineError(
+            "the ranks built models with different weights; seed them alike, or load the same file everywhere"
+        )
+
+
+def check_optimizer(
+    optimizer: Optimizer, model: nn.Module, wanted: type[Optimizer], groups: list[dict[str, Any]]
+) -> None:
+    """The optimizer that will step must be `wanted`, over this model's float32 parameters, with the groups asked for.
+
+    Args:
+        optimizer: as the engine gave it back; wrappers with an `optimizer` attribute are looked through.
+        model: as the engine gave it back.
+        groups: the param groups that were asked for; every hyperparameter in them must have arrived.
+
+    Raises:
+        EngineError: naming the difference.
+    """
+    inner = optimizer
+    while not isinstance(inner, wanted) and isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer  # type: ignore[attr-defined]
+    if not isinstance(inner, wanted):
+        raise EngineError(f"the engine replaced {wanted.__name__} by {type(inner).__name__}")
+    if len(inner.param_groups) != len(groups):
+        raise EngineError(
+            f"{len(groups)} param groups were asked for, and the engine made {len(inner.param_groups)} of them"
+        )
+    for index, (found, asked) in enumerate(zip(inner.param_groups, groups, strict=True)):
+        for key, value in asked.items():
+            if key != "params" and found.get(key) != value:
+                raise EngineError(
+                    f"{key} of param group {index} is {found.get(key)!r} after wrapping, {value!r} was asked for"
+                )
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in held:
+            raise EngineError(f"the engine left parameter {name} out of the optimizer: it would never be updated")
+        if p.requires_grad and p.dtype != torch.float32:
+            raise EngineError(f"parameter {name} is {p.dtype}; the optimizer must see float32 master weights")
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of optimizer state (exp_avg, exp_avg_sq, precond and the like; not the 0-dim step counts)."""
+
+    local: int
+    """On this rank."""
+    whole: int
+    """Of the unsharded parameters."""
+
+
+def state_bytes(optimizer: Optimizer) -> StateBytes:
+    """What the optimizer's state takes on this rank, and would take unsharded."""
+    local = whole = 0
+    for tensor in _state_tensors(optimizer.state.values()):
+        whole += tensor.numel() * tensor.element_size()
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local += own.numel() * own.element_size()
+    return StateBytes(local, whole)
+
+
+def _state_tensors(states: Iterable[dict[str, Any]]) -> Iterable[Tensor]:
+    for state in states:
+        for value in state.values():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                yield value

@@ -1,0 +1,57 @@
+"""The global gradient norm and clipping, whatever the parameters' sharding.
+
+torch's `clip_grad_norm_` stacks DTensors, which fails where parameters live on two meshes (tensor parallelism over part of the model, with
+FSDP2). Here each kind of sharding is summed locally and reduced over the mesh dimensions that shard it: one scalar each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of every gradient that exists."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+
+@torch.no_grad()
+def global_norm(parameters: Iterable[Tensor]) -> float:
+    """Euclidean norm of all gradients together, the same on every rank; summed in float64. Waits for the device.
+
+    Raises:
+        ValueError: a gradient is a pending sum (`Partial`) over ranks.
+    """
+    by_sharding: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
+    for grad in (p.grad for p in parameters if p.grad is not None):
+        if not isinstance(grad, DTensor):
+            by_sharding[None].append(grad)
+            continue
+        if any(placement.is_partial() for placement in grad.placements):
+            raise ValueError(f"a gradient is a pending sum over ranks, {grad.placements}; redistribute it first")
+        sharded = tuple(i for i, placement in enumerate(grad.placements) if isinstance(placement, Shard))
+        by_sharding[(grad.device_mesh, sharded)].append(grad.to_local())
+    total = 0.0
+    for sharding, grads in by_sharding.items():
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        if sharding is not None:
+            mesh, dims = sharding
+            for dim in dims:
+                dist.all_reduce(squares, group=mesh.get_group(dim))
+        total += float(squares)
+    return math.sqrt(total)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    """Multiply every gradient, in place and without communication."""
+    if grads := local_gradients(parameters):
+        torch._foreach_mul_(grads, factor)

@@ -1,0 +1,1 @@
+"""Pretraining: configuration, model, loop, and what surrounds a run."""

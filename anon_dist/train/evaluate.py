@@ -1,0 +1,84 @@
+"""Validation: the loss over the same sequences of the validation split, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from anon_dist.data import TokenShards
+from anon_dist.train.model import document_mask
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation of a model."""
+
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    bits_per_byte: float
+    """Bits per byte of text, which compares across tokenizers."""
+    sequences: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)"""
+        return math.exp(min(self.loss, 700.0))
+
+
+def token_loss(model: nn.Module, batch: Tensor, mask_eod: int | None) -> Tensor:
+    """Cross-entropy of each token.
+
+    Args:
+        batch: (B, L + 1) int64 token ids on the model's device.
+        mask_eod: keep documents, which end with this token, apart; None: do not.
+
+    Returns:
+        (B, L) float32.
+    """
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    extra = {}
+    if mask_eod is not None:
+        extra["attention_mask"], extra["position_ids"] = document_mask(inputs, mask_eod)
+    logits = model(input_ids=inputs, use_cache=False, **extra).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view_as(targets)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    shards: TokenShards,
+    seq_len: int,
+    batch: int,
+    device: torch.device,
+    bytes_per_token: float,
+    sequences: int = 0,
+    mask_eod: int | None = None,
+) -> Evaluation:
+    """The loss over the first `sequences` sequences of the split (0: all of it). Every rank must call it.
+
+    Each rank takes its part; ranks that run out repeat the last sequence with weight 0, since sharded models need all ranks in every
+    forward pass.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    available = shards.num_samples(seq_len)
+    count = min(sequences or available, available)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    for start in range(0, count, batch * world):
+        indices = np.arange(start + rank * batch, start + (rank + 1) * batch)
+        tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len).astype(np.int64)).to(device)
+        weights = torch.from_numpy(indices < count).to(device, torch.float64)
+        losses = token_loss(model, tokens, mask_eod).double().mean(1)
+        sums += torch.stack([(losses * weights).sum(), weights.sum()])
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss = float(sums[0] / sums[1])
+    return Evaluation(loss, loss / math.log(2.0) / bytes_per_token, count)

@@ -1,0 +1,452 @@
+"""Pretraining from start to end; `train` reads from top to bottom.
+
+launch, data, model, optimizer → resume → steps → validation, checkpoint, export
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PretrainedConfig
+
+from anon_dist.checkpoint import CheckpointError, Checkpoints, load_sharded, save_sharded
+from anon_dist.checkpoint.files import write_json
+from anon_dist.checkpoint.folder import read_progress
+from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.engines import start, state_bytes, wrap
+from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.optim import Anon
+from anon_dist.optim.monitor import refreshes, update_statistics
+from anon_dist.train import randomness
+from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
+from anon_dist.train.export import export_model
+from anon_dist.train.lr import lr_factor
+from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.model import blocks, build_model, flops_per_token, peak_flops
+from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.report import RESULT, finished, report
+from anon_dist.train.signals import StopSignal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What a run has once it is set up."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    index: Index
+    train_shards: TokenShards
+    val_shards: TokenShards | None
+    model: nn.Module
+    """As the engine wrapped it."""
+    model_config: PretrainedConfig
+    optimizer: Optimizer
+    loader: BatchLoader
+    checkpoints: Checkpoints
+    flops: float
+    """Per token."""
+    step: int = 0
+    """Steps taken."""
+    skipped: int = 0
+    """Steps in a row whose gradient was not finite."""
+    validated: Evaluation | None = None
+
+    @property
+    def mask_eod(self) -> int | None:
+        """The token that ends a document, if attention is to stop there."""
+        return self.index.eod_id if self.config.data.mask_documents else None
+
+
+def train(config: Config) -> Path:
+    """Pretrain, or go on with, the run that `config` describes. Every process calls it.
+
+    Returns:
+        The run's folder. It holds `config.yaml`, `metrics.jsonl`, `checkpoints/`; after the last step also
+        `model/` (Hugging Face), `loss.png` and `result.json`.
+
+    Raises:
+        ConfigError, EngineError, CheckpointError, DataError: see there; nothing of an earlier run is lost.
+    """
+    accelerator, engine = start(
+        config.train.engine,
+        config.train.precision,
+        timedelta(minutes=config.train.timeout_minutes),
+        log_with=list(config.log.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
+    )
+    folder = Path(config.run_dir)
+    if _agree(config.resume == "auto" and finished(folder, config), accelerator):
+        if accelerator.is_main_process:
+            print(
+                f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
+            )
+            report(folder, config)
+        return folder
+
+    run = _set_up(config, accelerator, folder)
+    console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
+    if console:
+        _introduce(run, engine, console)
+    with StopSignal() as stop, run.loader, _metrics(run, console) as write:
+        stopped = _steps(run, stop, write, console)
+    if console:
+        console.close()
+    if stopped:
+        if accelerator.is_main_process:
+            print(
+                f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and the same command goes on from it.",
+                flush=True,
+            )
+    else:
+        _finish(run)
+    return folder
+
+
+# -- setting up -------------------------------------------------------------------------------------------------------
+
+
+def _set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
+    """Data, model, optimizer; and the latest checkpoint in them."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    rounds = accumulation(config, accelerator.num_processes)
+
+    index = Index.load(config.data.path)
+    if config.data.verify == "checksum":
+        if accelerator.is_local_main_process:
+            verify_checksums(config.data.path)
+        accelerator.wait_for_everyone()
+    train_shards = TokenShards(config.data.path, "train")
+    val_shards = TokenShards(config.data.path, "val") if "val" in index.splits else None
+    samples = train_shards.num_samples(config.data.seq_len)
+    if samples < 1:
+        raise ConfigError(
+            f"data.path = {config.data.path} has {len(train_shards)} training tokens, too few for data.seq_len = {config.data.seq_len}"
+        )
+    if val_shards is not None and val_shards.num_samples(config.data.seq_len) < 1:
+        val_shards = None
+
+    torch.manual_seed(config.train.seed)
+    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
+    flops = flops_per_token(built, config.data.seq_len)
+    if config.train.activation_checkpointing:
+        built.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        for block in blocks(built):
+            block.forward = torch.compile(block.forward)
+    optimizer = build_optimizer(config.optim, built)
+    wanted = hyperparameters(optimizer)
+    model, optimizer = wrap(accelerator, built, optimizer)
+    randomness.seed(config.train.seed, accelerator.process_index, 0)
+
+    loader = BatchLoader(
+        train_shards,
+        SampleOrder(samples, config.data.seed),
+        seq_len=config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=rounds,
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    run = Run(
+        config,
+        accelerator,
+        folder,
+        index,
+        train_shards,
+        val_shards,
+        model,
+        built.config,
+        optimizer,
+        loader,
+        checkpoints,
+        flops,
+    )
+    if accelerator.is_main_process:
+        checkpoints.clean()
+    accelerator.wait_for_everyone()
+    _resume(run, wanted)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    return run
+
+
+def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
+    """Load the checkpoint that `resume` asks for; with the hyperparameters of the present configuration."""
+    config, rank = run.config, run.accelerator.process_index
+    latest = run.checkpoints.latest()
+    if config.resume == "never":
+        if latest is not None:
+            raise ConfigError(
+                f"resume is never, but run_dir = {run.folder} has checkpoints; choose another run_dir, or remove it"
+            )
+        return
+    source = latest if config.resume == "auto" else Path(config.resume)
+    source = _agree(source, run.accelerator)
+    if source is None:
+        return
+    progress = read_progress(source)
+    if progress["step"] > config.train.steps:
+        raise CheckpointError(
+            f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
+        )
+    run.loader.load_state_dict(progress["data"])
+    load_sharded(source, run.model, run.optimizer)
+    say = print if run.accelerator.is_main_process else (lambda _: None)
+    apply_hyperparameters(run.optimizer, wanted, say)
+    run.step, run.skipped = progress["step"], progress["skipped"]
+    if not randomness.load(source, rank):
+        randomness.seed(config.train.seed, rank, run.step)
+    say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
+
+
+def _agree(value: Any, accelerator: Accelerator) -> Any:
+    """Rank 0's value, on every rank: others may see a shared folder a little later."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def _introduce(run: Run, engine: str, console: Console) -> None:
+    """Say what is about to run."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    size = state_bytes(run.optimizer)
+    config, ranks = run.config, run.accelerator.num_processes
+    console.say(
+        f"{parameters / 1e6:.2f}M parameters, {engine} on {ranks} {run.accelerator.device.type} rank{'s' * (ranks > 1)}, "
+        f"{config.train.precision}; {type(run.optimizer).__name__} holds {size.local / 2**20:.1f} of {size.whole / 2**20:.1f} MiB state "
+        f"per rank; {config.train.global_batch * config.data.seq_len:,} tokens a step, {config.train.steps} steps, "
+        f"{config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len):.2f} epochs"
+    )
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _steps(run: Run, stop: StopSignal, write: Any, console: Console | None) -> str | None:
+    """All steps that are left.
+
+    Returns:
+        The signal's name if one ended them early, None after the last.
+    """
+    config, steps, checkpoint_every = run.config, run.config.train.steps, run.config.checkpoint.every
+    watch = Stopwatch()
+    batches = iter(run.loader)
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    tokens, saved = 0, run.step
+    while run.step < steps:
+        loss = _gradients(run, batches, watch)
+        norm = global_norm(parameters)
+        finite = norm - norm == 0.0
+        factor = lr_factor(run.step + 1, steps, config.schedule)
+        if finite:
+            if config.train.grad_clip is not None and norm > config.train.grad_clip:
+                scale_gradients(parameters, config.train.grad_clip / norm)
+            watch.lap("backward")
+            for group in run.optimizer.param_groups:
+                group["lr"] = config.optim.lr * factor
+            run.optimizer.step()
+            watch.lap("optimizer")
+        run.optimizer.zero_grad()
+        run.loader.advance()
+        run.step += 1
+        tokens += config.train.global_batch * config.data.seq_len
+        _count_skips(run, finite, norm)
+
+        if run.step % config.log.every == 0 or run.step == steps or not finite:
+            write(_record(run, loss, norm, config.optim.lr * factor, tokens, watch.read()))
+            tokens = 0
+        if config.eval.every and run.step % config.eval.every == 0 and run.step < steps and run.val_shards is not None:
+            write(_validate(run, config.eval.sequences))
+            watch.lap("other")
+            watch.read()
+            tokens = 0
+        if run.step == steps or (checkpoint_every and run.step % checkpoint_every == 0):
+            _save(run)
+            saved = run.step
+            watch.lap("other")
+        if console:
+            console.step()
+        if stop.requested() and run.step < steps:
+            if saved != run.step:
+                _save(run)
+            return stop.received.name if stop.received else "a signal on another rank"
+    return None
+
+
+def _gradients(run: Run, batches: Any, watch: Stopwatch) -> Tensor:
+    """Accumulate the gradients of one step.
+
+    Returns:
+        This rank's mean loss, a 0-dim tensor on the device; the host does not wait for it.
+    """
+    rounds = run.loader.accumulation
+    total = torch.zeros((), device=run.accelerator.device)
+    for i in range(rounds):
+        batch = next(batches)
+        watch.lap("data")
+        batch = batch.to(run.accelerator.device, non_blocking=True)
+        last = i + 1 == rounds
+        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+            loss = token_loss(run.model, batch, run.mask_eod).mean() / rounds
+            loss.backward()
+        total += loss.detach()
+        watch.lap("backward")
+    return total
+
+
+def _count_skips(run: Run, finite: bool, norm: float) -> None:
+    """Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays."""
+    run.skipped = 0 if finite else run.skipped + 1
+    if run.skipped and run.accelerator.is_main_process:
+        log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
+    if run.skipped > run.config.train.max_skipped:
+        raise FloatingPointError(
+            f"{run.skipped} steps in a row had a non-finite gradient; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
+            "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
+        )
+
+
+def _record(run: Run, loss: Tensor, norm: float, lr: float, tokens: int, seconds: dict[str, float]) -> Record:
+    """The metrics of the step just taken; loss and norm are this step's alone, rates are means since the last record."""
+    accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
+    optimizer = run.optimizer
+    statistics = update_statistics(optimizer) if isinstance(optimizer, Anon) else None
+    sums = torch.tensor(
+        [float(loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
+    )
+    sums = sums.double().to(accelerator.device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    record: Record = {
+        "step": run.step,
+        "samples": run.loader.cursor,
+        "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
+        "loss": float(sums[0]) / accelerator.num_processes,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens_per_s": tokens / wall,
+    }
+    if isinstance(optimizer, Anon):
+        record["update_rms"] = float(sums[1] / sums[2].clamp(min=1.0)) ** 0.5
+        record["refreshes"] = refreshes(optimizer)
+    if peak := peak_flops(accelerator.device):
+        record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
+    record["data_share"] = seconds.get("data", 0.0) / wall
+    record["optimizer_share"] = seconds.get("optimizer", 0.0) / wall
+    record["memory_gb"] = _memory_gb(accelerator.device)
+    if run.skipped:
+        record["skipped"] = run.skipped
+    return record
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the accelerator, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _validate(run: Run, sequences: int) -> Record:
+    assert run.val_shards is not None
+    run.validated = evaluate(
+        run.model,
+        run.val_shards,
+        run.config.data.seq_len,
+        run.config.train.micro_batch,
+        run.accelerator.device,
+        run.index.splits["val"].bytes_per_token,
+        sequences,
+        run.mask_eod,
+    )
+    v = run.validated
+    return {"step": run.step, "val_loss": v.loss, "val_perplexity": v.perplexity, "val_bits_per_byte": v.bits_per_byte}
+
+
+@contextlib.contextmanager
+def _metrics(run: Run, console: Console | None) -> Any:
+    """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers."""
+    if console is None:
+        yield lambda record: None
+        return
+    run.accelerator.init_trackers(run.config.log.project, init_kwargs={"tensorboard": {}})
+    file = MetricsFile(run.folder / "metrics.jsonl", run.step)
+
+    def write(record: Record) -> None:
+        file.write(record)
+        console.record(record)
+        run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+    try:
+        yield write
+    finally:
+        file.close()
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+
+
+# -- saving and finishing ---------------------------------------------------------------------------------------------
+
+
+def _save(run: Run) -> None:
+    progress = {
+        "format": 1,
+        "step": run.step,
+        "skipped": run.skipped,
+        "data": run.loader.state_dict(),
+        "world_size": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "optimizer": type(run.optimizer).__name__,
+        "model": run.model_config.to_dict(),
+        "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    with run.checkpoints.writing(run.step, progress) as folder:
+        save_sharded(folder, run.model, run.optimizer)
+        randomness.save(folder, run.accelerator.process_index)
+
+
+def _finish(run: Run) -> None:
+    """Validate on the whole split, export, report."""
+    config, main = run.config, run.accelerator.is_main_process
+    record: Record = _validate(run, config.eval.final_sequences) if run.val_shards is not None else {"step": run.step}
+    export_model(run.folder / "model", run.model, run.model_config, Path(config.data.path) / "tokenizer", main)
+    if main:
+        file = MetricsFile(run.folder / "metrics.jsonl", run.step)
+        file.write(record)
+        file.close()
+        write_json(
+            run.folder / RESULT, {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": asdict(config)}
+        )
+        report(run.folder, config)
+    run.accelerator.wait_for_everyone()

@@ -1,0 +1,97 @@
+"""Where the metrics go: metrics.jsonl always, a progress bar or key=value lines, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Record = dict[str, float | int]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a JSON object a line, by step. A resumed run first drops the lines of steps it will repeat."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= resumed_at]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics file; a last line torn by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Console:
+    """The run as a person sees it: a progress bar on a terminal, lines of key=value elsewhere."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._shown: dict[str, str] = {}
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def record(self, record: Record) -> None:
+        """Show a record of metrics."""
+        if self._bar is None:
+            print(" ".join(f"{k}={_short(v)}" for k, v in record.items()), flush=True)
+            return
+        for key in ("loss", "val_loss", "lr", "tokens_per_s"):
+            if key in record:
+                self._shown[key] = _short(record[key])
+        self._bar.set_postfix(self._shown)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, above the bar if there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+class Stopwatch:
+    """Seconds spent in parts of the loop since the last reading."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap as `part`'s."""
+        now = time.perf_counter()
+        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._since
+        self._since = now
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part; the watch starts anew."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds

@@ -1,0 +1,77 @@
+"""The optimizer that a configuration asks for, and what becomes of a resumed one whose configuration has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from anon_dist.optim import Anon, param_groups
+from anon_dist.train.config import OptimConfig
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Anon, or fused AdamW, over the model's decay and no-decay groups.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, or a pattern of `gamma_by_name` matches no parameter.
+    """
+    if config.name == "adamw":
+        groups = param_groups(model, config.weight_decay)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=1e-8 if config.eps is None else config.eps, fused=True
+        )
+    return Anon(
+        param_groups(model, config.weight_decay, gamma=config.gamma_by_name),
+        lr=config.lr,
+        betas=config.betas,
+        eps=1e-16 if config.eps is None else config.eps,
+        gamma=config.gamma,
+        refresh_ratio=config.refresh_ratio,
+        beta3=config.beta3,
+        update_clip=config.update_clip,
+        window=config.window,
+        hold_silent=config.hold_silent,
+        state_dtype=config.state_dtype,
+    )
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Every group's, without its parameters."""
+    return [{k: v for k, v in g.items() if k not in ("params", "history")} for g in optimizer.param_groups]
+
+
+def apply_hyperparameters(optimizer: Optimizer, wanted: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Bring a resumed optimizer, which has the checkpoint's hyperparameters, to the present configuration's, saying each change.
+
+    What Anon's state depends on goes through `Anon.rebase`.
+
+    Raises:
+        ValueError: `rebase` refuses the change.
+    """
+    for index, (group, new) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
+        changed = {
+            k: v for k, v in new.items() if _plain(group.get(k)) != _plain(v) and k not in ("lr", "foreach", "fused")
+        }
+        for key, value in changed.items():
+            say(f"resuming with {key} = {value!r} in param group {index}; the checkpoint had {group.get(key)!r}")
+        if "state_dtype" in changed:
+            raise ValueError(
+                f"optim.state_dtype was {group['state_dtype']} in the checkpoint; it cannot change during a run"
+            )
+        if isinstance(optimizer, Anon):
+            rebased: dict[str, Any] = {
+                k: changed.pop(k) for k in ("gamma", "refresh_ratio", "beta3", "window") if k in changed
+            }
+            if "betas" in changed and changed["betas"][1] != group["betas"][1]:
+                rebased["beta2"] = changed["betas"][1]
+            if rebased:
+                optimizer.rebase(**rebased, group=index)
+        group.update(changed)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

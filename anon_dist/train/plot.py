@@ -1,0 +1,35 @@
+"""The loss curve as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anon_dist.train.metrics import Record
+
+
+def plot_loss(path: Path, records: list[Record], levels: dict[str, float], title: str) -> None:
+    """Training and validation loss over the steps, as a PNG.
+
+    Args:
+        levels: losses to compare with, drawn as horizontal lines: label → nats per token.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for key, label, style in (
+        ("loss", "training", {"lw": 0.8, "alpha": 0.6}),
+        ("val_loss", "validation", {"lw": 2, "marker": "o", "ms": 3}),
+    ):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    for (label, value), color in zip(levels.items(), ("tab:gray", "tab:red", "tab:purple"), strict=False):
+        axes.axhline(value, ls="--", lw=1, color=color, label=f"{label}: {value:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,45 @@
+"""The random state of each rank: dropout's, and whatever else draws."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed(base: int, rank: int, step: int) -> None:
+    """Seed all generators of this process, differently on each rank and after each step one may resume from."""
+    value = int(np.random.SeedSequence([base, rank, step]).generate_state(1)[0])
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+
+
+def save(folder: Path, rank: int) -> None:
+    """Write this rank's random state into a checkpoint."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "accelerator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
+    }
+    torch.save(state, folder / f"random-{rank:05d}.pt")
+
+
+def load(folder: Path, rank: int) -> bool:
+    """Restore what `save` wrote; False if there was no such rank."""
+    path = folder / f"random-{rank:05d}.pt"
+    if not path.exists():
+        return False
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["torch"])
+    if state["accelerator"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["accelerator"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    return True

@@ -1,0 +1,67 @@
+"""What a finished run shows: losses beside simple models' of the same corpus, a picture, a sample, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from anon_dist.checkpoint import Checkpoints
+from anon_dist.data import Index
+from anon_dist.train.config import Config
+from anon_dist.train.metrics import read_metrics
+from anon_dist.train.plot import plot_loss
+
+RESULT = "result.json"
+
+
+def finished(folder: Path, config: Config) -> bool:
+    """Whether the run in this folder has come to its end, with as many steps as are now asked for."""
+    try:
+        result = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(result["step"] >= config.train.steps)
+
+
+def report(folder: Path, config: Config) -> None:
+    """Print the result of a finished run, draw `loss.png`, and write a sample of the exported model's text."""
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    index = Index.load(config.data.path)
+    levels = {"unigram entropy of the corpus": index.statistics.unigram_entropy}
+    if index.statistics.bigram_val_loss is not None:
+        levels["bigram, add-one smoothed"] = index.statistics.bigram_val_loss
+    table = Table(title="Loss on the validation split, nats per token", title_justify="left")
+    for column in ("model", "loss", "share of unigram entropy"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, loss in (levels | ({"this run": result["val_loss"]} if "val_loss" in result else {})).items():
+        table.add_row(name, f"{loss:.3f}", f"{loss / index.statistics.unigram_entropy:.3f}")
+    console = Console()
+    console.print(table)
+    if "val_loss" in result:
+        console.print(f"perplexity {result['val_perplexity']:.2f}, {result['val_bits_per_byte']:.3f} bits per byte")
+    plot_loss(
+        folder / "loss.png", read_metrics(folder / "metrics.jsonl"), levels, f"{folder.name}: {config.optim.name}"
+    )
+    if config.log.sample_prompt is not None:
+        import transformers
+
+        from anon_dist.train.export import sample
+
+        transformers.logging.disable_progress_bar()
+
+        console.print("\nA sample, from the exported model:", style="bold")
+        console.print(sample(folder / "model", config.log.sample_prompt), markup=False, highlight=False, style="dim")
+    places = {
+        "Hugging Face model": folder / "model",
+        "sharded checkpoint": Checkpoints(folder / "checkpoints", 1).latest(),
+        "loss curve": folder / "loss.png",
+        "metrics": folder / "metrics.jsonl",
+        "configuration": folder / "config.yaml",
+    }
+    console.print("\nWhere everything lies:", style="bold")
+    for what, where in places.items():
+        console.print(f"  {what:<20} {where}", highlight=False, soft_wrap=True)

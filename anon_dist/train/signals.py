@@ -1,0 +1,71 @@
+"""Stop on SIGTERM, SIGINT or SIGUSR1: every rank after the same step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Job schedulers send SIGTERM, or SIGUSR1 some time before (Slurm's --signal); a terminal sends SIGINT to every process."""
+
+GRACE_SECONDS = 5.0
+"""A launcher passes on a signal that the processes got too. Only a SIGINT later than this is a second Ctrl-C, and ends at once."""
+
+
+class StopSignal:
+    """Whether the run should stop, agreed on by all ranks.
+
+    A signal may reach one rank only, or the ranks between different steps. Each step starts an all-reduce of one number between the hosts,
+    and reads the one of the step before, so that nobody waits. While the block is active the signals' old handlers are replaced.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._since = 0.0
+        self._old: dict[signal.Signals, Any] = {}
+        self._group = None
+        if dist.is_initialized() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # accelerators keep computing while hosts talk
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> StopSignal:
+        for number in SIGNALS:
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        if kind is None:  # after an error the peers may be gone
+            self._finish()
+
+    def requested(self) -> bool:
+        """Whether to stop now. Every rank must ask once a step; all get the same answer, one step after the signal."""
+        if not dist.is_initialized():
+            return self.received is not None
+        answer = self._finish()
+        flag = torch.tensor(float(self.received is not None))
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, flag)
+        return answer
+
+    def _finish(self) -> bool:
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return bool(flag)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > GRACE_SECONDS:
+            raise KeyboardInterrupt

@@ -1,0 +1,374 @@
+"""Cases that need several ranks; `test_distributed.py` launches them all at once.
+
+Each `case_…` function runs on every rank, one after the other, in one process group over gloo.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+from anon_dist import Anon
+from anon_dist.engines import EngineError, check_optimizer, check_world, start, state_bytes, wrap
+from anon_dist.engines.check import check_same_start
+from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.optim import STATE_KEYS, param_groups
+from anon_dist.optim.monitor import update_statistics
+from anon_dist.train import config as c
+from anon_dist.train import loop
+from anon_dist.train.model import build_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import at_step, forget_accelerate, metrics
+
+LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
+# What an engine may meet: odd sizes, and on some rank an empty shard.
+SHAPES = {"square": (63, 63), "one": (1,), "row": (1, 7), "vector": (128,), "cube": (3, 4, 5), "long": (1001,)}
+
+
+class Bag(nn.Module):
+    """Parameters of these shapes, the same on every rank."""
+
+    def __init__(self, shapes=None):
+        super().__init__()
+        for i, (name, shape) in enumerate((shapes or SHAPES).items()):
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))))
+
+
+def gradient(name, shape, t):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name)) * 100 + t))
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def step_with_gradients(model, optimizer, t):
+    """The same gradients, however the parameters are laid out; none for `vector` on every third step."""
+    for name, p in model.named_parameters():
+        p.grad = None
+        if name != "vector" or t % 3:
+            grad = gradient(name, p.shape, t)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+    optimizer.step()
+
+
+def assert_same_bits(model, optimizer, other, reference):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(full(p), full(q)), name
+        for key in STATE_KEYS:
+            assert torch.equal(full(optimizer.state[p][key]), full(reference.state[q][key])), (name, key)
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return build_model(c.ModelConfig(**{"layers": 2, "width": 32, "heads": 2, "context": 32, **changes}), 100, 0, 32)
+
+
+# -- the optimizer under FSDP2 ----------------------------------------------------------------------------------------
+
+
+def case_bits_do_not_depend_on_the_sharding():
+    for hyper in (
+        {},
+        {"gamma": 0.5, "window": 3},
+        {"gamma": -1.0, "hold_silent": True, "refresh_ratio": 2.0},
+        {"foreach": True},
+    ):
+        whole, model = Bag(), fully_shard(Bag())
+        reference, optimizer = Anon(whole.parameters(), **{**LM, **hyper}), Anon(model.parameters(), **{**LM, **hyper})
+        for t in range(40):
+            step_with_gradients(whole, reference, t)
+            step_with_gradients(model, optimizer, t)
+        assert_same_bits(model, optimizer, whole, reference)
+
+
+def case_state_is_sharded_and_the_step_adds_no_communication():
+    forget_accelerate()
+    accelerator, _ = start("fsdp2", "fp32", timedelta(minutes=1))
+    model = small_model(width=64)
+    optimizer = Anon(
+        param_groups(model, 0.1), **{**LM, "weight_decay": 0.1}
+    )  # over the unsharded parameters, as people write it
+    model, optimizer = wrap(accelerator, model, optimizer)
+    size = state_bytes(optimizer)
+    assert size.whole == 12 * sum(p.numel() for p in model.parameters())
+    assert abs(size.local * dist.get_world_size() / size.whole - 1) < 0.02, size
+    assert len(optimizer.state) == len(list(model.parameters()))
+    tokens = torch.randint(0, 100, (2, 32))
+    model(input_ids=tokens).logits.sum().backward()
+    with CommDebugMode() as communication:
+        optimizer.step()
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+
+
+def case_reading_the_state_first_takes_no_step():
+    for read in (lambda m, o: o.state_dict(), get_optimizer_state_dict):
+        model = fully_shard(Bag())
+        optimizer = Anon(model.parameters(), **LM)
+        states = read(model, optimizer)["state"]
+        assert all(float(s["step"]) == 0 for s in states.values())
+        assert len(states) == len(SHAPES)
+
+
+def case_dcp_round_trip_into_a_fresh_optimizer():
+    """As a user of torch alone would do it: the fresh optimizer has no state when its state dict is asked for."""
+    for steps in (3, 9, 31, 33):  # around refreshes and window edges
+        hyper = {**LM, "refresh_ratio": 2.0, "window": 5}
+        model = fully_shard(Bag())
+        optimizer = Anon(model.parameters(), **hyper)
+        for t in range(steps):
+            step_with_gradients(model, optimizer, t)
+        folder = shared_folder()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"m": model_state, "o": optimizer_state}, checkpoint_id=folder)
+        other = fully_shard(Bag())
+        resumed = Anon(other.parameters(), lr=0.5)
+        model_state, optimizer_state = get_state_dict(other, resumed)
+        dcp.load({"m": model_state, "o": optimizer_state}, checkpoint_id=folder)
+        set_state_dict(other, resumed, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        for t in range(steps, steps + 40):
+            step_with_gradients(model, optimizer, t)
+            step_with_gradients(other, resumed, t)
+        assert_same_bits(model, optimizer, other, resumed)
+
+
+def case_training_agrees_with_one_process():
+    """Gradients are averaged in another order, so float32 rounding differs and grows with the steps; γ = −1, 0.5 and 1 would show a wrong
+    scale of the gradient, which Adam's invariance would hide."""
+    for gamma, lr in ((-1.0, 1e-2), (0.5, 1e-2), (1.0, 3e-3)):
+        # The gradient of attention's key bias is 0 but for rounding; at ε = 1e-16 that noise would be scaled up to full steps.
+        hyper = {**LM, "gamma": gamma, "lr": lr, "hold_silent": gamma < 0, "update_clip": None, "eps": 1e-8}
+        forget_accelerate()
+        accelerator, _ = start("fsdp2", "fp32", timedelta(minutes=1))
+        alone, model = small_model(), small_model()
+        reference = Anon(param_groups(alone, 0.1), **hyper)
+        model, optimizer = wrap(accelerator, model, Anon(param_groups(model, 0.1), **hyper))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for t in range(12):
+            batch = torch.randint(0, 100, (4 * world, 33), generator=torch.Generator().manual_seed(t))
+            loop.token_loss(alone, batch, None).mean().backward()
+            for i, rows in enumerate(batch[4 * rank : 4 * rank + 4].split(2)):
+                with accelerator.no_sync(model) if i == 0 else open(os.devnull):
+                    (loop.token_loss(model, rows, None).mean() / 2).backward()
+            assert abs(global_norm(model.parameters()) / global_norm(alone.parameters()) - 1) < 1e-5
+            reference.step()
+            optimizer.step()
+            reference.zero_grad()
+            optimizer.zero_grad()
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(
+                full(p), q, rtol=1e-4, atol=1e-4 * float(q.detach().abs().max()), msg=f"{name} at γ = {gamma}"
+            )
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def case_global_norm_over_meshes():
+    """Parameters sharded on one mesh, on another, replicated, and plain ones: the norm of all of them together."""
+    world = dist.get_world_size()
+    line, grid = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (line, [Shard(0)]),
+        (grid, [Shard(0), Shard(1)]),
+        (grid, [Replicate(), Shard(1)]),
+        (line, [Replicate()]),
+        None,
+    ]
+    parameters, total = [], 0.0
+    for i, layout in enumerate(layouts):
+        value = torch.randn(7, 5, generator=torch.Generator().manual_seed(i))
+        total += float(value.double().square().sum())
+        p = nn.Parameter(distribute_tensor(value, *layout) if layout else value)
+        p.grad = p.detach().clone()
+        parameters.append(p)
+    assert abs(global_norm(parameters) / total**0.5 - 1) < 1e-6
+    scale_gradients(parameters, 0.5)
+    assert abs(global_norm(parameters) / total**0.5 - 0.5) < 1e-6
+
+
+# -- what must not go unnoticed ---------------------------------------------------------------------------------------
+
+
+def raises(error, words, action):
+    try:
+        action()
+    except error as caught:
+        if words not in str(caught):
+            raise
+    else:
+        raise AssertionError(f"no {error.__name__}")
+
+
+def case_ranks_that_train_alone_are_noticed():
+    launched = os.environ["WORLD_SIZE"]
+    os.environ["WORLD_SIZE"] = "3"
+    try:
+        raises(
+            EngineError, f"started 3 processes, and this one sees {launched}", lambda: check_world(torch.device("cpu"))
+        )
+    finally:
+        os.environ["WORLD_SIZE"] = launched
+
+
+def case_ranks_that_start_differently_are_noticed():
+    model = Bag()
+    check_same_start(model, torch.device("cpu"))
+    if dist.get_rank() == 1:
+        model.one.data += 1e-7
+    raises(EngineError, "different weights", lambda: check_same_start(model, torch.device("cpu")))
+
+
+def case_a_replaced_optimizer_is_noticed():
+    model = Bag()
+    groups = [{"lr": 1e-3, "gamma": 0.5}]
+    adam = torch.optim.AdamW(model.parameters())
+    raises(EngineError, "replaced Anon by AdamW", lambda: check_optimizer(adam, model, Anon, groups))
+    changed = Anon(model.parameters(), gamma=1.0)
+    raises(EngineError, "gamma of param group 0 is 1.0", lambda: check_optimizer(changed, model, Anon, groups))
+    partial = Anon([model.one], gamma=0.5)
+    raises(EngineError, "left parameter square out", lambda: check_optimizer(partial, model, Anon, groups))
+    half = Bag().to(torch.bfloat16)
+    raises(
+        EngineError, "torch.bfloat16", lambda: check_optimizer(Anon(half.parameters(), gamma=0.5), half, Anon, groups)
+    )
+
+
+def case_contradicting_configurations_are_noticed():
+    forget_accelerate()
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = "true", "2"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
+    try:
+        raises(EngineError, "mixed_precision: fp16", lambda: start("auto", "bf16", timedelta(minutes=1)))
+        raises(EngineError, "train.engine is ddp", lambda: start("ddp", "fp32", timedelta(minutes=1)))
+    finally:
+        for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_MIXED_PRECISION"):
+            del os.environ[key]
+
+
+def case_plain_accelerate():
+    """Accelerator.prepare as a user calls it: FSDP2's switch of parameters leaves no state of the old ones."""
+    forget_accelerate()
+    start("fsdp2", "fp32", timedelta(minutes=1))
+    accelerator = Accelerator()
+    model = small_model()
+    optimizer = Anon(model.parameters(), **LM)
+    optimizer.init_state()  # too early: it must not stay
+    model, prepared = accelerator.prepare(model, optimizer)
+    for _ in range(2):
+        accelerator.backward(model(input_ids=torch.randint(0, 100, (2, 32))).logits.sum())
+        prepared.step()
+        prepared.zero_grad()
+    size = state_bytes(optimizer)
+    assert set(optimizer.state) == set(model.parameters())
+    assert abs(size.local * dist.get_world_size() / size.whole - 1) < 0.05, size
+    assert update_statistics(optimizer).elements == size.local // 12
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def run_config(data, folder, **changes):
+    config = c.Config(
+        model=c.ModelConfig(layers=2, width=32, heads=2, context=32, dropout=changes.pop("dropout", 0.0)),
+        data=c.DataConfig(path=data, seq_len=32),
+        optim=c.OptimConfig(lr=3e-3),
+        schedule=c.ScheduleConfig(warmup_steps=3),
+        train=c.TrainConfig(steps=12, global_batch=8, micro_batch=2, engine=changes.pop("engine", "fsdp2")),
+        eval=c.EvalConfig(every=5, sequences=15, final_sequences=33),
+        checkpoint=c.CheckpointConfig(every=4, keep=9),
+        log=c.LogConfig(every=1, trackers=()),
+        run_dir=folder,
+    )
+    assert not changes
+    return config
+
+
+def run(config):
+    forget_accelerate()
+    return loop.train(config)
+
+
+class Patch:
+    """pytest's monkeypatch, outside of pytest."""
+
+    def __init__(self):
+        self.undo = []
+
+    def setattr(self, target, name, value):
+        self.undo.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    def close(self):
+        for target, name, value in reversed(self.undo):
+            setattr(target, name, value)
+
+
+def case_a_signal_to_one_rank_stops_all():
+    """Only rank 1 is told to stop; all stop after the same step, and go on bit for bit. With dropout and accumulation."""
+    whole = run(run_config(DATA, shared_folder(), dropout=0.1))
+    config = run_config(DATA, shared_folder(), dropout=0.1)
+    patch = Patch()
+    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
+    folder = run(config)
+    patch.close()
+    assert max(r["step"] for r in metrics(folder)) in (6, 7)
+    run(config)
+    if dist.get_rank() == 0:
+        assert metrics(folder) == metrics(whole)
+
+
+def case_ddp_agrees_with_fsdp2():
+    sharded, replicated = (run(run_config(DATA, shared_folder(), engine=e)) for e in ("fsdp2", "ddp"))
+    if dist.get_rank() == 0:
+        a, b = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (sharded, replicated))
+        assert len(a) == 12
+        assert all(abs(x / y - 1) < 1e-4 for x, y in zip(a, b, strict=True))
+
+
+def case_leave_a_run_for_one_process():
+    """Not a check of its own: `test_another_world_size` goes on from here."""
+    run(run_config(DATA, str(Path(OUT) / "two-ranks")))
+
+
+def shared_folder():
+    """A new folder, the same on every rank."""
+    names = [tempfile.mkdtemp(dir=OUT) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
+def main():
+    global OUT, DATA
+    OUT, DATA = sys.argv[1:3]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, case in [(k, v) for k, v in globals().items() if k.startswith("case_")]:
+        try:
+            case()
+            results[name] = "passed"
+        except Exception:
+            results[name] = traceback.format_exc()
+        Path(OUT, f"results-{dist.get_rank()}.json").write_text(json.dumps(results))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Several ranks on one machine, launched once; each case of `cases.py` is a test."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import forget_accelerate, metrics
+
+CASES = re.findall(r"^def (case_\w+)", Path(__file__).with_name("cases.py").read_text(), re.MULTILINE)
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, prepared):
+    """The folder of the results, by rank, and the runs."""
+    out = tmp_path_factory.mktemp("distributed")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={RANKS}",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+    ]
+    command += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("cases.py")), str(out), str(prepared)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    (out / "log").write_text(done.stdout + done.stderr)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case, launched):
+    for rank in range(RANKS):
+        path = launched / f"results-{rank}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        result = results.get(case, "was not reached:\n" + (launched / "log").read_text()[-4000:])
+        assert result == "passed", f"rank {rank}: {result}"
+
+
+def test_another_world_size(launched, prepared):
+    """A run of two ranks, interrupted, goes on in one process: the same samples, the losses but for the order of summation."""
+    import shutil
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from cases import run_config
+
+    from anon_dist.train import loop
+
+    whole = launched / "two-ranks"
+    resumed = launched / "one-rank"
+    shutil.copytree(whole, resumed)
+    for path in ("result.json", "checkpoints/step-00000012", "checkpoints/step-00000008"):
+        shutil.rmtree(resumed / path) if (resumed / path).is_dir() else (resumed / path).unlink()
+    forget_accelerate()
+    config = run_config(str(prepared), str(resumed), engine="auto")
+    config.train.micro_batch = 8  # and another accumulation
+    loop.train(config)
+    a, b = metrics(whole), metrics(resumed)
+    assert [(r["step"], r.get("samples")) for r in a] == [(r["step"], r.get("samples")) for r in b]
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert [r[key] for r in a if key in r] == pytest.approx([r[key] for r in b if key in r], rel=1e-4)

@@ -1,0 +1,51 @@
+"""Small runs, in this process."""
+
+import pytest
+from helpers import forget_accelerate
+
+from anon_dist.train import config as c
+from anon_dist.train import loop
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Each test starts without accelerate's state, and leaves none."""
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+@pytest.fixture
+def run_config(prepared, tmp_path, fresh_accelerate):
+    """A function that gives a small configuration; keywords are `section__field`."""
+
+    def make(**changes):
+        config = c.Config(
+            model=c.ModelConfig(layers=2, width=32, heads=2, context=32),
+            data=c.DataConfig(path=str(prepared), seq_len=32),
+            optim=c.OptimConfig(lr=3e-3),
+            schedule=c.ScheduleConfig(warmup_steps=3),
+            train=c.TrainConfig(steps=14, global_batch=8, micro_batch=4),
+            eval=c.EvalConfig(every=5, sequences=16, final_sequences=32),
+            checkpoint=c.CheckpointConfig(every=4),
+            log=c.LogConfig(every=1, trackers=()),
+            run_dir=str(tmp_path / "run"),
+        )
+        for name, value in changes.items():
+            section, _, key = name.rpartition("__")
+            setattr(getattr(config, section) if section else config, key, value)
+        c.check(config)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def train():
+    """Train in this process, as if it had just been started."""
+
+    def run(config):
+        forget_accelerate()
+        return loop.train(config)
+
+    return run

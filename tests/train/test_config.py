@@ -1,0 +1,121 @@
+"""The configuration: defaults, files, command line, and what is said of mistakes."""
+
+import pytest
+import yaml
+
+from anon_dist.train.config import (
+    Config,
+    ConfigError,
+    accumulation,
+    find_config,
+    load_config,
+    parse_args,
+    shipped_configs,
+    to_yaml,
+)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = parse_args(
+        ["--optim.gamma", "-0.5", "--optim.betas", "0.8", "0.9", "--optim.window", "12", "--train.grad-clip", "None"]
+    )
+    assert (config.optim.gamma, config.optim.betas, config.optim.window, config.train.grad_clip) == (
+        -0.5,
+        (0.8, 0.9),
+        12,
+        None,
+    )
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted((shipped_configs() / "train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path):
+    assert parse_args(["--config", path.stem]) == parse_args(["--config", str(path)])
+    assert find_config(path.stem) == path
+
+
+def test_command_line_over_file(tmp_path):
+    path = write(tmp_path, "optim: {lr: 6e-4, gamma: 0.5}\ntrain: {steps: 50}\nschedule: {warmup_steps: 5}\n")
+    config = parse_args([f"--config={path}", "--optim.lr", "1e-3"])
+    assert (config.optim.lr, config.optim.gamma, config.train.steps) == (1e-3, 0.5, 50)
+    assert load_config(path).optim.lr == 6e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {gama: 1}", r"c\.yaml: unknown key 'optim\.gama'; did you mean 'optim\.gamma'\?"),
+        ("optm: {gamma: 1}", r"unknown key 'optm'; did you mean 'optim'\?"),
+        ("optim: {gamma: high}", r"'optim\.gamma' must be float, not 'high'"),
+        ("train: {steps: 1.5}", r"'train\.steps' must be int, not 1\.5"),
+        ("train: {compile: 1}", r"'train\.compile' must be bool, not 1"),
+        ("optim: {betas: [0.9]}", r"'optim\.betas' must be"),
+        ("optim: {window: soon}", r"'optim\.window' must be"),
+        ("train: {precision: fp8}", r"'train\.precision' must be one of fp32, bf16, not 'fp8'"),
+        ("optim: 3", r"'optim' is a section, not 3"),
+        ("[1, 2]", r"expected a mapping"),
+        ("a: [", r"c\.yaml: while parsing"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_unknown_flag_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--optim.gama", "1"])
+    assert "--optim.gamma" in capsys.readouterr().err
+
+
+def test_unknown_configuration_lists_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"--config quikstart: no such file.*quickstart"):
+        find_config("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--train.steps", "0"], "train.steps must be at least 1"),
+        (["--model.heads", "7"], "model.width = 768 is not a multiple of model.heads = 7"),
+        (["--data.seq-len", "2048"], "data.seq_len = 2048 is longer than model.context = 1024"),
+        (["--train.steps", "50"], "schedule.warmup_steps = 100 leaves nothing of train.steps = 50"),
+        (["--schedule.min-ratio", "2"], "schedule.min_ratio must be in"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other(args, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_args(args)
+
+
+def test_accumulation_follows_from_the_batch_sizes():
+    config = Config()
+    config.train.global_batch, config.train.micro_batch = 48, 4
+    assert accumulation(config, 3) == 4
+    with pytest.raises(ConfigError, match=r"48 is not a multiple of train.micro_batch · ranks = 4 · 5"):
+        accumulation(config, 5)
+
+
+def test_every_field_is_documented():
+    """`--help` explains every option."""
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        parse_args(["--help"])
+    flags = [
+        f"--{s}.{k.replace('_', '-')}"
+        for s, v in yaml.safe_load(to_yaml(Config())).items()
+        if isinstance(v, dict)
+        for k in v
+    ]
+    missing = [f for f in flags if f not in text.getvalue() and f.replace("--", "--no-") not in text.getvalue()]
+    assert not missing
+    assert text.getvalue().count("(default:") + text.getvalue().count("(optional)") >= len(flags)

@@ -1,0 +1,63 @@
+"""Shapes, document masks and operation counts."""
+
+import pytest
+import torch
+
+from anon_dist.train.config import ConfigError, ModelConfig
+from anon_dist.train.model import blocks, build_model, document_mask, flops_per_token
+
+EOD = 0
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return build_model(ModelConfig(**{"layers": 2, "width": 32, "heads": 4, "context": 64, **changes}), 100, EOD, 64)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_shapes(family, tie):
+    model = small(family=family, tie_embeddings=tie)
+    assert model.get_input_embeddings().num_embeddings == 128
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tie
+    assert len(blocks(model)) == 2
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.training
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_masked_documents_do_not_see_each_other(family):
+    """Each document in a packed sequence has the logits that it has alone."""
+    model = small(family=family).eval()
+    tokens = torch.randint(1, 100, (2, 48), generator=torch.Generator().manual_seed(1))
+    tokens[0, 10] = tokens[0, 30] = tokens[1, 0] = EOD
+    mask, positions = document_mask(tokens, EOD)
+    packed = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    for row, start, end in ((0, 0, 11), (0, 11, 31), (0, 31, 48), (1, 0, 1), (1, 1, 48)):
+        alone = model(input_ids=tokens[row : row + 1, start:end]).logits[0]
+        torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_operations_per_token_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small(family="llama", tie_embeddings=False, attention="eager")
+    tokens = torch.randint(1, 100, (1, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens).logits.sum().backward()
+    # The formula counts all of attention's products, forward and backward; so does the counter (eager attention is not causal). It
+    # leaves out norms and the softmax, which are not products.
+    assert counter.get_total_flops() / 64 == pytest.approx(flops_per_token(model, 64), rel=0.1)
+
+
+def test_starting_from_a_pretrained_model(tmp_path):
+    small().save_pretrained(tmp_path / "m")
+    model = build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 64)
+    for a, b in zip(model.parameters(), small().parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match=r"has 128 embeddings and the data 200 tokens"):
+        build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 200, EOD, 64)
+    with pytest.raises(ConfigError, match=r"longer than the pretrained model's context, 64"):
+        build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 65)
+    with pytest.raises(ConfigError, match=r"model.from_pretrained = .*nowhere"):
+        build_model(ModelConfig(from_pretrained=str(tmp_path / "nowhere")), 100, EOD, 64)

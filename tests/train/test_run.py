@@ -1,0 +1,216 @@
+"""Whole runs in one process: interrupted and resumed, exported, refused."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import Crash, at_step, crash, metrics, send
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
+from anon_dist.train import loop
+from anon_dist.train.config import ConfigError
+
+# β2 = 0.95, ρ = 1.1: refreshes at 1 … 11, 13; a window of 2 is closed at step 12, and open at 4, 8 and 13.
+OPTIMIZERS = {
+    "preset": {},
+    "window": {"optim__window": 2, "optim__refresh_ratio": 2.0},
+    "adamw": {"optim__name": "adamw"},
+    "gamma": {"optim__gamma": 0.5, "optim__gamma_by_name": {"*wte*": 1.0, "*ln_*": 0.0}},
+}
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model").state_dict() for folder in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(models[0].values(), models[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, train, tmp_path, monkeypatch):
+    """Crashes at steps before, at and after checkpoints (every 4 steps), with gradient accumulation and dropout."""
+    changes = {**OPTIMIZERS[optimizer], "model__dropout": 0.1}
+    whole = train(run_config(**changes, run_dir=str(tmp_path / "whole")))
+    config = run_config(**changes, run_dir=str(tmp_path / "crashed"))
+    for step in (2, 6, 9, 13):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            at_step(patch, step, crash)
+            train(config)
+    assert_same_run(whole, train(config))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_save_and_exit(number, run_config, train, tmp_path, monkeypatch, capsys):
+    whole = train(run_config(run_dir=str(tmp_path / "whole")))
+    config = run_config(run_dir=str(tmp_path / "stopped"), checkpoint__every=0)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, send(number))
+        folder = train(config)
+    assert f"Stopped by {number.name} after step 7" in capsys.readouterr().out
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000007"]
+    assert_same_run(whole, train(config))
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, capsys):
+    config = run_config(log__sample_prompt="def ")
+    folder = train(config)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "loss.png"}
+    capsys.readouterr()
+    train(config)
+    out = capsys.readouterr().out
+    assert "Nothing to do" in out
+    assert "unigram entropy" in out
+    assert "A sample, from the exported model" in out
+    assert str(folder / "model") in out
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "loss.png"}
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+    config.train.steps = 18  # more steps: it goes on
+    train(config)
+    assert metrics(folder)[-2]["step"] == 18
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_exported_model_is_the_trained_one(family, tie, run_config, train, prepared):
+    """Loaded with plain transformers, it has the validation loss that the run ended with."""
+    config = run_config(model__family=family, model__tie_embeddings=tie, train__steps=5)
+    folder = train(config)
+    result = json.loads((folder / "result.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert type(model).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
+    batch = torch.from_numpy(TokenShards(prepared, "val").samples(np.arange(32), 32)).long()
+    with torch.no_grad():
+        logits = model(input_ids=batch[:, :-1]).logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    assert float(loss) == pytest.approx(result["val_loss"], rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer("héllo\n")["input_ids"] == list("héllo\n".encode())
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_continued_pretraining_starts_from_the_weights(run_config, train, tmp_path):
+    first = train(run_config(run_dir=str(tmp_path / "first")))
+    second = train(
+        run_config(
+            run_dir=str(tmp_path / "second"), model__from_pretrained=str(first / "model"), train__steps=4, optim__lr=0.0
+        )
+    )
+    loss = json.loads((first / "result.json").read_text())["val_loss"]
+    assert json.loads((second / "result.json").read_text())["val_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_documents_can_be_kept_apart(run_config, train, tmp_path):
+    lines = [json.dumps({"text": f"line {i % 7} of {i}"}) for i in range(300)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    data = tmp_path / "data"
+    prepare(
+        PrepareConfig(source=str(tmp_path / "short.jsonl"), tokenizer="bytes", out=data, val_fraction=0.3, workers=1)
+    )
+    plain = train(run_config(run_dir=str(tmp_path / "plain"), data__path=str(data)))
+    masked = train(run_config(run_dir=str(tmp_path / "masked"), data__path=str(data), data__mask_documents=True))
+    assert metrics(plain)[-1]["val_loss"] != metrics(masked)[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("changes", [{"train__activation_checkpointing": True}, {"model__attention": "eager"}])
+def test_options_that_do_not_change_the_result(changes, run_config, train, tmp_path):
+    plain = train(run_config(run_dir=str(tmp_path / "plain")))
+    other = train(run_config(run_dir=str(tmp_path / "other"), **changes))
+    a, b = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (plain, other))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_bf16_computes_in_bf16_over_float32_weights(run_config, train, tmp_path):
+    plain = train(run_config(run_dir=str(tmp_path / "plain")))
+    half = train(run_config(run_dir=str(tmp_path / "half"), train__precision="bf16"))
+    a, b = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (plain, half))
+    assert a != b
+    assert a == pytest.approx(b, rel=2e-2)
+    weights = AutoModelForCausalLM.from_pretrained(half / "model").state_dict()
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_gradients_that_are_not_finite_skip_the_step(run_config, train, tmp_path, monkeypatch):
+    """The weights and the optimizer's step count stay; the sample is passed over; too many in a row end the run."""
+    original, calls = loop.token_loss, []
+
+    def poisoned(model, batch, mask):
+        calls.append(1)
+        loss = original(model, batch, mask)
+        return loss * float("nan") if model.training and poison() else loss
+
+    monkeypatch.setattr(loop, "token_loss", poisoned)
+    poison = lambda: len(calls) in (5, 6)  # noqa: E731 - both micro-batches of step 3
+    folder = train(run_config(eval__every=0))
+    records = {r["step"]: r for r in metrics(folder) if "loss" in r}
+    assert records[3]["skipped"] == 1
+    assert "skipped" not in records[4]
+    assert records[14]["refreshes"] == 12  # of 13 steps taken: a_k = 1 … 11, 13
+    poison = lambda: True  # noqa: E731
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row had a non-finite gradient.*Lower optim.lr"):
+        train(run_config(run_dir=str(tmp_path / "nan"), train__max_skipped=2))
+
+
+def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, train, monkeypatch, capsys):
+    config = run_config()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 10, crash)
+        train(config)
+    config.optim.gamma, config.optim.weight_decay, config.optim.beta3 = 0.5, 0.0, 0.5
+    capsys.readouterr()
+    folder = train(config)
+    out = capsys.readouterr().out
+    assert "resuming with gamma = 0.5 in param group 0; the checkpoint had 1.0" in out
+    assert "resuming with weight_decay = 0.0 in param group 0; the checkpoint had 0.1" in out
+    assert metrics(folder)[-2]["step"] == 14
+
+
+def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, tmp_path):
+    config = run_config(train__steps=5)
+    folder = train(config)
+    files = sorted(p for p in (folder / "checkpoints").rglob("*"))
+
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=match):
+            train(run_config(train__steps=8, **changes))
+        assert sorted(p for p in (folder / "checkpoints").rglob("*")) == files
+
+    refused(CheckpointError, r"step-00000005 is of another model: .*h\.2", model__layers=3)
+    refused(CheckpointError, r"step-00000005 cannot be loaded: .*[Ss]ize", model__width=64)
+    refused(CheckpointError, r"another optimizer's state than AdamW's", optim__name="adamw")
+    refused(DataError, r"keep the data seed", data__seed=1)
+    refused(ConfigError, r"resume is never, but run_dir", resume="never")
+    refused(CheckpointError, r"nowhere is no complete checkpoint", resume=str(tmp_path / "nowhere"))
+    refused(
+        ConfigError,
+        r"64 is not a multiple of train.micro_batch · ranks = 5",
+        train__global_batch=64,
+        train__micro_batch=5,
+    )
+    other = tmp_path / "other"
+    prepare(PrepareConfig(source=str(texts), tokenizer="bytes", out=other, val_fraction=0.4, workers=1))
+    refused(DataError, r"fingerprint is", data__path=str(other))
+    (folder / "checkpoints" / "step-00000005" / ".metadata").write_bytes(b"torn")
+    files = sorted(p for p in (folder / "checkpoints").rglob("*"))
+    refused(CheckpointError, r"\.metadata cannot be read")
+
+
+def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / "altered")
+    shard = tmp_path / "altered" / "train-00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-00000\.bin"):
+        train(run_config(data__path=str(tmp_path / "altered")))
+
+
+def test_trackers(run_config, train):
+    folder = train(run_config(log__trackers=("tensorboard",)))
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
