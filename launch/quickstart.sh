@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh deepspeed
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 
-anon-dist data prepare --source stdlib --tokenizer spm-bpe:2048 --out data/stdlib
+anon-dist data prepare --source stdlib --tokenizer spm-bpe:4096 --out data/stdlib
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then

@@ -122,8 +122,9 @@ def encode_chunks(source: Iterator[Chunk], make: Callable[[], Encoder], workers:
     if workers == 1:
         yield from map(make(), source)
         return
-    # Spawned, not forked: this process may have threads of its tokenizer, of Arrow and of torch.
-    context = multiprocessing.get_context("spawn")
+    # Not forked from this process, which may have threads of its tokenizer, of Arrow and of torch, but from one that only imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["anon_dist.data.encode", "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make,))
     pending: deque[Future[EncodedChunk]] = deque()
     try:

@@ -34,9 +34,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder of files, written by someone else, is on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder against other preparations; the kernel lets go when the process ends, however it ends.
+
+    Some network file systems cannot lock a folder; there it is not held.
 
     Raises:
         PreparationError: another process holds it.
@@ -49,6 +59,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             raise PreparationError(
                 f"--out {folder}: another process is preparing it. Wait for it, or name another folder."
             ) from None
+        except OSError:
+            pass  # no such locks on this file system
         yield
     finally:
         os.close(descriptor)

@@ -69,11 +69,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Index:
-    """Everything known of a prepared folder.
-
-    Raises (`load`):
-        ShardError: there is no index, or it is not one that this version reads.
-    """
+    """Everything known of a prepared folder."""
 
     format_version: int
     dtype: str
@@ -137,7 +133,11 @@ class Index:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read the index of a prepared folder."""
+        """Read the index of a prepared folder.
+
+        Raises:
+            ShardError: there is no index, or it is not one that this version reads.
+        """
         path = Path(directory) / INDEX_FILE
         try:
             content = json.loads(path.read_bytes())

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anon_dist.data.errors import DataError
 from anon_dist.data.order import SampleOrder
 from anon_dist.data.shards import TokenShards
 
@@ -152,7 +153,7 @@ class BatchLoader(Iterator[Tensor]):
         """Go on from `state`; micro-batches taken since the last `advance()` are given out again, at the loaded place.
 
         Raises:
-            ValueError: the state belongs to another corpus, sequence length, seed or order. It names each difference.
+            DataError: the state belongs to another corpus, sequence length, seed or order. It names each difference.
         """
         remedies = {
             "fingerprint": "point the run at the data it began with",
@@ -168,10 +169,10 @@ class BatchLoader(Iterator[Tensor]):
             if state.get(key) != mine
         ]
         if differences:
-            raise ValueError("BatchLoader: cannot resume: " + "; ".join(differences))
+            raise DataError("BatchLoader: cannot resume: " + "; ".join(differences))
         cursor = state.get("cursor")
         if not isinstance(cursor, int) or cursor < 0:
-            raise ValueError(f"BatchLoader: cannot resume: cursor must be an integer ≥ 0, not {cursor!r}")
+            raise DataError(f"BatchLoader: cannot resume: cursor must be an integer ≥ 0, not {cursor!r}")
         self._start(cursor)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from anon_dist.data.encode import EncodedChunk, Encoder, chunks, encode_chunks
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.files import exclusive, sync_folder, write_json
+from anon_dist.data.files import exclusive, sync_folder, sync_tree, write_json
 from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
 from anon_dist.data.meter import Meter, say
@@ -24,7 +24,7 @@ from anon_dist.data.sample import training_sample
 from anon_dist.data.shards import TokenShards
 from anon_dist.data.sources import LimitedSource, Source, TextUnit, open_source
 from anon_dist.data.statistics import compute_statistics
-from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec
+from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
 from anon_dist.data.writer import SplitState, SplitWriter
 
 COMMIT_BYTES = 64 << 20
@@ -142,8 +142,7 @@ class _Preparation:
         building = self.out / BUILDING
         for unfinished in (building, folder):
             shutil.rmtree(unfinished, ignore_errors=True)
-        trained = self.config.tokenizer.startswith("spm-")
-        limit = int(self.config.tokenizer_sample_mb * 1e6) if trained else CHECK_BYTES
+        limit = int(self.config.tokenizer_sample_mb * 1e6) if is_trained(self.config.tokenizer) else CHECK_BYTES
         build_tokenizer(
             self.config.tokenizer,
             lambda: training_sample(self.source, limit, self.config.val_fraction),
@@ -151,6 +150,7 @@ class _Preparation:
             split_digits=self.config.split_digits,
             say=say,
         )
+        sync_tree(building)
         building.rename(folder)
         sync_folder(self.out)
         tokenizer = Tokenizer(folder, self.config.tokenizer)

@@ -14,7 +14,6 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -276,26 +275,16 @@ def _walk(root: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The unpacked content of a file."""
+def _open(path: Path) -> io.BufferedIOBase:
+    """The unpacked content of a file, to be closed."""
     if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            yield file
-    elif path.suffix == ".zst":
-        import zstandard
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import pyarrow
 
-        try:
-            with (
-                path.open("rb") as raw,
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file,
-            ):
-                yield io.BufferedReader(file)
-        except zstandard.ZstdError as error:
-            raise OSError(error) from error
-    else:
-        with path.open("rb") as file:
-            yield file
+        # The zstandard package would take a file that breaks off for a whole one.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
 
 
 def _plain_text(path: Path, unit: TextUnit) -> Iterator[str | _Skipped]:

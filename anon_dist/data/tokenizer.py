@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import xxhash
@@ -22,6 +22,7 @@ from anon_dist.data.errors import TokenizerError
 Ids = NDArray[np.uint32]
 
 SPM_FILE = "spm.model"
+SPM_KINDS: dict[str, Literal["bpe", "unigram"]] = {"spm-bpe": "bpe", "spm-unigram": "unigram"}
 BYTES = "bytes"
 CHECK_TEXTS = 256
 CHECK_CHARS = 1 << 20
@@ -100,7 +101,7 @@ def check_spec(spec: str) -> None:
         TokenizerError: naming what is allowed.
     """
     kind, colon, argument = spec.partition(":")
-    if kind in ("spm-bpe", "spm-unigram"):
+    if kind in SPM_KINDS:
         if not argument.isdecimal() or int(argument) < 1:
             raise TokenizerError(f"--tokenizer {spec}: SIZE must be a whole number, as in {kind}:4096.")
     elif kind == "hf" and colon:
@@ -129,33 +130,44 @@ def build_tokenizer(
     """
     check_spec(spec)
     texts = sample()
-    part = _check_sample(texts)
+    checked = _check_sample(texts)
     kind, _, argument = spec.partition(":")
     if kind == "hf":
-        hf = _load_hf(argument, local=False)
-        _eod_id(hf, spec)
-        hf.split_special_tokens = True
-        hf.init_kwargs["split_special_tokens"] = True
-        hf.save_pretrained(folder)
+        _save_hf(argument, folder)
     elif spec == BYTES:
         _wrap(_byte_level(), spm.EOD).save_pretrained(folder)
+    elif kind in SPM_KINDS:
+        say(f"training {spec} on {sum(map(len, texts)) / 1e6:.1f} M characters")
+        model = spm.train(SPM_KINDS[kind], int(argument), texts, split_digits=split_digits)
+        _save_spm(model, spec, checked, folder, say)
     else:
-        trained = kind in ("spm-bpe", "spm-unigram")
-        if trained:
-            say(f"training {spec} on {sum(map(len, texts)) / 1e6:.1f} M characters")
-            model = spm.train(
-                "bpe" if kind == "spm-bpe" else "unigram", int(argument), texts, split_digits=split_digits
-            )
-        else:
-            model = spm.read_model(Path(spec))
-        fast, eod = spm.convert(model, spec)
-        if ties := spm.check_conversion(fast, model, part, spec):
-            say(f"{ties} of {len(part)} sample texts have another segmentation of equal score than SentencePiece gives")
-        _wrap(fast, eod).save_pretrained(folder)
-        (folder / SPM_FILE).write_bytes(model)
+        _save_spm(spm.read_model(Path(spec)), spec, checked, folder, say)
     tokenizer = Tokenizer(folder, spec)
-    tokenizer.check([*part, spm.EOD, tokenizer.hf.eos_token])
+    tokenizer.check([*checked, spm.EOD, tokenizer.hf.eos_token])
+    if tokenizer.eod_id in tokenizer.encode(tokenizer.hf.eos_token):
+        say(f"{spec}: text that spells {tokenizer.hf.eos_token!r} will be read as the end of a document")
     return tokenizer
+
+
+def is_trained(spec: str) -> bool:
+    """Whether the tokenizer is trained on the corpus."""
+    return spec.partition(":")[0] in SPM_KINDS
+
+
+def _save_hf(name: str, folder: Path) -> None:
+    hf = _load_hf(name, local=False)
+    _eod_id(hf, name)
+    hf.split_special_tokens = True
+    hf.init_kwargs["split_special_tokens"] = True  # this is what is saved
+    hf.save_pretrained(folder)
+
+
+def _save_spm(model: bytes, spec: str, checked: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
+    fast, eod = spm.convert(model, spec)
+    for remark in spm.check_conversion(fast, model, checked, spec):
+        say(f"{spec}: {remark}")
+    _wrap(fast, eod).save_pretrained(folder)
+    (folder / SPM_FILE).write_bytes(model)
 
 
 def _check_sample(texts: Sequence[str]) -> list[str]:

@@ -28,6 +28,11 @@ def check_world(device: torch.device) -> int:
     Raises:
         EngineError: fewer or more came up than the launcher started.
     """
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise EngineError(
+            "accelerate was to start several processes and started one: its launcher for CPUs (distributed_type: MULTI_CPU) does so unless "
+            "given an MPI host file. Use configs/accelerate/ddp-cpu.yaml or fsdp2-cpu.yaml, or torchrun"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     counted = 1
     if dist.is_available() and dist.is_initialized():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -89,7 +91,7 @@ def train(config: Config) -> Path:
     accelerator, engine = start(
         config.train.engine,
         config.train.precision,
-        timedelta(minutes=config.train.timeout_minutes),
+        timeout(config),
         log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
@@ -102,7 +104,7 @@ def train(config: Config) -> Path:
             report(folder, config)
         return folder
 
-    run = _set_up(config, accelerator, folder)
+    run = set_up(config, accelerator, folder)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, engine, console)
@@ -121,10 +123,15 @@ def train(config: Config) -> Path:
     return folder
 
 
+def timeout(config: Config) -> timedelta:
+    """How long a rank waits for its peers."""
+    return timedelta(minutes=config.train.timeout_minutes)
+
+
 # -- setting up -------------------------------------------------------------------------------------------------------
 
 
-def _set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
+def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
     """Data, model, optimizer; and the latest checkpoint in them."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -247,8 +254,8 @@ def _introduce(run: Run, engine: str, console: Console) -> None:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: Run, stop: StopSignal, write: Any, console: Console | None) -> str | None:
-    """All steps that are left.
+def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None) -> str | None:
+    """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
     Returns:
         The signal's name if one ended them early, None after the last.
@@ -256,49 +263,72 @@ def _steps(run: Run, stop: StopSignal, write: Any, console: Console | None) -> s
     config, steps, checkpoint_every = run.config, run.config.train.steps, run.config.checkpoint.every
     watch = Stopwatch()
     batches = iter(run.loader)
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    tokens, saved = 0, run.step
+    logged = run.step
     while run.step < steps:
-        loss = _gradients(run, batches, watch)
-        norm = global_norm(parameters)
-        finite = norm - norm == 0.0
-        factor = lr_factor(run.step + 1, steps, config.schedule)
-        if finite:
-            if config.train.grad_clip is not None and norm > config.train.grad_clip:
-                scale_gradients(parameters, config.train.grad_clip / norm)
-            watch.lap("backward")
-            for group in run.optimizer.param_groups:
-                group["lr"] = config.optim.lr * factor
-            run.optimizer.step()
-            watch.lap("optimizer")
-        run.optimizer.zero_grad()
-        run.loader.advance()
-        run.step += 1
-        tokens += config.train.global_batch * config.data.seq_len
-        _count_skips(run, finite, norm)
-
-        if run.step % config.log.every == 0 or run.step == steps or not finite:
-            write(_record(run, loss, norm, config.optim.lr * factor, tokens, watch.read()))
-            tokens = 0
+        done = take_step(run, batches, watch)
+        if run.step % config.log.every == 0 or run.step == steps or not done.finite:
+            write(record_of(run, done, run.step - logged, watch.read()))
+            logged = run.step
         if config.eval.every and run.step % config.eval.every == 0 and run.step < steps and run.val_shards is not None:
             write(_validate(run, config.eval.sequences))
-            watch.lap("other")
-            watch.read()
-            tokens = 0
-        if run.step == steps or (checkpoint_every and run.step % checkpoint_every == 0):
+            watch.skip()
+        saved = run.step == steps or bool(checkpoint_every and run.step % checkpoint_every == 0)
+        if saved:
             _save(run)
-            saved = run.step
-            watch.lap("other")
+            watch.skip()
         if console:
             console.step()
         if stop.requested() and run.step < steps:
-            if saved != run.step:
+            if not saved:
                 _save(run)
             return stop.received.name if stop.received else "a signal on another rank"
     return None
 
 
-def _gradients(run: Run, batches: Any, watch: Stopwatch) -> Tensor:
+@dataclass(frozen=True)
+class Step:
+    """What came of one step."""
+
+    loss: Tensor
+    """This rank's mean loss, 0-dim, on the device."""
+    grad_norm: float
+    """Global gradient norm, before clipping."""
+    lr: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient was finite; if not, the optimizer was not stepped, on any rank."""
+        return math.isfinite(self.grad_norm)
+
+
+def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
+    """Gradients of one global batch, clipped; one optimizer step.
+
+    Raises:
+        FloatingPointError: the gradient was not finite in too many steps in a row.
+    """
+    config = run.config
+    loss = _gradients(run, batches, watch)
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    norm = global_norm(parameters)
+    lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
+    if math.isfinite(norm):
+        if config.train.grad_clip is not None and norm > config.train.grad_clip:
+            scale_gradients(parameters, config.train.grad_clip / norm)
+        watch.lap("gradients")
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        watch.lap("optimizer")
+    run.optimizer.zero_grad()
+    run.loader.advance()
+    run.step += 1
+    _count_skips(run, norm)
+    watch.lap("other")
+    return Step(loss, norm, lr)
+
+
+def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     """Accumulate the gradients of one step.
 
     Returns:
@@ -315,13 +345,13 @@ def _gradients(run: Run, batches: Any, watch: Stopwatch) -> Tensor:
             loss = token_loss(run.model, batch, run.mask_eod).mean() / rounds
             loss.backward()
         total += loss.detach()
-        watch.lap("backward")
+        watch.lap("gradients")
     return total
 
 
-def _count_skips(run: Run, finite: bool, norm: float) -> None:
+def _count_skips(run: Run, norm: float) -> None:
     """Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays."""
-    run.skipped = 0 if finite else run.skipped + 1
+    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if run.skipped and run.accelerator.is_main_process:
         log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
     if run.skipped > run.config.train.max_skipped:
@@ -331,13 +361,14 @@ def _count_skips(run: Run, finite: bool, norm: float) -> None:
         )
 
 
-def _record(run: Run, loss: Tensor, norm: float, lr: float, tokens: int, seconds: dict[str, float]) -> Record:
-    """The metrics of the step just taken; loss and norm are this step's alone, rates are means since the last record."""
+def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
+    """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
+    tokens = steps * run.config.train.global_batch * run.config.data.seq_len
     optimizer = run.optimizer
     statistics = update_statistics(optimizer) if isinstance(optimizer, Anon) else None
     sums = torch.tensor(
-        [float(loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
+        [float(done.loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
     )
     sums = sums.double().to(accelerator.device)
     if dist.is_initialized():
@@ -347,8 +378,8 @@ def _record(run: Run, loss: Tensor, norm: float, lr: float, tokens: int, seconds
         "samples": run.loader.cursor,
         "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
         "loss": float(sums[0]) / accelerator.num_processes,
-        "lr": lr,
-        "grad_norm": norm,
+        "lr": done.lr,
+        "grad_norm": done.grad_norm,
         "tokens_per_s": tokens / wall,
     }
     if isinstance(optimizer, Anon):
@@ -390,7 +421,7 @@ def _validate(run: Run, sequences: int) -> Record:
 
 
 @contextlib.contextmanager
-def _metrics(run: Run, console: Console | None) -> Any:
+def _metrics(run: Run, console: Console | None) -> Iterator[Callable[[Record], None]]:
     """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers."""
     if console is None:
         yield lambda record: None

@@ -91,6 +91,10 @@ class Stopwatch:
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._since
         self._since = now
 
+    def skip(self) -> None:
+        """Do not count the time since the last lap."""
+        self._since = time.perf_counter()
+
     def read(self) -> dict[str, float]:
         """Seconds by part; the watch starts anew."""
         seconds, self._seconds = self._seconds, {}

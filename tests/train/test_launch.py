@@ -1,0 +1,122 @@
+"""Runs as a user starts them: through the launchers, and killed like a machine that loses power."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+model: {layers: 2, width: 32, heads: 2, context: 32}
+data: {path: PATH, seq_len: 32}
+optim: {lr: 3.0e-3}
+schedule: {warmup_steps: 3}
+train: {steps: 120, global_batch: 8, micro_batch: 2}
+eval: {every: 50, sequences: 16, final_sequences: 32}
+checkpoint: {every: 5}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(prepared, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("launch") / "small.yaml"
+    path.write_text(SMALL.replace("PATH", str(prepared)))
+    return path
+
+
+def launch(config: Path, run_dir: Path, launcher: list[str], *options: str) -> subprocess.Popen[str]:
+    command = [
+        *launcher,
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+        *options,
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+
+
+def accelerate(config_file: str) -> list[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs" / "accelerate" / config_file),
+    ]
+    return [*command, "--num_processes", "2"]
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a run that should succeed; its output."""
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
+    """SIGKILL to every process of the run, launcher included, at any moment: in a step, in a checkpoint."""
+    whole = launch(config, tmp_path / "whole", accelerate("fsdp2-cpu.yaml"))
+    finish(whole)
+    moment = random.Random(0)
+    for _ in range(2):
+        process = launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml"))
+        for line in process.stdout:
+            if line.startswith("step="):
+                break
+        time.sleep(moment.uniform(0.0, 3.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    output = finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
+    assert "Resuming" in output
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert "Nothing to do" in finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
+
+
+def test_sigterm_to_the_launcher_saves(config, tmp_path):
+    process = launch(
+        config, tmp_path / "run", accelerate("ddp-cpu.yaml"), "--checkpoint.every", "0", "--train.steps", "100000"
+    )
+    for line in process.stdout:
+        if line.startswith("step=3 "):
+            break
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped by SIGTERM after step" in output
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_one_process_instead_of_several_is_noticed(config, tmp_path):
+    """accelerate's MULTI_CPU launcher starts a single process, whatever num_processes says, without a word."""
+    text = (ROOT / "configs" / "accelerate" / "ddp-cpu.yaml").read_text()
+    (tmp_path / "multi-cpu.yaml").write_text(
+        text.replace("MULTI_GPU\n", "MULTI_CPU\n").replace("port: 0", "port: 29400")
+    )
+    process = launch(config, tmp_path / "run", accelerate(str(tmp_path / "multi-cpu.yaml")))
+    output, _ = process.communicate(timeout=60)
+    assert "accelerate was to start several processes and started one" in output
+    assert process.returncode == 1
+
+
+def test_a_mistake_is_one_line(config, tmp_path):
+    process = launch(config, tmp_path / "run", [sys.executable], "--data.path", str(tmp_path / "nowhere"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.startswith("error: preparation unfinished or not a data folder")
+    assert "Traceback" not in output
