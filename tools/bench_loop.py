@@ -76,7 +76,9 @@ def main() -> None:
                 data.append(seconds["data"] / sum(seconds.values()))
     low, middle, high = np.quantile(np.array(ours) / np.array(theirs), [0.25, 0.5, 0.75])
     size = f"{config.train.global_batch} x {config.data.seq_len} tokens a step"
-    print(f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.config}, {size}")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.config}, {size}"
+    )
     print(f"outside of the optimizer: loop {1e3 * np.median(ours):.1f} ms, bare {1e3 * np.median(theirs):.1f} ms")
     print(
         f"ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}); the loader's share of a step {100 * np.median(data):.2f}%"
