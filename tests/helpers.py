@@ -31,7 +31,18 @@ def at_step(monkeypatch, step, action):
 
 def metrics(folder: Path):
     """The records that do not depend on the clock."""
-    keep = ("step", "samples", "loss", "val_loss", "grad_norm", "update_rms", "refreshes", "lr", "skipped")
+    keep = (
+        "step",
+        "samples",
+        "loss",
+        "val_loss",
+        "final_loss",
+        "grad_norm",
+        "update_rms",
+        "refreshes",
+        "lr",
+        "skipped",
+    )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
 

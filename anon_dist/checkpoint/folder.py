@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.files import publish, remove, write_json
+from anon_dist.files import publish, remove, write_json
 
 PROGRESS = "trainer.json"
 _NAME = re.compile(r"step-(\d{8})")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.files import write_json
 from anon_dist.data.index import FORMAT_VERSION
 from anon_dist.data.sources import START, Cursor
 from anon_dist.data.writer import SplitState
+from anon_dist.files import write_json
 
 JOURNAL_FILE = "progress.json"
 
@@ -21,6 +21,8 @@ JOURNAL_FILE = "progress.json"
 class Progress:
     """A commit: everything before `cursor` is in the shards that `splits` describe, and nothing after it."""
 
+    val_fraction: float
+    """The part of the documents that goes to validation, as settled at the beginning."""
     tokenizer_hash: str | None = None
     """The tokenizer in the folder, None before there is one."""
     cursor: Cursor = START
@@ -52,6 +54,7 @@ class Journal:
             content = json.loads(self.path.read_bytes())
             refuse_differences(self.path.parent, content["settings"], content["source"], self._identity)
             return Progress(
+                content["val_fraction"],
                 content["tokenizer_hash"],
                 Cursor(*content["cursor"]),
                 content["skipped"],

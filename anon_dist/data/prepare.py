@@ -16,16 +16,17 @@ import numpy as np
 
 from anon_dist.data.encode import EncodedChunk, Encoder, chunks, encode_chunks
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.files import exclusive, sync_folder, sync_tree, write_json
 from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
+from anon_dist.data.lock import exclusive
 from anon_dist.data.meter import Meter, say
-from anon_dist.data.sample import training_sample
+from anon_dist.data.sample import training_sample, validation_fraction
 from anon_dist.data.shards import TokenShards
 from anon_dist.data.sources import LimitedSource, Source, TextUnit, open_source
 from anon_dist.data.statistics import compute_statistics
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
 from anon_dist.data.writer import SplitState, SplitWriter
+from anon_dist.files import sync, sync_tree, write_json
 
 COMMIT_BYTES = 64 << 20
 """Text between two commits: a killed preparation loses at most the work on so much."""
@@ -66,7 +67,8 @@ class PrepareConfig:
     max_bytes: int | None = None
     """Stop after the document that brings the text to so many bytes."""
     val_fraction: float = 0.01
-    """Part of the documents, chosen by a hash of their text, that goes to the validation split. 0 for none."""
+    """Part of the documents, chosen by a hash of their text, that goes to the validation split. 0 for none. Of a small source, at least
+    one document goes there."""
     shard_tokens: int = 2**26
     """Tokens in a shard file."""
     tokenizer_sample_mb: float = 16.0
@@ -115,8 +117,9 @@ class _Preparation:
         earlier = self.journal.load()
         if earlier is None:
             _refuse_foreign_files(self.out)
-            self.journal.commit(Progress())
-        self.progress = earlier or Progress()
+            earlier = Progress(validation_fraction(source, config.val_fraction))
+            self.journal.commit(earlier)
+        self.progress = earlier
 
     def run(self) -> Index:
         started = time.perf_counter()
@@ -145,14 +148,14 @@ class _Preparation:
         limit = int(self.config.tokenizer_sample_mb * 1e6) if is_trained(self.config.tokenizer) else CHECK_BYTES
         build_tokenizer(
             self.config.tokenizer,
-            lambda: training_sample(self.source, limit, self.config.val_fraction),
+            lambda: training_sample(self.source, limit, self.progress.val_fraction),
             building,
             split_digits=self.config.split_digits,
             say=say,
         )
         sync_tree(building)
         building.rename(folder)
-        sync_folder(self.out)
+        sync(self.out)
         tokenizer = Tokenizer(folder, self.config.tokenizer)
         self.progress = replace(self.progress, tokenizer_hash=tokenizer.hash)
         self.journal.commit(self.progress)
@@ -167,7 +170,7 @@ class _Preparation:
             name: SplitWriter(self.out, name, dtype, self.config.shard_tokens, states.get(name, SplitState()))
             for name in SPLITS
         }
-        make = partial(Encoder, tokenizer.folder, tokenizer.spec, self.config.val_fraction, dtype)
+        make = partial(Encoder, tokenizer.folder, tokenizer.spec, self.progress.val_fraction, dtype)
         encoded = encode_chunks(chunks(self.source.read(self.progress.cursor)), make, self.config.workers)
         try:
             self._write(encoded, writers)

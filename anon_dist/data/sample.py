@@ -1,16 +1,20 @@
-"""The texts that a tokenizer is trained and checked on: a sample of the training documents, bounded in bytes."""
+"""What is learnt of a source before it is tokenised: the texts for the tokenizer, and how many documents validation needs."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator
 
 import xxhash
 
 from anon_dist.data.encode import is_validation
-from anon_dist.data.errors import SourceError
+from anon_dist.data.errors import PreparationError, SourceError
 from anon_dist.data.sources import Item, Source
+
+SMALL_BYTES = 64 << 20
+"""A source of files up to this size is read once more, in a second or so, to give it a validation document."""
 
 REACH = 8
 """How many times the sample's size is read at most, to choose from."""
@@ -45,6 +49,28 @@ def training_sample(source: Source, limit: int, val_fraction: float) -> list[str
     if not number:
         raise SourceError(f"the source has no documents (skipped: {dict(skipped) or 'none'}). Give another --source.")
     return [text[:limit] for _, _, text in sorted(heap, reverse=True)]
+
+
+def validation_fraction(source: Source, wanted: float) -> float:
+    """The fraction of documents for validation: `wanted`, or of a small source as much more as gives validation one document.
+
+    Only sources of at most `SMALL_BYTES` are looked at. A larger one has documents enough, or too few to know beforehand.
+
+    Raises:
+        PreparationError: validation is wanted, and the source has a single document (or copies of one).
+    """
+    if wanted == 0.0 or int(source.describe().get("bytes", SMALL_BYTES + 1)) > SMALL_BYTES:
+        return wanted
+    hashes = {xxhash.xxh3_64_intdigest(item.text.encode()) for item in source.read() if item.skipped is None}
+    if len(hashes) == 1:
+        raise PreparationError(
+            "the source is a single document, of which none can go to validation. Divide its text with --text-unit paragraph or line, or "
+            "do without validation with --val-fraction 0."
+        )
+    fraction = wanted
+    while hashes and not int(fraction * 2.0**64) > min(hashes):
+        fraction = math.nextafter(max(fraction, min(hashes) / 2.0**64), 1.0)
+    return fraction
 
 
 def _scattered(source: Source) -> Iterator[Item]:

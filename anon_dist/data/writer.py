@@ -13,9 +13,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.files import sync_folder
 from anon_dist.data.index import ShardInfo, SplitInfo
 from anon_dist.data.shards import file_checksum
+from anon_dist.files import sync
 
 RESTART = "Start the preparation again with --overwrite."
 
@@ -125,7 +125,7 @@ class SplitWriter:
     def _write(self, tokens: NDArray[Any]) -> None:
         if self._file is None:
             self._file = self._path().open("wb")
-            sync_folder(self._directory)
+            sync(self._directory)
         data = np.ascontiguousarray(tokens, self._dtype).data
         self._file.write(data)
         self._digest.update(data)

@@ -140,11 +140,11 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     every: int = 200
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations; 0: only after the last step."""
     sequences: int = 256
     """Validation sequences, always the same ones; 0: the whole split."""
     final_sequences: int = 0
-    """The same for the validation at the end."""
+    """The same for the last validation, whose result is the run's."""
 
 
 @dataclass

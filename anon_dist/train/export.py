@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from anon_dist.checkpoint.files import publish
+from anon_dist.files import publish
 
 
 def export_model(folder: Path, model: nn.Module, config: PretrainedConfig, tokenizer: Path, main: bool) -> None:

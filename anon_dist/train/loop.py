@@ -27,11 +27,11 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints, load_sharded, save_sharded
-from anon_dist.checkpoint.files import write_json
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
 from anon_dist.engines import start, state_bytes, wrap
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.files import write_json
 from anon_dist.optim import Anon
 from anon_dist.optim.monitor import refreshes, update_statistics
 from anon_dist.train import randomness
@@ -70,7 +70,6 @@ class Run:
     """Steps taken."""
     skipped: int = 0
     """Steps in a row whose gradient was not finite."""
-    validated: Evaluation | None = None
 
     @property
     def mask_eod(self) -> int | None:
@@ -269,8 +268,10 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
         if run.step % config.log.every == 0 or run.step == steps or not done.finite:
             write(record_of(run, done, run.step - logged, watch.read()))
             logged = run.step
-        if config.eval.every and run.step % config.eval.every == 0 and run.step < steps and run.val_shards is not None:
-            write(_validate(run, config.eval.sequences))
+        if run.val_shards is not None and (
+            run.step == steps or (config.eval.every and run.step % config.eval.every == 0)
+        ):
+            write(_evaluation_record(run, _validate(run, config.eval.sequences), "val"))
             watch.skip()
         saved = run.step == steps or bool(checkpoint_every and run.step % checkpoint_every == 0)
         if saved:
@@ -404,9 +405,9 @@ def _memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _validate(run: Run, sequences: int) -> Record:
+def _validate(run: Run, sequences: int) -> Evaluation:
     assert run.val_shards is not None
-    run.validated = evaluate(
+    return evaluate(
         run.model,
         run.val_shards,
         run.config.data.seq_len,
@@ -416,8 +417,15 @@ def _validate(run: Run, sequences: int) -> Record:
         sequences,
         run.mask_eod,
     )
-    v = run.validated
-    return {"step": run.step, "val_loss": v.loss, "val_perplexity": v.perplexity, "val_bits_per_byte": v.bits_per_byte}
+
+
+def _evaluation_record(run: Run, result: Evaluation, prefix: str) -> Record:
+    return {
+        "step": run.step,
+        f"{prefix}_loss": result.loss,
+        f"{prefix}_perplexity": result.perplexity,
+        f"{prefix}_bits_per_byte": result.bits_per_byte,
+    }
 
 
 @contextlib.contextmanager
@@ -470,7 +478,9 @@ def _save(run: Run) -> None:
 def _finish(run: Run) -> None:
     """Validate on the whole split, export, report."""
     config, main = run.config, run.accelerator.is_main_process
-    record: Record = _validate(run, config.eval.final_sequences) if run.val_shards is not None else {"step": run.step}
+    record: Record = {"step": run.step}
+    if run.val_shards is not None:
+        record = _evaluation_record(run, _validate(run, config.eval.final_sequences), "final")
     export_model(run.folder / "model", run.model, run.model_config, Path(config.data.path) / "tokenizer", main)
     if main:
         file = MetricsFile(run.folder / "metrics.jsonl", run.step)

@@ -17,7 +17,7 @@ class MetricsFile:
     """`metrics.jsonl`: a JSON object a line, by step. A resumed run first drops the lines of steps it will repeat."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= resumed_at]
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= resumed_at and "final_loss" not in r]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)

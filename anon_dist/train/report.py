@@ -37,12 +37,12 @@ def report(folder: Path, config: Config) -> None:
     table = Table(title="Loss on the validation split, nats per token", title_justify="left")
     for column in ("model", "loss", "share of unigram entropy"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name, loss in (levels | ({"this run": result["val_loss"]} if "val_loss" in result else {})).items():
+    for name, loss in (levels | ({"this run": result["final_loss"]} if "final_loss" in result else {})).items():
         table.add_row(name, f"{loss:.3f}", f"{loss / index.statistics.unigram_entropy:.3f}")
     console = Console()
     console.print(table)
-    if "val_loss" in result:
-        console.print(f"perplexity {result['val_perplexity']:.2f}, {result['val_bits_per_byte']:.3f} bits per byte")
+    if "final_loss" in result:
+        console.print(f"perplexity {result['final_perplexity']:.2f}, {result['final_bits_per_byte']:.3f} bits per byte")
     plot_loss(
         folder / "loss.png", read_metrics(folder / "metrics.jsonl"), levels, f"{folder.name}: {config.optim.name}"
     )

@@ -63,5 +63,5 @@ def test_another_world_size(launched, prepared):
     loop.train(config)
     a, b = metrics(whole), metrics(resumed)
     assert [(r["step"], r.get("samples")) for r in a] == [(r["step"], r.get("samples")) for r in b]
-    for key in ("loss", "val_loss", "grad_norm"):
+    for key in ("loss", "val_loss", "final_loss", "grad_norm"):
         assert [r[key] for r in a if key in r] == pytest.approx([r[key] for r in b if key in r], rel=1e-4)

@@ -71,7 +71,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, caps
 
     config.train.steps = 18  # more steps: it goes on
     train(config)
-    assert metrics(folder)[-2]["step"] == 18
+    assert metrics(folder)[-1]["step"] == 18
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -87,7 +87,7 @@ def test_the_exported_model_is_the_trained_one(family, tie, run_config, train, p
     with torch.no_grad():
         logits = model(input_ids=batch[:, :-1]).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    assert float(loss) == pytest.approx(result["val_loss"], rel=1e-5)
+    assert float(loss) == pytest.approx(result["final_loss"], rel=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert tokenizer("héllo\n")["input_ids"] == list("héllo\n".encode())
     assert tokenizer.eos_token_id == model.config.eos_token_id
@@ -100,8 +100,8 @@ def test_continued_pretraining_starts_from_the_weights(run_config, train, tmp_pa
             run_dir=str(tmp_path / "second"), model__from_pretrained=str(first / "model"), train__steps=4, optim__lr=0.0
         )
     )
-    loss = json.loads((first / "result.json").read_text())["val_loss"]
-    assert json.loads((second / "result.json").read_text())["val_loss"] == pytest.approx(loss, rel=1e-6)
+    loss = json.loads((first / "result.json").read_text())["final_loss"]
+    assert json.loads((second / "result.json").read_text())["final_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_documents_can_be_kept_apart(run_config, train, tmp_path):
@@ -113,7 +113,7 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
     )
     plain = train(run_config(run_dir=str(tmp_path / "plain"), data__path=str(data)))
     masked = train(run_config(run_dir=str(tmp_path / "masked"), data__path=str(data), data__mask_documents=True))
-    assert metrics(plain)[-1]["val_loss"] != metrics(masked)[-1]["val_loss"]
+    assert metrics(plain)[-1]["final_loss"] != metrics(masked)[-1]["final_loss"]
 
 
 @pytest.mark.parametrize("changes", [{"train__activation_checkpointing": True}, {"model__attention": "eager"}])
@@ -166,7 +166,7 @@ def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, trai
     out = capsys.readouterr().out
     assert "resuming with gamma = 0.5 in param group 0; the checkpoint had 1.0" in out
     assert "resuming with weight_decay = 0.0 in param group 0; the checkpoint had 0.1" in out
-    assert metrics(folder)[-2]["step"] == 14
+    assert metrics(folder)[-1]["step"] == 14
 
 
 def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, tmp_path):

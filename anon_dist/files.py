@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, also after a crash of the machine."""
+"""Files and folders that are complete or absent, also after a power cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sync_tree(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write or replace a JSON file in one step."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
