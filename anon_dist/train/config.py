@@ -295,13 +295,14 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
             default = load_config(find_config(args[i].split("=", 1)[1]))
             i += 1
         else:
-            rest.append(args[i])
+            rest.append({"true": "True", "false": "False"}.get(args[i], args[i]))  # as YAML spells them
             i += 1
     config = tyro.cli(
         Config,
         default=default,
         args=rest,
         prog="pretrain.py",
+        config=(tyro.conf.FlagConversionOff,),  # every flag takes a value, as in the file
         description="Pretrain a GPT-style model. --config FILE (or the name of a shipped configuration) sets the defaults of all below.",
     )
     check(config)

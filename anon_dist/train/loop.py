@@ -158,7 +158,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
     built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
     flops = flops_per_token(built, config.data.seq_len)
     if config.train.activation_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        built.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
@@ -434,7 +434,9 @@ def _metrics(run: Run, console: Console | None) -> Iterator[Callable[[Record], N
     if console is None:
         yield lambda record: None
         return
-    run.accelerator.init_trackers(run.config.log.project, init_kwargs={"tensorboard": {}})
+    run.accelerator.init_trackers(
+        run.config.log.project, init_kwargs={"wandb": {"dir": str(run.folder), "name": run.folder.name}}
+    )
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
 
     def write(record: Record) -> None:

@@ -68,6 +68,11 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         load_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False)])
+def test_switches_take_a_value(text, value):
+    assert parse_args(["--train.compile", text]).train.compile is value
+
+
 def test_unknown_flag_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--optim.gama", "1"])
@@ -116,6 +121,6 @@ def test_every_field_is_documented():
         if isinstance(v, dict)
         for k in v
     ]
-    missing = [f for f in flags if f not in text.getvalue() and f.replace("--", "--no-") not in text.getvalue()]
+    missing = [f for f in flags if f not in text.getvalue()]
     assert not missing
     assert text.getvalue().count("(default:") + text.getvalue().count("(optional)") >= len(flags)

@@ -116,7 +116,14 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
     assert metrics(plain)[-1]["final_loss"] != metrics(masked)[-1]["final_loss"]
 
 
-@pytest.mark.parametrize("changes", [{"train__activation_checkpointing": True}, {"model__attention": "eager"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__activation_checkpointing": True},
+        {"model__attention": "eager"},
+        pytest.param({"train__compile": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_options_that_do_not_change_the_result(changes, run_config, train, tmp_path):
     plain = train(run_config(run_dir=str(tmp_path / "plain")))
     other = train(run_config(run_dir=str(tmp_path / "other"), **changes))
