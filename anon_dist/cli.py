@@ -46,7 +46,7 @@ def train(args: list[str] | None = None) -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
     from anon_dist.checkpoint import CheckpointError
     from anon_dist.data import DataError
-    from anon_dist.engines import EngineError
+    from anon_dist.engines.errors import EngineError
     from anon_dist.train.config import ConfigError, parse_args
     from anon_dist.train.loop import train as run
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from anon_dist.engines import start
+from anon_dist.engines.start import start
 from anon_dist.train import loop
 from anon_dist.train.config import find_config, load_config
 from anon_dist.train.metrics import Stopwatch

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-
-class EngineError(RuntimeError):
-    """The engine did not do what was asked of it."""
+from anon_dist.engines.errors import EngineError
 
 
 def check_world(device: torch.device) -> int:

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu
-from anon_dist.engines.check import EngineError, check_optimizer, check_same_start, check_world
+from anon_dist.engines.check import check_optimizer, check_same_start, check_world
+from anon_dist.engines.errors import EngineError
 
 Engine = Literal["single", "ddp", "fsdp2"]
 Precision = Literal["fp32", "bf16"]

@@ -206,24 +206,31 @@ class Anon(Optimizer):
         Idempotent. Call it when the engine has wrapped the parameters, and before a checkpoint library looks at the optimizer: torch's
         makes missing states with a step on zero gradients, which would count as Anon's first refresh.
         """
-        state = self.state
-        present = 0
+        self._ensure_state()
+        current = {p for group in self.param_groups for p in group["params"]}
+        for key in [key for key in self.state if key not in current]:
+            del self.state[key]
+
+    def _ensure_state(self) -> None:
+        """`init_state`, but for state that has been stepped and whose parameter is absent from the groups: that stays.
+
+        DeepSpeed shows the optimizer one param group, or in stage 3 one sub-group, at a time.
+        """
+        state, present = self.state, 0
         for group in self.param_groups:
             dtype = STATE_DTYPES[group["state_dtype"]]
             for p in group["params"]:
-                if p in state:
-                    present += 1
-                elif p.requires_grad or p.grad is not None:
+                if not state.get(p) and (p.requires_grad or p.grad is not None):
                     state[p] = _fresh_state(p, dtype)
-                    present += 1
+                present += p in state
         if len(state) != present:
             current = {p for group in self.param_groups for p in group["params"]}
-            for key in [key for key in state if key not in current]:
+            for key in [k for k, s in state.items() if k not in current and (not s or int(s["step"]) == 0)]:
                 del state[key]
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch has it, with the state of every trainable parameter in it, also before the first step."""
-        self.init_state()
+        self._ensure_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,7 +251,7 @@ class Anon(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self.init_state()
+        self._ensure_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
@@ -289,7 +296,7 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.init_state()
+        self._ensure_state()
         for index, group in enumerate(self.param_groups):
             self._check_history(index, group)
             for bucket in self._buckets(index, group):
@@ -448,7 +455,7 @@ class _State(defaultdict[Any, Any]):
     def __bool__(self) -> bool:
         owner = self._owner()
         if owner is not None and owner.__dict__.get("state") is self:
-            owner.init_state()
+            owner._ensure_state()
         return len(self) > 0
 
     def __reduce__(self) -> Any:  # copies and pickles are plain; Anon.__setstate__ makes them its own

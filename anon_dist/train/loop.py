@@ -29,8 +29,9 @@ from transformers import PretrainedConfig
 from anon_dist.checkpoint import CheckpointError, Checkpoints, load_sharded, save_sharded
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
-from anon_dist.engines import start, state_bytes, wrap
+from anon_dist.engines.check import state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.start import start, wrap
 from anon_dist.files import write_json
 from anon_dist.optim import Anon
 from anon_dist.optim.monitor import refreshes, update_statistics

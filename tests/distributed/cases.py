@@ -23,9 +23,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from anon_dist import Anon
-from anon_dist.engines import EngineError, check_optimizer, check_world, start, state_bytes, wrap
-from anon_dist.engines.check import check_same_start
+from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
+from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.start import start, wrap
 from anon_dist.optim import STATE_KEYS, param_groups
 from anon_dist.optim.monitor import update_statistics
 from anon_dist.train import config as c

@@ -63,6 +63,26 @@ def test_init_state_follows_swapped_parameters():
     assert int(optimizer.state[q]["step"]) == 2
 
 
+def test_state_of_parameters_that_are_absent_for_a_while():
+    """DeepSpeed steps one group, or one sub-group, at a time: a step keeps the others' state, and only `init_state` drops it."""
+    p, q = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    together, apart = (
+        Anon([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())], **LM),
+        Anon([p, q], **LM),
+    )
+    for t in range(12):
+        for x, y in zip(together.param_groups[0]["params"], (p, q), strict=True):
+            x.grad = y.grad = gradient(p, t)
+        together.step()
+        for x in (p, q):
+            apart.param_groups[0]["params"] = [x]
+            apart.step()
+    for x, y in zip(together.param_groups[0]["params"], (p, q), strict=True):
+        assert_same_bits(x, together, y, apart)
+    apart.init_state()
+    assert set(apart.state) == {q}
+
+
 def test_frozen_parameters_have_no_state_until_they_train():
     p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3), requires_grad=False)
     optimizer = Anon([p, q])

@@ -23,7 +23,7 @@ def test_decay(decay, middle):
     factors = shape(decay=decay)
     assert factors[54] == pytest.approx(middle)
     assert factors[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
 
 
 def test_wsd_falls_in_its_last_part_only():

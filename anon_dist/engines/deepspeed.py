@@ -1,0 +1,103 @@
+"""DeepSpeed, as a user calls it, with Anon: what it and accelerate would do to an optimizer they do not know, and the remedy of each.
+
+`register()` runs at `import anon_dist`, in either order with `import deepspeed`. Then `"optimizer": {"type": "Anon", …}` works in a DeepSpeed
+configuration, and so does a client `Anon(…)` given to `deepspeed.initialize` or `Accelerator.prepare`.
+
+The traps, as of DeepSpeed 0.19 and accelerate 1.15:
+
+| trap | remedy |
+|---|---|
+| ZeRO refuses optimizers it was not tested with | Anon is among those it takes |
+| offload refuses a client optimizer, unless `zero_force_ds_cpu_optimizer` is off | it is off where the optimizer is Anon |
+| with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
+| stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
+| partial offload (ratio < 1) steps the rest with AdamW | refused |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from anon_dist.engines.errors import EngineError
+from anon_dist.engines.imports import when_imported
+from anon_dist.optim import Anon
+
+NAME = "Anon"
+"""The optimizer's type in a DeepSpeed configuration: DeepSpeed takes what it does not know from torch.optim."""
+
+
+def register() -> None:
+    """Make Anon known to DeepSpeed and accelerate, when they are imported."""
+    if hasattr(torch.optim, NAME):
+        return
+    setattr(torch.optim, NAME, Anon)
+    when_imported("deepspeed.runtime.zero.utils", _allow)
+    when_imported("deepspeed.runtime.engine", _watch_engine)
+    when_imported("deepspeed.runtime.fp16.unfused_optimizer", _spare_first_refresh)
+    when_imported("accelerate.accelerator", _keep_under_accelerate)
+
+
+def _allow(zero_utils: ModuleType) -> None:
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(Anon)
+
+
+def _watch_engine(engine_module: ModuleType) -> None:
+    engine_class: Any = engine_module.DeepSpeedEngine
+    force_cpu_optimizer, configure = engine_class.zero_force_ds_cpu_optimizer, engine_class._configure_optimizer
+
+    def zero_force_ds_cpu_optimizer(self: Any) -> bool:
+        return not _is_asked_for(self) and bool(force_cpu_optimizer(self))
+
+    def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        asked = _is_asked_for(self)
+        if asked:
+            _refuse_partial_offload(self)
+        configure(self, client_optimizer, model_parameters)
+        if asked and not isinstance(self.basic_optimizer, Anon):
+            raise EngineError(f"Anon was asked for, and DeepSpeed steps {type(self.basic_optimizer).__name__}")
+
+    engine_class.zero_force_ds_cpu_optimizer = zero_force_ds_cpu_optimizer
+    engine_class._configure_optimizer = _configure_optimizer
+
+
+def _is_asked_for(engine: Any) -> bool:
+    """Whether an engine was given Anon, by its configuration or as an object."""
+    return isinstance(engine.client_optimizer, Anon) or (
+        engine.client_optimizer is None and engine.optimizer_name() == NAME
+    )
+
+
+def _refuse_partial_offload(engine: Any) -> None:
+    offload = engine.zero_offload_optimizer()
+    if offload is not None and offload.ratio != 1.0:
+        raise EngineError(
+            f"zero_optimization.offload_optimizer.ratio is {offload.ratio}: DeepSpeed would step the other parameters with AdamW. "
+            "Set it to 1"
+        )
+
+
+def _spare_first_refresh(unfused: ModuleType) -> None:
+    optimizer_class: Any = unfused.FP16_UnfusedOptimizer
+    by_a_step = optimizer_class.initialize_optimizer_states
+
+    def initialize_optimizer_states(self: Any) -> None:
+        if isinstance(self.optimizer, Anon):
+            self.optimizer.init_state()
+        else:
+            by_a_step(self)
+
+    optimizer_class.initialize_optimizer_states = initialize_optimizer_states
+
+
+def _keep_under_accelerate(accelerator: Any) -> None:
+    replace = getattr(accelerator, "map_pytorch_optim_to_deepspeed", None)
+    if replace is None:  # DeepSpeed is not installed
+        return
+
+    def map_pytorch_optim_to_deepspeed(optimizer: Any) -> Any:
+        return optimizer if isinstance(optimizer, Anon) else replace(optimizer)
+
+    accelerator.map_pytorch_optim_to_deepspeed = map_pytorch_optim_to_deepspeed

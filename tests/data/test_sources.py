@@ -1,0 +1,202 @@
+"""Every kind of source, from any place in it, and what is wrong with bad ones."""
+
+import gzip
+import json
+import sysconfig
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from anon_dist.data import SourceError
+from anon_dist.data.sources import Cursor, LimitedSource, open_source
+
+TEXTS = ["first\n", "second: naïve 漢字\r\n\ttabs", "", "third  "]
+
+
+def source_of(spec, **options):
+    return open_source(
+        str(spec), **{"text_field": "text", "split": "train", "streaming": False, "text_unit": "file", **options}
+    )
+
+
+def read(spec, **options):
+    return [item.text for item in source_of(spec, **options).read() if item.skipped is None]
+
+
+def skipped(spec, **options):
+    return [item.skipped for item in source_of(spec, **options).read() if item.skipped is not None]
+
+
+def json_lines(texts=TEXTS, field="text"):
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def assert_resumes_anywhere(source):
+    items = list(source.read())
+    for i, item in enumerate(items):
+        assert list(source.read(item.after)) == items[i + 1 :]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.jsonl", bytes), ("a.json", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)],
+)
+def test_json_lines(tmp_path, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(json_lines() + b"\n"))
+    assert read(path) == [t for t in TEXTS if t]
+    assert skipped(path) == ["empty"]
+    assert_resumes_anywhere(source_of(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.md", bytes), ("a.txt.gz", gzip.compress), ("a.txt.zst", zstandard.compress)]
+)
+def test_text(tmp_path, name, pack):
+    path = tmp_path / name
+    text = "\ufeffline\r\n\n  x\ty" + "z" * 20_000
+    path.write_bytes(pack(text.encode()))
+    assert read(path) == [text]
+
+
+@pytest.mark.parametrize("size", [1, 8190, 8191, 8192, 8193, 20_000])
+def test_text_units(tmp_path, size):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n" + b"a" * size + b"\nb  \n \n\n" + b"c\nd" + "é".encode())
+    assert read(path, text_unit="line") == ["a" * size, "b  ", "c", "dé"]
+    assert read(path, text_unit="paragraph") == ["a" * size + "\nb  ", "c\ndé"]
+    assert_resumes_anywhere(source_of(path, text_unit="line"))
+
+
+def test_parquet(tmp_path):
+    texts = [f"row {i}" for i in range(600)]
+    pq.write_table(pa.table({"body": [*texts, None], "n": range(601)}), tmp_path / "a.parquet")
+    assert read(tmp_path, text_field="body") == texts
+    assert skipped(tmp_path, text_field="body") == ["null"]
+    source = source_of(tmp_path, text_field="body")
+    assert [i.text for i in source.read(Cursor(0, 598))][:2] == texts[598:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_hugging_face(tmp_path, hub, streaming, kind):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if kind == "jsonl":
+        (folder / "train.jsonl").write_bytes(json_lines(field="body"))
+    else:
+        pq.write_table(pa.table({"body": TEXTS}), folder / "train.parquet")
+    source = source_of(f"hf:{folder}", text_field="body", streaming=streaming)
+    assert [i.text for i in source.read() if not i.skipped] == [t for t in TEXTS if t]
+    assert_resumes_anywhere(source)
+    with pytest.raises(SourceError, match=r"no (column|field) 'text'; there are .*body.*--text-field"):
+        read(f"hf:{folder}", streaming=streaming)
+
+
+def test_hugging_face_without_data(tmp_path, hub):
+    with pytest.raises(SourceError, match=r"--source hf:.*Check the name"):
+        read(f"hf:{tmp_path}")
+
+
+def test_folder_in_order_without_hidden_and_binary_files(tmp_path):
+    for name, data in {
+        "b/2.txt": b"two",
+        "a.jsonl": json_lines(["one"]),
+        "b/image.png": b"\x89PNG\0\0",
+        "b/latin.txt": b"\xe9t\xe9",
+        "c.txt.gz": gzip.compress(b"three"),
+        ".hidden.txt": b"no",
+        ".git/config": b"no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    source = source_of(tmp_path)
+    assert read(tmp_path) == ["one", "two", "three"]
+    assert sorted(skipped(tmp_path)) == ["binary", "not UTF-8"]
+    assert source.describe()["hidden_files"] == 2
+    assert_resumes_anywhere(source)
+    assert read(tmp_path / "**" / "*.txt") == ["two"]
+    assert read(tmp_path / "*") == ["one", "three"]
+
+
+def test_description_changes_with_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = source_of(tmp_path).describe()
+    assert source_of(tmp_path).describe() == before
+    (tmp_path / "a.txt").write_text("three")
+    assert source_of(tmp_path).describe()["listing"] != before["listing"]
+
+
+def test_standard_library(tmp_path, monkeypatch):
+    for name in ("os.py", "json/tool.py", "site-packages/x.py", "json/__pycache__/y.py", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert read("stdlib") == ["json/tool.py", "os.py"]
+    (tmp_path / "os.py").unlink()
+    (tmp_path / "json/tool.py").unlink()
+    with pytest.raises(SourceError, match=r"no \.py files"):
+        source_of("stdlib")
+
+
+@pytest.mark.parametrize(
+    ("documents", "size", "expected"),
+    [(2, None, ["a", "bb"]), (None, 3, ["a", "bb"]), (None, 4, ["a", "bb", "ccc"]), (9, 99, ["a", "bb", "ccc"])],
+)
+def test_limits(tmp_path, documents, size, expected):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a", "", "bb", "ccc"]))
+    source = LimitedSource(source_of(tmp_path), documents, size)
+    assert [i.text for i in source.read() if not i.skipped] == expected
+    assert_resumes_anywhere(source)
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n')
+    assert read(tmp_path) == ["a\ufffdb 😀"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y"}\n',
+            r"a\.jsonl, line 2: no field 'text'; there are body\. Set --text-field",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: a JSON list, not an object"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: field 'text' is int, not text"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read .* Repair or remove"),
+        ("a.jsonl.gz", gzip.compress(json_lines())[:-9], r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.zst", b"not zstandard", r"a\.jsonl\.zst: cannot be read"),
+        ("a.txt.zst", zstandard.compress(b"text" * 999)[:-5], r"a\.txt\.zst: cannot be read"),
+        ("a.parquet", b"not parquet", r"a\.parquet: not a readable parquet file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        read(tmp_path)
+
+
+def test_parquet_without_the_column(tmp_path):
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: no column 'text'; there are body"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [("nowhere", "no such file or folder"), ("nowhere/*.txt", "no files there")]
+)
+def test_nothing_there(tmp_path, spec, message):
+    with pytest.raises(SourceError, match=message):
+        source_of(tmp_path / spec)
