@@ -1,10 +1,10 @@
 """Distributed pretraining with Anon, an optimizer whose adaptivity is a dial (arXiv 2605.02317)."""
 
-from anon_dist.engines import deepspeed
+from anon_dist.engines.register import register
 from anon_dist.optim import Anon
 
 __version__ = "0.1.0"
 __all__ = ["Anon", "__version__"]
 
-deepspeed.register()
-del deepspeed
+register()
+del register

@@ -36,12 +36,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished folder its name: its contents are on the disk before, and an older folder of that name is gone after."""
+    """Give a finished folder its name: its contents are on the disk before, and an older folder of that name is gone after.
+
+    Between the two renames neither is there under its name; the temporary one is complete, and `target + ".deleting"` too.
+    """
     sync_tree(temporary)
+    old = target.with_name(target.name + ".deleting")
+    if old.exists():
+        shutil.rmtree(old)
     if target.exists():
-        remove(target)
+        target.rename(old)
     temporary.rename(target)
     sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

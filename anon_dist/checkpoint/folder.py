@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.files import publish, remove, write_json
+from anon_dist.files import publish, remove, sync_tree, write_json
 
 PROGRESS = "trainer.json"
 _NAME = re.compile(r"step-(\d{8})")
@@ -47,10 +47,12 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what interrupted writing or deleting left behind. For one process, while no other writes."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.suffix in (".tmp", ".deleting"):
-                    shutil.rmtree(path)
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
+            target = path.with_suffix("")
+            if path.suffix == ".tmp" and (path / PROGRESS).is_file() and not target.exists():
+                path.rename(target)  # complete: only its name was missing
+            elif path.suffix in (".tmp", ".deleting"):
+                shutil.rmtree(path)
 
     @contextmanager
     def writing(self, step: int, progress: dict[str, Any]) -> Iterator[Path]:
@@ -69,9 +71,10 @@ class Checkpoints:
         yield temporary
         _barrier()
         if first:
-            write_json(temporary / PROGRESS, progress)
+            sync_tree(temporary)
+            write_json(temporary / PROGRESS, progress)  # what has it is complete
             publish(temporary, target)
-            for old in self.complete()[: -self.keep]:
+            for old in [p for p in self.complete()[: -self.keep] if p != target]:
                 remove(old)
         _barrier()
 

@@ -31,6 +31,13 @@ def check_world(device: torch.device) -> int:
             "accelerate was to start several processes and started one: its launcher for CPUs (distributed_type: MULTI_CPU) does so unless "
             "given an MPI host file. Use configs/accelerate/ddp-cpu.yaml or fsdp2-cpu.yaml, or torchrun"
         )
+    if "WORLD_SIZE" not in os.environ:
+        for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(os.environ.get(variable, "1")) > 1:
+                raise EngineError(
+                    f"{variable} = {os.environ[variable]}, but WORLD_SIZE is not set: every task would train alone. Have srun or mpirun "
+                    "start one `accelerate launch` or `torchrun` per node"
+                )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     counted = 1
     if dist.is_available() and dist.is_initialized():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -25,7 +25,9 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def global_norm(parameters: Iterable[Tensor]) -> float:
-    """Euclidean norm of all gradients together, the same on every rank; summed in float64. Waits for the device.
+    """Euclidean norm of all gradients together, the same on every rank. Waits for the device.
+
+    Summed in float32 within a tensor, in float64 over tensors and ranks.
 
     Raises:
         ValueError: a gradient is a pending sum (`Partial`) over ranks.
@@ -37,11 +39,12 @@ def global_norm(parameters: Iterable[Tensor]) -> float:
             continue
         if any(placement.is_partial() for placement in grad.placements):
             raise ValueError(f"a gradient is a pending sum over ranks, {grad.placements}; redistribute it first")
-        sharded = tuple(i for i, placement in enumerate(grad.placements) if isinstance(placement, Shard))
+        # Not isinstance(…, Shard): FSDP2 over tensor parallelism shards with torch's _StridedShard, which is none.
+        sharded = tuple(i for i, placement in enumerate(grad.placements) if not placement.is_replicate())
         by_sharding[(grad.device_mesh, sharded)].append(grad.to_local())
     total = 0.0
     for sharding, grads in by_sharding.items():
-        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).double().square().sum()
         if sharding is not None:
             mesh, dims = sharding
             for dim in dims:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -35,15 +36,24 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"Anon: {name} must be {allowed}, not {value!r}")
 
 
-def state_dtype_name(value: torch.dtype | str | None) -> str:
-    """The name under which a state dtype is kept in a param group: one of `STATE_DTYPES`.
+def normalise(group: dict[str, Any]) -> None:
+    """Bring the hyperparameters of a group to plain Python values, which every checkpoint format keeps; numpy's scalars, say."""
+    for name in ("lr", "eps", "gamma", "weight_decay", "refresh_ratio", "beta3", "update_clip", "window"):
+        group[name] = _plain(group[name])
+    if isinstance(group["betas"], tuple | list):
+        group["betas"] = tuple(_plain(beta) for beta in group["betas"])
+    for name in ("maximize", "hold_silent", "foreach"):
+        if type(group[name]).__name__ in ("bool", "bool_"):
+            group[name] = bool(group[name])
+    dtype = group["state_dtype"]
+    group["state_dtype"] = "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
-    Raises:
-        ValueError: it is not one of them.
-    """
-    name = "float32" if value is None else str(value).removeprefix("torch.")
-    _require(name in STATE_DTYPES, "state_dtype", value, "one of " + ", ".join(STATE_DTYPES))
-    return name
+
+def _plain(value: Any) -> Any:
+    if type(value).__module__ == "numpy" and isinstance(value, numbers.Real):
+        # By its decimals: a float32 0.1 is meant as 0.1.
+        return int(value) if isinstance(value, numbers.Integral) else float(str(value))
+    return value
 
 
 def validate(group: Group) -> None:
@@ -80,7 +90,9 @@ def validate(group: Group) -> None:
     for name in ("maximize", "hold_silent"):
         _require(isinstance(group[name], bool), name, group[name], "True or False")
     _require(group["foreach"] in (None, True, False), "foreach", group["foreach"], "None, True or False")
-    state_dtype_name(group["state_dtype"])
+    _require(
+        group["state_dtype"] in STATE_DTYPES, "state_dtype", group["state_dtype"], "one of " + ", ".join(STATE_DTYPES)
+    )
     if group["state_dtype"] == "bfloat16":
         _require(
             max(betas) <= BF16_MAX_BETA,
@@ -115,9 +127,28 @@ def append_history(group: Group, since: int) -> str:
 
 def drifted(group: Group) -> dict[str, tuple[Any, Any]]:
     """Hyperparameters whose value is not the one on record: name → (recorded, present)."""
-    record = _last(group[HISTORY])
+    record = last_record(group)
     present = recorded(group)
     return {k: (record[k], v) for k, v in present.items() if k != "since" and record[k] != v}
+
+
+def check_drift(index: int, group: Group, allowed: Collection[str] = ()) -> None:
+    """Refuse values that are not the ones on record, except those named in `allowed`.
+
+    Raises:
+        RuntimeError: naming the first, and the remedy.
+    """
+    for name, (recorded, present) in drifted(group).items():
+        if name not in allowed:
+            raise RuntimeError(
+                f"Anon: {name} of param group {index} was changed from {recorded!r} to {present!r} after steps were taken. The state was "
+                f"made with {recorded!r}: call optimizer.rebase({name}={present!r}), which converts it, or set {recorded!r} again"
+            )
+
+
+def last_record(group: Group) -> dict[str, Any]:
+    """The values that the state of the group was last made with."""
+    return _last(group[HISTORY])
 
 
 @lru_cache(maxsize=256)

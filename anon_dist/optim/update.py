@@ -73,7 +73,8 @@ def refresh(
     keep = 0.0 if first else beta3
     for whole_v, whole_s in zip(v, s, strict=True):
         for v_i, s_i in _pieces(whole_v, whole_s):
-            d = s_i.double().div_(debias).add_(eps).log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX)
+            sigma = s_i.double().div_(debias).add_(eps)
+            d = sigma.log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX) if gamma else torch.ones_like(sigma)
             if keep:
                 d.mul_(1.0 - keep).add_(v_i.double().square_().reciprocal_(), alpha=keep)
             fresh = d.rsqrt_()
@@ -115,5 +116,8 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.numel() <= REFRESH_ELEMENTS or first.dim() == 0:
         yield tensors
         return
+    if all(t.is_contiguous() for t in tensors):
+        tensors = tuple(t.view(-1) for t in tensors)
+        first = tensors[0]
     rows = max(1, REFRESH_ELEMENTS // (first.numel() // first.shape[0]))
     yield from zip(*(t.split(rows) for t in tensors), strict=True)

@@ -216,6 +216,11 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     source = _agree(source, run.accelerator)
     if source is None:
         return
+    later = [p.name for p in run.checkpoints.complete() if p.parent == source.parent and p.name > source.name]
+    if later:
+        raise ConfigError(
+            f"resume = {source}, but run_dir = {run.folder} has later checkpoints ({', '.join(later)}); choose another run_dir"
+        )
     progress = read_progress(source)
     if progress["step"] > config.train.steps:
         raise CheckpointError(

@@ -19,6 +19,8 @@ def test_the_last_ones_are_kept(tmp_path):
     assert [p.name for p in checkpoints.complete()] == ["step-00000009", "step-00000010"]
     assert read_progress(checkpoints.latest()) == {"step": 10}
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000009", "step-00000010"]
+    write(checkpoints, 3)  # the one just written stays, whatever its step
+    assert "step-00000003" in [p.name for p in checkpoints.complete()]
 
 
 def test_an_interrupted_checkpoint_does_not_count(tmp_path):
@@ -34,6 +36,15 @@ def test_an_interrupted_checkpoint_does_not_count(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000001", "step-00000003"]
     write(checkpoints, 2)
     assert (checkpoints.latest() / "weights").read_text() == "2"
+
+
+def test_a_crash_between_the_renames_loses_nothing(tmp_path):
+    """Replacing a checkpoint takes two renames; after the first, the new one is complete under its temporary name."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    write(checkpoints, 1)
+    (tmp_path / "c" / "step-00000001").rename(tmp_path / "c" / "step-00000001.tmp")
+    checkpoints.clean()
+    assert read_progress(checkpoints.latest()) == {"step": 1}
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):

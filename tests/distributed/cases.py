@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from anon_dist import Anon
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
@@ -201,6 +202,22 @@ def case_global_norm_over_meshes():
     assert abs(global_norm(parameters) / total**0.5 - 1) < 1e-6
     scale_gradients(parameters, 0.5)
     assert abs(global_norm(parameters) / total**0.5 - 0.5) < 1e-6
+
+
+def case_global_norm_of_fsdp2_over_tensor_parallelism():
+    """FSDP2 shards what is column-parallel already with _StridedShard, which torch does not count as a Shard."""
+    world = dist.get_world_size()
+    for shape in ((1, world), (world, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        torch.manual_seed(0)
+        model, whole = (nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)) for _ in range(2))
+        whole.load_state_dict(model.state_dict())
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+        for net in (model, whole):
+            net(x).square().sum().backward()
+        assert abs(global_norm(model.parameters()) / global_norm(whole.parameters()) - 1) < 1e-5, shape
 
 
 # -- what must not go unnoticed ---------------------------------------------------------------------------------------

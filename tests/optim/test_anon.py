@@ -3,8 +3,10 @@
 import copy
 import io
 import itertools
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -182,6 +184,17 @@ def test_loading_a_state_dict_of_an_older_version_takes_defaults_for_what_it_lac
     assert other.param_groups[0]["hold_silent"] is False
 
 
+def test_a_gap_in_the_loaded_state_is_said():
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    optimizer = Anon([("a", p), ("b", q)], **LM)
+    p.grad = q.grad = gradient(p, 0)
+    optimizer.step()
+    states = copy.deepcopy(optimizer.state_dict())
+    del states["state"][1]
+    with pytest.warns(UserWarning, match=r"nothing for parameter 1 \(b\)"):
+        optimizer.load_state_dict(states)
+
+
 def test_another_optimizers_state_is_refused_and_nothing_changes():
     p, optimizer = make()
     run(p, optimizer, range(2))
@@ -269,6 +282,77 @@ def test_gradients_and_parameters_that_are_not_supported():
         Anon([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
 
 
+def test_a_step_that_raises_has_changed_nothing():
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    optimizer = Anon([{"params": [p]}, {"params": [q]}], **LM)
+    for t in range(3):
+        p.grad = q.grad = gradient(p, t)
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"]), p.detach().clone()
+    q.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,))
+    with pytest.raises(RuntimeError, match="parameter 0 of param group 1 has a sparse gradient"):
+        optimizer.step()
+    q.grad = gradient(p, 3)
+    optimizer.param_groups[1]["gamma"] = 0.3
+    with pytest.raises(RuntimeError, match="gamma of param group 1"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[0], rtol=0, atol=0)
+    assert torch.equal(p, before[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eps", -1.0), ("update_clip", -1.0), ("weight_decay", -3.0), ("lr", math.nan)]
+)
+def test_values_set_during_a_run_are_checked(name, value):
+    p, optimizer = make()
+    run(p, optimizer, range(3))
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        run(p, optimizer, [3])
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """A numpy scalar in a param group could be saved, and not be loaded with weights_only."""
+    p, optimizer = make(
+        lr=np.float32(0.1),
+        gamma=np.float64(0.5),
+        window=np.int64(5),
+        maximize=np.bool_(True),
+        betas=[np.float64(0.9), 0.95],
+    )
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["gamma"], group["window"], group["maximize"], group["betas"]) == (
+        0.1,
+        0.5,
+        5,
+        True,
+        (0.9, 0.95),
+    )
+    run(p, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
+def test_the_step_counter_stays_on_the_cpu_and_does_not_run_out_silently():
+    with torch.device("meta"):
+        p, optimizer = nn.Parameter(torch.zeros(2, device="cpu")), None
+        optimizer = Anon([p])
+        optimizer.init_state()
+    run(p, optimizer, range(2))
+    optimizer.state[p]["step"].fill_(2.0**24 - 1)
+    with pytest.raises(RuntimeError, match="cannot count past"):
+        run(p, optimizer, [2])
+
+
+def test_huge_gradients_at_gamma_zero():
+    p, optimizer = make(gamma=0.0)
+    p.grad = torch.full_like(p, 1e25)
+    optimizer.step()
+    assert torch.isfinite(p).all()
+
+
 def test_negative_gamma_warns_about_silent_coordinates():
     with pytest.warns(UserWarning, match="hold_silent=True or a larger eps"):
         make(gamma=-1.0)
@@ -308,6 +392,21 @@ def test_rebase_converts_the_preconditioner():
     run(p, optimizer, range(20, 50))
     run(q, other, range(20, 50))
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_rebase_after_an_edit_converts_too():
+    """The error about an edited γ says to call `rebase`; it must convert from the γ on record, not from the edited one."""
+    p, optimizer = make(gamma=1.0)
+    run(p, optimizer, range(5))
+    v = optimizer.state[p]["precond"].clone()
+    optimizer.param_groups[0]["gamma"] = 0.5
+    with pytest.raises(RuntimeError, match=r"call optimizer.rebase\(gamma=0.5\)"):
+        run(p, optimizer, [5])
+    with pytest.raises(RuntimeError, match="gamma of param group 0 was changed"):
+        optimizer.rebase(beta3=0.5)
+    optimizer.rebase(gamma=0.5)
+    torch.testing.assert_close(optimizer.state[p]["precond"], v.sqrt())
+    run(p, optimizer, [5])
 
 
 def test_rebase_survives_a_checkpoint():

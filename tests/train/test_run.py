@@ -191,6 +191,9 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
     refused(CheckpointError, r"another optimizer's state than AdamW's", optim__name="adamw")
     refused(DataError, r"keep the data seed", data__seed=1)
     refused(ConfigError, r"resume is never, but run_dir", resume="never")
+    refused(
+        ConfigError, r"has later checkpoints \(step-00000005\)", resume=str(folder / "checkpoints" / "step-00000004")
+    )
     refused(CheckpointError, r"nowhere is no complete checkpoint", resume=str(tmp_path / "nowhere"))
     refused(
         ConfigError,

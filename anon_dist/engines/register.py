@@ -1,7 +1,7 @@
 """DeepSpeed, as a user calls it, with Anon: what it and accelerate would do to an optimizer they do not know, and the remedy of each.
 
-`register()` runs at `import anon_dist`, in either order with `import deepspeed`. Then `"optimizer": {"type": "Anon", …}` works in a DeepSpeed
-configuration, and so does a client `Anon(…)` given to `deepspeed.initialize` or `Accelerator.prepare`.
+`register()` runs at `import anon_dist`, in either order with `import deepspeed`. Then `"optimizer": {"type": "Anon", …}` works in
+DeepSpeed's JSON, and so does a client `Anon(…)` given to `deepspeed.initialize` or `Accelerator.prepare`.
 
 The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 
@@ -12,6 +12,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
+| accelerate reads and reloads the state before it shards the parameters: all of it, on every rank | not Anon's |
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def register() -> None:
     when_imported("deepspeed.runtime.engine", _watch_engine)
     when_imported("deepspeed.runtime.fp16.unfused_optimizer", _spare_first_refresh)
     when_imported("accelerate.accelerator", _keep_under_accelerate)
+    when_imported("accelerate.optimizer", _allocate_late)
 
 
 def _allow(zero_utils: ModuleType) -> None:
@@ -101,3 +103,14 @@ def _keep_under_accelerate(accelerator: Any) -> None:
         return optimizer if isinstance(optimizer, Anon) else replace(optimizer)
 
     accelerator.map_pytorch_optim_to_deepspeed = map_pytorch_optim_to_deepspeed
+
+
+def _allocate_late(optimizer_module: Any) -> None:
+    wrapper = optimizer_module.AcceleratedOptimizer
+    construct = wrapper.__init__
+
+    def construct_without_state(self: Any, optimizer: Any, device_placement: bool = True, scaler: Any = None) -> None:
+        fresh = isinstance(optimizer, Anon) and len(optimizer.state) == 0
+        construct(self, optimizer, device_placement=device_placement and not fresh, scaler=scaler)
+
+    wrapper.__init__ = construct_without_state

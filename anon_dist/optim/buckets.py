@@ -1,0 +1,124 @@
+"""Lists of local tensors that share what an update depends on, and one Anon step of such a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from anon_dist.optim import update
+from anon_dist.optim.hyper import schedule_of
+
+BUCKET_ELEMENTS = 1 << 26
+"""The foreach path makes temporaries as large as the tensors it is given at once; no more than this many elements."""
+
+
+@dataclass
+class Bucket:
+    """Local tensors that one call of each update function can take together."""
+
+    step: int
+    """The step that is taken; the counters go up to it when it has been."""
+    counters: list[Tensor] = field(default_factory=list)
+    theta: list[Tensor] = field(default_factory=list)
+    grad: list[Tensor] = field(default_factory=list)
+    m: list[Tensor] = field(default_factory=list)
+    s: list[Tensor] = field(default_factory=list)
+    v: list[Tensor] = field(default_factory=list)
+
+    def add(self, counter: Tensor, tensors: list[Tensor]) -> None:
+        """Add a parameter: its step counter, and (θ, g, m, s, v)."""
+        self.counters.append(counter)
+        for members, tensor in zip((self.theta, self.grad, self.m, self.s, self.v), tensors, strict=True):
+            members.append(tensor)
+
+    def parts(self, foreach: bool | None) -> Iterator[Bucket]:
+        """The bucket in parts of bounded size, or of one tensor each (see `Anon`'s argument `foreach`)."""
+        together = self.theta[0].device.type != "cpu" if foreach is None else foreach
+        start, elements = 0, 0
+        for i, tensor in enumerate(self.theta):
+            elements += tensor.numel()
+            if not together or elements >= BUCKET_ELEMENTS or i + 1 == len(self.theta):
+                lists = (x[start : i + 1] for x in (self.counters, self.theta, self.grad, self.m, self.s, self.v))
+                yield Bucket(self.step, *lists)
+                start, elements = i + 1, 0
+
+
+def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
+    """One Anon step of the bucket's tensors."""
+    plan = schedule_of(group).plan(bucket.step)
+    beta1 = group["betas"][0]
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = float(lr) if lr.device.type == "cpu" else lr.reshape(())
+    compute = torch.promote_types(torch.float32, torch.promote_types(bucket.theta[0].dtype, bucket.m[0].dtype))
+
+    grad = _in(compute, bucket.grad)
+    if group["maximize"]:
+        grad = list(torch._foreach_neg(grad))
+    theta, m, s, v = (_in(compute, x) for x in (bucket.theta, bucket.m, bucket.s, bucket.v))
+    if group["weight_decay"]:
+        update.decay_weights(theta, 1.0 - lr * group["weight_decay"])
+    update.update_momentum(m, grad, beta1)
+    if plan.accumulate:
+        update.accumulate(s, grad, plan.beta2)
+    if plan.refresh:
+        update.refresh(
+            v,
+            s,
+            gamma=group["gamma"],
+            beta3=group["beta3"],
+            eps=group["eps"],
+            debias=plan.debias,
+            first=plan.first,
+            hold_silent=group["hold_silent"],
+        )
+    update.apply_update(theta, v, m, lr=lr, debias=1.0 - beta1**bucket.step, clip=group["update_clip"])
+    torch._foreach_add_(bucket.counters, 1.0)
+    _write_back(bucket.theta, theta)
+    _write_back(bucket.m, m)
+    if plan.accumulate or plan.refresh:
+        _write_back(bucket.s, s)
+    if plan.refresh:
+        _write_back(bucket.v, v)
+
+
+def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors themselves if they have this dtype, converted copies if not."""
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+
+
+def _write_back(stored: list[Tensor], computed: list[Tensor]) -> None:
+    if stored is not computed:
+        torch._foreach_copy_(stored, computed)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """This rank's part of p's gradient.
+
+    Raises:
+        RuntimeError: the gradient is laid out otherwise than the parameter (a pending sum over ranks, say).
+    """
+    grad = p.grad
+    assert grad is not None
+    if isinstance(p, DTensor) != isinstance(grad, DTensor):
+        raise RuntimeError(
+            f"Anon: the parameter is a {type(p).__name__} and its gradient a {type(grad).__name__}; they must be sharded alike"
+        )
+    if (
+        isinstance(p, DTensor)
+        and isinstance(grad, DTensor)
+        and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh)
+    ):
+        raise RuntimeError(
+            f"Anon: gradient placements {grad.placements} differ from the parameter's {p.placements}; redistribute it before step()"
+        )
+    return local(grad)

@@ -1,0 +1,100 @@
+"""The state of a parameter: made, checked when it is loaded, and the mapping that holds it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from anon_dist.optim.anon import Anon
+
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
+
+
+class LazyState(defaultdict[Any, Any]):
+    """`Optimizer.state`, which allocates itself when it is asked whether it is empty.
+
+    torch.distributed.checkpoint asks this (`_init_optim_state`) and, told yes, makes the state with a step on zero gradients. That step
+    would be Anon's first refresh, and nothing about it tells every rank alike that it is not a real one.
+    """
+
+    def __init__(self, owner: Anon) -> None:
+        super().__init__(dict)
+        self._owner = weakref.ref(owner)
+
+    def __bool__(self) -> bool:
+        owner = self._owner()
+        if owner is not None and owner.__dict__.get("state") is self:
+            owner._ensure_state()
+        return len(self) > 0
+
+    def __reduce__(self) -> Any:  # copies and pickles are plain; Anon.__setstate__ makes them its own
+        return defaultdict, (dict,), None, None, iter(self.items())
+
+
+class AsIs:
+    """A state value on its way through torch's `load_state_dict`, which would cast a tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def fresh_state(p: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state before the first step: sharded as the parameter is, and neutral (v = 1)."""
+    p = p.detach()
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "precond": torch.ones_like(p, dtype=dtype, memory_format=torch.preserve_format),
+    }
+
+
+def named_parameters(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
+    """(parameter, a name for error messages)."""
+    index = 0
+    for group in groups:
+        for name, p in zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True):
+            yield p, f"parameter {index}" + (f" ({name})" if name else "")
+            index += 1
+
+
+def checked_state(name: str, p: Tensor, loaded: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A loaded state in the dtype asked for and on the parameter's device.
+
+    Raises:
+        ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
+    """
+    values = {k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()}
+    missing, foreign = [k for k in STATE_KEYS if k not in values], [k for k in values if k not in STATE_KEYS]
+    if missing or foreign:
+        raise ValueError(
+            f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's has {sorted(STATE_KEYS)}: it is another optimizer's. "
+            "Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
+        )
+    state = {"step": torch.tensor(float(values["step"]), dtype=torch.float32, device="cpu")}
+    for key in STATE_KEYS[1:]:
+        value = values[key]
+        if not isinstance(value, Tensor) or value.shape != p.shape or _layout(value) != _layout(p):
+            raise ValueError(
+                f"Anon: {key} of {name} is a {_describe(value)}, but the parameter is a {_describe(p)}: the checkpoint is of another "
+                "model, or sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
+            )
+        state[key] = value.to(dtype=dtype, device=p.device)
+    return state
+
+
+def _layout(value: Any) -> tuple[Any, ...]:
+    """How a tensor is laid out over ranks; empty for one that is not."""
+    return (value.device_mesh, value.placements) if isinstance(value, DTensor) else ()
+
+
+def _describe(value: Any) -> str:
+    layout = f" {value.placements}" if isinstance(value, DTensor) else ""
+    return f"{type(value).__name__}{tuple(getattr(value, 'shape', ()))}{layout}"
