@@ -51,9 +51,9 @@ def main() -> None:
     config = load_config(find_config(args.config))
     config.data.path, config.train.engine, config.log.trackers = args.data, "single", ()
     config.run_dir = str(Path(tempfile.mkdtemp()) / "run")
-    accelerator, _ = start("single", config.train.precision, loop.timeout(config))
-    run = loop.set_up(config, accelerator, Path(config.run_dir))
-    bare = copy.deepcopy(run.model)
+    accelerator, name = start(loop.wanted_engine(config))
+    run = loop.set_up(config, accelerator, name, Path(config.run_dir))
+    bare = copy.deepcopy(run.engine.model)
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
     batches = [
         torch.from_numpy(run.train_shards.samples(np.arange(config.train.micro_batch), config.data.seq_len)).long()

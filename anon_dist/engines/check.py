@@ -73,13 +73,13 @@ def check_same_start(model: nn.Module, device: torch.device) -> None:
 
 
 def check_optimizer(
-    optimizer: Optimizer, model: nn.Module, wanted: type[Optimizer], groups: list[dict[str, Any]]
+    optimizer: Optimizer, model: nn.Module | None, wanted: type[Optimizer], groups: list[dict[str, Any]]
 ) -> None:
     """The optimizer that will step must be `wanted`, over this model's float32 parameters, with the groups asked for.
 
     Args:
         optimizer: as the engine gave it back; wrappers with an `optimizer` attribute are looked through.
-        model: as the engine gave it back.
+        model: as the engine gave it back; None where the optimizer holds other tensors than the model (DeepSpeed's flat partitions).
         groups: the param groups that were asked for; every hyperparameter in them must have arrived.
 
     Raises:
@@ -101,7 +101,7 @@ def check_optimizer(
                     f"{key} of param group {index} is {found.get(key)!r} after wrapping, {value!r} was asked for"
                 )
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters() if model is not None else ():
         if p.requires_grad and id(p) not in held:
             raise EngineError(f"the engine left parameter {name} out of the optimizer: it would never be updated")
         if p.requires_grad and p.dtype != torch.float32:

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu
-from anon_dist.engines.check import check_optimizer, check_same_start, check_world
+from anon_dist.engines.base import Engine
+from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.torch_native import TorchEngine
 
-Engine = Literal["single", "ddp", "fsdp2"]
+Name = Literal["single", "ddp", "fsdp2", "hsdp", "deepspeed"]
 Precision = Literal["fp32", "bf16"]
 
 
-def start(
-    engine: Engine | Literal["auto"], precision: Precision, timeout: timedelta, **accelerator_args: Any
-) -> tuple[Accelerator, Engine]:
+@dataclass(frozen=True)
+class Wanted:
+    """The engine that a run asks for."""
+
+    engine: Name | Literal["auto"]
+    """"auto" takes what accelerate's configuration asks for; if it asks for nothing, fsdp2 on several ranks."""
+    precision: Precision
+    """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32."""
+    timeout: timedelta
+    """How long a rank waits for its peers."""
+    micro_batch: int
+    accumulation: Callable[[int], int]
+    """Micro-batches per step, for a number of ranks."""
+    clip: float | None
+    shard_ranks: int | None = None
+    """hsdp: ranks among which one copy of the model is sharded; the copies are replicas."""
+    deepspeed_config: str | None = None
+    """deepspeed: JSON file; None: the one accelerate was configured with, else ZeRO stage 2."""
+
+
+def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
     """An `Accelerator` for the engine, its ranks counted.
 
     Works under `accelerate launch`, `torchrun` and plain `python`, on accelerators and on CPUs. What `accelerate launch` was configured
-    with holds; a contradiction between it and the arguments is an error.
+    with holds; a contradiction between it and what is wanted is an error.
 
     Args:
-        engine: "auto" takes what accelerate's configuration asks for; if it asks for nothing, fsdp2 on several ranks.
-        precision: dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32.
-        timeout: how long a rank waits for its peers.
         accelerator_args: further arguments of `Accelerator`.
 
     Returns:
@@ -42,49 +62,54 @@ def start(
         EngineError: accelerate's configuration asks for something else, or ranks are missing.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    engine = _resolve(engine, launched)
+    name = _resolve(wanted.engine, launched)
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured not in ("no", precision.replace("fp32", "no")):
+    if configured not in ("no", wanted.precision.replace("fp32", "no")):
         raise EngineError(
-            f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {precision}; make them agree"
+            f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
         )
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    as_device = name in ("fsdp2", "hsdp", "deepspeed")
     if on_cpu:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # DeepSpeed, which others import, asks no further and warns no more
-    if on_cpu and launched > 1 and engine == "fsdp2":
-        cpu.bring_up_processes(timeout)
-    if engine == "fsdp2":
-        os.environ["FSDP_VERSION"] = "2"  # accelerate sets ACCELERATE_USE_FSDP, and not this
+        if as_device and "LOCAL_RANK" in os.environ:
+            cpu.bring_up_processes(wanted.timeout)
     accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=on_cpu and engine != "fsdp2",
-        fsdp_plugin=_fsdp2_plugin(precision) if engine == "fsdp2" else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        mixed_precision="bf16" if wanted.precision == "bf16" else "no",
+        cpu=on_cpu and not as_device,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
+        **_plugins(name, wanted, launched),
         **accelerator_args,
     )
     check_world(accelerator.device)
-    return accelerator, engine
+    return accelerator, name
 
 
-def wrap(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """Prepare model and optimizer together; the optimizer comes back with its state allocated for the wrapped parameters.
+def wrap(name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Engine:
+    """Model and optimizer under the engine; the optimizer with its state allocated for the wrapped parameters.
 
     Raises:
         EngineError: the ranks' weights differ, or what came back is not what was asked for.
     """
     check_same_start(model, accelerator.device)
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    model, prepared = accelerator.prepare(model, optimizer)
-    check_optimizer(prepared, model, type(optimizer), groups)
-    inner: Optimizer = prepared.optimizer
-    if hasattr(inner, "init_state"):
-        inner.init_state()
-    return model, inner
+    if any(
+        state and int(state["step"])
+        for state in optimizer.state.values()
+        if isinstance(state, dict) and "step" in state
+    ):
+        raise EngineError(
+            "the optimizer has been stepped or loaded before it was wrapped; load checkpoints after wrapping"
+        )
+    if name == "deepspeed":
+        from anon_dist.engines.zero import ZeroEngine
+
+        return ZeroEngine(name, accelerator, model, optimizer)
+    return TorchEngine(name, accelerator, model, optimizer)
 
 
-def _resolve(engine: Engine | Literal["auto"], launched: int) -> Engine:
+def _resolve(engine: Name | Literal["auto"], launched: int) -> Name:
     """The engine that both the argument and accelerate's configuration allow."""
     configured: str | None = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -93,23 +118,39 @@ def _resolve(engine: Engine | Literal["auto"], launched: int) -> Engine:
         configured = "deepspeed"
     if engine == "auto":
         engine = configured or ("fsdp2" if launched > 1 else "single")  # type: ignore[assignment]
-    if engine not in ("single", "ddp", "fsdp2"):
+    if engine not in get_args(Name):
         raise EngineError(
             f"accelerate's configuration asks for {engine}, which train.engine does not offer; ready ones are in configs/accelerate"
         )
-    if configured is not None and configured != engine:
+    if configured is not None and configured != engine.replace("hsdp", "fsdp2"):
         raise EngineError(
             f"train.engine is {engine}, but accelerate's configuration asks for {configured}; use the one that fits, or engine: auto"
         )
     if engine == "single" and launched > 1:
         raise EngineError(f"train.engine is single, but {launched} processes were launched; use fsdp2 or ddp")
-    if launched == 1 and engine != "fsdp2":
+    if launched == 1 and engine in ("ddp", "hsdp"):
         return "single"
-    return engine
+    return engine  # type: ignore[return-value]
+
+
+def _plugins(name: Name, wanted: Wanted, launched: int) -> dict[str, Any]:
+    """accelerate's arguments for the engine."""
+    if name == "deepspeed":
+        return {"deepspeed_plugin": _deepspeed_plugin(wanted, launched)}
+    if name == "fsdp2":
+        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision)}
+    if name == "hsdp":
+        shard = wanted.shard_ranks or launched
+        if launched % shard:
+            raise EngineError(f"train.shard_ranks = {shard} does not divide the number of ranks, {launched}")
+        parallelism = ParallelismConfig(dp_replicate_size=launched // shard, dp_shard_size=shard)
+        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision), "parallelism_config": parallelism}
+    return {}
 
 
 def _fsdp2_plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
     """accelerate's FSDP2 settings: from its configuration where `accelerate launch` gave one, else a group per transformer block."""
+    os.environ["FSDP_VERSION"] = "2"  # accelerate sets ACCELERATE_USE_FSDP, and not this
     given = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     policy = None
     if precision == "bf16":
@@ -120,3 +161,29 @@ def _fsdp2_plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
         auto_wrap_policy=None if given else "TRANSFORMER_BASED_WRAP",
         cpu_ram_efficient_loading=None if given else False,
     )
+
+
+def _deepspeed_plugin(wanted: Wanted, launched: int) -> Any:
+    try:
+        import deepspeed  # noqa: F401 - accelerate would say that a plugin is missing
+        from accelerate.utils import DeepSpeedPlugin
+    except ImportError:
+        raise EngineError(
+            "train.engine is deepspeed, and DeepSpeed is not installed: pip install 'anon-dist[deepspeed]'"
+        ) from None
+    from anon_dist.engines.zero import zero_config
+
+    source = wanted.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
+    source = None if source == "none" else source
+    if source is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise EngineError(
+            "name a JSON file as deepspeed_config_file in accelerate's configuration, or as train.deepspeed_config"
+        )
+    config = zero_config(
+        source,
+        micro_batch=wanted.micro_batch,
+        accumulation=wanted.accumulation(launched),
+        clip=wanted.clip,
+        bf16=wanted.precision == "bf16",
+    )
+    return DeepSpeedPlugin(hf_ds_config=config)

@@ -117,8 +117,12 @@ class TrainConfig:
     """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
     micro_batch: int = 8
     """Sequences that a rank takes at once."""
-    engine: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+    engine: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "deepspeed"] = "auto"
     """How ranks share the work. auto: what accelerate's configuration asks for, else fsdp2 on several ranks."""
+    shard_ranks: int | None = None
+    """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: all."""
+    deepspeed_config: str | None = None
+    """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the computation; parameters and optimizer state are float32 in either case."""
     grad_clip: float | None = 1.0

@@ -6,29 +6,30 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from anon_dist.files import publish
 
 
-def export_model(folder: Path, model: nn.Module, config: PretrainedConfig, tokenizer: Path, main: bool) -> None:
-    """Gather the weights on the first rank, which writes the folder; complete or absent, replacing an older one. Every rank must call it.
+def export_model(folder: Path, weights: dict[str, Tensor], config: PretrainedConfig, tokenizer: Path) -> None:
+    """Write the folder; complete or absent, replacing an older one.
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
     Args:
+        weights: of the whole model, by parameter name; tied ones may be missing.
         tokenizer: folder of the tokenizer the data was prepared with.
-        main: whether this is the first rank.
+
+    Raises:
+        RuntimeError: weights are missing that are not tied to others.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not main:
-        return
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict(weights, assign=True, strict=False)
     plain.tie_weights()
+    if missing := [name for name, p in plain.named_parameters() if p.is_meta]:
+        raise RuntimeError(f"the engine gave no weights for {', '.join(missing)}")
     plain.config.use_cache = True
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

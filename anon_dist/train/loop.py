@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,15 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from transformers import PretrainedConfig
 
-from anon_dist.checkpoint import CheckpointError, Checkpoints, load_sharded, save_sharded
+from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
-from anon_dist.engines.check import state_bytes
-from anon_dist.engines.grads import global_norm, scale_gradients
-from anon_dist.engines.start import start, wrap
+from anon_dist.engines.base import Engine
+from anon_dist.engines.check import StateBytes
+from anon_dist.engines.start import Name, Wanted, start, wrap
 from anon_dist.files import write_json
 from anon_dist.optim import Anon
 from anon_dist.optim.monitor import refreshes, update_statistics
@@ -59,14 +59,14 @@ class Run:
     index: Index
     train_shards: TokenShards
     val_shards: TokenShards | None
-    model: nn.Module
-    """As the engine wrapped it."""
+    engine: Engine
     model_config: PretrainedConfig
-    optimizer: Optimizer
     loader: BatchLoader
     checkpoints: Checkpoints
     flops: float
     """Per token."""
+    parameters: int
+    state: StateBytes
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -88,10 +88,8 @@ def train(config: Config) -> Path:
     Raises:
         ConfigError, EngineError, CheckpointError, DataError: see there; nothing of an earlier run is lost.
     """
-    accelerator, engine = start(
-        config.train.engine,
-        config.train.precision,
-        timeout(config),
+    accelerator, name = start(
+        wanted_engine(config),
         log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
@@ -104,10 +102,10 @@ def train(config: Config) -> Path:
             report(folder, config)
         return folder
 
-    run = set_up(config, accelerator, folder)
+    run = set_up(config, accelerator, name, folder)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
-        _introduce(run, engine, console)
+        _introduce(run, console)
     with StopSignal() as stop, run.loader, _metrics(run, console) as write:
         stopped = _steps(run, stop, write, console)
     if console:
@@ -123,15 +121,25 @@ def train(config: Config) -> Path:
     return folder
 
 
-def timeout(config: Config) -> timedelta:
-    """How long a rank waits for its peers."""
-    return timedelta(minutes=config.train.timeout_minutes)
+def wanted_engine(config: Config) -> Wanted:
+    """What the configuration asks of the engine."""
+    train = config.train
+    return Wanted(
+        engine=train.engine,
+        precision=train.precision,
+        timeout=timedelta(minutes=train.timeout_minutes),
+        micro_batch=train.micro_batch,
+        accumulation=partial(accumulation, config),
+        clip=train.grad_clip,
+        shard_ranks=train.shard_ranks,
+        deepspeed_config=train.deepspeed_config,
+    )
 
 
 # -- setting up -------------------------------------------------------------------------------------------------------
 
 
-def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
+def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -> Run:
     """Data, model, optimizer; and the latest checkpoint in them."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -157,7 +165,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
 
     torch.manual_seed(config.train.seed)
     built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
-    flops = flops_per_token(built, config.data.seq_len)
+    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
@@ -165,7 +173,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
             block.forward = torch.compile(block.forward)
     optimizer = build_optimizer(config.optim, built)
     wanted = hyperparameters(optimizer)
-    model, optimizer = wrap(accelerator, built, optimizer)
+    engine = wrap(name, accelerator, built, optimizer)
     randomness.seed(config.train.seed, accelerator.process_index, 0)
 
     loader = BatchLoader(
@@ -179,18 +187,19 @@ def set_up(config: Config, accelerator: Accelerator, folder: Path) -> Run:
     )
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     run = Run(
-        config,
-        accelerator,
-        folder,
-        index,
-        train_shards,
-        val_shards,
-        model,
-        built.config,
-        optimizer,
-        loader,
-        checkpoints,
-        flops,
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        index=index,
+        train_shards=train_shards,
+        val_shards=val_shards,
+        engine=engine,
+        model_config=built.config,
+        loader=loader,
+        checkpoints=checkpoints,
+        flops=flops,
+        parameters=parameters,
+        state=engine.state_bytes(),
     )
     if accelerator.is_main_process:
         checkpoints.clean()
@@ -227,9 +236,9 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
     run.loader.load_state_dict(progress["data"])
-    load_sharded(source, run.model, run.optimizer)
+    run.engine.load(source)
     say = print if run.accelerator.is_main_process else (lambda _: None)
-    apply_hyperparameters(run.optimizer, wanted, say)
+    apply_hyperparameters(run.engine.optimizer, wanted, say)
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, rank, run.step)
@@ -243,16 +252,16 @@ def _agree(value: Any, accelerator: Accelerator) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def _introduce(run: Run, engine: str, console: Console) -> None:
+def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
-    parameters = sum(p.numel() for p in run.model.parameters())
-    size = state_bytes(run.optimizer)
     config, ranks = run.config, run.accelerator.num_processes
+    mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
+    epochs = config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len)
     console.say(
-        f"{parameters / 1e6:.2f}M parameters, {engine} on {ranks} {run.accelerator.device.type} rank{'s' * (ranks > 1)}, "
-        f"{config.train.precision}; {type(run.optimizer).__name__} holds {size.local / 2**20:.1f} of {size.whole / 2**20:.1f} MiB state "
-        f"per rank; {config.train.global_batch * config.data.seq_len:,} tokens a step, {config.train.steps} steps, "
-        f"{config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len):.2f} epochs"
+        f"{run.parameters / 1e6:.2f}M parameters, {config.train.precision}, {run.engine.name} on {ranks} "
+        f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
+        f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
+        f"{config.train.steps} steps, {epochs:.2f} epochs"
     )
 
 
@@ -316,18 +325,9 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     """
     config = run.config
     loss = _gradients(run, batches, watch)
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    norm = global_norm(parameters)
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
-    if math.isfinite(norm):
-        if config.train.grad_clip is not None and norm > config.train.grad_clip:
-            scale_gradients(parameters, config.train.grad_clip / norm)
-        watch.lap("gradients")
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
-        watch.lap("optimizer")
-    run.optimizer.zero_grad()
+    norm = run.engine.step(lr, config.train.grad_clip)
+    watch.lap("optimizer")
     run.loader.advance()
     run.step += 1
     _count_skips(run, norm)
@@ -347,10 +347,8 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
         batch = next(batches)
         watch.lap("data")
         batch = batch.to(run.accelerator.device, non_blocking=True)
-        last = i + 1 == rounds
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
-            loss = token_loss(run.model, batch, run.mask_eod).mean() / rounds
-            loss.backward()
+        loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
+        run.engine.backward(loss, last=i + 1 == rounds)
         total += loss.detach()
         watch.lap("gradients")
     return total
@@ -372,7 +370,7 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
     tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    optimizer = run.optimizer
+    optimizer = run.engine.optimizer
     statistics = update_statistics(optimizer) if isinstance(optimizer, Anon) else None
     sums = torch.tensor(
         [float(done.loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
@@ -414,7 +412,7 @@ def _memory_gb(device: torch.device) -> float:
 def _validate(run: Run, sequences: int) -> Evaluation:
     assert run.val_shards is not None
     return evaluate(
-        run.model,
+        run.engine.model,
         run.val_shards,
         run.config.data.seq_len,
         run.config.train.micro_batch,
@@ -469,7 +467,8 @@ def _save(run: Run) -> None:
         "data": run.loader.state_dict(),
         "world_size": run.accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "optimizer": type(run.optimizer).__name__,
+        "optimizer": type(run.engine.optimizer).__name__,
+        "engine": run.engine.name,
         "model": run.model_config.to_dict(),
         "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
         "versions": {
@@ -479,7 +478,7 @@ def _save(run: Run) -> None:
         },
     }
     with run.checkpoints.writing(run.step, progress) as folder:
-        save_sharded(folder, run.model, run.optimizer)
+        run.engine.save(folder)
         randomness.save(folder, run.accelerator.process_index)
 
 
@@ -489,7 +488,9 @@ def _finish(run: Run) -> None:
     record: Record = {"step": run.step}
     if run.val_shards is not None:
         record = _evaluation_record(run, _validate(run, config.eval.final_sequences), "final")
-    export_model(run.folder / "model", run.model, run.model_config, Path(config.data.path) / "tokenizer", main)
+    weights = run.engine.full_weights()
+    if main:
+        export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer")
     if main:
         file = MetricsFile(run.folder / "metrics.jsonl", run.step)
         file.write(record)

@@ -27,7 +27,7 @@ from anon_dist import Anon
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
-from anon_dist.engines.start import start, wrap
+from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import STATE_KEYS, param_groups
 from anon_dist.optim.monitor import update_statistics
 from anon_dist.train import config as c
@@ -76,6 +76,10 @@ def assert_same_bits(model, optimizer, other, reference):
             assert torch.equal(full(optimizer.state[p][key]), full(reference.state[q][key])), (name, key)
 
 
+def wanted(engine, precision="fp32"):
+    return Wanted(engine, precision, timedelta(minutes=1), micro_batch=2, accumulation=lambda ranks: 2, clip=None)
+
+
 def small_model(**changes):
     torch.manual_seed(0)
     return build_model(c.ModelConfig(**{"layers": 2, "width": 32, "heads": 2, "context": 32, **changes}), 100, 0, 32)
@@ -101,13 +105,13 @@ def case_bits_do_not_depend_on_the_sharding():
 
 def case_state_is_sharded_and_the_step_adds_no_communication():
     forget_accelerate()
-    accelerator, _ = start("fsdp2", "fp32", timedelta(minutes=1))
+    accelerator, name = start(wanted("fsdp2"))
     model = small_model(width=64)
     optimizer = Anon(
         param_groups(model, 0.1), **{**LM, "weight_decay": 0.1}
     )  # over the unsharded parameters, as people write it
-    model, optimizer = wrap(accelerator, model, optimizer)
-    size = state_bytes(optimizer)
+    engine = wrap(name, accelerator, model, optimizer)
+    model, size = engine.model, engine.state_bytes()
     assert size.whole == 12 * sum(p.numel() for p in model.parameters())
     assert abs(size.local * dist.get_world_size() / size.whole - 1) < 0.02, size
     assert len(optimizer.state) == len(list(model.parameters()))
@@ -156,22 +160,21 @@ def case_training_agrees_with_one_process():
         # The gradient of attention's key bias is 0 but for rounding; at ε = 1e-16 that noise would be scaled up to full steps.
         hyper = {**LM, "gamma": gamma, "lr": lr, "hold_silent": gamma < 0, "update_clip": None, "eps": 1e-8}
         forget_accelerate()
-        accelerator, _ = start("fsdp2", "fp32", timedelta(minutes=1))
+        accelerator, name = start(wanted("fsdp2"))
         alone, model = small_model(), small_model()
         reference = Anon(param_groups(alone, 0.1), **hyper)
-        model, optimizer = wrap(accelerator, model, Anon(param_groups(model, 0.1), **hyper))
+        engine = wrap(name, accelerator, model, Anon(param_groups(model, 0.1), **hyper))
+        model = engine.model
         rank, world = dist.get_rank(), dist.get_world_size()
         for t in range(12):
             batch = torch.randint(0, 100, (4 * world, 33), generator=torch.Generator().manual_seed(t))
             loop.token_loss(alone, batch, None).mean().backward()
             for i, rows in enumerate(batch[4 * rank : 4 * rank + 4].split(2)):
-                with accelerator.no_sync(model) if i == 0 else open(os.devnull):
-                    (loop.token_loss(model, rows, None).mean() / 2).backward()
-            assert abs(global_norm(model.parameters()) / global_norm(alone.parameters()) - 1) < 1e-5
+                engine.backward(loop.token_loss(model, rows, None).mean() / 2, last=i == 1)
+            norm = global_norm(alone.parameters())
+            assert abs(engine.step(lr, None) / norm - 1) < 1e-5
             reference.step()
-            optimizer.step()
             reference.zero_grad()
-            optimizer.zero_grad()
         for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(
                 full(p), q, rtol=1e-4, atol=1e-4 * float(q.detach().abs().max()), msg=f"{name} at γ = {gamma}"
@@ -272,8 +275,8 @@ def case_contradicting_configurations_are_noticed():
     os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = "true", "2"
     os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
     try:
-        raises(EngineError, "mixed_precision: fp16", lambda: start("auto", "bf16", timedelta(minutes=1)))
-        raises(EngineError, "train.engine is ddp", lambda: start("ddp", "fp32", timedelta(minutes=1)))
+        raises(EngineError, "mixed_precision: fp16", lambda: start(wanted("auto", "bf16")))
+        raises(EngineError, "train.engine is ddp", lambda: start(wanted("ddp")))
     finally:
         for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_MIXED_PRECISION"):
             del os.environ[key]
@@ -282,7 +285,7 @@ def case_contradicting_configurations_are_noticed():
 def case_plain_accelerate():
     """Accelerator.prepare as a user calls it: FSDP2's switch of parameters leaves no state of the old ones."""
     forget_accelerate()
-    start("fsdp2", "fp32", timedelta(minutes=1))
+    start(wanted("fsdp2"))
     accelerator = Accelerator()
     model = small_model()
     optimizer = Anon(model.parameters(), **LM)

@@ -1,0 +1,49 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anon_dist.engines.check import StateBytes
+
+
+class Engine(Protocol):
+    """A model and its optimizer, wrapped: gradients in, steps out, the same calls on every rank."""
+
+    name: str
+    model: nn.Module
+    """To call forward on."""
+    optimizer: Optimizer
+    """The one that steps this rank's parameters; its groups are the ones that were asked for."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
+
+    def step(self, lr: float, clip: float | None) -> float:
+        """Clip the gradients to a global norm, step with learning rate `lr`, and drop the gradients.
+
+        If the norm is not finite, no rank steps and no step count moves.
+
+        Returns:
+            The global gradient norm before clipping, the same on every rank.
+        """
+
+    def state_bytes(self) -> StateBytes:
+        """Bytes of optimizer state on this rank, and of all of it once."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer into an existing folder."""
+
+    def load(self, folder: Path) -> None:
+        """Restore in place what `save` wrote.
+
+        Raises:
+            CheckpointError: it is of another model, optimizer or engine, or damaged.
+        """
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole model in float32 on the CPU, by parameter name, on the first rank; empty on the others."""

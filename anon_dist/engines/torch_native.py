@@ -1,0 +1,68 @@
+"""The engines that torch brings: one process, DDP, FSDP2, HSDP. The optimizer's parameters are the model's own, whole or DTensors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint import load_sharded, save_sharded
+from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.grads import global_norm, scale_gradients
+
+
+class TorchEngine:
+    """Model and optimizer as `Accelerator.prepare` wraps them. See `base.Engine`."""
+
+    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.name, self._accelerator = name, accelerator
+        self.model, prepared = accelerator.prepare(model, optimizer)
+        check_optimizer(prepared, self.model, type(optimizer), groups)
+        self.optimizer: Optimizer = prepared.optimizer
+        if hasattr(self.optimizer, "init_state"):
+            self.optimizer.init_state()
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `base.Engine`."""
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
+            loss.backward()
+
+    def step(self, lr: float, clip: float | None) -> float:
+        """See `base.Engine`."""
+        norm = global_norm(self._parameters)
+        if math.isfinite(norm):
+            if clip is not None and norm > clip:
+                scale_gradients(self._parameters, clip / norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state_bytes(self) -> StateBytes:
+        """See `base.Engine`."""
+        return state_bytes(self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        """See `base.Engine`. Torch's distributed checkpoint format, which all engines of this module share."""
+        save_sharded(folder, self.model, self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        load_sharded(folder, self.model, self.optimizer)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """See `base.Engine`."""
+        weights: dict[str, Any] = get_model_state_dict(
+            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        return {name: value.to(torch.float32) for name, value in weights.items()}

@@ -1,0 +1,161 @@
+"""DeepSpeed: ZeRO stages 0 to 3, with or without offload, as a JSON configuration asks for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.errors import EngineError
+
+TAG = "deepspeed"
+"""The subfolder of a checkpoint that DeepSpeed writes."""
+
+
+def zero_config(
+    source: str | Path | None, *, micro_batch: int, accumulation: int, clip: float | None, bf16: bool
+) -> dict[str, Any]:
+    """A DeepSpeed configuration with what the training configuration determines filled in, where it is absent or "auto".
+
+    Args:
+        source: JSON file; None: ZeRO stage 2.
+
+    Raises:
+        EngineError: it cannot be read, or contradicts the training configuration; naming file, key and remedy.
+    """
+    config: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    if source is not None:
+        try:
+            config = json.loads(Path(source).read_text())
+        except (OSError, ValueError) as error:
+            raise EngineError(f"DeepSpeed configuration {source}: {error}") from None
+    if "optimizer" in config or "scheduler" in config:
+        raise EngineError(
+            f"DeepSpeed configuration {source}: remove 'optimizer' and 'scheduler'; optim and schedule say them here"
+        )
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed clips at 1 unless told otherwise; 0 is never.
+        "gradient_clipping": 0.0 if clip is None else clip,
+    }
+    for key, value in ours.items():
+        if config.setdefault(key, value) == "auto":
+            config[key] = value
+        if config[key] != value:
+            raise EngineError(
+                f"DeepSpeed configuration {source}: {key} is {config[key]}, and the training configuration says {value}"
+            )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise EngineError(f"DeepSpeed configuration {source}: fp16 is not offered; use bf16 (train.precision)")
+    half = config.setdefault("bf16", {"enabled": "auto"})
+    if half.get("enabled", "auto") == "auto":
+        half["enabled"] = bf16
+    if half["enabled"] != bf16:
+        raise EngineError(
+            f"DeepSpeed configuration {source}: bf16.enabled is {half['enabled']}, and train.precision says otherwise"
+        )
+    config.pop("train_batch_size", None)
+    return config
+
+
+class ZeroEngine:
+    """A DeepSpeed engine, brought up by accelerate. See `base.Engine`."""
+
+    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.name = name
+        self.model, prepared = accelerator.prepare(model, optimizer)
+        self._engine: Any = self.model
+        self._wrapper: Any = self._engine.optimizer
+        if hasattr(self._wrapper, "check_grad_overflow"):
+            self._wrapper.check_grad_overflow = True  # off for float32, where a step with NaN gradients would be taken
+        self.optimizer: Optimizer = self._engine.basic_optimizer
+        check_optimizer(prepared, None, type(optimizer), groups)
+        self._check_masters()
+
+    def _check_masters(self) -> None:
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        masters += list(getattr(self._wrapper, "fp32_partitioned_groups_flat", []))
+        for p in masters:
+            if p.dtype != torch.float32:
+                raise EngineError(
+                    f"DeepSpeed gave the optimizer {p.dtype} parameters; it must see float32 master weights"
+                )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `base.Engine`."""
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        # DeepSpeed divides by gradient_accumulation_steps itself, and the loop has done so.
+        self._engine.backward(loss * self._engine.gradient_accumulation_steps())
+
+    def step(self, lr: float, clip: float | None) -> float:
+        """See `base.Engine`. DeepSpeed clips, by its configuration."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        unchecked = self._unchecked_gradients()
+        norm = math.nan
+        if unchecked:
+            norm = math.sqrt(
+                float(torch.stack(torch._foreach_norm(unchecked, 2, dtype=torch.float32)).double().square().sum())
+            )
+            if not math.isfinite(norm):
+                self._engine.optimizer.zero_grad()
+                return norm
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return math.nan
+        return norm if unchecked else float(self._engine.get_global_grad_norm())
+
+    def _unchecked_gradients(self) -> list[Tensor]:
+        """The gradients, reduced and the same on every rank, where DeepSpeed does not look for NaN: stage 0 in float32, BF16_Optimizer."""
+        if self._wrapper is self.optimizer:
+            return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return list(getattr(self._wrapper, "fp32_groups_gradients_flat", []))
+
+    def state_bytes(self) -> StateBytes:
+        """See `base.Engine`. The whole is the sum over ranks, padding and copies included."""
+        local = state_bytes(self.optimizer).local
+        whole = torch.tensor(local, dtype=torch.int64, device=self._engine.device)
+        if dist.is_initialized():
+            dist.all_reduce(whole)
+        return StateBytes(local, int(whole))
+
+    def save(self, folder: Path) -> None:
+        """See `base.Engine`. In DeepSpeed's own format."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """See `base.Engine`. DeepSpeed loads at the number of ranks that wrote."""
+        if not (folder / TAG).is_dir():
+            raise CheckpointError(f"{folder} was not written by DeepSpeed; resume it with the engine that wrote it")
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}/{TAG} cannot be loaded: {error}. It needs the same ZeRO stage and number of ranks"
+            ) from error
+        if loaded is None:
+            raise CheckpointError(f"{folder}/{TAG} cannot be loaded: DeepSpeed found nothing to load there")
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """See `base.Engine`. The float32 masters."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        weights = {}
+        for name, p in self._engine.module.named_parameters():
+            value = safe_get_full_fp32_param(p)  # every rank must ask
+            if first:
+                whole = p if value is None else value
+                weights[name] = whole.detach().to("cpu", torch.float32, copy=True).view(getattr(p, "ds_shape", p.shape))
+        return weights
