@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ class Engine(Protocol):
     model: nn.Module
     """To call forward on."""
     optimizer: Optimizer
-    """The one that steps this rank's parameters; its groups are the ones that were asked for."""
+    """The one that steps this rank's parameters; its groups are the ones that were asked for, but see `whole_optimizer`."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
@@ -31,6 +32,9 @@ class Engine(Protocol):
         Returns:
             The global gradient norm before clipping, the same on every rank.
         """
+
+    def whole_optimizer(self) -> AbstractContextManager[Optimizer]:
+        """The optimizer with all of this rank's parameters in its groups, to look at or to `rebase`."""
 
     def state_bytes(self) -> StateBytes:
         """Bytes of optimizer state on this rank, and of all of it once."""

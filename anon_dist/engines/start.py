@@ -84,6 +84,11 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         **accelerator_args,
     )
     check_world(accelerator.device)
+    if name == "deepspeed":
+        # Else transformers would partition models as it builds them (zero.Init), with other random weights than under the other engines.
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     return accelerator, name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class TorchEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def whole_optimizer(self) -> AbstractContextManager[Optimizer]:
+        """See `base.Engine`."""
+        return contextlib.nullcontext(self.optimizer)
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,22 @@ class ZeroEngine:
     def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self.name = name
-        self.model, prepared = accelerator.prepare(model, optimizer)
+        self.model, _ = accelerator.prepare(model, optimizer)
         self._engine: Any = self.model
         self._wrapper: Any = self._engine.optimizer
         if hasattr(self._wrapper, "check_grad_overflow"):
             self._wrapper.check_grad_overflow = True  # off for float32, where a step with NaN gradients would be taken
         self.optimizer: Optimizer = self._engine.basic_optimizer
-        check_optimizer(prepared, None, type(optimizer), groups)
+        check_optimizer(self.optimizer, None, type(optimizer), groups)
         self._check_masters()
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make the state now, so that its size is known; DeepSpeed would have it made by the first step."""
+        if not hasattr(self.optimizer, "init_state") or getattr(self._wrapper, "swap_optimizer", False):
+            return
+        with self.whole_optimizer() as optimizer:
+            optimizer.init_state()  # type: ignore[attr-defined]
 
     def _check_masters(self) -> None:
         masters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -121,6 +131,18 @@ class ZeroEngine:
         if self._wrapper is self.optimizer:
             return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return list(getattr(self._wrapper, "fp32_groups_gradients_flat", []))
+
+    @contextlib.contextmanager
+    def whole_optimizer(self) -> Iterator[Optimizer]:
+        """See `base.Engine`. Stage 3 shows the optimizer its sub-groups one by one, and between steps none."""
+        staged = hasattr(self._wrapper, "fp32_partitioned_groups_flat")
+        if staged:
+            self._wrapper._set_fp32_optimizer_param_groups()
+        try:
+            yield self.optimizer
+        finally:
+            if staged:
+                self._wrapper._clear_fp32_optimizer_param_groups()
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks, padding and copies included."""

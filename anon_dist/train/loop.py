@@ -238,7 +238,8 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
     say = print if run.accelerator.is_main_process else (lambda _: None)
-    apply_hyperparameters(run.engine.optimizer, wanted, say)
+    with run.engine.whole_optimizer() as optimizer:
+        apply_hyperparameters(optimizer, wanted, say)
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, rank, run.step)
@@ -370,8 +371,10 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
     tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    optimizer = run.engine.optimizer
-    statistics = update_statistics(optimizer) if isinstance(optimizer, Anon) else None
+    statistics, refreshed = None, 0
+    with run.engine.whole_optimizer() as optimizer:
+        if isinstance(optimizer, Anon):
+            statistics, refreshed = update_statistics(optimizer), refreshes(optimizer)
     sums = torch.tensor(
         [float(done.loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
     )
@@ -387,9 +390,9 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         "grad_norm": done.grad_norm,
         "tokens_per_s": tokens / wall,
     }
-    if isinstance(optimizer, Anon):
+    if statistics is not None:
         record["update_rms"] = float(sums[1] / sums[2].clamp(min=1.0)) ** 0.5
-        record["refreshes"] = refreshes(optimizer)
+        record["refreshes"] = refreshed
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
     record["data_share"] = seconds.get("data", 0.0) / wall
