@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -15,6 +17,16 @@ def forget_accelerate():
         state._shared_state.clear()
     for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
         os.environ.pop(key, None)
+
+
+def launch_ranks(script: Path, ranks: int, out: Path, *args: str) -> Path:
+    """Run a script on several ranks of this machine, with `out` and `args` as arguments; its output goes to `out/log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    (out / "log").write_text(done.stdout + done.stderr)
+    return out
 
 
 def at_step(monkeypatch, step, action):

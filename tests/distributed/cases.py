@@ -3,12 +3,10 @@
 Each `case_…` function runs on every rank, one after the other, in one process group over gloo.
 """
 
-import json
 import os
 import signal
 import sys
 import tempfile
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from anon_dist.train.model import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import at_step, forget_accelerate, metrics
+from launch_cases import run_cases
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
 # What an engine may meet: odd sizes, and on some rank an empty shard.
@@ -374,22 +373,6 @@ def shared_folder():
     return names[0]
 
 
-def main():
-    global OUT, DATA
-    OUT, DATA = sys.argv[1:3]
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = {}
-    for name, case in [(k, v) for k, v in globals().items() if k.startswith("case_")]:
-        try:
-            case()
-            results[name] = "passed"
-        except Exception:
-            results[name] = traceback.format_exc()
-        Path(OUT, f"results-{dist.get_rank()}.json").write_text(json.dumps(results))
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    OUT, DATA = sys.argv[1:3]
+    run_cases(globals())

@@ -1,14 +1,12 @@
 """Several ranks on one machine, launched once; each case of `cases.py` is a test."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import forget_accelerate, metrics
+from helpers import forget_accelerate, launch_ranks, metrics
 
 CASES = re.findall(r"^def (case_\w+)", Path(__file__).with_name("cases.py").read_text(), re.MULTILINE)
 RANKS = 2
@@ -18,20 +16,7 @@ RANKS = 2
 def launched(tmp_path_factory, prepared):
     """The folder of the results, by rank, and the runs."""
     out = tmp_path_factory.mktemp("distributed")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={RANKS}",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-    ]
-    command += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("cases.py")), str(out), str(prepared)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    (out / "log").write_text(done.stdout + done.stderr)
-    return out
+    return launch_ranks(Path(__file__).with_name("cases.py"), RANKS, out, str(prepared))
 
 
 @pytest.mark.parametrize("case", CASES)

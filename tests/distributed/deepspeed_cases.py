@@ -1,0 +1,312 @@
+"""DeepSpeed's stages with Anon, on two ranks; `test_deepspeed.py` launches them all at once.
+
+The oracle of whole runs is a run of one process without DeepSpeed, whose metrics the launcher leaves in argv[3].
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import deepspeed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DummyOptim
+from helpers import at_step, forget_accelerate, metrics
+from launch_cases import run_cases
+from torch import nn
+
+from anon_dist import Anon
+from anon_dist.engines import cpu
+from anon_dist.engines.errors import EngineError
+from anon_dist.optim import STATE_KEYS
+from anon_dist.train import loop
+from anon_dist.train.config import Config, load_config
+
+OUT, DATA, REFERENCE = sys.argv[1:4]
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+PARAMS = {"lr": 3e-3, "betas": [0.9, 0.95], "gamma": 0.5, "refresh_ratio": 1.1, "beta3": 0.8, "eps": 1e-8}
+
+
+class Net(nn.Module):
+    """Odd sizes, a tied pair, a frozen layer, and a bias of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.frozen, self.head = nn.Linear(63, 63), nn.Linear(63, 7), nn.Linear(7, 7), nn.Linear(7, 1)
+        self.a2 = nn.Linear(63, 63, bias=False)
+        self.a2.weight = self.a.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.frozen(torch.tanh(self.b(self.a2(torch.tanh(self.a(x))))))))
+
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+
+
+def groups(model):
+    """Two param groups with their own γ and decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "gamma": 0.0, "weight_decay": 0.0}]
+
+
+def batch(t, rank=None):
+    rows = torch.randn(4 * dist.get_world_size(), 63, generator=torch.Generator().manual_seed(t))
+    return rows if rank is None else rows[4 * rank : 4 * rank + 4]
+
+
+def reference(steps, dtype=torch.float32):
+    model = make()
+    optimizer = Anon(groups(model), **PARAMS)
+    for t in range(steps):
+        model(batch(t)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def user_training(config, client, steps=12):
+    """A user's own loop. `client`: the optimizer is built by the user, not by the configuration."""
+    model = make()
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0, **config}
+    if client:
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=Anon(groups(model), **PARAMS))
+    else:
+        config["optimizer"] = {"type": "Anon", "params": PARAMS}
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=groups(model))
+    half = config.get("bf16", {}).get("enabled")
+    for t in range(steps):
+        for rows in batch(t, dist.get_rank()).split(2):
+            engine.backward(engine(rows.bfloat16() if half else rows).float().square().mean())
+            engine.step()
+    return engine
+
+
+def weights(engine):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            value = safe_get_full_fp32_param(p)
+            found[name] = (p.detach() if value is None else value).float().view(getattr(p, "ds_shape", p.shape)).clone()
+    return found
+
+
+def check_user_training(stage, client, bf16=False, **zero):
+    config = {"zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": bf16}}
+    engine = user_training(config, client)
+    optimizer = engine.basic_optimizer
+    assert isinstance(optimizer, Anon)
+    assert [(g["gamma"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.1), (0.0, 0.0)]
+    assert {int(s["step"]) for s in optimizer.state.values()} == {12}
+    assert all(set(s) == set(STATE_KEYS) and s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+    expected = dict(reference(12)[0].named_parameters())
+    # float32: another order of summation, over 12 steps. bf16: gradients with 8 bits.
+    tolerance = 2e-2 if bf16 else 1e-5
+    for name, value in weights(engine).items():
+        torch.testing.assert_close(
+            value, expected[name].detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if stage:
+        local = sum(s[k].numel() for s in optimizer.state.values() for k in STATE_KEYS[1:])
+        whole = 3 * sum(p.numel() for g in groups(make()) for p in g["params"])
+        padding = 3 * 4 * len(optimizer.state)  # to a multiple of the ranks, per flat partition
+        assert whole / dist.get_world_size() <= local <= whole / dist.get_world_size() * 1.02 + padding, (local, whole)
+
+
+def case_user_stage0_json():
+    check_user_training(0, client=False)
+
+
+def case_user_stage0_bf16_client():
+    """DeepSpeed makes this state by a step on zero gradients, unless spared."""
+    check_user_training(0, client=True, bf16=True)
+
+
+def case_user_stage1_client():
+    check_user_training(1, client=True)
+
+
+def case_user_stage2_json():
+    check_user_training(2, client=False)
+
+
+def case_user_stage2_offload_client():
+    check_user_training(2, client=True, offload_optimizer={"device": "cpu"})
+
+
+def case_user_stage2_bf16_json():
+    check_user_training(2, client=False, bf16=True)
+
+
+def case_user_stage3_json():
+    """Several sub-groups per param group: DeepSpeed steps them one by one."""
+    check_user_training(3, client=False, sub_group_size=1000)
+
+
+def case_user_stage3_offload_client():
+    check_user_training(3, client=True, sub_group_size=1000, offload_optimizer={"device": "cpu"})
+
+
+def case_partial_offload_is_refused():
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+    try:
+        user_training(config, client=True, steps=1)
+    except EngineError as error:
+        if "ratio is 0.5" not in str(error):
+            raise
+    else:
+        raise AssertionError("DeepSpeed would step half of the parameters with AdamW")
+
+
+def accelerated(config, optimizer_of):
+    forget_accelerate()
+    cpu.bring_up_processes(timedelta(minutes=1))
+    plugin = DeepSpeedPlugin(hf_ds_config={"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, **config})
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    model = make()
+    engine, _ = accelerator.prepare(model, optimizer_of(model))
+    for t in range(3):
+        accelerator.backward(engine(batch(t, dist.get_rank())[:2]).square().mean())
+    return engine.basic_optimizer
+
+
+def case_accelerate_does_not_replace_it_under_offload():
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    optimizer = accelerated(config, lambda model: Anon(groups(model), **PARAMS))
+    assert type(optimizer) is Anon
+    assert {int(s["step"]) for s in optimizer.state.values()} == {3}
+
+
+def case_accelerate_fills_in_auto_values():
+    params = {**PARAMS, "lr": "auto", "weight_decay": "auto"}
+    config = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Anon", "params": params}}
+    optimizer = accelerated(config, lambda model: DummyOptim(model.parameters(), lr=0.01, weight_decay=0.2))
+    assert type(optimizer) is Anon
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["gamma"]) == (0.01, 0.2, 0.5)
+
+
+# -- the training loop ------------------------------------------------------------------------------------------------
+
+
+def run_config(name, folder) -> Config:
+    config = load_config(Path(REFERENCE) / "config.yaml")
+    config.run_dir, config.train.engine, config.train.micro_batch = folder, "deepspeed", 2
+    config.train.deepspeed_config = str(CONFIGS / f"{name}.json")
+    return config
+
+
+def run(config):
+    forget_accelerate()
+    return loop.train(config)
+
+
+class Patch:
+    """pytest's monkeypatch, outside of pytest."""
+
+    def __init__(self):
+        self.undo = []
+
+    def setattr(self, target, name, value):
+        self.undo.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    def close(self):
+        for target, name, value in reversed(self.undo):
+            setattr(target, name, value)
+
+
+def check_run(name, precision="fp32"):
+    """A run stopped half-way and resumed gives the losses of one process."""
+    config = run_config(name, shared_folder())
+    config.train.precision = precision
+    patch = Patch()
+    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
+    folder = run(config)
+    patch.close()
+    assert max(r["step"] for r in metrics(folder)) in (6, 7)
+    run(config)
+    if dist.get_rank() == 0:
+        tolerance = 1e-2 if precision == "bf16" else 1e-4
+        for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "refreshes", "samples"):
+            ours, theirs = ([r[key] for r in metrics(f) if key in r] for f in (folder, Path(REFERENCE)))
+            assert len(ours) == len(theirs), key
+            assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(ours, theirs, strict=True)), (key, ours, theirs)
+
+
+def case_run_zero0():
+    check_run("zero0")
+
+
+def case_run_zero1():
+    check_run("zero1")
+
+
+def case_run_zero1_bf16_optimizer():
+    check_run("zero1-bf16-optimizer", "bf16")
+
+
+def case_run_zero2():
+    check_run("zero2")
+
+
+def case_run_zero2_offload():
+    check_run("zero2-offload")
+
+
+def case_run_zero3():
+    check_run("zero3")
+
+
+def case_run_zero3_offload():
+    check_run("zero3-offload")
+
+
+def case_run_zero3_offload_params():
+    check_run("zero3-offload-params")
+
+
+def case_steps_with_nan_are_skipped():
+    """On every rank, though only rank 1 sees the NaN; the step count stays."""
+    original = loop.token_loss
+    for name in ("zero0", "zero2", "zero3"):
+        config = run_config(name, shared_folder())
+        config.eval.every = 0
+        calls = []
+
+        def poisoned(model, rows, mask, calls=calls):
+            calls.append(1)
+            loss = original(model, rows, mask)
+            return loss * float("nan") if model.training and dist.get_rank() == 1 and len(calls) in (5, 6) else loss
+
+        patch = Patch()
+        patch.setattr(loop, "token_loss", poisoned)
+        folder = run(config)
+        patch.close()
+        if dist.get_rank() == 0:
+            records = {r["step"]: r for r in metrics(folder) if "loss" in r}
+            assert [t for t, r in records.items() if r.get("skipped")] == [3], name
+            assert records[12]["refreshes"] == 11, (name, records[12])  # of 11 steps taken: a_k = 1 … 11
+
+
+def shared_folder():
+    """A new folder, the same on every rank."""
+    names = [tempfile.mkdtemp(dir=OUT) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
+if __name__ == "__main__":
+    PartialState._shared_state.clear()
+    run_cases(globals())
