@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,38 @@ from anon_dist.checkpoint.errors import CheckpointError
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write `{"model": …, "optimizer": …}` into an existing folder; every rank must call it. The files are synced to disk."""
-    state = _state(model, optimizer)
-    with _without_single_process_warning():
-        save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+    save_state(folder, _state(model, optimizer))
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Restore, in place, what `save_sharded` wrote; on any number of ranks.
 
-    DCP leaves out, without a word, what only one side has. Here that is an error.
-
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer, or its files are damaged.
     """
     state = _state(model, optimizer)
+    load_state(folder, state, type(optimizer).__name__)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a nested dictionary of (sharded) tensors and values; ranks may hold different keys. The files are synced to disk."""
+    with _without_single_process_warning():
+        save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+
+
+def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: Collection[str] = ()) -> None:
+    """Fill `state`, in place, from what `save_state` wrote.
+
+    DCP leaves out, without a word, what only one side has. Here that is an error.
+
+    Args:
+        optimizer: name of the present optimizer, for messages.
+        elsewhere: flat keys of the checkpoint that other ranks load.
+
+    Raises:
+        CheckpointError: a key is on one side only, or the files are damaged.
+    """
     reader = FileSystemReader(folder)
     try:
         saved = set(reader.read_metadata().state_dict_metadata)
@@ -42,7 +61,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         raise CheckpointError(
             f"{folder}/.metadata cannot be read ({error}); take an earlier checkpoint (--resume FOLDER)"
         ) from error
-    _compare(folder, saved, set(flatten_state_dict(state)[0]), optimizer)
+    _compare(folder, saved, set(flatten_state_dict(state)[0]) | set(elsewhere), optimizer)
     try:
         with _without_single_process_warning():
             load(state, storage_reader=reader)
@@ -52,7 +71,6 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         raise CheckpointError(
             f"{folder} cannot be loaded: {reason}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
         ) from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -62,7 +80,7 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: Optimizer) -> None:
+def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: str) -> None:
     """Every key on both sides, or an error that says what kind of thing is missing."""
     missing, extra = sorted(wanted - saved), sorted(saved - wanted)
     if not missing and not extra:
@@ -70,7 +88,7 @@ def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: Optimiz
     kinds = {"missing": missing, "unexpected": extra}
     if not any(k.startswith("model.") for k in missing + extra):
         raise CheckpointError(
-            f"{folder} holds another optimizer's state than {type(optimizer).__name__}'s: {_some(kinds)}. Resume with the optimizer "
+            f"{folder} holds another optimizer's state than {optimizer}'s: {_some(kinds)}. Resume with the optimizer "
             "that wrote it, or start a new run"
         )
     raise CheckpointError(

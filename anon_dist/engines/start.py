@@ -21,8 +21,9 @@ from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.torch_native import TorchEngine
+from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
 
-Name = Literal["single", "ddp", "fsdp2", "hsdp", "deepspeed"]
+Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "deepspeed"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -111,6 +112,8 @@ def wrap(name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Opti
         from anon_dist.engines.zero import ZeroEngine
 
         return ZeroEngine(name, accelerator, model, optimizer)
+    if name == "zero1":
+        return ZeroRedundancyEngine(name, accelerator, model, optimizer)
     return TorchEngine(name, accelerator, model, optimizer)
 
 
@@ -133,7 +136,7 @@ def _resolve(engine: Name | Literal["auto"], launched: int) -> Name:
         )
     if engine == "single" and launched > 1:
         raise EngineError(f"train.engine is single, but {launched} processes were launched; use fsdp2 or ddp")
-    if launched == 1 and engine in ("ddp", "hsdp"):
+    if launched == 1 and engine in ("ddp", "zero1", "hsdp"):
         return "single"
     return engine  # type: ignore[return-value]
 

@@ -43,11 +43,15 @@ class TorchEngine:
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 scale_gradients(self._parameters, clip / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            self._step_optimizer(lr)
+        for p in self._parameters:
+            p.grad = None
         return norm
+
+    def _step_optimizer(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
 
     def whole_optimizer(self) -> AbstractContextManager[Optimizer]:
         """See `base.Engine`."""

@@ -117,7 +117,7 @@ class TrainConfig:
     """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
     micro_batch: int = 8
     """Sequences that a rank takes at once."""
-    engine: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "deepspeed"] = "auto"
+    engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "deepspeed"] = "auto"
     """How ranks share the work. auto: what accelerate's configuration asks for, else fsdp2 on several ranks."""
     shard_ranks: int | None = None
     """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: all."""

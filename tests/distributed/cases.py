@@ -353,12 +353,34 @@ def case_a_signal_to_one_rank_stops_all():
         assert metrics(folder) == metrics(whole)
 
 
-def case_ddp_agrees_with_fsdp2():
-    sharded, replicated = (run(run_config(DATA, shared_folder(), engine=e)) for e in ("fsdp2", "ddp"))
-    if dist.get_rank() == 0:
-        a, b = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (sharded, replicated))
-        assert len(a) == 12
-        assert all(abs(x / y - 1) < 1e-4 for x, y in zip(a, b, strict=True))
+def case_engines_agree_and_resume_each_other():
+    """A run that one engine began and another ends, for each pair in a ring, has the losses of one that fsdp2 made alone."""
+    ring = ["ddp", "zero1", "fsdp2", "hsdp"]
+    whole = run(run_config(DATA, shared_folder(), engine="fsdp2"))
+    for first, second in zip(ring, [*ring[1:], ring[0]], strict=True):
+        folder = shared_folder()
+        patch = Patch()
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(run_config(DATA, folder, engine=first))
+        patch.close()
+        assert max(r["step"] for r in metrics(Path(folder))) in (6, 7)
+        run(run_config(DATA, folder, engine=second))
+        if dist.get_rank() == 0:
+            for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms"):
+                a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (folder, whole))
+                assert len(a) == len(b), (first, second, key)
+                assert all(abs(x / y - 1) < 1e-4 for x, y in zip(a, b, strict=True)), (first, second, key)
+
+
+def case_zero1_shares_out_the_state():
+    forget_accelerate()
+    accelerator, name = start(wanted("zero1"))
+    model = small_model(layers=4, width=64)
+    engine = wrap(name, accelerator, model, Anon(param_groups(model, 0.1), **LM))
+    size = engine.state_bytes()
+    assert size.whole == 12 * sum(p.numel() for p in model.parameters())
+    largest = 12 * max(p.numel() for p in model.parameters())
+    assert abs(size.local - size.whole / dist.get_world_size()) <= largest
 
 
 def case_leave_a_run_for_one_process():

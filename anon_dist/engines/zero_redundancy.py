@@ -1,0 +1,91 @@
+"""ZeRO stage 1 in torch alone: DDP, with torch's ZeroRedundancyOptimizer handing each rank whole parameters to keep the state of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint.dcp import load_state, save_state
+from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.torch_native import TorchEngine
+
+
+class ZeroRedundancyEngine(TorchEngine):
+    """See `base.Engine`. The checkpoint is the one that `TorchEngine` writes: either resumes the other's."""
+
+    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.name, self._accelerator = name, accelerator
+        self.model = accelerator.prepare(model)
+        self._shared = ZeroRedundancyOptimizer(
+            [dict(g) for g in optimizer.param_groups], optimizer_class=type(optimizer), **optimizer.defaults
+        )
+        self.optimizer = self._shared.optim
+        check_optimizer(self.optimizer, None, type(optimizer), groups)
+        held = {id(p) for g in self._shared.param_groups for p in g["params"]}
+        assert held == {id(p) for p in self.model.parameters() if p.requires_grad}
+        if hasattr(self.optimizer, "init_state"):
+            self.optimizer.init_state()
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def _step_optimizer(self, lr: float) -> None:
+        for group in self._shared.param_groups:
+            group["lr"] = lr
+        self._shared.step()
+
+    @contextmanager
+    def whole_optimizer(self) -> Iterator[Optimizer]:
+        """See `base.Engine`. What is changed in the groups is kept: torch's wrapper copies its own over them at each step."""
+        yield self.optimizer
+        for own, theirs in zip(self.optimizer.param_groups, self._shared.param_groups, strict=True):
+            theirs.update({k: v for k, v in own.items() if k != "params"})
+
+    def state_bytes(self) -> StateBytes:
+        """See `base.Engine`. Whole parameters are handed out, so ranks differ by up to the largest."""
+        local = state_bytes(self.optimizer).local
+        whole = torch.tensor(local, dtype=torch.int64, device=self._accelerator.device)
+        dist.all_reduce(whole)
+        return StateBytes(local, int(whole))
+
+    def save(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        save_state(folder, self._state())
+
+    def load(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        state = self._state()
+        load_state(folder, state, type(self.optimizer).__name__, elsewhere=self._keys_of_other_ranks())
+        set_model_state_dict(self.model, state["model"])
+        loaded = state["optimizer"]["param_groups"]
+        for own, theirs, values in zip(self.optimizer.param_groups, self._shared.param_groups, loaded, strict=True):
+            for group in (own, theirs):
+                group.update({k: v for k, v in values.items() if k != "params"})
+
+    def _names(self) -> dict[Tensor, str]:
+        return {p: name.removeprefix("module.") for name, p in self.model.named_parameters()}
+
+    def _state(self) -> dict[str, Any]:
+        """Model, and this rank's part of the optimizer's state, by parameter name; the tensors are the live ones."""
+        names = self._names()
+        groups = [
+            {**{k: v for k, v in own.items() if k != "params"}, "params": [names[p] for p in g["params"]]}
+            for own, g in zip(self.optimizer.param_groups, self._shared.param_groups, strict=True)
+        ]
+        state = {names[p]: values for p, values in self.optimizer.state.items()}
+        return {"model": get_model_state_dict(self.model), "optimizer": {"state": state, "param_groups": groups}}
+
+    def _keys_of_other_ranks(self) -> set[str]:
+        """Keys of the checkpoint that hold the state of parameters of other ranks."""
+        mine = set(self.optimizer.state)
+        keys = {key for values in self.optimizer.state.values() for key in values}
+        return {f"optimizer.state.{name}.{key}" for p, name in self._names().items() if p not in mine for key in keys}
