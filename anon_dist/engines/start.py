@@ -32,7 +32,7 @@ class Wanted:
     """The engine that a run asks for."""
 
     engine: Name | Literal["auto"]
-    """"auto" takes what accelerate's configuration asks for; if it asks for nothing, fsdp2 on several ranks."""
+    """"auto" takes what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     precision: Precision
     """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32."""
     timeout: timedelta
@@ -125,7 +125,11 @@ def _resolve(engine: Name | Literal["auto"], launched: int) -> Name:
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         configured = "deepspeed"
     if engine == "auto":
-        engine = configured or ("fsdp2" if launched > 1 else "single")  # type: ignore[assignment]
+        by_accelerate = (
+            "ACCELERATE_MIXED_PRECISION" in os.environ
+        )  # which then was configured for plain data parallelism
+        several = "ddp" if by_accelerate else "fsdp2"
+        engine = configured or (several if launched > 1 else "single")  # type: ignore[assignment]
     if engine not in get_args(Name):
         raise EngineError(
             f"accelerate's configuration asks for {engine}, which train.engine does not offer; ready ones are in configs/accelerate"

@@ -118,7 +118,7 @@ class TrainConfig:
     micro_batch: int = 8
     """Sequences that a rank takes at once."""
     engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "deepspeed"] = "auto"
-    """How ranks share the work. auto: what accelerate's configuration asks for, else fsdp2 on several ranks."""
+    """How ranks share the work. auto: what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     shard_ranks: int | None = None
     """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: all."""
     deepspeed_config: str | None = None

@@ -1,0 +1,67 @@
+"""The shipped configurations of accelerate and DeepSpeed: each is run here or in another test."""
+
+import json
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from test_launch import ROOT, accelerate, config, finish, launch  # noqa: F401 - config is a fixture
+
+from anon_dist.engines.zero import zero_config
+
+ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
+def test_accelerate_reads_it(path):
+    assert path.read_text().startswith("# ")
+    load_config_from_file(str(path))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", "deepspeed"])
+def test_the_gpu_configuration_is_the_one_tested_on_cpus(name):
+    gpu, cpus = (
+        yaml.safe_load((ROOT / "configs" / "accelerate" / f"{n}.yaml").read_text()) for n in (name, f"{name}-cpu")
+    )
+    assert gpu == {**cpus, "use_cpu": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "engine"), [("ddp-cpu", "ddp"), ("fsdp2-cpu", "fsdp2"), ("deepspeed-cpu", "deepspeed")]
+)
+def test_what_accelerate_was_configured_for_is_what_runs(file, engine, config, tmp_path):  # noqa: F811
+    steps = ["--train.steps", "5", "--checkpoint.every", "0"]
+    output = finish(launch(config, tmp_path / "run", accelerate(f"{file}.yaml"), *steps))
+    assert f"{engine} on 2 cpu ranks" in output
+    assert "this run" in output
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda p: p.stem)
+def test_deepspeed_configurations_are_run_by_a_case(path):
+    cases = (ROOT / "tests" / "distributed" / "deepspeed_cases.py").read_text()
+    assert f'check_run("{path.stem}"' in cases
+    filled = zero_config(path, micro_batch=2, accumulation=3, clip=None, bf16=path.stem.endswith("bf16-optimizer"))
+    assert (
+        filled["train_micro_batch_size_per_gpu"],
+        filled["gradient_accumulation_steps"],
+        filled["gradient_clipping"],
+    ) == (2, 3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 7},
+            "train_micro_batch_size_per_gpu is 7, and the training configuration says 2",
+        ),
+        ({"optimizer": {"type": "Adam"}}, "remove 'optimizer'"),
+        ({"fp16": {"enabled": True}}, "fp16 is not offered"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is True, and train.precision says otherwise"),
+    ],
+)
+def test_a_contradicting_deepspeed_configuration_is_refused(change, message, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(change))
+    with pytest.raises(RuntimeError, match=message):
+        zero_config(tmp_path / "c.json", micro_batch=2, accumulation=3, clip=1.0, bf16=False)
