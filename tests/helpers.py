@@ -29,6 +29,15 @@ def launch_ranks(script: Path, ranks: int, out: Path, *args: str) -> Path:
     return out
 
 
+def assert_passed(case: str, out: Path, ranks: int) -> None:
+    """That every rank wrote of this case that it passed (`launch_cases.run_cases`)."""
+    for rank in range(ranks):
+        path = out / f"results-{rank}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        result = results.get(case, "was not reached:\n" + (out / "log").read_text()[-4000:])
+        assert result == "passed", f"rank {rank}: {result}"
+
+
 def at_step(monkeypatch, step, action):
     """Have `action()` called when the given step is about to be made."""
     original = loop.lr_factor

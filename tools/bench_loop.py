@@ -24,6 +24,7 @@ from anon_dist.engines.start import start
 from anon_dist.train import loop
 from anon_dist.train.config import find_config, load_config
 from anon_dist.train.metrics import Stopwatch
+from anon_dist.train.run import set_up, wanted_engine
 
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[torch.Tensor]) -> float:
@@ -51,8 +52,8 @@ def main() -> None:
     config = load_config(find_config(args.config))
     config.data.path, config.train.engine, config.log.trackers = args.data, "single", ()
     config.run_dir = str(Path(tempfile.mkdtemp()) / "run")
-    accelerator, name = start(loop.wanted_engine(config))
-    run = loop.set_up(config, accelerator, name, Path(config.run_dir))
+    accelerator, name = start(wanted_engine(config))
+    run = set_up(config, accelerator, name, Path(config.run_dir))
     bare = copy.deepcopy(run.engine.model)
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
     batches = [

@@ -1,81 +1,38 @@
-"""Pretraining from start to end; `train` reads from top to bottom.
-
-launch, data, model, optimizer → resume → steps → validation, checkpoint, export
-"""
+"""Pretraining from start to end: `train` brings the ranks up, sets the run up (`run.py`), takes its steps, and finishes it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.folder import read_progress
-from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
-from anon_dist.engines.base import Engine
-from anon_dist.engines.check import StateBytes
-from anon_dist.engines.start import Name, Wanted, start, wrap
+from anon_dist.engines.start import start
 from anon_dist.files import write_json
 from anon_dist.optim import Anon
 from anon_dist.optim.monitor import refreshes, update_statistics
 from anon_dist.train import randomness
-from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.config import Config
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
-from anon_dist.train.model import blocks, build_model, flops_per_token, peak_flops
-from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.model import peak_flops
 from anon_dist.train.report import RESULT, finished, report
+from anon_dist.train.run import Run, agree, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """What a run has once it is set up."""
-
-    config: Config
-    accelerator: Accelerator
-    folder: Path
-    index: Index
-    train_shards: TokenShards
-    val_shards: TokenShards | None
-    engine: Engine
-    model_config: PretrainedConfig
-    loader: BatchLoader
-    checkpoints: Checkpoints
-    flops: float
-    """Per token."""
-    parameters: int
-    state: StateBytes
-    step: int = 0
-    """Steps taken."""
-    skipped: int = 0
-    """Steps in a row whose gradient was not finite."""
-
-    @property
-    def mask_eod(self) -> int | None:
-        """The token that ends a document, if attention is to stop there."""
-        return self.index.eod_id if self.config.data.mask_documents else None
 
 
 def train(config: Config) -> Path:
@@ -94,7 +51,7 @@ def train(config: Config) -> Path:
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
     folder = Path(config.run_dir)
-    if _agree(config.resume == "auto" and finished(folder, config), accelerator):
+    if agree(config.resume == "auto" and finished(folder, config), accelerator):
         if accelerator.is_main_process:
             print(
                 f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
@@ -119,138 +76,6 @@ def train(config: Config) -> Path:
     else:
         _finish(run)
     return folder
-
-
-def wanted_engine(config: Config) -> Wanted:
-    """What the configuration asks of the engine."""
-    train = config.train
-    return Wanted(
-        engine=train.engine,
-        precision=train.precision,
-        timeout=timedelta(minutes=train.timeout_minutes),
-        micro_batch=train.micro_batch,
-        accumulation=partial(accumulation, config),
-        clip=train.grad_clip,
-        shard_ranks=train.shard_ranks,
-        deepspeed_config=train.deepspeed_config,
-    )
-
-
-# -- setting up -------------------------------------------------------------------------------------------------------
-
-
-def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -> Run:
-    """Data, model, optimizer; and the latest checkpoint in them."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    rounds = accumulation(config, accelerator.num_processes)
-
-    index = Index.load(config.data.path)
-    if config.data.verify == "checksum":
-        if accelerator.is_local_main_process:
-            verify_checksums(config.data.path)
-        accelerator.wait_for_everyone()
-    train_shards = TokenShards(config.data.path, "train")
-    val_shards = TokenShards(config.data.path, "val") if "val" in index.splits else None
-    samples = train_shards.num_samples(config.data.seq_len)
-    if samples < 1:
-        raise ConfigError(
-            f"data.path = {config.data.path} has {len(train_shards)} training tokens, too few for data.seq_len = {config.data.seq_len}"
-        )
-    if val_shards is not None and val_shards.num_samples(config.data.seq_len) < 1:
-        val_shards = None
-
-    torch.manual_seed(config.train.seed)
-    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    if config.train.activation_checkpointing:
-        built.activation_checkpointing_enable({"use_reentrant": False})
-    if config.train.compile:
-        for block in blocks(built):
-            block.forward = torch.compile(block.forward)
-    optimizer = build_optimizer(config.optim, built)
-    wanted = hyperparameters(optimizer)
-    engine = wrap(name, accelerator, built, optimizer)
-    randomness.seed(config.train.seed, accelerator.process_index, 0)
-
-    loader = BatchLoader(
-        train_shards,
-        SampleOrder(samples, config.data.seed),
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=rounds,
-    )
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        index=index,
-        train_shards=train_shards,
-        val_shards=val_shards,
-        engine=engine,
-        model_config=built.config,
-        loader=loader,
-        checkpoints=checkpoints,
-        flops=flops,
-        parameters=parameters,
-        state=engine.state_bytes(),
-    )
-    if accelerator.is_main_process:
-        checkpoints.clean()
-    accelerator.wait_for_everyone()
-    _resume(run, wanted)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
-    return run
-
-
-def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
-    """Load the checkpoint that `resume` asks for; with the hyperparameters of the present configuration."""
-    config, rank = run.config, run.accelerator.process_index
-    latest = run.checkpoints.latest()
-    if config.resume == "never":
-        if latest is not None:
-            raise ConfigError(
-                f"resume is never, but run_dir = {run.folder} has checkpoints; choose another run_dir, or remove it"
-            )
-        return
-    source = latest if config.resume == "auto" else Path(config.resume)
-    source = _agree(source, run.accelerator)
-    if source is None:
-        return
-    later = [p.name for p in run.checkpoints.complete() if p.parent == source.parent and p.name > source.name]
-    if later:
-        raise ConfigError(
-            f"resume = {source}, but run_dir = {run.folder} has later checkpoints ({', '.join(later)}); choose another run_dir"
-        )
-    progress = read_progress(source)
-    if progress["step"] > config.train.steps:
-        raise CheckpointError(
-            f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
-        )
-    run.loader.load_state_dict(progress["data"])
-    run.engine.load(source)
-    say = print if run.accelerator.is_main_process else (lambda _: None)
-    with run.engine.whole_optimizer() as optimizer:
-        apply_hyperparameters(optimizer, wanted, say)
-    run.step, run.skipped = progress["step"], progress["skipped"]
-    if not randomness.load(source, rank):
-        randomness.seed(config.train.seed, rank, run.step)
-    say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
-
-
-def _agree(value: Any, accelerator: Accelerator) -> Any:
-    """Rank 0's value, on every rank: others may see a shared folder a little later."""
-    if accelerator.num_processes == 1:
-        return value
-    return broadcast_object_list([value])[0]
 
 
 def _introduce(run: Run, console: Console) -> None:

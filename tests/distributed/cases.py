@@ -6,7 +6,6 @@ Each `case_…` function runs on every rank, one after the other, in one process
 import os
 import signal
 import sys
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from anon_dist.train.model import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import at_step, forget_accelerate, metrics
-from launch_cases import run_cases
+from launch_cases import Patch, run_cases, shared_folder
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
 # What an engine may meet: odd sizes, and on some rank an empty shard.
@@ -138,7 +137,7 @@ def case_dcp_round_trip_into_a_fresh_optimizer():
         optimizer = Anon(model.parameters(), **hyper)
         for t in range(steps):
             step_with_gradients(model, optimizer, t)
-        folder = shared_folder()
+        folder = shared_folder(OUT)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         dcp.save({"m": model_state, "o": optimizer_state}, checkpoint_id=folder)
         other = fully_shard(Bag())
@@ -324,25 +323,10 @@ def run(config):
     return loop.train(config)
 
 
-class Patch:
-    """pytest's monkeypatch, outside of pytest."""
-
-    def __init__(self):
-        self.undo = []
-
-    def setattr(self, target, name, value):
-        self.undo.append((target, name, getattr(target, name)))
-        setattr(target, name, value)
-
-    def close(self):
-        for target, name, value in reversed(self.undo):
-            setattr(target, name, value)
-
-
 def case_a_signal_to_one_rank_stops_all():
     """Only rank 1 is told to stop; all stop after the same step, and go on bit for bit. With dropout and accumulation."""
-    whole = run(run_config(DATA, shared_folder(), dropout=0.1))
-    config = run_config(DATA, shared_folder(), dropout=0.1)
+    whole = run(run_config(DATA, shared_folder(OUT), dropout=0.1))
+    config = run_config(DATA, shared_folder(OUT), dropout=0.1)
     patch = Patch()
     at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
     folder = run(config)
@@ -356,9 +340,9 @@ def case_a_signal_to_one_rank_stops_all():
 def case_engines_agree_and_resume_each_other():
     """A run that one engine began and another ends, for each pair in a ring, has the losses of one that fsdp2 made alone."""
     ring = ["ddp", "zero1", "fsdp2", "hsdp"]
-    whole = run(run_config(DATA, shared_folder(), engine="fsdp2"))
+    whole = run(run_config(DATA, shared_folder(OUT), engine="fsdp2"))
     for first, second in zip(ring, [*ring[1:], ring[0]], strict=True):
-        folder = shared_folder()
+        folder = shared_folder(OUT)
         patch = Patch()
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(run_config(DATA, folder, engine=first))
@@ -386,13 +370,6 @@ def case_zero1_shares_out_the_state():
 def case_leave_a_run_for_one_process():
     """Not a check of its own: `test_another_world_size` goes on from here."""
     run(run_config(DATA, str(Path(OUT) / "two-ranks")))
-
-
-def shared_folder():
-    """A new folder, the same on every rank."""
-    names = [tempfile.mkdtemp(dir=OUT) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names)
-    return names[0]
 
 
 if __name__ == "__main__":

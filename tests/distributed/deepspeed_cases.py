@@ -6,7 +6,6 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 import os
 import signal
 import sys
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import deepspeed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from helpers import at_step, forget_accelerate, metrics
-from launch_cases import run_cases
+from launch_cases import Patch, run_cases, shared_folder
 from torch import nn
 
 from anon_dist import Anon
@@ -212,24 +211,9 @@ def run(config):
     return loop.train(config)
 
 
-class Patch:
-    """pytest's monkeypatch, outside of pytest."""
-
-    def __init__(self):
-        self.undo = []
-
-    def setattr(self, target, name, value):
-        self.undo.append((target, name, getattr(target, name)))
-        setattr(target, name, value)
-
-    def close(self):
-        for target, name, value in reversed(self.undo):
-            setattr(target, name, value)
-
-
 def check_run(name, precision="fp32"):
     """A run stopped half-way and resumed gives the losses of one process."""
-    config = run_config(name, shared_folder())
+    config = run_config(name, shared_folder(OUT))
     config.train.precision = precision
     patch = Patch()
     at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
@@ -281,7 +265,7 @@ def case_steps_with_nan_are_skipped():
     """On every rank, though only rank 1 sees the NaN; the step count stays."""
     original = loop.token_loss
     for name in ("zero0", "zero2", "zero3"):
-        config = run_config(name, shared_folder())
+        config = run_config(name, shared_folder(OUT))
         config.eval.every = 0
         calls = []
 
@@ -298,13 +282,6 @@ def case_steps_with_nan_are_skipped():
             records = {r["step"]: r for r in metrics(folder) if "loss" in r}
             assert [t for t, r in records.items() if r.get("skipped")] == [3], name
             assert records[12]["refreshes"] == 11, (name, records[12])  # of 11 steps taken: a_k = 1 … 11
-
-
-def shared_folder():
-    """A new folder, the same on every rank."""
-    names = [tempfile.mkdtemp(dir=OUT) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names)
-    return names[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,3 +30,26 @@ def run_cases(namespace: dict[str, Any], before: Callable[[], None] | None = Non
         (out / f"results-{dist.get_rank()}.json").write_text(json.dumps(results))
         dist.barrier()
     dist.destroy_process_group()
+
+
+class Patch:
+    """pytest's monkeypatch, outside of pytest."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def setattr(self, target: Any, name: str, value: Any) -> None:
+        self._undo.append((target, name, getattr(target, name)))
+        setattr(target, name, value)
+
+    def close(self) -> None:
+        for target, name, value in reversed(self._undo):
+            setattr(target, name, value)
+
+
+def shared_folder(parent: str) -> str:
+    """A new folder, the same on every rank."""
+    names = [tempfile.mkdtemp(dir=parent) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    assert names[0] is not None
+    return names[0]

@@ -1,6 +1,5 @@
 """DeepSpeed on two ranks, launched once; each case of `deepspeed_cases.py` is a test."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import forget_accelerate, launch_ranks
+from helpers import assert_passed, forget_accelerate, launch_ranks
 
 from anon_dist.train import config as c
 from anon_dist.train import loop
@@ -42,11 +41,7 @@ def launched(tmp_path_factory, prepared):
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, launched):
-    for rank in range(RANKS):
-        path = launched / f"results-{rank}.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        result = results.get(case, "was not reached:\n" + (launched / "log").read_text()[-4000:])
-        assert result == "passed", f"rank {rank}: {result}"
+    assert_passed(case, launched, RANKS)
 
 
 @pytest.mark.parametrize("first", ["anon_dist", "deepspeed"])

@@ -1,12 +1,11 @@
 """Several ranks on one machine, launched once; each case of `cases.py` is a test."""
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import forget_accelerate, launch_ranks, metrics
+from helpers import assert_passed, forget_accelerate, launch_ranks, metrics
 
 CASES = re.findall(r"^def (case_\w+)", Path(__file__).with_name("cases.py").read_text(), re.MULTILINE)
 RANKS = 2
@@ -21,11 +20,7 @@ def launched(tmp_path_factory, prepared):
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, launched):
-    for rank in range(RANKS):
-        path = launched / f"results-{rank}.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        result = results.get(case, "was not reached:\n" + (launched / "log").read_text()[-4000:])
-        assert result == "passed", f"rank {rank}: {result}"
+    assert_passed(case, launched, RANKS)
 
 
 def test_another_world_size(launched, prepared):

@@ -1,0 +1,193 @@
+"""A run, set up: engine, data, model, optimizer, and the checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PretrainedConfig
+
+from anon_dist.checkpoint import CheckpointError, Checkpoints
+from anon_dist.checkpoint.folder import read_progress
+from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.engines.base import Engine
+from anon_dist.engines.check import StateBytes
+from anon_dist.engines.start import Name, Wanted, wrap
+from anon_dist.train import randomness
+from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.model import blocks, build_model, flops_per_token
+from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+
+
+@dataclass
+class Run:
+    """What a run has once it is set up."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    index: Index
+    train_shards: TokenShards
+    val_shards: TokenShards | None
+    engine: Engine
+    model_config: PretrainedConfig
+    loader: BatchLoader
+    checkpoints: Checkpoints
+    flops: float
+    """Per token."""
+    parameters: int
+    state: StateBytes
+    step: int = 0
+    """Steps taken."""
+    skipped: int = 0
+    """Steps in a row whose gradient was not finite."""
+
+    @property
+    def mask_eod(self) -> int | None:
+        """The token that ends a document, if attention is to stop there."""
+        return self.index.eod_id if self.config.data.mask_documents else None
+
+
+def wanted_engine(config: Config) -> Wanted:
+    """What the configuration asks of the engine."""
+    train = config.train
+    return Wanted(
+        engine=train.engine,
+        precision=train.precision,
+        timeout=timedelta(minutes=train.timeout_minutes),
+        micro_batch=train.micro_batch,
+        accumulation=partial(accumulation, config),
+        clip=train.grad_clip,
+        shard_ranks=train.shard_ranks,
+        deepspeed_config=train.deepspeed_config,
+    )
+
+
+def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -> Run:
+    """Data, model, optimizer; and in them the checkpoint to go on from, if there is one. Every rank calls it.
+
+    Raises:
+        ConfigError, EngineError, CheckpointError, DataError: see there.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    rounds = accumulation(config, accelerator.num_processes)
+
+    index, train_shards, val_shards = _open_data(config, accelerator)
+    torch.manual_seed(config.train.seed)
+    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
+    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
+    if config.train.activation_checkpointing:
+        built.activation_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        for block in blocks(built):
+            block.forward = torch.compile(block.forward)
+    optimizer = build_optimizer(config.optim, built)
+    wanted = hyperparameters(optimizer)
+    engine = wrap(name, accelerator, built, optimizer)
+    randomness.seed(config.train.seed, accelerator.process_index, 0)
+
+    loader = BatchLoader(
+        train_shards,
+        SampleOrder(train_shards.num_samples(config.data.seq_len), config.data.seed),
+        seq_len=config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=rounds,
+    )
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        index=index,
+        train_shards=train_shards,
+        val_shards=val_shards,
+        engine=engine,
+        model_config=built.config,
+        loader=loader,
+        checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        flops=flops,
+        parameters=parameters,
+        state=engine.state_bytes(),
+    )
+    if accelerator.is_main_process:
+        run.checkpoints.clean()
+    accelerator.wait_for_everyone()
+    _resume(run, wanted)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    return run
+
+
+def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
+    """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
+    path, seq_len = config.data.path, config.data.seq_len
+    index = Index.load(path)
+    if config.data.verify == "checksum":
+        if accelerator.is_local_main_process:
+            verify_checksums(path)
+        accelerator.wait_for_everyone()
+    train_shards = TokenShards(path, "train")
+    if train_shards.num_samples(seq_len) < 1:
+        raise ConfigError(
+            f"data.path = {path} has {len(train_shards)} training tokens, too few for data.seq_len = {seq_len}"
+        )
+    val_shards = TokenShards(path, "val") if "val" in index.splits else None
+    if val_shards is not None and val_shards.num_samples(seq_len) < 1:
+        val_shards = None
+    return index, train_shards, val_shards
+
+
+def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
+    """Load the checkpoint that `resume` asks for; with the hyperparameters of the present configuration."""
+    config, rank = run.config, run.accelerator.process_index
+    latest = run.checkpoints.latest()
+    if config.resume == "never":
+        if latest is not None:
+            raise ConfigError(
+                f"resume is never, but run_dir = {run.folder} has checkpoints; choose another run_dir, or remove it"
+            )
+        return
+    source = latest if config.resume == "auto" else Path(config.resume)
+    source = agree(source, run.accelerator)
+    if source is None:
+        return
+    later = [p.name for p in run.checkpoints.complete() if p.parent == source.parent and p.name > source.name]
+    if later:
+        raise ConfigError(
+            f"resume = {source}, but run_dir = {run.folder} has later checkpoints ({', '.join(later)}); choose another run_dir"
+        )
+    progress = read_progress(source)
+    if progress["step"] > config.train.steps:
+        raise CheckpointError(
+            f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
+        )
+    run.loader.load_state_dict(progress["data"])
+    run.engine.load(source)
+    say = print if run.accelerator.is_main_process else (lambda _: None)
+    with run.engine.whole_optimizer() as optimizer:
+        apply_hyperparameters(optimizer, wanted, say)
+    run.step, run.skipped = progress["step"], progress["skipped"]
+    if not randomness.load(source, rank):
+        randomness.seed(config.train.seed, rank, run.step)
+    say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
+
+
+def agree(value: Any, accelerator: Accelerator) -> Any:
+    """Rank 0's value, on every rank: others may see a shared folder a little later."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
