@@ -1,0 +1,71 @@
+# What accelerate.sh, torchrun.sh and deepspeed.sh share; they source it after their variables.
+# shellcheck shell=bash
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
+venv=${VENV:-.venv}
+[ ! -d "$venv/bin" ] || PATH="$(realpath "$venv")/bin:$PATH"
+export PATH TOKENIZERS_PARALLELISM=false
+# Unset, NCCL and gloo choose: gloo the interface to which the host's name resolves, often the loopback.
+if [ -n "$INTERFACE" ]; then
+  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
+fi
+
+need_rank_and_address() {
+  : "${NODE_RANK:?set NODE_RANK: 0 on the first node, 1 on the second, ...}" "${MASTER_ADDR:?set MASTER_ADDR: an address of node 0}"
+}
+
+# Prints --rdzv-conf for the rendezvous that was chosen.
+rendezvous_conf() {
+  case $RENDEZVOUS in
+    static) echo "timeout=$RENDEZVOUS_SECONDS" ;;
+    # Who hosts the store is said: torch would guess it from the host's name, wrongly on some. read_timeout, how long a launcher waits for a
+    # store that does not answer, stays at torch's 60 s: so much longer than its ranks does the launcher of a node that was cut off live.
+    c10d) echo "is_host=$((NODE_RANK == 0)),join_timeout=$RENDEZVOUS_SECONDS" ;;
+    *) echo "RENDEZVOUS is static or c10d, not '$RENDEZVOUS'" >&2 && return 2 ;;
+  esac
+}
+
+# Prints the address under which the other nodes reach this one: that of packets to node 0. (None is sent.) Under c10d the nodes tell each
+# other; torch would say the host's full name, which need not resolve elsewhere.
+own_address() {
+  python - "$MASTER_ADDR" "$MASTER_PORT" <<'PYTHON'
+import socket, sys
+
+family, kind, _, _, address = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
+probe = socket.socket(family, kind)
+probe.connect(address)
+print(probe.getsockname()[0])
+PYTHON
+}
+
+# Run a launcher to its end, pass signals on to its ranks, and say how it ended.
+#
+# The ranks answer SIGTERM, SIGINT and SIGUSR1 with a checkpoint, together with those of other nodes. A launcher that is signalled itself
+# kills them after 30 seconds, done or not, or dies of a SIGUSR1. So the signal goes past it, and it ends when its ranks have.
+run_launcher() {
+  local name status
+  (trap '' USR1; exec "$@") & # ignored until the ranks have their handlers
+  launcher=$!
+  for name in TERM INT USR1; do
+    # shellcheck disable=SC2064  # the name of now
+    trap "pass_on $name" "$name"
+  done
+  while :; do
+    signalled=
+    wait "$launcher" && status=0 || status=$?
+    [ -n "$signalled" ] || break # else `wait` ended for the signal
+  done
+  trap - TERM INT USR1
+  if [ "$status" -ne 0 ]; then
+    echo "node ${NODE_RANK:-?} ($(uname -n)): $1 ended with exit code $status at $(date +%T). Of all nodes, the one with the earliest such" \
+      "line failed first; one without any was lost." >&2
+  fi
+  return "$status"
+}
+
+# The launcher's children are the ranks; if there are none yet, it is the launcher itself.
+pass_on() {
+  signalled=1
+  # shellcheck disable=SC2046  # one process id per word
+  kill -s "$1" $(cat "/proc/$launcher/task/"*/children 2>/dev/null) 2>/dev/null || kill -s "$1" "$launcher" 2>/dev/null || true
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Pretrain on several nodes with DeepSpeed's launcher and host file. Options are those of launch/pretrain.py:
+#
+#   bash launch/multinode/deepspeed.sh --config gpt2-small --run-dir /shared/runs/gpt2-small      over ssh, from one node
+#   NODE_RANK=0 bash launch/multinode/deepspeed.sh …                                              without ssh, on every node
+#
+# ZeRO does not need this launcher: accelerate.sh starts it too. A signal here ends the ranks without a checkpoint when they take longer
+# than 30 seconds, and over ssh in any case.
+set -euo pipefail
+
+# -- change these, here or in the environment -------------------------------------------------------------------------
+HOSTFILE=${HOSTFILE:-launch/multinode/hostfile} # a line per node: see hostfile.example
+NODE_RANK=${NODE_RANK:-}                    # empty: over ssh. Else the line of this node in the host file, from 0
+MASTER_ADDR=${MASTER_ADDR:-}                # an address of the first node that all nodes reach; empty: asked over ssh
+MASTER_PORT=${MASTER_PORT:-29500}           # a free port there, open in the firewall
+INTERFACE=${INTERFACE:-}                    # network interface between the nodes, such as eth0 or ib0; empty: guessed
+SSH_WITH=${SSH_WITH:-pdsh}                  # how the nodes are reached: pdsh, openmpi, mpich, impi, mvapich or slurm
+# ---------------------------------------------------------------------------------------------------------------------
+
+# shellcheck source=common.sh
+source "$(dirname "$0")/common.sh"
+[ -f "$HOSTFILE" ] || { echo "no host file $HOSTFILE: copy launch/multinode/hostfile.example, and name your nodes in it" >&2 && exit 2; }
+
+options=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --no_local_rank)
+[ -z "$MASTER_ADDR" ] || options+=(--master_addr "$MASTER_ADDR")
+if [ -n "$NODE_RANK" ]; then
+  : "${MASTER_ADDR:?set MASTER_ADDR: the address of the first node; without ssh it cannot be asked}"
+  options+=(--no_ssh --node_rank "$NODE_RANK")
+else
+  options+=(--launcher "$SSH_WITH")
+fi
+exec deepspeed "${options[@]}" launch/pretrain.py "$@"

@@ -1,0 +1,279 @@
+"""Two hosts for real: network namespaces joined by a cable, on each of which the scripts of launch/multinode start one rank.
+
+They share the file system, as nodes of a cluster do, and nothing of the network.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers import metrics
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "launch" / "multinode"
+SMALL = """
+model: {layers: 2, width: 32, heads: 2, context: 32}
+data: {path: PATH, seq_len: 32}
+optim: {lr: 3.0e-3}
+schedule: {warmup_steps: 3}
+train: {steps: 60, global_batch: 8, micro_batch: 2}
+eval: {every: 30, sequences: 16, final_sequences: 32}
+checkpoint: {every: 5}
+log: {every: 1, trackers: []}
+"""
+INTERFACE = "cable0"
+"""Its name on each host."""
+TIMEOUT = 12.0
+"""Seconds that a rank waits for its peer, where a test lets it wait: longer than the ranks' starts lie apart on a busy machine."""
+
+
+class Launch:
+    """A launcher that runs; its output goes to a file, so that nothing waits for a reader."""
+
+    def __init__(self, command: list[str], log: Path, **variables: str) -> None:
+        self._log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def until(self, text: str, seconds: float = 90) -> None:
+        """Wait for the text to be printed."""
+        end = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.02)
+
+    def ends(self, seconds: float = 90) -> int:
+        """Wait for the end; the exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no end after {seconds} s:\n{self.output}")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace with one interface besides its own loopback."""
+
+    rank: int
+    name: str
+    address: str
+
+    def start(self, script: str, folder: Path, *options: str, **variables: str) -> Launch:
+        """Run a script of launch/multinode here; further variables are those at its top."""
+        return Launch(
+            ["ip", "netns", "exec", self.name, "bash", str(SCRIPTS / script), *options],
+            folder / f"{script}-{self.rank}-{secrets.token_hex(2)}.log",
+            VENV=sys.prefix,
+            NODES="2",
+            RANKS_PER_NODE="1",
+            NODE_RANK=str(self.rank),
+            MASTER_ADDR="10.203.0.1",
+            INTERFACE=INTERFACE,
+            **variables,
+        )
+
+    def kill(self) -> None:
+        """SIGKILL to all that runs here."""
+        for pid in ip("netns", "pids", self.name).split():
+            os.kill(int(pid), signal.SIGKILL)
+
+    def cable(self, state: str) -> None:
+        """Pull the cable out ("down") or put it in ("up"). Nobody is told: what was sent is lost."""
+        ip("-n", self.name, "link", "set", INTERFACE, state)
+
+
+def ip(*arguments: str) -> str:
+    """Run iproute2's `ip`."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts, joined; whatever still runs on them is killed in the end."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2 (the command `ip`)")
+    token = secrets.token_hex(3)
+    pair = [Host(i, f"anon-{token}-{i}", f"10.203.0.{i + 1}") for i in range(2)]
+    first, second = pair
+    made: list[Host] = []
+    try:
+        try:
+            for host in pair:
+                ip("netns", "add", host.name)
+                made.append(host)
+            ip(
+                *("-n", first.name, "link", "add", INTERFACE, "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", second.name),
+            )
+            for host in pair:
+                ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
+                ip("-n", host.name, "link", "set", "lo", "up")
+                host.cable("up")
+            ip("netns", "exec", first.name, "true")
+        except OSError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield pair
+    finally:
+        for host in made:
+            host.kill()
+            ip("netns", "delete", host.name)  # the cable goes with it
+
+
+@pytest.fixture(autouse=True)
+def quiet(hosts):
+    """No test leaves processes to the next, nor the cable out."""
+    yield
+    for host in hosts:
+        host.kill()
+        host.cable("up")
+
+
+@pytest.fixture(scope="module")
+def config(prepared, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("multinode") / "small.yaml"
+    path.write_text(SMALL.replace("PATH", str(prepared)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_one_host(config, tmp_path_factory):
+    """A function that gives the records of a run on two ranks of one host, made once per engine."""
+    known = {}
+
+    def run(engine: str):
+        if engine not in known:
+            folder = tmp_path_factory.mktemp("one-host")
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+            launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{engine}-cpu.yaml")]
+            options = ["--config", str(config), "--run-dir", str(folder), "--train.engine", engine]
+            run = Launch([*launcher, str(ROOT / "launch" / "pretrain.py"), *options], folder / "log")
+            assert run.ends() == 0, run.output
+            known[engine] = metrics(folder)
+        return known[engine]
+
+    return run
+
+
+@pytest.fixture
+def start(hosts, config, tmp_path):
+    """A function that starts the test's run on both hosts."""
+
+    def run(script: str, *options: str, engine: str = "fsdp2", **variables: str) -> list[Launch]:
+        variables.setdefault("ACCELERATE_CONFIG", f"configs/accelerate/{engine}-cpu-multinode.yaml")
+        options = ("--config", str(config), "--run-dir", str(tmp_path / "run"), "--train.engine", engine, *options)
+        return [host.start(script, tmp_path, *options, **variables) for host in hosts]
+
+    return run
+
+
+@pytest.mark.parametrize(("engine", "rendezvous"), [("fsdp2", "static"), ("ddp", "c10d")])
+def test_two_hosts_are_like_one(engine, rendezvous, start, on_one_host, tmp_path):
+    """Bit by bit: the ranks do and exchange the same, only farther."""
+    launches = start("accelerate.sh", engine=engine, RENDEZVOUS=rendezvous)
+    assert [launch.ends() for launch in launches] == [0, 0], launches[0].output + launches[1].output
+    assert metrics(tmp_path / "run") == on_one_host(engine)
+
+
+def test_a_lost_host_ends_the_run_and_it_goes_on_when_it_is_back(start, hosts, on_one_host, tmp_path):
+    minutes = ("--train.timeout-minutes", str(TIMEOUT / 60))
+
+    # Its processes are killed: the system closes their connections.
+    here, _ = start("accelerate.sh", *minutes)
+    here.until("step=12 ")
+    hosts[1].kill()
+    seconds = ends_in_error(here)
+    assert seconds < TIMEOUT
+    assert f"[{hosts[1].address}]" in here.output
+    assert "node 0 " in here.output
+
+    # It is cut off: nothing closes them, and each host has lost the other.
+    launches = start("torchrun.sh", *minutes)
+    launches[0].until("step=24 ")
+    hosts[1].cable("down")
+    seconds = max(ends_in_error(launch) for launch in launches)
+    assert seconds < TIMEOUT + 10
+    assert "Resuming" in launches[0].output
+    hosts[1].cable("up")
+
+    # It is to shut down: both write a checkpoint, together.
+    here, there = start("torchrun.sh", RENDEZVOUS="c10d")
+    here.until("step=36 ")
+    there.process.send_signal(signal.SIGTERM)
+    assert [here.ends(), there.ends()] == [0, 0], here.output + there.output
+    assert "Stopped by a signal on another rank after step" in here.output
+
+    launches = start("accelerate.sh")
+    assert [launch.ends() for launch in launches] == [0, 0], launches[0].output + launches[1].output
+    assert "Resuming" in launches[0].output
+    assert metrics(tmp_path / "run") == on_one_host("fsdp2")
+
+
+def ends_in_error(launch: Launch) -> float:
+    """Wait for an end in an error; the seconds it took."""
+    since = time.monotonic()
+    assert launch.ends() != 0, launch.output
+    return time.monotonic() - since
+
+
+def test_slurm_stops_a_run_before_the_limit_and_queues_it_again(hosts, config, tmp_path):
+    """The batch script, with stand-ins for srun (a task per host, signals passed on to all) and scontrol."""
+    programs = {
+        "srun": f"""
+            import os, signal, subprocess, sys
+            task = [word for i, word in enumerate(sys.argv[1:]) if "bash" in sys.argv[1 : i + 2]]
+            tasks = [
+                subprocess.Popen(["ip", "netns", "exec", host, *task], env={{**os.environ, "SLURM_NODEID": str(i)}})
+                for i, host in enumerate({[host.name for host in hosts]})
+            ]
+            signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+            sys.exit(max(task.wait() for task in tasks))
+        """,
+        "scontrol": f"""
+            import sys
+            if sys.argv[1:] == ["show", "hostnames", "node-[1-2]"]:
+                print("{hosts[0].address}\\n{hosts[1].address}")
+            else:
+                print("scontrol", *sys.argv[1:])
+        """,
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(text)}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = Launch(
+        ["bash", str(SCRIPTS / "slurm.sbatch"), "--config", str(config), "--run-dir", str(tmp_path / "run")],
+        tmp_path / "log",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        VENV=sys.prefix,
+        ACCELERATE_CONFIG="configs/accelerate/fsdp2-cpu-multinode.yaml",
+        INTERFACE=INTERFACE,
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="node-[1-2]",
+        SLURM_GPUS_ON_NODE="1",
+    )
+    job.until("step=5 ")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.ends() == 0, job.output
+    assert "Stopped by SIGUSR1 after step" in job.output
+    assert "scontrol requeue 7" in job.output
