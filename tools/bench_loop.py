@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """What the training loop costs around the optimizer.
 
-One step of the loop, less clipping and optimizer, against the same of a bare loop over the same model with torch's fused AdamW; the two alternate, in one process. Printed: medians, and the median and quartiles of the ratio of each pair.
+One step of the loop, less clipping and optimizer, against the same of a bare loop over the same model with torch's fused AdamW; the two
+alternate, in one process. Printed: medians, and the median and quartiles of the ratio of each pair.
 
     python tools/bench_loop.py --data data/stdlib [--pairs 40] [--config quickstart]
 """
