@@ -4,8 +4,8 @@
 #   bash launch/multinode/deepspeed.sh --config gpt2-small --run-dir /shared/runs/gpt2-small      over ssh, from one node
 #   NODE_RANK=0 bash launch/multinode/deepspeed.sh …                                              without ssh, on every node
 #
-# ZeRO does not need this launcher: accelerate.sh starts it too. A signal here ends the ranks without a checkpoint when they take longer
-# than 30 seconds, and over ssh in any case.
+# ZeRO does not need this launcher: accelerate.sh starts it too. To stop a run with a checkpoint, signal any one of its ranks (SIGTERM to
+# a pretrain.py; they agree): DeepSpeed's launcher does not pass signals on without ssh, and over ssh it kills.
 set -euo pipefail
 
 # -- change these, here or in the environment -------------------------------------------------------------------------
