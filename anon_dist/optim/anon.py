@@ -317,6 +317,13 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._has_no_gradient():
+            warnings.warn(
+                "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
+                "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
+                stacklevel=2,
+            )
+            return loss
         self._ensure_state()
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
@@ -327,6 +334,11 @@ class Anon(Optimizer):
             for part in bucket.parts(group["foreach"]):
                 update_bucket(part, group)
         return loss
+
+    def _has_no_gradient(self) -> bool:
+        """Whether there are parameters, and none of them has a gradient."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return bool(parameters) and all(p.grad is None for p in parameters)
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
         """Refuse values out of range and, once steps were taken, values that the state was not made with."""

@@ -6,6 +6,7 @@ Each `case_…` function runs on every rank, one after the other, in one process
 import os
 import signal
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def case_state_is_sharded_and_the_step_adds_no_communication():
     with CommDebugMode() as communication:
         optimizer.step()
     assert communication.get_total_counts() == 0, communication.get_comm_counts()
+
+
+def case_an_optimizer_made_before_fully_shard_is_noticed():
+    """torch's own fully_shard replaces the parameters in the model and not in the optimizer, which then trains nothing."""
+    model = nn.Linear(64, 64)
+    optimizer = Anon(model.parameters(), **LM)
+    fully_shard(model)
+    model(torch.ones(1, 64)).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert any("make it afterwards" in str(w.message) for w in caught)
+    assert len(optimizer.state) == 0
 
 
 def case_reading_the_state_first_takes_no_step():

@@ -95,6 +95,16 @@ def test_frozen_parameters_have_no_state_until_they_train():
     assert set(optimizer.state) == {p, q}
 
 
+def test_a_step_without_any_gradient_says_so_and_allocates_nothing():
+    """What an optimizer sees whose parameters were replaced in the model and not in its groups: their state would stay for nothing."""
+    p, optimizer = make()
+    with pytest.warns(UserWarning, match=r"found no gradient in any parameter.*fully_shard"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+    run(p, optimizer, range(2))
+    assert int(optimizer.state[p]["step"]) == 2
+
+
 def test_step_is_torchs_convention():
     p, optimizer = make()
     run(p, optimizer, range(3))
