@@ -15,16 +15,16 @@ def forget_accelerate():
     """accelerate keeps its state in singletons and in the environment; a run in the same process starts with none."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(key, None)
 
 
-def launch_ranks(script: Path, ranks: int, out: Path, *args: str) -> Path:
+def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float = 500) -> Path:
     """Run a script on several ranks of this machine, with `out` and `args` as arguments; its output goes to `out/log`."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     (out / "log").write_text(done.stdout + done.stderr)
     return out
 

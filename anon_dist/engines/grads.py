@@ -27,8 +27,6 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 def global_norm(parameters: Iterable[Tensor]) -> float:
     """Euclidean norm of all gradients together, the same on every rank. Waits for the device.
 
-    Summed in float32 within a tensor, in float64 over tensors and ranks.
-
     Raises:
         ValueError: a gradient is a pending sum (`Partial`) over ranks.
     """
@@ -44,7 +42,7 @@ def global_norm(parameters: Iterable[Tensor]) -> float:
         by_sharding[(grad.device_mesh, sharded)].append(grad.to_local())
     total = 0.0
     for sharding, grads in by_sharding.items():
-        squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).double().square().sum()
+        squares = square_sum(grads)
         if sharding is not None:
             mesh, dims = sharding
             for dim in dims:
@@ -58,3 +56,23 @@ def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
     """Multiply every gradient, in place and without communication."""
     if grads := local_gradients(parameters):
         torch._foreach_mul_(grads, factor)
+
+
+ROW = 4096
+"""Elements that are summed in float32 on a CPU, before float64 takes over."""
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, 0-dim float64 on their device. Relative error about 1e-8, at the speed of one reading.
+
+    On CPUs torch's float32 norm adds up one element after the other: it is 4e-4 off at 10M elements (torch 2.13), and says another thing
+    for each sharding.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
+    norms = []
+    for flat in (tensor.reshape(-1) for tensor in tensors):
+        even = flat.numel() // ROW * ROW
+        norms.append(torch.linalg.vector_norm(flat[:even].view(-1, ROW), dim=1, dtype=torch.float32))
+        norms.append(torch.linalg.vector_norm(flat[even:], dtype=torch.float32).view(1))
+    return torch.cat(norms).double().square().sum()

@@ -12,11 +12,13 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
+| stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |
 | accelerate reads and reloads the state before it shards the parameters: all of it, on every rank | not Anon's |
 """
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.imports import when_imported
+from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 from anon_dist.optim import Anon
 
 NAME = "Anon"
@@ -49,6 +52,7 @@ def _allow(zero_utils: ModuleType) -> None:
 def _watch_engine(engine_module: ModuleType) -> None:
     engine_class: Any = engine_module.DeepSpeedEngine
     force_cpu_optimizer, configure = engine_class.zero_force_ds_cpu_optimizer, engine_class._configure_optimizer
+    run_backward = engine_class.backward
 
     def zero_force_ds_cpu_optimizer(self: Any) -> bool:
         return not _is_asked_for(self) and bool(force_cpu_optimizer(self))
@@ -58,9 +62,19 @@ def _watch_engine(engine_module: ModuleType) -> None:
         if asked:
             _refuse_partial_offload(self)
         configure(self, client_optimizer, model_parameters)
+        if asked and keeps_old_gradients(self):
+            self._anon_dist_watch = GradientWatch(self.module)
         if asked and not isinstance(self.basic_optimizer, Anon):
             raise EngineError(f"Anon was asked for, and DeepSpeed steps {type(self.basic_optimizer).__name__}")
 
+    def backward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = run_backward(self, *args, **kwargs)
+        watch = getattr(self, "_anon_dist_watch", None)
+        if watch is not None and (missing := watch.missing()):
+            warnings.warn(explain(missing), stacklevel=2)
+        return result
+
+    engine_class.backward = backward
     engine_class.zero_force_ds_cpu_optimizer = zero_force_ds_cpu_optimizer
     engine_class._configure_optimizer = _configure_optimizer
 

@@ -20,10 +20,12 @@ from anon_dist.engines import cpu
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
+from anon_dist.engines.tensor_parallel import TensorParallelEngine
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
 
-Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "deepspeed"]
+Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -42,7 +44,9 @@ class Wanted:
     """Micro-batches per step, for a number of ranks."""
     clip: float | None
     shard_ranks: int | None = None
-    """hsdp: ranks among which one copy of the model is sharded; the copies are replicas."""
+    """hsdp: ranks among which one copy of the model is sharded; the copies are replicas. None: as accelerate was configured, else all."""
+    tensor_parallel: int | None = None
+    """fsdp2: ranks that split the matrices of a block between them. None: as accelerate was configured, else 1."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file; None: the one accelerate was configured with, else ZeRO stage 2."""
 
@@ -63,14 +67,14 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         EngineError: accelerate's configuration asks for something else, or ranks are missing.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    name = _resolve(wanted.engine, launched)
+    name = _resolve(wanted, launched)
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if configured not in ("no", wanted.precision.replace("fp32", "no")):
         raise EngineError(
             f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
         )
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    as_device = name in ("fsdp2", "hsdp", "deepspeed")
+    as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
     if on_cpu:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
@@ -93,8 +97,25 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
     return accelerator, name
 
 
-def wrap(name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Engine:
+def splitting_ranks(wanted: Wanted) -> int:
+    """Ranks that split matrices between them and read the same samples, 1 without tensor parallelism."""
+    configured = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+    asked = wanted.tensor_parallel or configured
+    if configured not in (1, asked):
+        raise EngineError(
+            f"train.tensor_parallel is {asked}, and accelerate's configuration says parallelism_config_tp_size: {configured}; make them "
+            "agree"
+        )
+    return asked
+
+
+def wrap(
+    name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, tensor_parallel: int = 1
+) -> Engine:
     """Model and optimizer under the engine; the optimizer with its state allocated for the wrapped parameters.
+
+    Args:
+        tensor_parallel: what `splitting_ranks` said.
 
     Raises:
         EngineError: the ranks' weights differ, or what came back is not what was asked for.
@@ -114,14 +135,21 @@ def wrap(name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Opti
         return ZeroEngine(name, accelerator, model, optimizer)
     if name == "zero1":
         return ZeroRedundancyEngine(name, accelerator, model, optimizer)
+    if tensor_parallel > 1:
+        return TensorParallelEngine(name, accelerator, model, optimizer, tensor_parallel)
+    if name == "fsdp1":
+        return Fsdp1Engine(name, accelerator, model, optimizer)
     return TorchEngine(name, accelerator, model, optimizer)
 
 
-def _resolve(engine: Name | Literal["auto"], launched: int) -> Name:
+def _resolve(wanted: Wanted, launched: int) -> Name:
     """The engine that both the argument and accelerate's configuration allow."""
+    engine = wanted.engine
     configured: str | None = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         configured = "fsdp" + os.environ.get("FSDP_VERSION", "1")
+        if configured == "fsdp2" and int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")) > 1:
+            configured = "hsdp"
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         configured = "deepspeed"
     if engine == "auto":
@@ -134,13 +162,17 @@ def _resolve(engine: Name | Literal["auto"], launched: int) -> Name:
         raise EngineError(
             f"accelerate's configuration asks for {engine}, which train.engine does not offer; ready ones are in configs/accelerate"
         )
-    if configured is not None and configured != engine.replace("hsdp", "fsdp2"):
+    if configured is not None and configured != engine and (configured, engine) != ("fsdp2", "hsdp"):
         raise EngineError(
             f"train.engine is {engine}, but accelerate's configuration asks for {configured}; use the one that fits, or engine: auto"
         )
     if engine == "single" and launched > 1:
         raise EngineError(f"train.engine is single, but {launched} processes were launched; use fsdp2 or ddp")
-    if launched == 1 and engine in ("ddp", "zero1", "hsdp"):
+    if (split := splitting_ranks(wanted)) > 1 and (engine != "fsdp2" or launched % split):
+        raise EngineError(
+            f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
+        )
+    if launched == 1 and engine in ("ddp", "zero1", "hsdp", "fsdp1"):
         return "single"
     return engine  # type: ignore[return-value]
 
@@ -149,10 +181,13 @@ def _plugins(name: Name, wanted: Wanted, launched: int) -> dict[str, Any]:
     """accelerate's arguments for the engine."""
     if name == "deepspeed":
         return {"deepspeed_plugin": _deepspeed_plugin(wanted, launched)}
+    if name == "fsdp1":
+        os.environ["FSDP_VERSION"] = "1"
+        return {"fsdp_plugin": fsdp1_plugin(wanted.precision == "bf16")}
     if name == "fsdp2":
-        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision)}
+        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision)} if splitting_ranks(wanted) == 1 else {}
     if name == "hsdp":
-        shard = wanted.shard_ranks or launched
+        shard = wanted.shard_ranks or int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", launched))
         if launched % shard:
             raise EngineError(f"train.shard_ranks = {shard} does not divide the number of ranks, {launched}")
         parallelism = ParallelismConfig(dp_replicate_size=launched // shard, dp_shard_size=shard)

@@ -39,7 +39,7 @@ class TorchEngine:
 
     def step(self, lr: float, clip: float | None) -> float:
         """See `base.Engine`."""
-        norm = global_norm(self._parameters)
+        norm = self._norm()
         if math.isfinite(norm):
             if clip is not None and norm > clip:
                 scale_gradients(self._parameters, clip / norm)
@@ -47,6 +47,9 @@ class TorchEngine:
         for p in self._parameters:
             p.grad = None
         return norm
+
+    def _norm(self) -> float:
+        return global_norm(self._parameters)
 
     def _step_optimizer(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -71,7 +74,11 @@ class TorchEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""
-        weights: dict[str, Any] = get_model_state_dict(
-            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-        return {name: value.to(torch.float32) for name, value in weights.items()}
+        return full_weights(self.model, cpu_offload=True)
+
+
+def full_weights(model: nn.Module, cpu_offload: bool) -> dict[str, Tensor]:
+    """See `base.Engine`. `cpu_offload`: gather on the first rank only."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: value.to("cpu", torch.float32) for name, value in weights.items()}

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.grads import square_sum
+from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 
 TAG = "deepspeed"
 """The subfolder of a checkpoint that DeepSpeed writes."""
@@ -76,9 +78,11 @@ class ZeroEngine:
     def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self.name = name
+        watch = GradientWatch(model)
         self.model, _ = accelerator.prepare(model, optimizer)
         self._engine: Any = self.model
         self._wrapper: Any = self._engine.optimizer
+        self._watch = watch if keeps_old_gradients(self._engine) else None
         if hasattr(self._wrapper, "check_grad_overflow"):
             self._wrapper.check_grad_overflow = True  # off for float32, where a step with NaN gradients would be taken
         self.optimizer: Optimizer = self._engine.basic_optimizer
@@ -103,10 +107,16 @@ class ZeroEngine:
                 )
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See `base.Engine`."""
+        """See `base.Engine`.
+
+        Raises:
+            EngineError: a parameter got no gradient, and DeepSpeed would not notice (see `stale`).
+        """
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
         # DeepSpeed divides by gradient_accumulation_steps itself, and the loop has done so.
         self._engine.backward(loss * self._engine.gradient_accumulation_steps())
+        if self._watch is not None and (missing := self._watch.missing()):
+            raise EngineError(explain(missing))
 
     def step(self, lr: float, clip: float | None) -> float:
         """See `base.Engine`. DeepSpeed clips, by its configuration."""
@@ -115,9 +125,7 @@ class ZeroEngine:
         unchecked = self._unchecked_gradients()
         norm = math.nan
         if unchecked:
-            norm = math.sqrt(
-                float(torch.stack(torch._foreach_norm(unchecked, 2, dtype=torch.float32)).double().square().sum())
-            )
+            norm = math.sqrt(float(square_sum(unchecked)))
             if not math.isfinite(norm):
                 self._engine.optimizer.zero_grad()
                 return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,11 @@ class ZeroRedundancyEngine(TorchEngine):
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self.name, self._accelerator = name, accelerator
         self.model = accelerator.prepare(model)
+        accepted = inspect.signature(type(optimizer)).parameters  # AdamW's defaults hold more than it takes
         self._shared = ZeroRedundancyOptimizer(
-            [dict(g) for g in optimizer.param_groups], optimizer_class=type(optimizer), **optimizer.defaults
+            [dict(g) for g in optimizer.param_groups],
+            optimizer_class=type(optimizer),
+            **{k: v for k, v in optimizer.defaults.items() if k in accepted},
         )
         self.optimizer = self._shared.optim
         check_optimizer(self.optimizer, None, type(optimizer), groups)

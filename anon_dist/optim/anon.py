@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -222,11 +223,11 @@ class Anon(Optimizer):
             del self.state[key]
 
     def _ensure_state(self) -> None:
-        """`init_state`, but for state that has been stepped and whose parameter is absent from the groups: that stays.
+        """`init_state`, but state of absent parameters is dropped only where it has not been stepped and others have taken their place.
 
-        DeepSpeed shows the optimizer one param group, or in stage 3 one sub-group, at a time.
+        DeepSpeed shows the optimizer one param group, or in stage 3 one sub-group, at a time; and it holds on to the state's tensors.
         """
-        state, present = self.state, 0
+        state, present, replaced = self.state, 0, False
         for group in self.param_groups:
             dtype = STATE_DTYPES[group["state_dtype"]]
             for p in group["params"]:
@@ -235,8 +236,9 @@ class Anon(Optimizer):
                     known = None  # the model was moved since
                 if not known and (p.requires_grad or p.grad is not None):
                     state[p] = fresh_state(p, dtype)
+                    replaced = True
                 present += p in state
-        if len(state) != present:
+        if replaced and len(state) != present:
             current = {p for group in self.param_groups for p in group["params"]}
             absent = [k for k in state if isinstance(k, Tensor) and k not in current]
             for key in [k for k in absent if int(state[k].get("step", 0)) == 0]:
@@ -337,7 +339,7 @@ class Anon(Optimizer):
 
     def _has_no_gradient(self) -> bool:
         """Whether there are parameters, and none of them has a gradient."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.numel()]
         return bool(parameters) and all(p.grad is None for p in parameters)
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
@@ -352,9 +354,9 @@ class Anon(Optimizer):
         """The group's local tensors, those together that share step count, device and dtypes."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for position, p in enumerate(group["params"]):
-            if p.grad is None:
+            if p.grad is None and not _is_empty_shard(p):
                 continue
-            if p.grad.is_sparse:
+            if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(
                     f"Anon: parameter {position} of param group {index} has a sparse gradient, which is not supported; make it dense "
                     "(nn.Embedding(sparse=False))"
@@ -367,3 +369,9 @@ class Anon(Optimizer):
             key = (step, tensors[0].device, *(t.dtype for t in tensors))
             buckets.setdefault(key, Bucket(step)).add(state["step"], tensors)
         return list(buckets.values())
+
+
+def _is_empty_shard(p: Tensor) -> bool:
+    """Whether p is what FSDP1 leaves of a parameter on a rank that holds none of its elements. It never has a gradient there; its step
+    counts all the same, since FSDP1 saves one count for all ranks."""
+    return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)

@@ -107,8 +107,7 @@ def local_gradient(p: Tensor) -> Tensor:
     Raises:
         RuntimeError: the gradient is laid out otherwise than the parameter (a pending sum over ranks, say).
     """
-    grad = p.grad
-    assert grad is not None
+    grad = p.detach() if p.grad is None else p.grad  # none: an empty shard
     if isinstance(p, DTensor) != isinstance(grad, DTensor):
         raise RuntimeError(
             f"Anon: the parameter is a {type(p).__name__} and its gradient a {type(grad).__name__}; they must be sharded alike"

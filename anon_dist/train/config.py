@@ -117,10 +117,14 @@ class TrainConfig:
     """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
     micro_batch: int = 8
     """Sequences that a rank takes at once."""
-    engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "deepspeed"] = "auto"
+    engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"] = "auto"
     """How ranks share the work. auto: what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     shard_ranks: int | None = None
-    """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: all."""
+    """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: as accelerate's
+    parallelism_config says, else all."""
+    tensor_parallel: int | None = None
+    """fsdp2 and Llama shapes: neighbouring ranks that split the matrices of each block between them, and read the same samples. None: as
+    accelerate's parallelism_config says, else 1."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -59,20 +59,21 @@ def evaluate(
     bytes_per_token: float,
     sequences: int = 0,
     mask_eod: int | None = None,
+    reader: int = 0,
+    readers: int = 1,
 ) -> Evaluation:
     """The loss over the first `sequences` sequences of the split (0: all of it). Every rank must call it.
 
-    Each rank takes its part; ranks that run out repeat the last sequence with weight 0, since sharded models need all ranks in every
-    forward pass.
+    The rank takes part `reader` of `readers`; ranks that run out repeat the last sequence with weight 0, since sharded models need all
+    ranks in every forward pass.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     available = shards.num_samples(seq_len)
     count = min(sequences or available, available)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
-    for start in range(0, count, batch * world):
-        indices = np.arange(start + rank * batch, start + (rank + 1) * batch)
+    for start in range(0, count, batch * readers):
+        indices = np.arange(start + reader * batch, start + (reader + 1) * batch)
         tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len).astype(np.int64)).to(device)
         weights = torch.from_numpy(indices < count).to(device, torch.float64)
         losses = token_loss(model, tokens, mask_eod).double().mean(1)

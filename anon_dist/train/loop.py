@@ -248,6 +248,8 @@ def _validate(run: Run, sequences: int) -> Evaluation:
         run.index.splits["val"].bytes_per_token,
         sequences,
         run.mask_eod,
+        run.reader,
+        run.readers,
     )
 
 

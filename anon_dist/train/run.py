@@ -20,7 +20,7 @@ from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
-from anon_dist.engines.start import Name, Wanted, wrap
+from anon_dist.engines.start import Name, Wanted, splitting_ranks, wrap
 from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.model import blocks, build_model, flops_per_token
@@ -41,6 +41,9 @@ class Run:
     model_config: PretrainedConfig
     loader: BatchLoader
     checkpoints: Checkpoints
+    reader: int
+    """Which of the `readers` shares of a batch this rank reads; with tensor parallelism, several ranks read the same."""
+    readers: int
     flops: float
     """Per token."""
     parameters: int
@@ -67,6 +70,7 @@ def wanted_engine(config: Config) -> Wanted:
         accumulation=partial(accumulation, config),
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
+        tensor_parallel=train.tensor_parallel,
         deepspeed_config=train.deepspeed_config,
     )
 
@@ -82,7 +86,9 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    rounds = accumulation(config, accelerator.num_processes)
+    split = splitting_ranks(wanted_engine(config))
+    readers, reader = accelerator.num_processes // split, accelerator.process_index // split
+    rounds = accumulation(config, readers)
 
     index, train_shards, val_shards = _open_data(config, accelerator)
     torch.manual_seed(config.train.seed)
@@ -95,16 +101,16 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
             block.forward = torch.compile(block.forward)
     optimizer = build_optimizer(config.optim, built)
     wanted = hyperparameters(optimizer)
-    engine = wrap(name, accelerator, built, optimizer)
-    randomness.seed(config.train.seed, accelerator.process_index, 0)
+    engine = wrap(name, accelerator, built, optimizer, split)
+    randomness.seed(config.train.seed, reader, 0)
 
     loader = BatchLoader(
         train_shards,
         SampleOrder(train_shards.num_samples(config.data.seq_len), config.data.seed),
         seq_len=config.data.seq_len,
         micro_batch=config.train.micro_batch,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=reader,
+        world_size=readers,
         accumulation=rounds,
     )
     run = Run(
@@ -118,6 +124,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         model_config=built.config,
         loader=loader,
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        reader=reader,
+        readers=readers,
         flops=flops,
         parameters=parameters,
         state=engine.state_bytes(),
@@ -182,7 +190,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
         apply_hyperparameters(optimizer, wanted, say)
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
-        randomness.seed(config.train.seed, rank, run.step)
+        randomness.seed(config.train.seed, run.reader, run.step)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 

@@ -53,3 +53,14 @@ def shared_folder(parent: str) -> str:
     dist.broadcast_object_list(names)
     assert names[0] is not None
     return names[0]
+
+
+def raises(error: type[Exception], words: str, action: Callable[[], object]) -> None:
+    """The action raises this error, with these words in it."""
+    try:
+        action()
+    except error as caught:
+        if words not in str(caught):
+            raise
+    else:
+        raise AssertionError(f"no {error.__name__}")

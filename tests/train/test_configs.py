@@ -19,7 +19,7 @@ def test_accelerate_reads_it(path):
     load_config_from_file(str(path))
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "ddp", "deepspeed"])
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", "deepspeed", "hsdp", "fsdp2-tp", "fsdp1"])
 def test_the_gpu_configuration_is_the_one_tested_on_cpus(name):
     gpu, cpus = (
         yaml.safe_load((ROOT / "configs" / "accelerate" / f"{n}.yaml").read_text()) for n in (name, f"{name}-cpu")
@@ -28,12 +28,20 @@ def test_the_gpu_configuration_is_the_one_tested_on_cpus(name):
 
 
 @pytest.mark.parametrize(
-    ("file", "engine"), [("ddp-cpu", "ddp"), ("fsdp2-cpu", "fsdp2"), ("deepspeed-cpu", "deepspeed")]
+    ("file", "engine", "ranks"),
+    [
+        ("ddp-cpu", "ddp", 2),
+        ("fsdp2-cpu", "fsdp2", 2),
+        ("fsdp1-cpu", "fsdp1", 2),
+        ("deepspeed-cpu", "deepspeed", 2),
+        ("hsdp-cpu", "hsdp", 4),
+        ("fsdp2-tp-cpu", "fsdp2+tp2", 4),
+    ],
 )
-def test_what_accelerate_was_configured_for_is_what_runs(file, engine, config, tmp_path):  # noqa: F811
-    steps = ["--train.steps", "5", "--checkpoint.every", "0"]
-    output = finish(launch(config, tmp_path / "run", accelerate(f"{file}.yaml"), *steps))
-    assert f"{engine} on 2 cpu ranks" in output
+def test_what_accelerate_was_configured_for_is_what_runs(file, engine, ranks, config, tmp_path):  # noqa: F811
+    steps = ["--train.steps", "5", "--checkpoint.every", "0", "--model.family", "llama"]
+    output = finish(launch(config, tmp_path / "run", accelerate(f"{file}.yaml", ranks), *steps))
+    assert f"{engine} on {ranks} cpu ranks" in output
     assert "this run" in output
 
 

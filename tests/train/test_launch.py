@@ -51,7 +51,7 @@ def launch(config: Path, run_dir: Path, launcher: list[str], *options: str) -> s
     )
 
 
-def accelerate(config_file: str) -> list[str]:
+def accelerate(config_file: str, ranks: int = 2) -> list[str]:
     command = [
         sys.executable,
         "-m",
@@ -59,7 +59,7 @@ def accelerate(config_file: str) -> list[str]:
         "--config_file",
         str(ROOT / "configs" / "accelerate" / config_file),
     ]
-    return [*command, "--num_processes", "2"]
+    return [*command, "--num_processes", str(ranks)]
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -1,0 +1,80 @@
+"""torch's first FSDP, which flattens the parameters of a block into one: for runs that have it already; FSDP2 is its successor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecision
+from torch.optim import Optimizer
+
+from anon_dist.engines.check import StateBytes, state_bytes
+from anon_dist.engines.grads import global_norm
+from anon_dist.engines.torch_native import TorchEngine, full_weights
+
+
+def fsdp1_plugin(bf16: bool) -> FullyShardedDataParallelPlugin:
+    """accelerate's FSDP1 settings that a run here needs.
+
+    The parameters keep their identity (`use_orig_params`): flattened ones would lose their param groups. Ranks start with the same
+    weights, so nothing is sent at the start, which on CPUs fails ("no available devices found").
+    """
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=1,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        mixed_precision_policy=policy,
+        use_orig_params=True,
+        sync_module_states=False,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+
+
+class Fsdp1Engine(TorchEngine):
+    """See `base.Engine`. On a rank a parameter is the 1-D part of it that lies in the rank's share of the block, often none of it."""
+
+    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+        with _quiet():
+            super().__init__(name, accelerator, model, optimizer)
+
+    def _norm(self) -> float:
+        square = torch.tensor(global_norm(self._parameters) ** 2, dtype=torch.float64, device=self._accelerator.device)
+        dist.all_reduce(square)
+        return math.sqrt(float(square))
+
+    def state_bytes(self) -> StateBytes:
+        """See `base.Engine`. The whole is the sum over ranks."""
+        local = state_bytes(self.optimizer).local
+        whole = torch.tensor(local, dtype=torch.int64, device=self._accelerator.device)
+        dist.all_reduce(whole)
+        return StateBytes(local, int(whole))
+
+    def save(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        with _quiet():
+            super().save(folder)
+
+    def load(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        with _quiet():
+            super().load(folder)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """See `base.Engine`."""
+        # On a CPU "offloading to the CPU" is no copy, and FSDP1 frees what it points to: a segmentation fault (torch 2.13).
+        offload = self._accelerator.device.type != "cpu"
+        with _quiet():
+            weights = full_weights(self.model, offload)
+        return weights if self._accelerator.is_main_process else {}
+
+
+def _quiet() -> warnings.catch_warnings:
+    """Without torch's announcements, at each call, that FSDP1 is deprecated."""
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
