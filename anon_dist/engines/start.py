@@ -26,7 +26,7 @@ from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
 
 Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Wanted:
     engine: Name | Literal["auto"]
     """"auto" takes what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     precision: Precision
-    """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32."""
+    """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32. fp16, with a loss scale,
+    is DeepSpeed's, on GPUs."""
     timeout: timedelta
     """How long a rank waits for its peers."""
     micro_batch: int
@@ -74,6 +75,8 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
             f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
         )
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
+        raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
     if on_cpu:
         os.environ.setdefault(
@@ -82,7 +85,7 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         if as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)
     accelerator = Accelerator(
-        mixed_precision="bf16" if wanted.precision == "bf16" else "no",
+        mixed_precision="no" if wanted.precision == "fp32" else wanted.precision,
         cpu=on_cpu and not as_device,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
         **_plugins(name, wanted, launched),
@@ -231,6 +234,6 @@ def _deepspeed_plugin(wanted: Wanted, launched: int) -> Any:
         micro_batch=wanted.micro_batch,
         accumulation=wanted.accumulation(launched),
         clip=wanted.clip,
-        bf16=wanted.precision == "bf16",
+        precision=wanted.precision,
     )
     return DeepSpeedPlugin(hf_ds_config=config)

@@ -26,12 +26,13 @@ TAG = "deepspeed"
 
 
 def zero_config(
-    source: str | Path | None, *, micro_batch: int, accumulation: int, clip: float | None, bf16: bool
+    source: str | Path | None, *, micro_batch: int, accumulation: int, clip: float | None, precision: str
 ) -> dict[str, Any]:
     """A DeepSpeed configuration with what the training configuration determines filled in, where it is absent or "auto".
 
     Args:
         source: JSON file; None: ZeRO stage 2.
+        precision: "fp32", "bf16" or "fp16".
 
     Raises:
         EngineError: it cannot be read, or contradicts the training configuration; naming file, key and remedy.
@@ -59,15 +60,15 @@ def zero_config(
             raise EngineError(
                 f"DeepSpeed configuration {source}: {key} is {config[key]}, and the training configuration says {value}"
             )
-    if config.get("fp16", {}).get("enabled") is True:
-        raise EngineError(f"DeepSpeed configuration {source}: fp16 is not offered; use bf16 (train.precision)")
-    half = config.setdefault("bf16", {"enabled": "auto"})
-    if half.get("enabled", "auto") == "auto":
-        half["enabled"] = bf16
-    if half["enabled"] != bf16:
-        raise EngineError(
-            f"DeepSpeed configuration {source}: bf16.enabled is {half['enabled']}, and train.precision says otherwise"
-        )
+    for kind in ("bf16", "fp16"):
+        half = config.setdefault(kind, {"enabled": "auto"})
+        if half.setdefault("enabled", "auto") == "auto":
+            half["enabled"] = precision == kind
+        if half["enabled"] != (precision == kind):
+            raise EngineError(
+                f"DeepSpeed configuration {source}: {kind}.enabled is {half['enabled']}, and train.precision is {precision}; "
+                "make them agree"
+            )
     config.pop("train_batch_size", None)
     return config
 

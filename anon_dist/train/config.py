@@ -127,8 +127,8 @@ class TrainConfig:
     accelerate's parallelism_config says, else 1."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the computation; parameters and optimizer state are float32 in either case."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of the computation; parameters and optimizer state are float32 in any case. fp16: engine deepspeed on GPUs only."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     max_skipped: int = 10

@@ -256,6 +256,12 @@ def case_contradicting_configurations_are_noticed():
             del os.environ[key]
 
 
+def case_fp16_is_deepspeeds_and_needs_a_gpu():
+    forget_accelerate()
+    for engine in ("fsdp2", "deepspeed"):
+        raises(EngineError, "fp16 needs engine deepspeed", lambda engine=engine: start(wanted(engine, "fp16")))
+
+
 def case_plain_accelerate():
     """Accelerator.prepare as a user calls it: FSDP2's switch of parameters leaves no state of the old ones."""
     forget_accelerate()

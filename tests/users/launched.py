@@ -54,6 +54,14 @@ SURROUNDINGS = (
     *(get_cosine_schedule_with_warmup, param_groups),
 )
 
+SNIPPETS = {
+    "trainer": "Trainer(model",
+    "accelerate": "Accelerator(",
+    "fully_shard": "fully_shard(model)",
+    "zero": "ZeroRedundancyOptimizer(groups",
+}
+"""What tells each from the other blocks."""
+
 steps: list = []
 """The learning rates, by param group, of every step that any Anon took."""
 samples: list = []
@@ -171,12 +179,13 @@ def optimizer_before_fully_shard():
 
 
 def snippets(out, names):
-    """The blocks of this folder's README as they stand, each twice: 5 steps, and on to 8. The step counts that Anon arrives at."""
-    blocks = re.findall(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL)
+    """The blocks of the READMEs as they stand, each twice: 5 steps, and on to 8. The step counts that Anon arrives at."""
+    here = Path(__file__).parent
+    text = "".join((folder / "README.md").read_text() for folder in (here, here.parents[1]))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found = {}
-    for name, block in zip(("trainer", "accelerate", "fully_shard", "zero"), blocks, strict=True):
-        if name not in names:
-            continue
+    for name in names:
+        (block,) = (block for block in blocks if SNIPPETS[name] in block)
         folder, path = str(out / f"snippet-{name}"), str(out / "snippet.pt")
         for done, steps in ((0, 5), (5, 8)):
             forget_accelerate()
