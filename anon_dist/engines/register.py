@@ -12,6 +12,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
+| an optimizer swapped to NVMe does not resume where it was (seen by the loss) | loading a checkpoint is refused |
 | stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |
 | accelerate reads and reloads the state before it shards the parameters: all of it, on every rank | not Anon's |
 """
@@ -31,6 +32,8 @@ from anon_dist.optim import Anon
 
 NAME = "Anon"
 """The optimizer's type in a DeepSpeed configuration: DeepSpeed takes what it does not know from torch.optim."""
+
+NVME = "DeepSpeed does not resume state that was swapped to NVMe where it was; offload the optimizer to cpu (parameters may go to nvme)"
 
 
 def register() -> None:
@@ -52,7 +55,7 @@ def _allow(zero_utils: ModuleType) -> None:
 def _watch_engine(engine_module: ModuleType) -> None:
     engine_class: Any = engine_module.DeepSpeedEngine
     force_cpu_optimizer, configure = engine_class.zero_force_ds_cpu_optimizer, engine_class._configure_optimizer
-    run_backward = engine_class.backward
+    run_backward, run_load_checkpoint = engine_class.backward, engine_class.load_checkpoint
 
     def zero_force_ds_cpu_optimizer(self: Any) -> bool:
         return not _is_asked_for(self) and bool(force_cpu_optimizer(self))
@@ -74,7 +77,12 @@ def _watch_engine(engine_module: ModuleType) -> None:
             warnings.warn(explain(missing), stacklevel=2)
         return result
 
-    engine_class.backward = backward
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.basic_optimizer, Anon) and self.zero_nvme_offload_optimizer():
+            raise EngineError(f"Anon: {NVME}")
+        return run_load_checkpoint(self, *args, **kwargs)
+
+    engine_class.backward, engine_class.load_checkpoint = backward, load_checkpoint
     engine_class.zero_force_ds_cpu_optimizer = zero_force_ds_cpu_optimizer
     engine_class._configure_optimizer = _configure_optimizer
 

@@ -19,6 +19,7 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
+from anon_dist.engines.register import NVME
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 
 TAG = "deepspeed"
@@ -47,6 +48,8 @@ def zero_config(
         raise EngineError(
             f"DeepSpeed configuration {source}: remove 'optimizer' and 'scheduler'; optim and schedule say them here"
         )
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        raise EngineError(f"DeepSpeed configuration {source}: zero_optimization.offload_optimizer.device: {NVME}")
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -93,7 +96,7 @@ class ZeroEngine:
 
     def _allocate(self) -> None:
         """Make the state now, so that its size is known; DeepSpeed would have it made by the first step."""
-        if not hasattr(self.optimizer, "init_state") or getattr(self._wrapper, "swap_optimizer", False):
+        if not hasattr(self.optimizer, "init_state"):
             return
         with self.whole_optimizer() as optimizer:
             optimizer.init_state()  # type: ignore[attr-defined]
