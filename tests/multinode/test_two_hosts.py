@@ -235,30 +235,21 @@ def test_cut_off_they_end_in_time_and_go_on_like_one_host(engine, rendezvous, st
         assert [r.get("loss") for r in found] == [pytest.approx(r.get("loss"), abs=1e-4) for r in expected]
 
 
-def test_a_lost_host_or_rank_ends_the_run_and_it_goes_on_when_it_is_back(start, hosts, on_one_host, tmp_path):
-    # All processes of a host are killed: the system closes their connections.
-    here, _ = start("accelerate.sh")
-    here.until("step=12 ")
-    hosts[1].kill()
-    assert ends_in_error(here) < AT_ONCE
-    assert f"[{hosts[1].address}]" in here.output
-    assert "node 0 " in here.output
-    assert stopped_first(here).startswith(
-        f"Stopped without a word: rank 1 on {hosts[1].name}; killed, cut off or hanging."
-    )
+def test_a_killed_rank_ends_the_run_and_it_goes_on_when_it_is_back(start, hosts, on_one_host, tmp_path):
+    # By SIGKILL, as for want of memory: the system closes its connections.
+    launches = start("accelerate.sh")
+    launches[0].until("step=12 ")
+    os.kill(hosts[1].ranks()[0], signal.SIGKILL)
+    assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
+    here, there = (launch.output for launch in launches)
+    assert f"[{hosts[1].address}]" in here
+    assert "node 0 " in here
+    assert stopped_first(launches[0]).startswith(f"Stopped without a word: rank 1 on {hosts[1].name}; ")
+    assert "Signal 9 (SIGKILL)" in there
 
-    # One rank is, of the host that has the store: its launcher ends, and the store with it.
-    here, there = start("torchrun.sh")
-    here.until("step=24 ")
-    os.kill(hosts[0].ranks()[0], signal.SIGKILL)
-    assert max(ends_in_error(launch) for launch in (here, there)) < AT_ONCE
-    assert "Signal 9 (SIGKILL)" in here.output
-    assert f"The store at {hosts[0].address} does not answer rank 1" in stopped_first(there)
-    assert "Resuming" in here.output
-
-    # It is to shut down: both write a checkpoint, together.
+    # Its host is to shut down: both write a checkpoint, together.
     here, there = start("torchrun.sh", RENDEZVOUS="c10d")
-    here.until("step=36 ")
+    here.until("step=24 ")
     there.process.send_signal(signal.SIGTERM)
     # That one first: when it fails, the other's launcher waits minutes for it, and says nothing.
     assert there.ends() == 0, here.output + there.output
