@@ -47,12 +47,17 @@ def train(args: list[str] | None = None) -> None:
     from anon_dist.checkpoint import CheckpointError
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
+    from anon_dist.engines.peers import who_stopped
     from anon_dist.train.config import ConfigError, parse_args
     from anon_dist.train.loop import train as run
 
-    expected = (ConfigError, EngineError, CheckpointError, DataError)
+    def parse_and_run() -> None:
+        config = parse_args(args)
+        with who_stopped():
+            run(config)
+
     try:
-        _or_exit(lambda: run(parse_args(args)), *expected)
+        _or_exit(parse_and_run, ConfigError, EngineError, CheckpointError, DataError)
     finally:
         import torch.distributed as dist
 

@@ -9,14 +9,16 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from anon_dist.engines import cpu
+from anon_dist.engines import cpu, peers
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
@@ -91,6 +93,7 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         **_plugins(name, wanted, launched),
         **accelerator_args,
     )
+    peers.sign_in()
     check_world(accelerator.device)
     if name == "deepspeed":
         # Else transformers would partition models as it builds them (zero.Init), with other random weights than under the other engines.
@@ -143,6 +146,13 @@ def wrap(
     if name == "fsdp1":
         return Fsdp1Engine(name, accelerator, model, optimizer)
     return TorchEngine(name, accelerator, model, optimizer)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Give all process groups the timeout. Those that DeepSpeed and device meshes made have torch's, up to half an hour."""
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _resolve(wanted: Wanted, launched: int) -> Name:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def train(config: Config) -> Path:
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, console)
-    with StopSignal() as stop, run.loader, _metrics(run, console) as write:
+    timeout = timedelta(minutes=config.train.timeout_minutes)
+    with StopSignal(timeout) as stop, run.loader, _metrics(run, console) as write:
         stopped = _steps(run, stop, write, console)
     if console:
         console.close()

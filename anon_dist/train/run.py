@@ -20,7 +20,7 @@ from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
-from anon_dist.engines.start import Name, Wanted, splitting_ranks, wrap
+from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.model import blocks, build_model, flops_per_token
@@ -102,6 +102,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     optimizer = build_optimizer(config.optim, built)
     wanted = hyperparameters(optimizer)
     engine = wrap(name, accelerator, built, optimizer, split)
+    limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 
     loader = BatchLoader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,15 +23,20 @@ class StopSignal:
 
     A signal may reach one rank only, or the ranks between different steps. Each step starts an all-reduce of one number between the hosts,
     and reads the one of the step before, so that nobody waits. While the block is active the signals' old handlers are replaced.
+
+    Args:
+        timeout: how long to wait for the other hosts, where they do not compute with gloo; None: torch's half an hour.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
         self.received: signal.Signals | None = None
         self._since = 0.0
         self._old: dict[signal.Signals, Any] = {}
         self._group = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")  # accelerators keep computing while hosts talk
+            self._group = dist.new_group(
+                backend="gloo", timeout=timeout
+            )  # accelerators keep computing while hosts talk
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> StopSignal:

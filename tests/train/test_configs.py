@@ -19,12 +19,20 @@ def test_accelerate_reads_it(path):
     load_config_from_file(str(path))
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "ddp", "deepspeed", "hsdp", "fsdp2-tp", "fsdp1"])
-def test_the_gpu_configuration_is_the_one_tested_on_cpus(name):
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"),
+    [
+        *((name, "", 2) for name in ("fsdp2", "ddp", "deepspeed", "fsdp1")),
+        *((name, "", 4) for name in ("hsdp", "fsdp2-tp")),
+        *((name, "-multinode", 16) for name in ("fsdp2", "ddp", "deepspeed")),
+    ],
+)
+def test_the_gpu_configuration_is_the_one_tested_on_cpus(name, machines, processes):
     gpu, cpus = (
-        yaml.safe_load((ROOT / "configs" / "accelerate" / f"{n}.yaml").read_text()) for n in (name, f"{name}-cpu")
+        yaml.safe_load((ROOT / "configs" / "accelerate" / f"{n}{machines}.yaml").read_text())
+        for n in (name, f"{name}-cpu")
     )
-    assert gpu == {**cpus, "use_cpu": False}
+    assert gpu == {**cpus, "use_cpu": False, "num_processes": processes}
 
 
 @pytest.mark.parametrize(

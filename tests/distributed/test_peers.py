@@ -1,0 +1,105 @@
+"""Which rank stopped first, asked by three processes that fail in every way; tests/multinode asks it of real runs."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+import torch.distributed as dist
+
+from anon_dist.engines import peers
+
+HERE = socket.gethostname()
+FORK = multiprocessing.get_context("fork")
+
+
+def fail(rank: int, ranks: int, port, after: float | None, error: Exception, queue, folder) -> None:
+    """A rank: it signs in, then raises, or ends without a word. Its notes go to the queue."""
+    peers.WAIT_SECONDS = 1.5
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port.get()),
+    }
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(folder / f"{rank}.json")}
+    peers.sign_in()
+    if after is None:
+        return
+    time.sleep(after)
+    with suppress(type(error)), peers.who_stopped():
+        raise error
+    queue.put((rank, getattr(error, "__notes__", [])))
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A function: the notes of ranks that raise the errors after so many seconds each, or None, by rank."""
+
+    def run(*ranks: tuple[float | None, Exception], store: bool = True) -> dict[int, list[str]]:
+        queue, port = FORK.Queue(), FORK.Queue()
+        # Made before the store: they close the connections that they inherit.
+        processes = [
+            FORK.Process(target=fail, args=(rank, len(ranks), port, after, error, queue, tmp_path))
+            for rank, (after, error) in enumerate(ranks)
+        ]
+        for process in processes:
+            process.start()
+        if store:
+            server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            number = server.port
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                number = free.getsockname()[1]
+        for _ in ranks:
+            port.put(number)
+        found = dict(queue.get(timeout=60) for after, _ in ranks if after is not None)
+        for process in processes:
+            process.join(60)
+        return found
+
+    return run
+
+
+def test_all_name_the_first(notes, tmp_path):
+    closed = RuntimeError("Connection closed by peer\nand more")
+    found = notes((0.6, closed), (0.0, ValueError("a shape is wrong")), (0.6, closed))
+    assert found[1] == [f"The first of 3 ranks to fail was this one, rank 1 on {HERE}."]
+    for rank in (0, 2):
+        assert found[rank][0].startswith(f"The first of 3 ranks to fail was rank 1 on {HERE} at ")
+        assert found[rank][0].endswith(" (ValueError: a shape is wrong).")
+    told = json.loads((tmp_path / "2.json").read_text())["message"]["message"]
+    assert told == f"RuntimeError: Connection closed by peer\n{found[2][0]}"
+
+
+def test_the_silent_are_named(notes):
+    found = notes((0.0, RuntimeError("closed")), (None, ValueError()), (0.3, RuntimeError("timed out")))
+    begin = (
+        f"Stopped without a word: rank 1 on {HERE}; killed, cut off or hanging. The first to notice, or to fail, was "
+    )
+    assert found[0] == [f"{begin}this one, rank 0 on {HERE}."]
+    assert found[2][0].startswith(f"{begin}rank 0 on {HERE} at ")
+
+
+def test_a_mistake_of_all_has_no_note(notes):
+    assert notes(*[(0.0, ValueError("no such model"))] * 3) == {0: [], 1: [], 2: []}
+
+
+def test_without_a_store_the_exit_does_not_hang(notes):
+    since = time.monotonic()
+    found = notes((0.0, ValueError("a shape is wrong")), (0.0, ValueError("a shape is wrong")), store=False)
+    assert time.monotonic() - since < 30
+    assert found[1][0].startswith(f"The store at 127.0.0.1 does not answer rank 1 on {HERE}: ")
+
+
+def test_one_process_has_no_note(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    since = time.monotonic()
+    with pytest.raises(ValueError, match="wrong") as raised, peers.who_stopped():
+        raise ValueError("wrong")
+    assert not hasattr(raised.value, "__notes__")
+    assert time.monotonic() - since < 1
