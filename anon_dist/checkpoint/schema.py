@@ -26,6 +26,10 @@ MASTER = "master"
 """State key of the float32 copy that the optimizer steps, where the checkpoint has one beside the weight."""
 
 
+EXTRA = "extra"
+"""State key of a large tensor in `Manifest.extras`, whose path there stands for the parameter's name."""
+
+
 class Key(NamedTuple):
     """A tensor of a checkpoint."""
 
@@ -33,6 +37,13 @@ class Key(NamedTuple):
     """Name of the parameter or buffer in the unwrapped model."""
     state: str
     """`WEIGHT`, `MASTER`, or a key of the optimizer's state, such as exp_avg."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands in a nested value for a tensor of the checkpoint."""
+
+    key: Key
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class Manifest:
     """Class name, recorded or recognised by the state's keys; None: no optimizer state."""
     groups: list[ParamGroup]
     scalars: dict[str, dict[str, Any]]
-    """Parameter name → state key → 0-dim tensor or Python number: `step` and the like. Kept in the type they had."""
+    """Parameter name → state key → 0-dim tensor or Python number: `step` and the like. Kept in the type they had. A nested
+    state (a dictionary or list with tensors in it) is here too, a `Ref` in each tensor's place."""
     order: list[str]
     """Parameter names in the model's order, frozen ones included."""
     buffers: list[str] = field(default_factory=list)
@@ -83,7 +95,8 @@ class Manifest:
     step: int | None = None
     """Steps of training, where the source tells."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """Everything else a resume needs, by its usual name: lr_scheduler, loss_scaler, data, rng, client_state, …."""
+    """Everything else a resume needs, by its usual name: lr_scheduler, loss_scaler, data, rng, client_state, …. Large tensors
+    in it (a moving average of the weights, say) are `Ref`s."""
     notes: list[str] = field(default_factory=list)
     """What a reader had to assume or leave out, for the user to see."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -60,6 +62,113 @@ def _load_safely(load: Callable[..., Any]) -> Any:
         return load(weights_only=True)
     except pickle.UnpicklingError:
         return load(weights_only=False, pickle_module=restricted())
+
+
+class MappedFile:
+    """A file that is read where it is needed: bytes by position, tensors as views.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}; a complete checkpoint has it") from None
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._storage = torch.UntypedStorage.from_file(str(path), False, self.size) if self.size else None
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes [start, start + size), fewer at the end of the file."""
+        return os.pread(self._file.fileno(), size, start)
+
+    def tensor(self, dtype: torch.dtype, start: int, numel: int) -> Tensor:
+        """Elements from the byte `start` on, 1-D; a view of the file."""
+        if start + numel * dtype.itemsize > self.size:
+            raise CheckpointError(f"{self.path} ends at byte {self.size}, before a tensor in it does; it is truncated")
+        if not numel or self._storage is None:
+            return torch.empty(0, dtype=dtype)
+        raw = self._storage[start : start + numel * dtype.itemsize]
+        return torch.empty(0, dtype=dtype).set_(raw)
+
+    def close(self) -> None:
+        """Close the file; tensors stay valid."""
+        self._file.close()
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: MappedFile, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._at, 0)
+        data = self._file.read(self._start + self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def open_embedded(file: MappedFile, start: int, size: int) -> Any:
+    """What `torch.save` wrote into bytes [start, start + size) of a file, as `open_torch` reads it.
+
+    Raises:
+        CheckpointError: see `open_torch`.
+    """
+    try:
+        with zipfile.ZipFile(_Slice(file, start, size)) as archive:
+            records = {i.filename.partition("/")[2]: start + i.header_offset for i in archive.infolist()}
+            folder = archive.infolist()[0].filename.partition("/")[0]
+            pickled = archive.read(f"{folder}/data.pkl")
+        return _embedded_unpickler(file, records, pickled).load()
+    except ForbiddenClass as error:
+        raise CheckpointError(f"{file.path} holds an object of {error}, which could run code when read") from None
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{file.path} is damaged at byte {start}: {error}") from None
+
+
+def _embedded_unpickler(file: MappedFile, records: dict[str, int], pickled: bytes) -> Any:
+    class Unpickler(restricted().Unpickler):  # type: ignore[misc]
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "torch" and name.endswith("Storage"):
+                return torch.serialization.StorageType(name) if name != "UntypedStorage" else torch.UntypedStorage
+            return super().find_class(module, name)
+
+        def persistent_load(self, saved: Any) -> Any:
+            _, kind, key, _, numel = saved
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            header = records[f"data/{key}"]
+            name, extra = struct.unpack("<2H", file.read(header + 26, 4))
+            raw = file.tensor(torch.uint8, header + 30 + name + extra, numel * dtype.itemsize).untyped_storage()
+            return torch.storage.TypedStorage(wrap_storage=raw, dtype=dtype, _internal=True)
+
+    return Unpickler(io.BytesIO(pickled))
+
+
+def to_bytes(obj: Any) -> bytes:
+    """What `torch.save` writes; without stubs."""
+    laid_out = lay_out(PurePosixPath("."), obj)
+    whole = bytearray(laid_out.size)
+    for offset, data in laid_out.literals:
+        whole[offset : offset + len(data)] = data
+    return bytes(whole)
 
 
 def lay_out(path: PurePosixPath, obj: Any) -> OutFile:

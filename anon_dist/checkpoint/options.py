@@ -1,0 +1,33 @@
+"""What a user may ask of reading and writing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["anon_dist", "accelerate", "torchtitan"]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is opened."""
+
+    names: Sequence[str] | None = None
+    """Of the parameters in the optimizer's order, for optimizers that number them."""
+    unsafe: bool = False
+    """Build whatever classes its pickles ask for, which may run any code."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a target is laid out."""
+
+    world_size: int = 1
+    """Ranks whose files are written; the format may have one file anyway."""
+    layout: Layout = "anon_dist"
+    """Of a DCP folder."""
+    keyed: Literal["name", "index"] = "name"
+    """How a consolidated optimizer state dictionary calls its parameters."""
+    allow_loss: bool = False
+    """Leave out what the format cannot hold, instead of refusing."""
