@@ -56,7 +56,7 @@ class Convert:
     dst: _Place
     """Complete or absent. If the command is killed, the same command goes on."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
-    """canonical, consolidated, dcp, hf; zero0, zero12, zero3, universal."""
+    """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
     layout: Layout = "anon_dist"
@@ -69,6 +69,12 @@ class Convert:
     """Replace DST if it exists, once the new one is complete."""
     allow_loss: bool = False
     """Leave out what the format cannot hold, instead of refusing."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """zero0 to zero3, universal: of the engine that will load. By default as the source's weights, or as it records."""
+    sub_group_size: int | None = None
+    """zero3: of the engine that will load. By default as the source records, else DeepSpeed's own, 1e9."""
+    round_robin_gradients: bool | None = None
+    """zero1, zero2: whether the engine that will load has it. By default as the source records, else not."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 
@@ -129,7 +135,15 @@ def _inspect(args: Inspect) -> None:
 def _convert(args: Convert) -> None:
     if args.world_size < 1:
         raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
-    options = WriteOptions(args.world_size, args.layout, args.keyed, args.allow_loss)
+    options = WriteOptions(
+        args.world_size,
+        args.layout,
+        args.keyed,
+        args.allow_loss,
+        args.precision,
+        args.sub_group_size,
+        args.round_robin_gradients,
+    )
     notes = convert(
         args.src, args.dst, args.to, options, args.reading.options(), args.workers, args.overwrite, quiet=False
     )

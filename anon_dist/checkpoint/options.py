@@ -31,3 +31,9 @@ class WriteOptions:
     """How a consolidated optimizer state dictionary calls its parameters."""
     allow_loss: bool = False
     """Leave out what the format cannot hold, instead of refusing."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights in DeepSpeed's formats: of the engine that will load, which goes by file names with it. None: as the source's."""
+    sub_group_size: int | None = None
+    """Of the engine that will load zero3: DeepSpeed loads sub-groups one by one. None: as the source records, else its default, 1e9."""
+    round_robin_gradients: bool | None = None
+    """Whether the engine that will load zero1 or zero2 has it: parameters lie in another order. None: as the source records, else not."""
