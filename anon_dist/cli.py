@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
 
   data prepare   tokenise text into shards for pretraining
+  ckpt inspect   show what a checkpoint of any optimizer is
+  ckpt convert   write it for another engine or world size, or as weights alone
+  ckpt verify    compare two of any formats, bit for bit
   train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
 
 anon-dist COMMAND --help says more."""
@@ -19,6 +23,9 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     commands: dict[tuple[str, ...], Callable[[list[str]], None]] = {
         ("data", "prepare"): data_prepare,
+        ("ckpt", "inspect"): partial(checkpoints, "inspect"),
+        ("ckpt", "convert"): partial(checkpoints, "convert"),
+        ("ckpt", "verify"): partial(checkpoints, "verify"),
         ("train",): train,
     }
     for words, command in commands.items():
@@ -40,6 +47,13 @@ def data_prepare(args: list[str]) -> None:
 
     config = tyro.cli(PrepareConfig, args=args, prog="anon-dist data prepare")
     _or_exit(lambda: prepare(config), DataError, OSError)
+
+
+def checkpoints(command: str, args: list[str]) -> None:
+    """`anon-dist ckpt …`"""
+    from anon_dist.checkpoint.cli import run
+
+    run(command, args)
 
 
 def train(args: list[str] | None = None) -> None:

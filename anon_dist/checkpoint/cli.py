@@ -1,0 +1,166 @@
+"""`anon-dist ckpt inspect | convert | verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from anon_dist.checkpoint.convert import convert, inspect
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.names import read_names
+from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
+from anon_dist.checkpoint.verify import verify
+
+_Place = tyro.conf.Positional[Path]
+_SHOWN = 40
+
+
+@dataclass
+class Reading:
+    """How a checkpoint is read."""
+
+    names: Path | None = None
+    """A file with one parameter name on each line, in the optimizer's order: for optimizers that number their parameters."""
+    unsafe: bool = False
+    """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
+
+    def options(self) -> ReadOptions:
+        """For the readers."""
+        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe)
+
+
+@dataclass
+class Inspect:
+    """Show what a checkpoint is: format, optimizer, world size, step, param groups, states."""
+
+    src: _Place
+    """File or folder."""
+    json: bool = False
+    """As JSON."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
+
+
+@dataclass
+class Convert:
+    """Write a checkpoint in another format, for another world size. What SRC is, is detected."""
+
+    src: _Place
+    """File or folder; only read."""
+    dst: _Place
+    """Complete or absent. If the command is killed, the same command goes on."""
+    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
+    """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
+    world_size: int = 1
+    """Ranks to write for; DCP and universal checkpoints are read on any number."""
+    layout: Layout = "anon_dist"
+    """Of a DCP folder: whose code will load it."""
+    keyed: Literal["name", "index"] = "name"
+    """How a consolidated optimizer calls its parameters."""
+    workers: int = 2
+    """Threads."""
+    overwrite: bool = False
+    """Replace DST if it exists, once the new one is complete."""
+    allow_loss: bool = False
+    """Leave out what the format cannot hold, instead of refusing."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """zero0 to zero3, universal: of the engine that will load. By default as the source's weights, or as it records."""
+    sub_group_size: int | None = None
+    """zero3: of the engine that will load. By default as the source records, else DeepSpeed's own, 1e9."""
+    round_robin_gradients: bool | None = None
+    """zero1, zero2: whether the engine that will load has it. By default as the source records, else not."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
+
+
+@dataclass
+class Verify:
+    """Compare two checkpoints of any formats, bit for bit. Exit code 1, and a table, if they differ."""
+
+    a: _Place
+    """File or folder."""
+    b: tyro.conf.Positional[Path | None] = None
+    """Another; without it, A's own checksums are verified."""
+    workers: int = 2
+    """Threads."""
+    reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run `inspect`, `convert` or `verify`; exit code 1 with one line for an error that the user can mend."""
+    kinds: dict[str, Any] = {
+        "inspect": (Inspect, _inspect),
+        "convert": (Convert, _convert),
+        "verify": (Verify, _verify),
+    }
+    kind, action = kinds[command]
+    parsed = tyro.cli(kind, args=args, prog=f"anon-dist ckpt {command}", description=kind.__doc__)
+    try:
+        action(parsed)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _inspect(args: Inspect) -> None:
+    found = inspect(args.src, args.reading.options())
+    if args.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    for key in ("format", "optimizer", "step", "world_size", "parameters", "buffers", "frozen"):
+        console.print(f"{key.replace('_', ' '):>12}  {found[key]}", highlight=False, markup=False)
+    console.print(f"{'extras':>12}  {', '.join(found['extras']) or 'none'}", highlight=False, markup=False)
+    for alias, name in found["tied"].items():
+        console.print(f"{'tied':>12}  {alias} = {name}", highlight=False, markup=False)
+    table = Table("state", "tensors", "elements", "bytes")
+    for name, total in found["states"].items():
+        table.add_row(name, *(f"{total[k]:,}" for k in ("tensors", "elements", "bytes")))
+    for name, count in found["scalars"].items():
+        table.add_row(f"{name} (scalar)", f"{count:,}", "", "")
+    console.print(table)
+    for i, group in enumerate(found["groups"]):
+        options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("parameters", "elements"))
+        console.print(
+            f"group {i}: {group['parameters']} parameters, {group['elements']:,} elements; {options}", markup=False
+        )
+    for note in found["notes"]:
+        console.print(f"note: {note}", markup=False)
+
+
+def _convert(args: Convert) -> None:
+    if args.world_size < 1:
+        raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
+    options = WriteOptions(
+        args.world_size,
+        args.layout,
+        args.keyed,
+        args.allow_loss,
+        args.precision,
+        args.sub_group_size,
+        args.round_robin_gradients,
+    )
+    notes = convert(
+        args.src, args.dst, args.to, options, args.reading.options(), args.workers, args.overwrite, quiet=False
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{args.dst} is complete")
+
+
+def _verify(args: Verify) -> None:
+    found = verify(args.a, args.b, args.reading.options(), args.workers)
+    if not found:
+        print("the same" if args.b else "as written")
+        return
+    table = Table("what differs", "how")
+    for difference in found[:_SHOWN]:
+        table.add_row(*difference)
+    if len(found) > _SHOWN:
+        table.add_row(f"and {len(found) - _SHOWN} more", "")
+    Console().print(table)
+    sys.exit(1)

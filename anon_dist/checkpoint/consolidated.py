@@ -1,0 +1,74 @@
+"""Whole state dictionaries of `torch.save`: the optimizer's alone, or in a dictionary with the model's and whatever else.
+
+Also folders in which they lie beside each other, as accelerate and transformers' Trainer write them for a model that is not sharded.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from anon_dist.checkpoint.assemble import extras_tree, model_tree, optimizer_tree
+from anon_dist.checkpoint.beside import read_beside
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.hf import read_weights, weight_files
+from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.schema import Checkpoint, OutFile
+from anon_dist.checkpoint.statedict import interpret
+from anon_dist.checkpoint.torchfile import lay_out, open_torch
+
+_OPTIMIZERS = ("optimizer.bin", "optimizer.pt", "optim.pt")
+_MODELS = ("pytorch_model_fsdp.bin", "pytorch_model.bin", "model.pt", "model.bin")
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the magic number that files before torch 1.6 begin with
+
+
+def detect(path: Path) -> bool:
+    """A file of `torch.save`, or a folder with an optimizer's."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _OPTIMIZERS)
+    return path.is_file() and (
+        zipfile.is_zipfile(path) or _starts(path, _LEGACY) or path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+    )
+
+
+def _starts(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:
+    """See `formats.Format`.
+
+    Raises:
+        CheckpointError: see `interpret` and `open_torch`.
+    """
+    if path.is_dir():
+        return _open_folder(path, options)
+    tree = open_torch(path, options.unsafe)
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of state dictionaries")
+    return interpret(tree, str(path), options.names, format="consolidated", world_size=None)
+
+
+def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
+    optimizer = next(folder / n for n in _OPTIMIZERS if (folder / n).is_file())
+    tree: dict[str, Any] = {"optimizer": open_torch(optimizer, options.unsafe)}
+    if isinstance(tree["optimizer"], Mapping) and set(tree["optimizer"]) == {"optimizer"}:
+        tree = dict(tree["optimizer"])
+    model = next((folder / n for n in _MODELS if (folder / n).is_file()), None)
+    if model is not None:
+        tree["model"] = open_torch(model, options.unsafe)
+    elif weight_files(folder):
+        tree["model"] = read_weights(folder)
+    beside = read_beside(folder, options.unsafe)
+    return interpret(tree, str(optimizer), options.names, beside, format="consolidated", world_size=None)
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
+    """One file: a dictionary of `model`, `optimizer` and the extras; the optimizer's state dictionary alone if that is all there is."""
+    model, optimizer = model_tree(checkpoint), optimizer_tree(checkpoint, options.keyed)
+    tree = {k: v for k, v in (("model", model), ("optimizer", optimizer)) if v}
+    tree.update(extras_tree(checkpoint))
+    return [lay_out(PurePosixPath("."), optimizer if list(tree) == ["optimizer"] else tree)]

@@ -1,0 +1,39 @@
+"""What a user may ask of reading and writing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["anon_dist", "accelerate", "torchtitan"]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is opened."""
+
+    names: Sequence[str] | None = None
+    """Of the parameters in the optimizer's order, for optimizers that number them."""
+    unsafe: bool = False
+    """Build whatever classes its pickles ask for, which may run any code."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a target is laid out."""
+
+    world_size: int = 1
+    """Ranks whose files are written; the format may have one file anyway."""
+    layout: Layout = "anon_dist"
+    """Of a DCP folder."""
+    keyed: Literal["name", "index"] = "name"
+    """How a consolidated optimizer state dictionary calls its parameters."""
+    allow_loss: bool = False
+    """Leave out what the format cannot hold, instead of refusing."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights in DeepSpeed's formats: of the engine that will load, which goes by file names with it. None: as the source's."""
+    sub_group_size: int | None = None
+    """Of the engine that will load zero3: DeepSpeed loads sub-groups one by one. None: as the source records, else its default, 1e9."""
+    round_robin_gradients: bool | None = None
+    """Whether the engine that will load zero1 or zero2 has it: parameters lie in another order. None: as the source records, else not."""

@@ -1,0 +1,53 @@
+"""What wrote a checkpoint, told by its contents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from anon_dist.checkpoint.schema import MASTER, WEIGHT, ParamGroup
+
+
+def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Mapping[str, Mapping[str, Any]]) -> str:
+    """The optimizer's class name, by its states and hyperparameters; `unknown (…)` with the states' keys if nothing fits.
+
+    Args:
+        states: keys of the tensors of all parameters.
+    """
+    tensors = {key for key in states if key not in (WEIGHT, MASTER)}
+    keys = tensors | {key for own in scalars.values() for key in own}
+    hyper = {key for group in groups for key in group.hyperparameters}
+    if {"exp_avg", "exp_avg_sq", "precond"} <= keys:
+        return "Anon"
+    if {"exp_avg", "exp_avg_sq", "fixed_lr"} <= keys:
+        return "Anon (the paper's reference port)"
+    if {"exp_avg", "exp_avg_sq"} <= tensors <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
+        decoupled = [group.hyperparameters.get("decoupled_weight_decay") for group in groups]
+        return "Adam" if decoupled and all(d is False for d in decoupled) else "AdamW"
+    if tensors == {"exp_avg"}:
+        return "Lion"
+    if "momentum_buffer" in keys and hyper & {"ns_steps", "ns_coefficients"}:
+        return "Muon"
+    if tensors <= {"momentum_buffer"} and "dampening" in hyper:
+        return "SGD"
+    return f"unknown ({', '.join(sorted(keys)) or 'no states'})"
+
+
+def training_step(extras: Mapping[str, Any], scalars: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Steps of training: what the checkpoint says of itself, else the largest `step` of a parameter."""
+    said = {**extras, **_mapping(extras.get("train_state")), **_mapping(extras.get("progress"))}
+    for key in ("step", "global_step", "global_steps", "iteration", "iter"):
+        value = said.get(key)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    steps = [own["step"] for own in scalars.values() if "step" in own]
+    numbers = [int(s) for s in steps if isinstance(s, int | float) or (isinstance(s, Tensor) and s.numel() == 1)]
+    return max(numbers, default=None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

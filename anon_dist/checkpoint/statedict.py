@@ -1,0 +1,326 @@
+"""State dictionaries, as torch users nest them, read as a checkpoint.
+
+The leaves are tensors, `Boxes` for tensors that lie in pieces, or any other value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.checkpoint.boxes import Boxes
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.names import Shape, assign, is_buffer, unwrapped
+from anon_dist.checkpoint.recognise import recognise, training_step
+from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
+
+MODEL_KEYS = ("model", "model_state_dict", "state_dict", "model_state", "module", "net", "network", "weights")
+OPTIMIZER_KEYS = (
+    "optimizer",
+    "optimizer_state_dict",
+    "optim",
+    "optim_state_dict",
+    "optimizer_state",
+    "opt",
+    "osd",
+    "optimizer_states",
+)
+_LARGE = 1 << 20
+"""Elements above which a tensor among the extras is streamed, not kept."""
+
+
+class Pieces(Checkpoint):
+    """A checkpoint whose tensors are `Boxes`."""
+
+    def __init__(self, manifest: Manifest, sources: Mapping[Key, Boxes], where: str) -> None:
+        self.manifest = manifest
+        self.tensors = {key: TensorInfo(boxes.shape, boxes.dtype) for key, boxes in sources.items()}
+        self._sources, self._where = sources, where
+
+    def read(self, key: Key, start: int, stop: int) -> Tensor:
+        """See `Checkpoint`."""
+        try:
+            return self._sources[key].read(start, stop)
+        except (CheckpointError, RuntimeError, OSError) as error:
+            raise CheckpointError(f"{self._where}: {key.state} of {key.parameter} cannot be read: {error}") from error
+
+
+@dataclass
+class _Reading:
+    """What has been found so far."""
+
+    where: str
+    sources: dict[Key, Boxes] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: list[ParamGroup] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def interpret(
+    tree: Mapping[str, Any],
+    where: str,
+    names: Sequence[str] | None = None,
+    extras: Mapping[str, Any] | None = None,
+    **manifest: Any,
+) -> Pieces:
+    """A nested state dictionary as a checkpoint: model, optimizer, and the rest.
+
+    Args:
+        where: file or folder, for messages.
+        names: of the parameters in the optimizer's order, for optimizers that number them.
+        extras: more of them, from files beside.
+        manifest: format and world_size.
+
+    Raises:
+        CheckpointError: neither model nor optimizer is in it; names are wanted.
+    """
+    model, optimizer, rest = _split(tree)
+    if not model and not optimizer:
+        raise CheckpointError(
+            f"{where} holds neither a model's nor an optimizer's state dictionary; its keys: {', '.join(map(str, list(tree)[:8]))}"
+        )
+    reading = _Reading(where)
+    weights = _read_model(reading, model)
+    if optimizer:
+        _read_optimizer(reading, optimizer, weights, names)
+    members = {m for g in reading.groups for m in g.members}
+    buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
+    order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
+    reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
+    made = Manifest(
+        optimizer=recognise(
+            reading.groups, {k.state for k in reading.sources if k.parameter in members}, reading.scalars
+        )
+        if optimizer
+        else None,
+        groups=reading.groups,
+        scalars=reading.scalars,
+        order=order,
+        buffers=buffers,
+        frozen=[n for n in order if n not in members] if optimizer else [],
+        tied=reading.tied,
+        step=training_step(reading.extras, reading.scalars),
+        extras=reading.extras,
+        notes=reading.notes,
+        **manifest,
+    )
+    return Pieces(made, reading.sources, where)
+
+
+def _split(tree: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], dict[str, Any]]:
+    """Model, optimizer, rest."""
+    if _is_optimizer(tree):
+        return {}, tree, {}
+    optimizer_key = next((k for k in OPTIMIZER_KEYS if k in tree and _is_optimizer(_single(tree[k]))), None)
+    model_key = next((k for k in MODEL_KEYS if _is_model(tree.get(k))), None)
+    if optimizer_key is None and model_key is None:
+        for key, value in tree.items():  # {"app": {"model": …, "optim": …}}
+            if isinstance(value, Mapping) and any(k in value for k in (*OPTIMIZER_KEYS, *MODEL_KEYS)):
+                model, optimizer, rest = _split(value)
+                if model or optimizer:
+                    return model, optimizer, {**rest, **{k: v for k, v in tree.items() if k != key}}
+        return (tree, {}, {}) if _is_model(tree) else ({}, {}, {})
+    rest = {k: v for k, v in tree.items() if k not in (optimizer_key, model_key)}
+    model = tree[model_key] if model_key else {}
+    if model_key is None:  # torchtitan: the model's tensors beside the optimizer
+        model = {k: v for k, v in rest.items() if isinstance(v, Tensor | Boxes)}
+        rest = {k: v for k, v in rest.items() if k not in model}
+    return model, _single(tree[optimizer_key]) if optimizer_key else {}, rest
+
+
+def _single(value: Any) -> Any:
+    """Lightning keeps a list of optimizers; one is what is read."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _is_optimizer(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    flat = any(str(k).startswith("state.") for k in value) and any(str(k).startswith("param_groups.") for k in value)
+    return flat or ("state" in value and "param_groups" in value)
+
+
+def _is_model(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    tensors = sum(isinstance(v, Tensor | Boxes) for v in value.values())
+    return tensors > 0 and all(isinstance(k, str) for k in value) and tensors >= len(value) / 2
+
+
+def _read_model(reading: _Reading, model: Mapping[str, Any]) -> dict[str, bool]:
+    """Weights, by name → whether floating. Tensors that share their storage are tied."""
+    found: dict[str, bool] = {}
+    stored: dict[Any, str] = {}
+    clean = unwrapped([str(k) for k in model])
+    for wrapped, value in model.items():
+        name = clean[str(wrapped)]
+        if not isinstance(value, Tensor | Boxes):
+            reading.extras.setdefault("model_extra_state", {})[name] = value
+            continue
+        if isinstance(value, Tensor):
+            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.dtype)
+            if value.numel() and (first := stored.setdefault(place, name)) != name:
+                reading.tied[name] = first
+                continue
+        reading.sources[Key(name, WEIGHT)] = _boxes(value)
+        found[name] = value.dtype.is_floating_point
+    return found
+
+
+def _read_optimizer(
+    reading: _Reading, optimizer: Mapping[str, Any], weights: Mapping[str, bool], names: Sequence[str] | None
+) -> None:
+    if "state" not in optimizer:
+        optimizer = _unflatten(optimizer, sorted(weights))
+    states, groups = optimizer["state"], optimizer["param_groups"]
+    members = [list(g["params"]) for g in groups]
+    named = _names(reading, states, members, groups, weights, names)
+    for group, own in zip(groups, members, strict=True):
+        hyperparameters = {k: _value(v) for k, v in group.items() if k != "params"}
+        reading.groups.append(ParamGroup([named[m] for m in own], hyperparameters))
+    for member, values in states.items():
+        member = _number(member) if _number(member) in named else member
+        if member not in named:
+            raise CheckpointError(f"{reading.where}: the optimizer has a state of {member}, which is in no param group")
+        name = named[member]
+        for key, value in values.items():
+            _read_state(reading, name, str(key), value)
+
+
+def _names(
+    reading: _Reading,
+    states: Mapping[Any, Any],
+    members: list[list[Any]],
+    groups: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, bool],
+    names: Sequence[str] | None,
+) -> dict[Any, str]:
+    """What the optimizer calls each parameter → its name."""
+    flat = [m for own in members for m in own]
+    if all(isinstance(m, str) for m in flat):
+        clean = unwrapped(flat)
+        return {m: reading.tied.get(n, n) for m, n in clean.items()}
+    if names is not None:
+        if len(names) != len(flat):
+            raise CheckpointError(
+                f"{reading.where}: --names has {len(names)} names for {len(flat)} parameters of the optimizer"
+            )
+        _check_shapes(reading, states, dict(zip(flat, names, strict=True)))
+        return dict(zip(flat, names, strict=True))
+    if all(len(g.get("param_names") or ()) == len(own) for g, own in zip(groups, members, strict=True)):
+        recorded = [str(n) for g in groups for n in g["param_names"]]
+        clean = unwrapped(recorded)
+        return {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, recorded, strict=True)}
+    shapes = {m: _shape_of(states.get(m, states.get(str(m), {}))) for m in flat}
+    model = {n: reading.sources[Key(n, WEIGHT)].shape for n, floating in weights.items() if not is_buffer(n, floating)}
+    found = assign(members, shapes, model, reading.where)
+    reading.notes.append(
+        "the optimizer numbers its parameters; they were named after the model beside it, in its order"
+    )
+    return dict(found)
+
+
+def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str]) -> None:
+    for member, name in named.items():
+        weight, shape = reading.sources.get(Key(name, WEIGHT)), _shape_of(states.get(member, {}))
+        if weight is not None and shape is not None and weight.shape != shape:
+            raise CheckpointError(
+                f"{reading.where}: --names calls parameter {member} {name}, but its states have shape {shape} and {name} has "
+                f"{weight.shape}"
+            )
+
+
+def _shape_of(state: Mapping[str, Any]) -> Shape | None:
+    """The parameter's shape, if all of its states that have dimensions agree on one."""
+    shapes = {tuple(v.shape) for v in state.values() if isinstance(v, Tensor | Boxes) and len(v.shape) > 0}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _read_state(reading: _Reading, name: str, key: str, value: Any) -> None:
+    if isinstance(value, Tensor | Boxes) and len(value.shape) > 0:
+        reading.sources[Key(name, key)] = _boxes(value)
+    else:
+        reading.scalars.setdefault(name, {})[key] = _replaced(
+            value, key, lambda path, tensor: _keep(reading, Key(name, path), tensor), least=0
+        )
+
+
+def _extra(reading: _Reading, key: str, value: Any) -> tuple[str, Any]:
+    return str(key), _replaced(
+        value, str(key), lambda path, tensor: _keep(reading, Key(path, EXTRA), tensor), least=_LARGE
+    )
+
+
+def _keep(reading: _Reading, key: Key, tensor: Tensor | Boxes) -> Ref:
+    reading.sources[key] = _boxes(tensor)
+    return Ref(key)
+
+
+def _replaced(value: Any, path: str, keep: Callable[[str, Tensor | Boxes], Ref], least: int) -> Any:
+    """The value, copied; its tensors with dimensions and more than `least` elements are kept elsewhere."""
+    if isinstance(value, Tensor | Boxes):
+        if len(value.shape) > 0 and prod(value.shape) > least:
+            return keep(path, value)
+        return _value(value)
+    if isinstance(value, Mapping):
+        return {k: _replaced(v, f"{path}.{k}", keep, least) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(v, f"{path}.{i}", keep, least) for i, v in enumerate(value))
+    return value
+
+
+def _value(value: Any) -> Any:
+    """A small value, free of the file it came from."""
+    if isinstance(value, Boxes):
+        return value.read(0, prod(value.shape)).clone().reshape(value.shape)
+    return value.detach().clone() if type(value) is Tensor else value
+
+
+def _boxes(value: Tensor | Boxes) -> Boxes:
+    return value if isinstance(value, Boxes) else Boxes.whole(value.detach())
+
+
+def _number(member: Any) -> Any:
+    return int(member) if isinstance(member, str) and member.isdigit() else member
+
+
+def _unflatten(optimizer: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """`state.NAME.KEY` and `param_groups.NAME.KEY` (torch's `flatten_optimizer_state_dict`, torchtitan) as states and groups.
+
+    Parameters of equal hyperparameters are one group.
+    """
+    hyper: dict[str, dict[str, Any]] = {}
+    for key, value in optimizer.items():
+        if key.startswith("param_groups."):
+            name, _, option = key.removeprefix("param_groups.").rpartition(".")
+            hyper.setdefault(name, {})[option] = _value(value)
+    names = sorted({*known, *hyper}, key=len, reverse=True)
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in optimizer.items():
+        if key.startswith("state."):
+            path = key.removeprefix("state.")
+            name = next((n for n in names if path.startswith(n + ".")), path.rpartition(".")[0])
+            states.setdefault(name, {})[path[len(name) + 1 :]] = value
+    groups: list[dict[str, Any]] = []
+    for name, options in hyper.items():
+        group = next((g for g in groups if _same(g["options"], options)), None)
+        if group is None:
+            groups.append(group := {"options": options, "params": []})
+        group["params"].append(name)
+    return {"state": states, "param_groups": [{**g["options"], "params": g["params"]} for g in groups]}
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor) or isinstance(y, Tensor):
+            return isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y)
+        return type(x) is type(y) and x == y
+
+    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())

@@ -1,0 +1,194 @@
+"""A checkpoint, seen as DeepSpeed's writers need it: groups of parameters, each with a master, equal states and common numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from anon_dist.checkpoint.assemble import refs, stub, with_stubs
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Stub, TensorInfo
+from anon_dist.checkpoint.zero.flat import Cut
+from anon_dist.checkpoint.zero.header import fresh, is_number, same_number
+
+
+@dataclass
+class Group:
+    """A param group, or some of its members that are stored together."""
+
+    members: list[str]
+    hyperparameters: dict[str, Any]
+    states: dict[str, torch.dtype] = field(default_factory=dict)
+    """Of the members' shapes."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """States that are one number for all members."""
+
+
+class Source:
+    """A checkpoint and what of it can be laid flat.
+
+    Args:
+        allow_loss: leave out what flat buffers cannot hold, and say so in `lost`; else refuse.
+        precision: of the model's weights; None: as the recorded configuration says, else as they are.
+
+    Raises:
+        CheckpointError: there is no optimizer state, or a state cannot be laid flat; naming it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, allow_loss: bool = False, precision: torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.manifest = checkpoint.manifest
+        self.lost: list[str] = []
+        self._allow_loss = allow_loss
+        recorded = self.manifest.extras.get("buffer_names")
+        self.buffers = list(dict.fromkeys([*self.manifest.buffers, *(recorded if isinstance(recorded, list) else [])]))
+        shared = self.manifest.extras.get("shared_params")
+        shared = {a: n for a, n in shared.items() if n in self.manifest.order} if isinstance(shared, dict) else {}
+        self.tied: dict[str, str] = self.manifest.tied or shared
+        self.order = [n for n in self.manifest.order if n not in self.buffers and n not in self.tied]
+        self.trained = {m for group in self.manifest.groups for m in group.members} - set(self.manifest.frozen)
+        self.frozen = [name for name in self.order if name not in self.trained]
+        if not self.trained:
+            raise CheckpointError(
+                f"there is no optimizer state in this checkpoint ({self.manifest.format}): DeepSpeed's formats need it"
+            )
+        if unknown := sorted(self.trained - set(self.order)):
+            raise CheckpointError(f"{unknown[0]} is in a param group, and there is no such parameter")
+        self.dtypes = {name: checkpoint.tensors[self._key(name)].dtype for name in self.order}
+        self.dtype = precision or self._recorded() or self._prevailing()
+        if precision or self._recorded():
+            self.dtypes = {n: self.dtype if d.is_floating_point else d for n, d in self.dtypes.items()}
+        self._nested = {ref.key for own in self.manifest.scalars.values() for ref in refs(list(own.values()))}
+        self._states: dict[str, dict[str, TensorInfo]] = {}
+        for key, info in checkpoint.tensors.items():
+            if key.state not in (WEIGHT, MASTER, EXTRA) and key not in self._nested:
+                self._states.setdefault(key.parameter, {})[key.state] = info
+
+    def _lose(self, what: str) -> None:
+        if not self._allow_loss:
+            raise CheckpointError(
+                f"{what}: DeepSpeed's flat buffers cannot hold it; it is left out only when loss is allowed"
+            )
+        self.lost.append(what)
+
+    def _key(self, name: str) -> Key:
+        """Of a parameter's or buffer's weight, else of its master."""
+        for state in (WEIGHT, MASTER):
+            if Key(name, state) in self.checkpoint.tensors:
+                return Key(name, state)
+        raise CheckpointError(f"{name}: neither its weight nor its master is in the checkpoint")
+
+    def _recorded(self) -> torch.dtype | None:
+        """The precision in which DeepSpeed ran, by the configuration it recorded."""
+        for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+            section = self.config.get(key)
+            if isinstance(section, dict) and section.get("enabled") is True:
+                return dtype
+        return None
+
+    def _prevailing(self) -> torch.dtype:
+        """Of most elements of the trained weights."""
+        counts: dict[torch.dtype, int] = {}
+        for name in self.trained:
+            counts[self.dtypes[name]] = counts.get(self.dtypes[name], 0) + self.numel(name)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration of the run that wrote the source; empty where it was not DeepSpeed."""
+        found = self.manifest.extras.get("ds_config")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def zero_config(self) -> dict[str, Any]:
+        """Its `zero_optimization`."""
+        found = self.config.get("zero_optimization")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def clip(self) -> float:
+        """The gradient norm that is clipped to, which the loader takes over from the file; 0: none."""
+        found = self.config.get("gradient_clipping", 0.0)
+        return float(found) if isinstance(found, (int, float)) else 0.0
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's or buffer's."""
+        return self.checkpoint.tensors[self._key(name)].shape
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter or buffer."""
+        return self.checkpoint.tensors[self._key(name)].numel
+
+    def part(self, name: str, state: str, start: int, stop: int) -> Part:
+        """Elements of a state; of the master where there is no weight of the dtype asked for, and the other way round."""
+        tensors, key = self.checkpoint.tensors, Key(name, state)
+        if state == WEIGHT and Key(name, MASTER) in tensors:
+            rounded = key in tensors and tensors[key].dtype != self.dtypes.get(name)
+            key = Key(name, MASTER) if rounded or key not in tensors else key
+        if state == MASTER and key not in tensors:
+            key = Key(name, WEIGHT)
+        return Part(key if key in tensors else None, start, stop)  # None: a member without this state, zeros
+
+    def weight(self, name: str) -> Stub:
+        """A parameter or buffer as the model has it."""
+        dtype = self.dtypes.get(name, self.checkpoint.tensors[self._key(name)].dtype)
+        return Stub(self.shape(name), dtype, [self.part(name, WEIGHT, 0, self.numel(name))])
+
+    def master(self, name: str) -> Stub:
+        """What the optimizer steps, in float32."""
+        return Stub(self.shape(name), torch.float32, [self.part(name, MASTER, 0, self.numel(name))])
+
+    def state(self, name: str, key: str) -> Stub:
+        """A state, as it is."""
+        return stub(self.checkpoint, Key(name, key))
+
+    def own(self, name: str) -> dict[str, Any]:
+        """All states of a parameter: stubs, numbers, and nested ones."""
+        states = with_stubs(self.checkpoint, {k: fresh(v) for k, v in self.manifest.scalars.get(name, {}).items()})
+        return {**states, **{key: self.state(name, key) for key in self._states.get(name, {})}}
+
+    def laid(self, members: list[str], state: str, dtype: torch.dtype, cuts: list[Cut], length: int) -> Stub:
+        """A flat buffer of `length` elements: the cuts at their offsets, zeros between and after."""
+        parts: list[Part] = []
+        reached = 0
+        for cut in cuts:
+            if cut.offset > reached:
+                parts.append(Part(None, 0, cut.offset - reached))
+            parts.append(self.part(members[cut.member], state, cut.start, cut.stop))
+            reached = cut.offset + cut.stop - cut.start
+        if length > reached:
+            parts.append(Part(None, 0, length - reached))
+        return Stub((length,), dtype, parts)
+
+    def groups(self, frozen: bool = False) -> list[tuple[list[str], dict[str, Any]]]:
+        """Members and hyperparameters of the param groups, with or without what is frozen."""
+        return [
+            (
+                [m for m in group.members if frozen or m in self.trained],
+                {k: v for k, v in group.hyperparameters.items() if k not in ("params", "param_names")},
+            )
+            for group in self.manifest.groups
+        ]
+
+    def common(self, members: list[str], hyperparameters: dict[str, Any]) -> Group:
+        """Members that are stored together, with states of one dtype and numbers that are equal."""
+        group = Group(members, hyperparameters)
+        for name in members:
+            for key, info in self._states.get(name, {}).items():
+                if info.shape != self.shape(name):
+                    self._lose(f"{name}: {key} has shape {info.shape}, the parameter {self.shape(name)}")
+                elif group.states.setdefault(key, info.dtype) != info.dtype:
+                    raise CheckpointError(f"{name}: {key} is {info.dtype}, of others in its group {group.states[key]}")
+            for key, value in self.manifest.scalars.get(name, {}).items():
+                if not is_number(value):
+                    self._lose(f"{name}: {key} is a {type(value).__name__}")
+                elif key in group.numbers and not same_number(value, group.numbers[key]):
+                    self._lose(f"{name}: {key} is {float(value)}, of others in its group {float(group.numbers[key])}")
+                else:
+                    group.numbers.setdefault(key, fresh(value))
+        for name in members:
+            if missing := [key for key in group.states if key not in self._states.get(name, {})]:
+                self._lose(f"{name}: no {missing[0]}, which others in its group have; zeros in its place")
+        return group

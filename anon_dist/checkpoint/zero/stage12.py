@@ -1,0 +1,163 @@
+"""ZeRO stages 1 and 2, and BF16_Optimizer: each param group is one flat buffer, cut into equal parts over the ranks.
+
+`mp_rank_00_model_states.pt` has the weights whole; `[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` has rank R's part of the float32
+masters (`single_partition_of_fp32_groups`, without the padding at the end) and of every state (`base_optimizer_state`, with it, except
+in elastic checkpoints). Order and shapes are `param_shapes` of the model states: `param_slice_mappings`, which DeepSpeed's own converter
+goes by, is wrong under `round_robin_gradients`, as it ignores the order in which that lays the parameters.
+
+Source: deepspeed/runtime/zero/stage_1_and_2.py, `state_dict` and `_load_legacy_checkpoint`; runtime/bf16_optimizer.py, `state_dict`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.schema import MASTER, Key, ParamGroup, TensorInfo
+from anon_dist.checkpoint.zero.files import Files, check_ranks, need
+from anon_dist.checkpoint.zero.flat import group_cuts, numel, round_robin
+from anon_dist.checkpoint.zero.header import (
+    Header,
+    add_module,
+    add_scaler,
+    fresh,
+    is_number,
+    opened,
+    read_header,
+    same_number,
+)
+from anon_dist.checkpoint.zero.pieces import Piece, Pieces
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """What a rank holds of a group."""
+
+    file: Path
+    master: Tensor
+    partition: int
+    """Elements, with padding."""
+    states: dict[str, Any]
+
+
+def read(files: Files, name: str) -> Pieces:
+    """A checkpoint of stage 1 or 2.
+
+    Raises:
+        CheckpointError: ranks are missing, or sizes, steps or states disagree; naming the file.
+    """
+    header = read_header(files, files.models[0])
+    check_ranks(files.optimizers, header.world_size, "optimizer states")
+    ranks = [files.load_optimizer(f) for f in files.optimizers]
+    gaps = ranks[0].get("param_alignment_paddings") or [[0] * len(shapes) for shapes in header.shapes]
+    scalars: dict[str, dict[str, Any]] = {}
+    found = opened(header, name, _groups(header, ranks[0]), scalars)
+    add_scaler(found, ranks[0].get("loss_scaler"))
+    if isinstance(ranks[0]["base_optimizer_state"], list):
+        found.manifest.notes.append("An elastic checkpoint does not record the groups' hyperparameters.")
+    add_module(found, header, [*header.names, *header.buffers])
+    for i, shapes in enumerate(header.shapes):
+        held = [_rank_group(rank, i, file) for rank, file in zip(ranks, files.optimizers, strict=True)]
+        _add_group(found, scalars, shapes, gaps[i], held)
+    return found
+
+
+def _groups(header: Header, rank: dict[str, Any]) -> list[ParamGroup]:
+    """Members in the optimizer's order, which is not the buffer's under `round_robin_gradients`."""
+    base = rank["base_optimizer_state"]
+    hyper = base["param_groups"] if isinstance(base, dict) else [{} for _ in header.shapes]
+    groups = []
+    for shapes, group in zip(header.shapes, hyper, strict=True):
+        members = list(shapes)
+        if header.zero_config.get("round_robin_gradients"):
+            places = round_robin(len(members), header.world_size)
+            members = [m for _, m in sorted(zip(places, members, strict=True))]
+        groups.append(ParamGroup(members, {k: v for k, v in group.items() if k != "params"}))
+    return groups
+
+
+def _rank_group(rank: dict[str, Any], group: int, file: Path) -> RankGroup:
+    masters = need(rank, "single_partition_of_fp32_groups", file, list)
+    base = need(rank, "base_optimizer_state", file, (dict, list))
+    if group >= len(masters):
+        raise CheckpointError(f"{file}: {len(masters)} param groups, and the model states have more")
+    master: Tensor = masters[group].reshape(-1)
+    # Stages 1 and 2 cut the padding off the masters; BF16_Optimizer does not, and writes no stage.
+    padding = int(need(rank, "group_paddings", file, list)[group]) if "zero_stage" in rank else 0
+    states = base[group] if isinstance(base, list) else _state(base, group)
+    return RankGroup(file, master, master.numel() + padding, states)
+
+
+def _state(base: dict[str, Any], group: int) -> dict[str, Any]:
+    """The states of a group's one tensor; none before the first step."""
+    found: dict[str, Any] = base["state"].get(base["param_groups"][group]["params"][0], {})
+    return found
+
+
+def _add_group(
+    found: Pieces,
+    scalars: dict[str, dict[str, Any]],
+    shapes: dict[str, tuple[int, ...]],
+    gaps: list[int],
+    held: list[RankGroup],
+) -> None:
+    """The masters and states of a group's members; a state that is one number goes to `scalars`."""
+    for part in held:
+        if part.partition != held[0].partition or set(part.states) != set(held[0].states):
+            raise CheckpointError(
+                f"{part.file}: a partition of {part.partition} elements with states {sorted(part.states)}; "
+                f"{held[0].file.name} has {held[0].partition} with {sorted(held[0].states)}"
+            )
+    for key in (MASTER, *held[0].states):
+        values = [part.master if key == MASTER else part.states[key] for part in held]
+        if is_number(values[0]):
+            number = agreed(key, values, [part.file for part in held])
+            for name in shapes:
+                scalars.setdefault(name, {})[key] = fresh(number)
+        elif all(isinstance(v, Tensor) and v.dim() == 1 for v in values):
+            _add_flat(found, key, shapes, gaps, held, values)
+        else:
+            found.manifest.notes.append(
+                f"State {key} of the group of {next(iter(shapes))} is no tensor of the group's length: left out."
+            )
+
+
+def _add_flat(
+    found: Pieces,
+    key: str,
+    shapes: dict[str, tuple[int, ...]],
+    gaps: list[int],
+    held: list[RankGroup],
+    values: list[Tensor],
+) -> None:
+    sizes = [numel(shape) for shape in shapes.values()]
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    names = list(shapes)
+    for rank, (part, value) in enumerate(zip(held, values, strict=True)):
+        if value.numel() not in (part.partition, part.master.numel()):
+            raise CheckpointError(f"{part.file}: {key} has {value.numel()} elements, the partition {part.partition}")
+        for cut in group_cuts(sizes, gaps, part.partition, rank):
+            pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, part.file))
+    for name, shape in shapes.items():
+        dtype = torch.float32 if key == MASTER else values[0].dtype
+        found.add(Key(name, key), TensorInfo(shape, dtype), pieces[name])
+
+
+def agreed(key: str, values: list[Any], files: list[Path]) -> Any:
+    """A number that all ranks wrote.
+
+    Raises:
+        CheckpointError: they differ: the files are of different steps.
+    """
+    for value, file in zip(values, files, strict=True):
+        if not is_number(value) or not same_number(value, values[0]):
+            shown = [float(v) if is_number(v) else v for v in (value, values[0])]
+            raise CheckpointError(
+                f"{file}: {key} is {shown[0]}, in {files[0].name} {shown[1]}: files of different steps"
+            )
+    return values[0]

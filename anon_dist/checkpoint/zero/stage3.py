@@ -1,0 +1,124 @@
+"""ZeRO stage 3: every parameter is cut into equal shares over the ranks, and each rank's shares of a sub-group lie in one flat buffer.
+
+`zero_pp_rank_R_mp_rank_00_model_states.pt` has names and shapes (`param_shapes`, by sub-group), buffers, and rank R's shares of what is
+frozen; `[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` has the masters (`fp32_flat_groups`) and the states, by sub-group. The weights
+themselves are in no file: they are the masters, rounded to the dtype of the empty tensors that stand for them in `module`.
+
+Source: deepspeed/runtime/zero/stage3.py, `_rigid_state_dict` and `_rigid_load_state_dict`; utils/zero_to_fp32.py,
+`_zero3_merge_trainable_params` and `_zero3_merge_frozen_params`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
+from anon_dist.checkpoint.zero.files import Files, check_ranks, need
+from anon_dist.checkpoint.zero.flat import numel, shard, shard_cuts
+from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
+from anon_dist.checkpoint.zero.pieces import Piece, Pieces
+from anon_dist.checkpoint.zero.stage12 import agreed
+
+
+def read(files: Files, name: str) -> Pieces:
+    """A checkpoint of stage 3.
+
+    Raises:
+        CheckpointError: ranks are missing, or sizes, steps or states disagree; naming the file.
+    """
+    headers = [read_header(files, file) for file in files.models]
+    header = headers[0]
+    check_ranks(files.models, header.world_size, "model states")
+    check_ranks(files.optimizers, header.world_size, "optimizer states")
+    agreed("global_steps", [need(h.state, "global_steps", h.file) for h in headers], files.models)
+    ranks = [files.load_optimizer(f) for f in files.optimizers]
+    inner = need(ranks[0], "optimizer_state_dict", files.optimizers[0], dict)
+    scalars: dict[str, dict[str, Any]] = {}
+    found = opened(header, name, groups_of(header, inner["param_groups"]), scalars)
+    add_scaler(found, ranks[0].get("loss_scaler"))
+    add_weights(found, headers)
+    for i in range(len(header.shapes)):
+        _add_sub_group(found, header, scalars, i, ranks, files)
+    return found
+
+
+def groups_of(header: Header, saved: list[dict[str, Any]]) -> list[ParamGroup]:
+    """The param groups: each holds as many sub-groups as it has `params`, in the order of all."""
+    groups, remaining = [], iter(header.shapes)
+    for group in saved:
+        members = [name for _ in group["params"] for name in next(remaining)]
+        groups.append(ParamGroup(members, {k: v for k, v in group.items() if k != "params"}))
+    if next(remaining, None) is not None:
+        raise CheckpointError(f"{header.file}: more sub-groups in param_shapes than in the optimizer's param groups")
+    return groups
+
+
+def add_weights(found: Pieces, headers: list[Header]) -> None:
+    """Buffers, and the frozen parameters from every rank's share."""
+    header = headers[0]
+    add_module(found, header, header.buffers)
+    for name, shape in header.frozen.items():
+        dtype, pieces = header.module[name].dtype, []
+        for rank, at in enumerate(headers):
+            fragment: Tensor = need(need(at.state, "frozen_param_fragments", at.file, dict), name, at.file, Tensor)
+            for cut in shard_cuts([numel(shape)], header.world_size, rank):
+                pieces.append(Piece(cut.start, cut.stop, fragment, cut.offset, at.file))
+        found.add(Key(name, WEIGHT), TensorInfo(shape, dtype), pieces)
+
+
+def _add_sub_group(
+    found: Pieces,
+    header: Header,
+    scalars: dict[str, dict[str, Any]],
+    index: int,
+    ranks: list[dict[str, Any]],
+    files: Files,
+) -> None:
+    """The masters, weights and states of a sub-group's members; a state that is one number goes to `scalars`."""
+    shapes, states = header.shapes[index], []
+    for rank, file in zip(ranks, files.optimizers, strict=True):
+        masters = need(rank, "fp32_flat_groups", file, list)
+        if index >= len(masters):
+            raise CheckpointError(f"{file}: {len(masters)} sub-groups, and the model states have more")
+        states.append(
+            {MASTER: masters[index], **need(rank, "optimizer_state_dict", file, dict)["state"].get(index, {})}
+        )
+        if set(states[-1]) != set(states[0]):
+            raise CheckpointError(
+                f"{file}: sub-group {index} has states {sorted(states[-1])}; {files.optimizers[0].name} "
+                f"has {sorted(states[0])}"
+            )
+    for key in states[0]:
+        values = [state[key] for state in states]
+        if is_number(values[0]):
+            number = agreed(key, values, files.optimizers)
+            for name in shapes:
+                scalars.setdefault(name, {})[key] = fresh(number)
+        elif all(isinstance(v, Tensor) and v.dim() == 1 for v in values):
+            _add_flat(found, header, key, shapes, values, files)
+        else:
+            found.manifest.notes.append(
+                f"State {key} of the sub-group of {next(iter(shapes))} is no tensor of its length: left out."
+            )
+
+
+def _add_flat(
+    found: Pieces, header: Header, key: str, shapes: dict[str, tuple[int, ...]], values: list[Tensor], files: Files
+) -> None:
+    sizes, world_size = [numel(shape) for shape in shapes.values()], len(values)
+    length = sum(shard(size, world_size) for size in sizes)
+    names = list(shapes)
+    pieces: dict[str, list[Piece]] = {name: [] for name in names}
+    for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True)):
+        if value.numel() != length:
+            raise CheckpointError(f"{file}: {key} of {names[0]} …: {value.numel()} elements, its shares have {length}")
+        for cut in shard_cuts(sizes, world_size, rank):
+            pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
+    for name, shape in shapes.items():
+        found.add(Key(name, key), TensorInfo(shape, torch.float32 if key == MASTER else values[0].dtype), pieces[name])
+        if key == MASTER:
+            found.add(Key(name, WEIGHT), TensorInfo(shape, header.module[name].dtype), pieces[name])
