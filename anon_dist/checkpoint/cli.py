@@ -16,6 +16,7 @@ from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
+from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
 from anon_dist.checkpoint.verify import verify
 
 _Place = tyro.conf.Positional[Path]
@@ -75,6 +76,10 @@ class Convert:
     """zero3: of the engine that will load. By default as the source records, else DeepSpeed's own, 1e9."""
     round_robin_gradients: bool | None = None
     """zero1, zero2: whether the engine that will load has it. By default as the source records, else not."""
+    optimizer: Literal["anon", "adamw"] | None = None
+    """Make the state that of another optimizer: AdamW's (or the paper's port's) Anon's, or Anon's AdamW's."""
+    anon: AnonOptions = field(default_factory=AnonOptions)
+    adamw: AdamWOptions = field(default_factory=AdamWOptions)
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 
@@ -145,7 +150,15 @@ def _convert(args: Convert) -> None:
         args.round_robin_gradients,
     )
     notes = convert(
-        args.src, args.dst, args.to, options, args.reading.options(), args.workers, args.overwrite, quiet=False
+        args.src,
+        args.dst,
+        args.to,
+        options,
+        args.reading.options(),
+        args.workers,
+        args.overwrite,
+        quiet=False,
+        optimizer={"anon": args.anon, "adamw": args.adamw, None: None}[args.optimizer],
     )
     for note in notes:
         print(f"note: {note}")

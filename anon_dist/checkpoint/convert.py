@@ -16,6 +16,7 @@ from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
+from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions, to_optimizer
 
 
 def convert(
@@ -27,6 +28,7 @@ def convert(
     workers: int = 2,
     overwrite: bool = False,
     quiet: bool = True,
+    optimizer: AnonOptions | AdamWOptions | None = None,
 ) -> list[str]:
     """Write `source` again as `target`, in the format `to`. The source is only read; the target is complete or absent.
 
@@ -36,6 +38,7 @@ def convert(
         workers: threads that copy.
         overwrite: replace an existing target, once the new one is complete.
         quiet: no progress bar.
+        optimizer: of which optimizer the result is, and its hyperparameters; None: of the source's.
 
     Returns:
         What had to be assumed, for the user to see.
@@ -47,9 +50,11 @@ def convert(
     _check_target(source, target, overwrite)
     checkpoint = formats.open_checkpoint(source, read)
     try:
+        if optimizer is not None:
+            checkpoint = to_optimizer(checkpoint, optimizer)
         files = formats.plan(checkpoint, to, options or WriteOptions())
         fresh = target.with_name(target.name + ".new") if target.exists() else target
-        write_files(files, checkpoint, fingerprint(source), fresh, workers, quiet)
+        write_files(files, checkpoint, [fingerprint(source), repr(optimizer)], fresh, workers, quiet)
         if fresh != target:
             _replace(target, fresh)
     finally:

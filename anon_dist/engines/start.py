@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,6 +80,8 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
         raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
+    if name == "deepspeed" and "RANK" not in os.environ:
+        _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
     if on_cpu:
         os.environ.setdefault(
@@ -221,6 +224,14 @@ def _fsdp2_plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
         auto_wrap_policy=None if given else "TRANSFORMER_BASED_WRAP",
         cpu_ram_efficient_loading=None if given else False,
     )
+
+
+def _as_one_rank() -> None:
+    """What a launcher would have set for a single process: DeepSpeed wants a process group in any case, and would look for MPI."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _deepspeed_plugin(wanted: Wanted, launched: int) -> Any:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint import load_sharded, save_sharded
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.restore import opened, restore
 
 
 class TorchEngine:
@@ -69,8 +70,12 @@ class TorchEngine:
         save_sharded(folder, self.model, self.optimizer)
 
     def load(self, folder: Path) -> None:
-        """See `base.Engine`."""
-        load_sharded(folder, self.model, self.optimizer)
+        """See `base.Engine`. What another engine wrote is converted as it is read."""
+        if (folder / ".metadata").exists():
+            load_sharded(folder, self.model, self.optimizer)
+        else:
+            with opened(folder) as checkpoint:
+                restore(self.model, self.optimizer, checkpoint)
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""

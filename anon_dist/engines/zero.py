@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.engines import zero_restore
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
 from anon_dist.engines.register import NVME
+from anon_dist.engines.restore import DEEPSPEED, check_same_optimizer, opened
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
-
-TAG = "deepspeed"
-"""The subfolder of a checkpoint that DeepSpeed writes."""
 
 
 def zero_config(
@@ -166,20 +165,25 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`. In DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """See `base.Engine`. DeepSpeed loads at the number of ranks that wrote."""
-        if not (folder / TAG).is_dir():
-            raise CheckpointError(f"{folder} was not written by DeepSpeed; resume it with the engine that wrote it")
+        """See `base.Engine`. By DeepSpeed where stage and ranks are as when it was saved; else converted as it is read."""
+        with opened(folder) as checkpoint:
+            manifest = checkpoint.manifest
+            present = f"zero{self._engine.zero_optimization_stage()}", self._engine.dp_world_size
+            if (manifest.format, manifest.world_size) != present:
+                check_same_optimizer(self.optimizer, checkpoint)
+                zero_restore.restore(self._engine, checkpoint)
+                return
         try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED, load_lr_scheduler_states=False)
         except Exception as error:
             raise CheckpointError(
-                f"{folder}/{TAG} cannot be loaded: {error}. It needs the same ZeRO stage and number of ranks"
+                f"{folder}/{DEEPSPEED} cannot be loaded: {error}. Is it of another model, or damaged? Take an earlier one (--resume FOLDER)"
             ) from error
         if loaded is None:
-            raise CheckpointError(f"{folder}/{TAG} cannot be loaded: DeepSpeed found nothing to load there")
+            raise CheckpointError(f"{folder}/{DEEPSPEED} cannot be loaded: DeepSpeed found nothing to load there")
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`. The float32 masters."""

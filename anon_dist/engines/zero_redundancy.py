@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp import load_state, save_state
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
 
 
@@ -67,6 +68,10 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""
+        if not (folder / ".metadata").exists():
+            with self.whole_optimizer() as optimizer, opened(folder) as checkpoint:
+                restore(self.model, optimizer, checkpoint)
+            return
         state = self._state()
         load_state(folder, state, type(self.optimizer).__name__, elsewhere=self._keys_of_other_ranks())
         set_model_state_dict(self.model, state["model"])

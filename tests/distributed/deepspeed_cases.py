@@ -4,9 +4,11 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 """
 
 import os
+import shutil
 import signal
 import sys
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,10 +19,11 @@ import deepspeed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from helpers import at_step, forget_accelerate, metrics
-from launch_cases import Patch, run_cases, shared_folder
+from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 
 from anon_dist import Anon
+from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines import cpu
 from anon_dist.engines.errors import EngineError
 from anon_dist.optim import STATE_KEYS
@@ -259,6 +262,81 @@ def case_run_zero3_offload():
 
 def case_run_zero3_offload_params():
     check_run("zero3-offload-params")
+
+
+def configured(config, name):
+    """The run, under an engine of torch or a DeepSpeed configuration."""
+    deepspeed_file = CONFIGS / f"{name}.json"
+    config.train.engine = "deepspeed" if deepspeed_file.exists() else name
+    config.train.deepspeed_config = str(deepspeed_file) if deepspeed_file.exists() else None
+    return config
+
+
+def case_stages_and_engines_resume_each_other():
+    """Begun under one and ended under the next, in a ring: the losses of one process."""
+    ring = ("zero2", "fsdp2", "zero3", "zero0", "zero1", "zero3-offload", "zero2-offload", "ddp", "zero2")
+    for first, second in pairwise(ring):
+        config = run_config("zero2", shared_folder(OUT))
+        patch = Patch()
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(configured(config, first))
+        patch.close()
+        folder = run(configured(config, second))
+        if dist.get_rank() == 0:
+            for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "refreshes", "samples"):
+                ours, theirs = ([r[key] for r in metrics(f) if key in r] for f in (folder, Path(REFERENCE)))
+                assert len(ours) == len(theirs), (first, second, key)
+                where = (first, second, key, ours, theirs)
+                assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(ours, theirs, strict=True)), where
+
+
+def case_torch_engines_take_deepspeeds_checkpoints():
+    """zero1, fsdp1 and hsdp from stage 3, and another optimizer in Anon's place is refused."""
+    for name in ("zero1-torch", "fsdp1", "hsdp"):
+        config = run_config("zero3", shared_folder(OUT))
+        patch = Patch()
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(config)
+        patch.close()
+        config = configured(config, name.removesuffix("-torch"))
+        config.train.engine = name.removesuffix("-torch")
+        config.optim.name = "adamw"
+        raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
+        config.optim.name = "anon"
+        folder = run(config)
+        if dist.get_rank() == 0:
+            ours, theirs = (
+                [r["final_loss"] for r in metrics(f) if "final_loss" in r] for f in (folder, Path(REFERENCE))
+            )
+            assert abs(ours[0] / theirs[0] - 1) < 1e-4, (name, ours, theirs)
+
+
+def case_adamw_goes_on_too():
+    """The baseline has no state before its first step."""
+    config = run_config("zero2", shared_folder(OUT))
+    config.optim.name = "adamw"
+    whole = run(config)
+    config = run_config("zero2", shared_folder(OUT))
+    config.optim.name = "adamw"
+    patch = Patch()
+    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(config)
+    patch.close()
+    folder = run(configured(config, "fsdp2"))
+    if dist.get_rank() == 0:
+        ours, theirs = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (folder, whole))
+        assert all(abs(a / b - 1) < 1e-4 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def case_leave_runs_for_one_process():
+    """Not a check of its own: `test_another_world_size` goes on from here."""
+    for name in ("zero1", "zero2", "zero3"):
+        patch = Patch()
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(run_config(name, str(Path(OUT) / f"two-ranks-{name}")))
+        patch.close()
+    if dist.get_rank() == 0:
+        shutil.copytree(Path(OUT) / "two-ranks-zero3", Path(OUT) / "two-ranks-zero3-copy")
 
 
 def case_steps_with_nan_are_skipped():

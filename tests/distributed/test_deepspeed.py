@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import assert_passed, forget_accelerate, launch_ranks
+from helpers import assert_passed, forget_accelerate, launch_ranks, metrics
 
 from anon_dist.train import config as c
 from anon_dist.train import loop
+from anon_dist.train.config import load_config
 
 pytest.importorskip("deepspeed")
 SCRIPT = Path(__file__).with_name("deepspeed_cases.py")
 CASES = re.findall(r"^def (case_\w+)", SCRIPT.read_text(), re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "deepspeed"
 RANKS = 2
 
 
@@ -42,6 +45,45 @@ def launched(tmp_path_factory, prepared):
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, launched):
     assert_passed(case, launched, RANKS)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_another_world_size(name, launched):
+    """A run of two DeepSpeed ranks, interrupted, goes on in one process without DeepSpeed."""
+    folder = launched / f"two-ranks-{name}"
+    forget_accelerate()
+    config = load_config(launched / "reference" / "config.yaml")
+    config.run_dir = str(folder)
+    loop.train(config)
+    check_goes_on(folder, launched)
+
+
+def test_another_world_size_and_stage(launched):
+    """The same with DeepSpeed, as a user starts it, and in another stage."""
+    folder = launched / "two-ranks-zero3-copy"
+    options = [
+        "--train.engine",
+        "deepspeed",
+        "--train.deepspeed-config",
+        str(CONFIGS / "zero2.json"),
+        "--run-dir",
+        str(folder),
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "pretrain.py"),
+        "--config",
+        str(launched / "reference" / "config.yaml"),
+    ]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_goes_on(folder, launched)
+
+
+def check_goes_on(folder, launched):
+    ours, theirs = metrics(folder), metrics(launched / "reference")
+    for key in ("loss", "final_loss", "grad_norm", "refreshes", "samples"):
+        assert [r[key] for r in ours if key in r] == pytest.approx([r[key] for r in theirs if key in r], rel=1e-4), key
 
 
 @pytest.mark.parametrize("first", ["anon_dist", "deepspeed"])

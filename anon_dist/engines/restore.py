@@ -1,0 +1,216 @@
+"""Fill a live model and optimizer from a checkpoint of another engine or world size; each rank reads the elements it holds.
+
+For the engines of torch alone; DeepSpeed's are filled by `zero_restore`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.semantics import recognise
+from anon_dist.optim import Anon
+
+DEEPSPEED = "deepspeed"
+"""The subfolder of a checkpoint that DeepSpeed writes."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP1 and activation checkpointing put into parameter names; DDP puts `module` before them."""
+
+
+def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Copy weights (the float32 masters where there are some), buffers, states, step counts and hyperparameters, in place.
+
+    Args:
+        model: as the engine wrapped it: plain tensors, DTensors, or FSDP1 with `use_orig_params`.
+        optimizer: the one that steps this rank's parameters, its state allocated. Parameters that it does not hold are no error:
+            ZeroRedundancyOptimizer's ranks keep some each.
+
+    Raises:
+        CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then.
+    """
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    ranges = Ranges(model)
+    check_same_optimizer(optimizer, checkpoint)
+    _allocate(parameters, optimizer, checkpoint)
+    groups = group_values(optimizer, {p: name for name, p in parameters.items()}, checkpoint)
+    work = list(_tensors(parameters, dict(model.named_buffers()), optimizer, checkpoint, ranges))
+    for key, _, owner in work:
+        _check(key, owner, checkpoint, ranges)
+    _check_nothing_is_left({key for key, *_ in work}, parameters, optimizer, checkpoint)
+    with torch.no_grad():
+        for key, target, owner in work:
+            local = target.to_local() if isinstance(target, DTensor) else target
+            local.copy_(ranges.read(checkpoint, key, owner).view(local.shape))
+        for name, p in parameters.items():
+            if p in optimizer.state:
+                _set_scalars(optimizer.state[p], name, checkpoint)
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update(values)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end."""
+    inner = folder / DEEPSPEED
+    checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def check_same_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Refuse another optimizer's state: states that only one of them has would be dropped, or made up.
+
+    Raises:
+        CheckpointError: one of them is Anon and the other is not.
+    """
+    found = recognise(checkpoint)
+    if isinstance(optimizer, Anon) != (found == "anon"):
+        raise CheckpointError(
+            f"the checkpoint holds the state of {checkpoint.manifest.optimizer or found or 'no optimizer'}, not of "
+            f"{type(optimizer).__name__}. Resume with that optimizer, or convert it: anon-dist ckpt convert --optimizer"
+        )
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model before it was wrapped."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in WRAPPERS)
+
+
+def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """For each present param group, the hyperparameters that the checkpoint has for its members.
+
+    Raises:
+        CheckpointError: members of one group are in different groups there, or in none.
+    """
+    found = []
+    by_member = {member: i for i, group in enumerate(checkpoint.manifest.groups) for member in group.members}
+    for index, group in enumerate(optimizer.param_groups):
+        indices = {by_member.get(names[p]) for p in group["params"]}
+        if None in indices or len(indices) > 1:
+            first = next((names[p] for p in group["params"] if names[p] not in by_member), None)
+            raise CheckpointError(
+                f"param group {index}: {first or names[group['params'][0]]} is in {'none' if first else 'another'} of the checkpoint's "
+                "param groups; resume with the groups it was written with (the same model, and the same weight decay and gamma by name)"
+            )
+        values = checkpoint.manifest.groups[indices.pop()].hyperparameters if indices else {}  # type: ignore[index]
+        found.append({k: v for k, v in values.items() if k != "params"})
+    return found
+
+
+class Ranges:
+    """Which elements of each parameter this rank holds, and how to read them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._flat: dict[Tensor, tuple[int, int]] = {}
+        self._shapes: dict[Tensor, tuple[int, ...]] = {}
+        for module in FullyShardedDataParallel.fsdp_modules(model):
+            handle = module._handle
+            if handle is None:
+                continue
+            flat: Any = handle.flat_param
+            for p, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
+                start = info.intra_param_start_idx if info.in_shard else 0
+                self._flat[p] = (start, start + (info.numel_in_shard if info.in_shard else 0))
+                self._shapes[p] = tuple(shape)
+
+    def shape(self, owner: Tensor) -> tuple[int, ...]:
+        """The parameter's shape, unsharded."""
+        return self._shapes.get(owner, tuple(owner.shape))
+
+    def read(self, checkpoint: Checkpoint, key: Key, owner: Tensor) -> Tensor:
+        """This rank's elements of a tensor that is laid out as the parameter `owner` is."""
+        if owner in self._flat:
+            return checkpoint.read(key, *self._flat[owner])
+        if not isinstance(owner, DTensor):
+            return checkpoint.read(key, 0, owner.numel())
+        sizes, offsets = compute_local_shape_and_global_offset(owner.shape, owner.device_mesh, owner.placements)
+        if math.prod(sizes) == 0:
+            return checkpoint.read(key, 0, 0)
+        row = math.prod(owner.shape[1:])
+        rows = checkpoint.read(key, offsets[0] * row, (offsets[0] + sizes[0]) * row).view(sizes[0], *owner.shape[1:])
+        for dim, (offset, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), start=1):
+            rows = rows.narrow(dim, offset, size)
+        return rows.reshape(-1)
+
+
+def _allocate(parameters: Mapping[str, Tensor], optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Make the state of optimizers that have none before their first step, for what is in the checkpoint."""
+    members = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, p in parameters.items():
+        if p in members and not optimizer.state.get(p):
+            states = [key.state for key in checkpoint.tensors if key.parameter == name]
+            found = {state: torch.zeros_like(p) for state in states if state not in (WEIGHT, MASTER)}
+            if found:
+                scalars = checkpoint.manifest.scalars.get(name, {})
+                optimizer.state[p] = found | {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
+
+
+def _tensors(
+    parameters: Mapping[str, Tensor],
+    buffers: dict[str, Tensor],
+    optimizer: Optimizer,
+    checkpoint: Checkpoint,
+    ranges: Ranges,
+) -> Iterator[tuple[Key, Tensor, Tensor]]:
+    """(key in the checkpoint, tensor to fill, parameter whose layout it has)."""
+    for name, p in parameters.items():
+        master = Key(name, MASTER)
+        yield master if master in checkpoint.tensors else Key(name, WEIGHT), p, p
+        for state, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and (value.dim() or ranges.shape(p) == ()) and state != "step":
+                yield Key(name, state), value, p
+    for name, buffer in buffers.items():
+        key = Key(plain_name(name), WEIGHT)
+        if key in checkpoint.tensors:  # others are made by the model itself
+            yield key, buffer, buffer
+
+
+def _check(key: Key, owner: Tensor, checkpoint: Checkpoint, ranges: Ranges) -> None:
+    if key not in checkpoint.tensors:
+        raise CheckpointError(
+            f"the checkpoint has no {key.state} for {key.parameter}: it is of another model or optimizer (its optimizer: "
+            f"{checkpoint.manifest.optimizer}; `anon-dist ckpt convert --optimizer` changes it)"
+        )
+    if checkpoint.tensors[key].shape != ranges.shape(owner):
+        raise CheckpointError(
+            f"{key.state} of {key.parameter} has shape {checkpoint.tensors[key].shape} in the checkpoint and {ranges.shape(owner)} here: "
+            "resume with the model configuration it was written with"
+        )
+
+
+def _check_nothing_is_left(
+    taken: set[Key], parameters: Mapping[str, Tensor], optimizer: Optimizer, checkpoint: Checkpoint
+) -> None:
+    """Every state of the parameters that the optimizer holds must have found its place."""
+    held = {name for name, p in parameters.items() if p in optimizer.state}
+    for key in checkpoint.tensors:
+        if key.parameter in held and key.state not in (WEIGHT, MASTER) and key not in taken:
+            raise CheckpointError(
+                f"the checkpoint has {key.state} for {key.parameter}, which {type(optimizer).__name__} has no place for: it is another "
+                f"optimizer's ({checkpoint.manifest.optimizer}); `anon-dist ckpt convert --optimizer` changes it"
+            )
+
+
+def _set_scalars(state: dict[str, Any], name: str, checkpoint: Checkpoint) -> None:
+    """Step counts and other 0-dim values, in the type and on the device that they have here."""
+    for key, value in checkpoint.manifest.scalars.get(name, {}).items():
+        present = state.get(key)
+        if isinstance(present, Tensor):
+            present.fill_(float(value))
+        else:
+            state[key] = value
