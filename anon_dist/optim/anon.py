@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim import update
-from anon_dist.optim.buckets import Bucket, local, local_gradient, update_bucket
+from anon_dist.optim.buckets import Bucket, local, local_gradient, update_bucket, update_bucket_fused
 from anon_dist.optim.hyper import (
     HISTORY,
     STATE_DTYPES,
@@ -25,6 +25,7 @@ from anon_dist.optim.hyper import (
     normalise,
     validate,
 )
+from anon_dist.optim.kernels import choice
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import STATE_KEYS, AsIs, LazyState, checked_state, fresh_state, named_parameters
 
@@ -69,11 +70,18 @@ class Anon(Optimizer):
         maximize: ascend instead of descend.
         foreach: update all tensors at once (True) or one after the other (False). None: at once on accelerators only, since one after
             the other is kinder to a CPU's caches. The results are the same bits.
+        fused: update in one pass over memory, by a kernel that is compiled for this machine at the first step (True; an error where it
+            is not possible) or never (False). None: on the CPU, if `foreach` is None and all ranks can: at its first step the
+            optimizer waits up to a minute for the other ranks' (see `kernels.choice`). Within the same bounds of rounding as the other
+            path, but not the same bits.
         state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16 (rounded to nearest).
 
     Raises:
         ValueError: an argument is out of its range.
     """
+
+    _kernel_agreed: bool | None = None
+    """Whether all ranks can use the CPU kernel; None before the first step."""
 
     def __init__(
         self,
@@ -91,6 +99,7 @@ class Anon(Optimizer):
         hold_silent: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -106,6 +115,7 @@ class Anon(Optimizer):
             "hold_silent": hold_silent,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "state_dtype": state_dtype,
         }
         normalise(defaults)
@@ -311,14 +321,16 @@ class Anon(Optimizer):
             The closure's loss, if there is one.
 
         Raises:
-            RuntimeError: sparse gradients, a gradient sharded otherwise than its parameter, or a hyperparameter that the state depends on
-                was changed without `rebase`. Nothing has been updated then.
+            RuntimeError: sparse gradients, a gradient sharded otherwise than its parameter, a hyperparameter that the state depends on
+                was changed without `rebase`, or `fused=True` where it is not possible. Nothing has been updated then.
             ValueError: a hyperparameter was set out of its range.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._kernel_agreed is None and choice.concerns_cpu(self.param_groups):
+            self._kernel_agreed = choice.agree()  # before anything that could keep a rank from it
         if self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
@@ -330,9 +342,14 @@ class Anon(Optimizer):
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
         work = [
-            (bucket, group) for index, group in enumerate(self.param_groups) for bucket in self._buckets(index, group)
+            (bucket, group, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed)))
+            for index, group in enumerate(self.param_groups)
+            for bucket in self._buckets(index, group)
         ]
-        for bucket, group in work:
+        for bucket, group, fused in work:
+            if fused:
+                update_bucket_fused(bucket, group)
+                continue
             for part in bucket.parts(group["foreach"]):
                 update_bucket(part, group)
         return loss

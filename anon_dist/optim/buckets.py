@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from anon_dist.optim import update
 from anon_dist.optim.hyper import schedule_of
+from anon_dist.optim.kernels import cpu
 
 BUCKET_ELEMENTS = 1 << 26
 """The foreach path makes temporaries as large as the tensors it is given at once; no more than this many elements."""
@@ -33,8 +34,13 @@ class Bucket:
     def add(self, counter: Tensor, tensors: list[Tensor]) -> None:
         """Add a parameter: its step counter, and (θ, g, m, s, v)."""
         self.counters.append(counter)
-        for members, tensor in zip((self.theta, self.grad, self.m, self.s, self.v), tensors, strict=True):
+        for members, tensor in zip(self.lists, tensors, strict=True):
             members.append(tensor)
+
+    @property
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """θ, g, m, s, v."""
+        return self.theta, self.grad, self.m, self.s, self.v
 
     def parts(self, foreach: bool | None) -> Iterator[Bucket]:
         """The bucket in parts of bounded size, or of one tensor each (see `Anon`'s argument `foreach`)."""
@@ -43,13 +49,13 @@ class Bucket:
         for i, tensor in enumerate(self.theta):
             elements += tensor.numel()
             if not together or elements >= BUCKET_ELEMENTS or i + 1 == len(self.theta):
-                lists = (x[start : i + 1] for x in (self.counters, self.theta, self.grad, self.m, self.s, self.v))
+                lists = (x[start : i + 1] for x in (self.counters, *self.lists))
                 yield Bucket(self.step, *lists)
                 start, elements = i + 1, 0
 
 
 def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
-    """One Anon step of the bucket's tensors."""
+    """One Anon step of the bucket's tensors, by torch's foreach operations."""
     plan = schedule_of(group).plan(bucket.step)
     beta1 = group["betas"][0]
     lr = group["lr"]
@@ -85,6 +91,28 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
         _write_back(bucket.s, s)
     if plan.refresh:
         _write_back(bucket.v, v)
+
+
+def update_bucket_fused(bucket: Bucket, group: dict[str, Any]) -> None:
+    """One Anon step of the bucket's tensors, by the CPU kernel."""
+    plan = schedule_of(group).plan(bucket.step)
+    cpu.run(
+        bucket.lists,
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=plan.beta2,
+        weight_decay=group["weight_decay"],
+        step=bucket.step,
+        variant=cpu.REFRESH if plan.refresh else cpu.ACCUMULATE if plan.accumulate else cpu.PLAIN,
+        debias_s=plan.debias,
+        keep_d=0.0 if plan.first else group["beta3"],
+        gamma=group["gamma"],
+        eps=group["eps"],
+        clip=group["update_clip"],
+        hold_silent=group["hold_silent"],
+        maximize=group["maximize"],
+    )
+    torch._foreach_add_(bucket.counters, 1.0)
 
 
 def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:

@@ -42,7 +42,7 @@ def normalise(group: dict[str, Any]) -> None:
         group[name] = _plain(group[name])
     if isinstance(group["betas"], tuple | list):
         group["betas"] = tuple(_plain(beta) for beta in group["betas"])
-    for name in ("maximize", "hold_silent", "foreach"):
+    for name in ("maximize", "hold_silent", "foreach", "fused"):
         if type(group[name]).__name__ in ("bool", "bool_"):
             group[name] = bool(group[name])
     dtype = group["state_dtype"]
@@ -89,7 +89,9 @@ def validate(group: Group) -> None:
     _require(window is None or window == "auto" or whole, "window", window, "None, 'auto' or an integer ≥ 1")
     for name in ("maximize", "hold_silent"):
         _require(isinstance(group[name], bool), name, group[name], "True or False")
-    _require(group["foreach"] in (None, True, False), "foreach", group["foreach"], "None, True or False")
+    for name in ("foreach", "fused"):
+        _require(group[name] in (None, True, False), name, group[name], "None, True or False")
+    _require(not (group["foreach"] and group["fused"]), "fused", group["fused"], "False or None with foreach=True")
     _require(
         group["state_dtype"] in STATE_DTYPES, "state_dtype", group["state_dtype"], "one of " + ", ".join(STATE_DTYPES)
     )

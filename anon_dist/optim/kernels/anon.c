@@ -1,0 +1,247 @@
+/* One Anon step of many tensors, in one pass over each; `anon_dist/optim/update.py` has the recurrence.
+ *
+ * An element's result is the same bits wherever it lies in a tensor, whatever the tensor's length and alignment, the number of threads,
+ * the compiler and the CPU: only sums, products, quotients and square roots are used, which IEEE 754 defines, in the order written
+ * (-ffp-contract=off). The momentum and the parameter are computed in float, a refresh in double, rounded once.
+ */
+#include <fenv.h>
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <omp.h>
+
+#define ABI 1
+#define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
+#define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
+#define D_MIN 0x1p-126         /* as in update.py */
+#define D_MAX 0x1p127
+
+enum variant { PLAIN, ACCUMULATE, REFRESH };
+enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+enum role { THETA, GRAD, M, S, V, ROLES };
+
+/* What all elements share. Mirrored in cpu.py. */
+struct step {
+    int32_t variant;
+    int32_t hold_silent;
+    int32_t dtypes[ROLES];
+    int32_t threads;
+    double decay;        /* 1 - lr * weight_decay */
+    double keep_m;       /* beta1 */
+    double add_m;        /* 1 - beta1, negative where the sum is to be maximised */
+    double keep_s;       /* beta2 */
+    double add_s;        /* 1 - beta2 */
+    double debias_s;     /* summed weight of what s holds */
+    double keep_d;       /* beta3, or 0 at the first refresh */
+    double gamma;
+    double eps;
+    double bound;        /* of |v m|, or infinity */
+    double scale;        /* lr / (1 - beta1^t) */
+};
+
+int anon_abi(void) { return ABI; }
+
+/* -- double precision ----------------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t bits_of(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline double double_of(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* ln x for x > 0, infinity included, to 2^-41 and a few units of 2^-53 of |ln x|. The sums are cut into short chains, which overlap. */
+static inline double natural_log(double x) {
+    const uint64_t one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
+    const int tiny = x < 0x1p-1000;
+    const uint64_t bits = bits_of(tiny ? x * 0x1p54 : x);
+    const uint64_t exponent = (bits + (one - sqrt_half)) >> 52; /* biased by 1023 */
+    const double z = double_of(bits - (exponent << 52) + one);  /* in [sqrt(1/2), sqrt(2)) */
+    const double k = double_of(exponent | 0x4330000000000000) - (0x1p52 + 1023.0) - (tiny ? 54.0 : 0.0);
+    /* ln z = 2 artanh q */
+    const double q = (z - 1.0) / (z + 1.0), q2 = q * q, q4 = q2 * q2;
+    const double high = (1.0 / 7.0 + q2 * (1.0 / 9.0)) + q4 * (1.0 / 11.0 + q2 * (1.0 / 13.0));
+    const double sum = (1.0 / 3.0 + q2 * (1.0 / 5.0)) + q4 * high;
+    return x > DBL_MAX ? INFINITY : k * 0x1.62e42fefa39efp-1 + (2.0 * q + 2.0 * q * (q2 * sum));
+}
+
+/* e^x for |x| <= 100, to 2^-42 of it. */
+static inline double exponential(double x) {
+    const double shift = 0x1.8p52; /* adding it rounds to an integer, which the low bits then hold */
+    const double shifted = x * 0x1.71547652b82fep0 + shift, n = shifted - shift;
+    const double r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33; /* |r| <= ln 2 / 2 */
+    const double r2 = r * r, r4 = r2 * r2;
+    const double low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0));
+    const double middle = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0));
+    const double high = (1.0 / 40320.0 + r * (1.0 / 362880.0)) + r2 * (1.0 / 3628800.0);
+    return (low + r4 * (middle + r4 * high)) * double_of((bits_of(shifted) << 52) + 0x3ff0000000000000);
+}
+
+/* x in [low, high]; NaN stays. */
+static inline double clamp(double x, double low, double high) {
+    x = x > high ? high : x;
+    return x < low ? low : x;
+}
+
+/* -- the step of one block ------------------------------------------------------------------------------------------------------ */
+
+static void update(long n, float *restrict theta, const float *restrict g, float *restrict m, const float *restrict v,
+                   const struct step *step) {
+    const float decay = step->decay, keep = step->keep_m, add = step->add_m, bound = step->bound, scale = step->scale;
+    for (long i = 0; i < n; i++) {
+        m[i] = keep * m[i] + add * g[i];
+        const float update = v[i] * m[i], below = update > bound ? bound : update;
+        theta[i] = decay * theta[i] - scale * (below < -bound ? -bound : below);
+    }
+}
+
+static void accumulate(long n, float *restrict s, const float *restrict g, const struct step *step) {
+    const float keep = step->keep_s, add = step->add_s;
+    for (long i = 0; i < n; i++) s[i] = keep * s[i] + add * (g[i] * g[i]);
+}
+
+/* In double, and in loops of their own: each has a chain of operations short enough for the processor to overlap several elements'.
+ *
+ * What holds for all elements is a number to compare with or to take, not a condition, which would keep a loop from being vectorised.
+ */
+static void refresh(long n, float *restrict s, float *restrict v, const float *restrict g, const struct step *step) {
+    const double keep_s = step->keep_s, add_s = step->add_s, weight = 1.0 / step->debias_s, eps = step->eps, gamma = step->gamma;
+    const double keep = step->keep_d, add = 1.0 - step->keep_d;
+    const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
+    const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
+    const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
+    double d[BLOCK];
+    for (long i = 0; i < n; i++) {
+        const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
+        s[i] = (float)sum;
+        d[i] = sum * weight + eps;
+    }
+    if (gamma != 1.0) { /* sigma^1 is sigma */
+        for (long i = 0; i < n; i++) {
+            const double log_power = gamma * natural_log(d[i]);
+            d[i] = d[i] > 0.0 ? log_power : NAN;
+        }
+        for (long i = 0; i < n; i++) {
+            const double power = exponential(clamp(d[i], -100.0, 100.0));
+            d[i] = d[i] == d[i] ? power : no_power;
+        }
+    }
+    for (long i = 0; i < n; i++) { /* v / sqrt(keep + add d v^2) = 1 / sqrt(keep / v^2 + add d) */
+        const double old = v[i] > 0.0f ? v[i] : no_old, power = clamp(d[i], D_MIN, D_MAX);
+        const double fresh = old / sqrt(keep + add * power * (old * old));
+        v[i] = s[i] <= silent ? v[i] : (float)fresh;
+        s[i] = 0.0f;
+    }
+}
+
+/* -- storage dtypes ------------------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+/* To the nearest, ties to even; every NaN becomes torch's. */
+static inline uint16_t to_bfloat16(float x) {
+    const uint32_t bits = float_bits(x);
+    return (uint16_t)(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float from_float16(uint16_t x) {
+    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+    const float scaled = float_of(magnitude) * 0x1p112f; /* exact, subnormals too */
+    return float_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : float_bits(scaled)));
+}
+
+/* To the nearest, ties to even, to infinity from 65520 on. */
+static inline uint16_t to_float16(float x) {
+    const uint32_t sign = (float_bits(x) >> 16) & 0x8000, magnitude = float_bits(x) & 0x7fffffff;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t subnormal = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000; /* 0.5's last place is 2^-24, float16's smallest */
+    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : finite));
+}
+
+/* n elements from `start` on as floats: themselves if they are, otherwise converted into `buffer`. */
+static float *opened(void *tensor, int dtype, int64_t start, long n, float *restrict buffer) {
+    if (dtype == FLOAT32) return (float *)tensor + start;
+    const uint16_t *restrict stored = (const uint16_t *)tensor + start;
+    if (dtype == BFLOAT16)
+        for (long i = 0; i < n; i++) buffer[i] = from_bfloat16(stored[i]);
+    else
+        for (long i = 0; i < n; i++) buffer[i] = from_float16(stored[i]);
+    return buffer;
+}
+
+/* Store what `opened` gave. */
+static void closed(void *tensor, int dtype, int64_t start, long n, const float *restrict buffer) {
+    uint16_t *restrict stored = (uint16_t *)tensor + start;
+    if (dtype == BFLOAT16)
+        for (long i = 0; i < n; i++) stored[i] = to_bfloat16(buffer[i]);
+    else if (dtype == FLOAT16)
+        for (long i = 0; i < n; i++) stored[i] = to_float16(buffer[i]);
+}
+
+/* One step of n <= BLOCK elements from `start` on. */
+static void update_block(void *const *tensors, int64_t start, long n, const struct step *step) {
+    float buffers[ROLES][BLOCK];
+    float *x[ROLES];
+    const int with_s = step->variant != PLAIN, with_v = step->variant == REFRESH;
+    for (int role = 0; role < ROLES; role++)
+        x[role] = role == S && !with_s ? buffers[S] : opened(tensors[role], step->dtypes[role], start, n, buffers[role]);
+    if (step->variant == ACCUMULATE) accumulate(n, x[S], x[GRAD], step);
+    if (step->variant == REFRESH) refresh(n, x[S], x[V], x[GRAD], step);
+    update(n, x[THETA], x[GRAD], x[M], x[V], step);
+    closed(tensors[THETA], step->dtypes[THETA], start, n, x[THETA]);
+    closed(tensors[M], step->dtypes[M], start, n, x[M]);
+    if (with_s) closed(tensors[S], step->dtypes[S], start, n, x[S]);
+    if (with_v) closed(tensors[V], step->dtypes[V], start, n, x[V]);
+}
+
+/* One step of `count` parameters: `tensors` holds theirs one after the other, ROLES each; `lengths` their numbers of elements.
+ *
+ * Threads take chunks in the order of memory, whoever is free: on a machine with other work a fixed share would wait for the slowest.
+ */
+void anon_step(const struct step *step, int64_t count, void *const *tensors, const int64_t *lengths) {
+    int64_t next = 0;
+#pragma omp parallel num_threads(step->threads)
+    {
+        fenv_t environment; /* the caller's flush-to-zero, which the other threads lack, must not decide */
+        fegetenv(&environment);
+        fesetenv(FE_DFL_ENV);
+        int64_t mine, passed = 0, i = 0; /* `passed` chunks lie before parameter i */
+#pragma omp atomic capture
+        mine = next++;
+        while (i < count) {
+            const int64_t chunks = (lengths[i] + CHUNK - 1) / CHUNK;
+            if (mine - passed >= chunks) {
+                passed += chunks;
+                i++;
+                continue;
+            }
+            const int64_t begin = (mine - passed) * CHUNK, rest = lengths[i] - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
+            for (int64_t start = begin; start < end; start += BLOCK)
+                update_block(tensors + ROLES * i, start, end - start < BLOCK ? end - start : BLOCK, step);
+#pragma omp atomic capture
+            mine = next++;
+        }
+        fesetenv(&environment);
+    }
+}

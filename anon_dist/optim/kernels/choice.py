@@ -1,0 +1,110 @@
+"""Whether a step goes through the kernel: what the group asks for, what the tensors allow, and what all ranks can do.
+
+Replicas must not drift apart, so either all ranks take the kernel or none: its bits are not those of the foreach path. What could differ
+between ranks is only whether it can be built. At its first step each optimizer asks the others, not with a collective, which would wait for
+ever if some rank never steps, but through the key-value store that the process group was set up with: each rank says once that it is
+there and able; the last to come writes "fused"; one that is not able, or has waited too long, writes "foreach". The first word written
+stands, and all follow it. No later step asks again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+from anon_dist.optim.kernels import cpu
+from anon_dist.optim.kernels.build import BuildError
+
+AGREEMENT_SECONDS = 60.0
+"""How long the first step waits for the other ranks' first step."""
+
+Group = Mapping[str, Any]
+
+
+def is_automatic(group: Group) -> bool:
+    """Whether the choice is left to us. `foreach=True` or `False` asks for that path, as in torch."""
+    return group["fused"] is None and group["foreach"] is None
+
+
+def concerns_cpu(groups: Iterable[Group]) -> bool:
+    """Whether a kernel could be chosen in these groups; also where a rank has been left no parameter, since others may have some."""
+    return any(is_automatic(g) and (not g["params"] or g["params"][0].device.type == "cpu") for g in groups)
+
+
+def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> bool:
+    """Whether lists of tensors, each of one device and dtype, are updated by the kernel.
+
+    Args:
+        agreed: what `agree()` said, for groups that leave the choice to us.
+
+    Raises:
+        RuntimeError: the group has `fused=True` and it is not possible.
+    """
+    if not group["fused"] and not (agreed and is_automatic(group)):
+        return False
+    reason = "torch.compile traces this step" if torch.compiler.is_compiling() else cpu.obstacle(lists)
+    if group["fused"] and reason is None:
+        reason = _why_not_built()
+    if group["fused"] and reason is not None:
+        raise RuntimeError(
+            f"Anon: fused=True is not possible: {reason}. It takes float32, bfloat16 and float16 on the CPU, and needs a C compiler; "
+            "fused=None uses it where it can"
+        )
+    return reason is None
+
+
+def agree() -> bool:
+    """Whether all ranks can use the kernel. Waits for their first step, at most `AGREEMENT_SECONDS`; warns where the answer is no."""
+    reason = _why_not_built()
+    if reason is not None:
+        _warn(f"the fused CPU kernel is not available, the slower foreach path is used: {reason}")
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return reason is None
+    try:
+        verdict = _ask_store(_get_default_store(), able=reason is None)
+    except Exception as error:  # a store may lack an operation (torch's fake one) or have gone with its host
+        verdict, reason = False, f"{type(error).__name__}: {error}"
+        _warn(f"the ranks could not agree on the fused CPU kernel, the slower foreach path is used: {reason}")
+    if not verdict and reason is None:
+        _warn(
+            "the fused CPU kernel is not used, since another rank cannot build it or did not reach its first step within "
+            f"{AGREEMENT_SECONDS:.0f} s. Where ranks step on their own, give Anon fused=True or fused=False"
+        )
+    return verdict
+
+
+def _ask_store(store: Store, able: bool) -> bool:
+    store = PrefixStore("anon_dist/fused", store)
+    if not able:
+        store.compare_set("verdict", "", "foreach")
+    if store.add(f"rank{dist.get_rank()}", 1) == 1 and store.add("arrived", 1) == dist.get_world_size():
+        store.compare_set("verdict", "", "fused")
+    deadline = time.monotonic() + AGREEMENT_SECONDS
+    while not store.check(["verdict"]):  # `wait` would hold the store, which other threads use
+        if time.monotonic() > deadline:
+            store.compare_set("verdict", "", "foreach")
+        time.sleep(0.002)
+    return bytes(store.get("verdict")) == b"fused"
+
+
+def _why_not_built() -> str | None:
+    try:
+        cpu.library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Once a process."""
+    warnings.warn(f"Anon: {message}", stacklevel=4)
