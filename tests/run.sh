@@ -12,7 +12,7 @@ export PATH="$bin:$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=
 # Compiled operators of this run stay out of the user's caches.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-export TORCH_EXTENSIONS_DIR="$scratch/extensions" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+export TORCH_EXTENSIONS_DIR="$scratch/extensions" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" ANON_DIST_CACHE="$scratch/kernels"
 
 if [ $# -eq 0 ] || [ "$1" = --all ]; then
   ruff check .

@@ -136,9 +136,9 @@ EDGES = [
 
 
 @pytest.mark.parametrize(("hyper", "at"), EDGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bit_exact(hyper, at, dtype):
-    p, optimizer = make(dtype=dtype, **hyper)
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, None), (torch.float32, False), (torch.bfloat16, None)])
+def test_resume_is_bit_exact(hyper, at, dtype, fused):
+    p, optimizer = make(dtype=dtype, fused=fused, **hyper)
     run(p, optimizer, range(at))
     file = io.BytesIO()
     torch.save({"model": p.detach().clone(), "optimizer": optimizer.state_dict()}, file)
@@ -485,15 +485,16 @@ def test_closure_and_maximize():
 # -- dispatch ---------------------------------------------------------------------------------------------------------
 
 
-def test_bits_do_not_depend_on_where_a_parameter_is_cut():
+@pytest.mark.parametrize("fused", [False, True])
+def test_bits_do_not_depend_on_where_a_parameter_is_cut(fused):
     """Shards of any length and alignment give the bits of the whole: γ's powers and all."""
-    whole, optimizer = make(shape=(997,), gamma=0.7, window="auto")
+    whole, optimizer = make(shape=(997,), gamma=0.7, window="auto", fused=fused)
     cuts = [0, 1, 2, 5, 8, 15, 31, 64, 100, 228, 229, 500, 996, 997]
     shards = [nn.Parameter(whole.detach()[a:b].clone()) for a, b in itertools.pairwise(cuts)]
     # a view that starts at an odd address, too
     shards.append(nn.Parameter(torch.empty(998)[1:]))
     shards[-1].data.copy_(whole.detach())
-    sharded = Anon(shards, gamma=0.7, window="auto", **dict(LM.items()))
+    sharded = Anon(shards, gamma=0.7, window="auto", fused=fused, **LM)
     for t in range(60):
         run(whole, optimizer, [t])
         for (a, b), shard in zip([*itertools.pairwise(cuts), (0, 997)], shards, strict=True):
@@ -521,10 +522,11 @@ def test_foreach_gives_the_same_bits(hyper):
         assert_same_bits(a, optimizers[True], b, optimizers[False])
 
 
-def test_strides_are_kept_and_do_not_matter():
+@pytest.mark.parametrize("fused", [False, True])
+def test_strides_are_kept_and_do_not_matter(fused):
     p = nn.Parameter(torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last))
     q = nn.Parameter(p.detach().contiguous())
-    optimizer, other = Anon([p], **LM), Anon([q], **LM)
+    optimizer, other = Anon([p], fused=fused, **LM), Anon([q], fused=fused, **LM)
     run(p, optimizer, range(12))
     run(q, other, range(12))
     assert optimizer.state[p]["exp_avg"].stride() == p.stride()
@@ -532,8 +534,8 @@ def test_strides_are_kept_and_do_not_matter():
 
 
 def test_refresh_in_pieces_gives_the_same_bits(monkeypatch):
-    p, optimizer = make(shape=(37, 5, 2))
-    q, other = make(shape=(37, 5, 2))
+    p, optimizer = make(shape=(37, 5, 2), fused=False)
+    q, other = make(shape=(37, 5, 2), fused=False)
     run(p, optimizer, range(12))
     monkeypatch.setattr(update, "REFRESH_ELEMENTS", 64)
     run(q, other, range(12))

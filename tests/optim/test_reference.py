@@ -70,9 +70,10 @@ def assert_one_step_agrees(optimizer, p, reference, grad):
     assert_close(p.detach(), reference.theta, theta + reference.lr * step * (1 + v_units), "theta")
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @settings(max_examples=120, deadline=None)
 @given(hyper=hyperparameters, shape=shapes, seed=st.integers(0, 1 << 20), scale=st.sampled_from([1e-6, 1.0, 1e3]))
-def test_each_step_agrees(hyper, shape, seed, scale):
+def test_each_step_agrees(fused, hyper, shape, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(shape, generator=generator))
     reference = ReferenceAnon(p, **hyper)
@@ -81,7 +82,7 @@ def test_each_step_agrees(hyper, shape, seed, scale):
         if hyper["gamma"] < 0 and not hyper["hold_silent"] and hyper["eps"] < 1e-10
         else _quiet()
     ):
-        optimizer = Anon([p], **hyper)
+        optimizer = Anon([p], **hyper, fused=fused)
     optimizer.init_state()
     for _ in range(20):
         copy_state(optimizer, p, reference)
@@ -112,11 +113,12 @@ def test_whole_run_agrees_in_float64(hyper, seed, keep):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("state_dtype", ["float32", "float64", "bfloat16"])
-def test_low_precision_parameters_are_updated_in_float32(dtype, state_dtype):
+@pytest.mark.parametrize("fused", [False, None])
+def test_low_precision_parameters_are_updated_in_float32(dtype, state_dtype, fused):
     """The stored result is the exact one rounded once to the parameter's dtype (a tie may fall the other way)."""
     p = nn.Parameter(torch.randn(63, 63).to(dtype))
     hyper = {"lr": 0.01, "betas": (0.9, 0.95), "refresh_ratio": 1.1, "update_clip": 1.0, "weight_decay": 0.1}
-    optimizer = Anon([p], **hyper, state_dtype=state_dtype)
+    optimizer = Anon([p], **hyper, state_dtype=state_dtype, fused=fused)
     optimizer.init_state()
     reference = ReferenceAnon(p, **hyper)
     for _ in range(10):

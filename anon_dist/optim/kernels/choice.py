@@ -70,7 +70,7 @@ def agree() -> bool:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return reason is None
     try:
-        verdict = _ask_store(_get_default_store(), able=reason is None)
+        verdict = _ask_store(_get_default_store(), dist.get_rank(), dist.get_world_size(), able=reason is None)
     except Exception as error:  # a store may lack an operation (torch's fake one) or have gone with its host
         verdict, reason = False, f"{type(error).__name__}: {error}"
         _warn(f"the ranks could not agree on the fused CPU kernel, the slower foreach path is used: {reason}")
@@ -82,11 +82,11 @@ def agree() -> bool:
     return verdict
 
 
-def _ask_store(store: Store, able: bool) -> bool:
+def _ask_store(store: Store, rank: int, ranks: int, able: bool) -> bool:
     store = PrefixStore("anon_dist/fused", store)
     if not able:
         store.compare_set("verdict", "", "foreach")
-    if store.add(f"rank{dist.get_rank()}", 1) == 1 and store.add("arrived", 1) == dist.get_world_size():
+    if store.add(f"rank{rank}", 1) == 1 and store.add("arrived", 1) == ranks:
         store.compare_set("verdict", "", "fused")
     deadline = time.monotonic() + AGREEMENT_SECONDS
     while not store.check(["verdict"]):  # `wait` would hold the store, which other threads use
