@@ -6,6 +6,7 @@ Each `case_…` function runs on every rank, one after the other, in one process
 import os
 import signal
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed import PrefixStore
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -27,6 +29,8 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import STATE_KEYS, param_groups
+from anon_dist.optim.kernels import choice, cpu
+from anon_dist.optim.kernels.build import BuildError
 from anon_dist.optim.monitor import update_statistics
 from anon_dist.train import config as c
 from anon_dist.train import loop
@@ -93,6 +97,7 @@ def case_bits_do_not_depend_on_the_sharding():
         {"gamma": 0.5, "window": 3},
         {"gamma": -1.0, "hold_silent": True, "refresh_ratio": 2.0},
         {"foreach": True},
+        {"fused": True},
     ):
         whole, model = Bag(), fully_shard(Bag())
         reference, optimizer = Anon(whole.parameters(), **{**LM, **hyper}), Anon(model.parameters(), **{**LM, **hyper})
@@ -100,6 +105,42 @@ def case_bits_do_not_depend_on_the_sharding():
             step_with_gradients(whole, reference, t)
             step_with_gradients(model, optimizer, t)
         assert_same_bits(model, optimizer, whole, reference)
+
+
+def case_one_rank_that_cannot_build_the_kernel_keeps_all_from_it():
+    """Replicas stay the same bits: those of the foreach path where one rank has no compiler, the kernel's where all have one."""
+    for rank_without in (1, None):
+        patch = Patch()
+        store = PrefixStore(f"without {rank_without}", choice._get_default_store())
+        patch.setattr(
+            choice, "_get_default_store", lambda store=store: store
+        )  # as if this were the first step in these processes
+        if dist.get_rank() == rank_without:
+            patch.setattr(cpu, "library", lambda: (_ for _ in ()).throw(BuildError("no C compiler found")))
+        model, other = Bag(), Bag()
+        optimizer = Anon(model.parameters(), **LM)
+        reference = Anon(other.parameters(), **LM, fused=rank_without is None)
+        for t in range(12):
+            step_with_gradients(model, optimizer, t)
+            step_with_gradients(other, reference, t)
+        patch.close()
+        assert_same_bits(model, optimizer, other, reference)
+
+
+def case_a_rank_left_without_parameters_takes_part():
+    """The first step waits for every rank, so one that has nothing to step must answer too, and at once."""
+    patch = Patch()
+    store = PrefixStore("left without", choice._get_default_store())
+    patch.setattr(choice, "_get_default_store", lambda: store)
+    optimizer = Anon([{"params": [nn.Parameter(torch.ones(3))] if dist.get_rank() == 0 else []}], **LM)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones(3)
+    begun = time.monotonic()
+    optimizer.step()
+    patch.close()
+    assert time.monotonic() - begun < choice.AGREEMENT_SECONDS / 2
+    assert optimizer._kernel_agreed is True
 
 
 def case_state_is_sharded_and_the_step_adds_no_communication():
