@@ -7,6 +7,7 @@
 #include <fenv.h>
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -92,19 +93,28 @@ static inline double clamp(double x, double low, double high) {
 
 /* -- the step of one block ------------------------------------------------------------------------------------------------------ */
 
-static void update(long n, float *restrict theta, const float *restrict g, float *restrict m, const float *restrict v,
-                   const struct step *step) {
-    const float decay = step->decay, keep = step->keep_m, add = step->add_m, bound = step->bound, scale = step->scale;
+/* The plain step, or with s the accumulating one. */
+static inline __attribute__((always_inline)) void update(long n, float *restrict theta, const float *restrict g, float *restrict m,
+                                                         float *restrict s, const float *restrict v, const struct step *step) {
+    const float decay = step->decay, keep_m = step->keep_m, add_m = step->add_m, bound = step->bound, scale = step->scale;
+    const float keep_s = step->keep_s, add_s = step->add_s;
     for (long i = 0; i < n; i++) {
-        m[i] = keep * m[i] + add * g[i];
+        if (s) s[i] = keep_s * s[i] + add_s * (g[i] * g[i]);
+        m[i] = keep_m * m[i] + add_m * g[i];
         const float update = v[i] * m[i], below = update > bound ? bound : update;
         theta[i] = decay * theta[i] - scale * (below < -bound ? -bound : below);
     }
 }
 
-static void accumulate(long n, float *restrict s, const float *restrict g, const struct step *step) {
-    const float keep = step->keep_s, add = step->add_s;
-    for (long i = 0; i < n; i++) s[i] = keep * s[i] + add * (g[i] * g[i]);
+/* Two functions, so that the compiler keeps what `restrict` says. */
+static __attribute__((noinline)) void update_plain(long n, float *restrict theta, const float *restrict g, float *restrict m,
+                                                   const float *restrict v, const struct step *step) {
+    update(n, theta, g, m, NULL, v, step);
+}
+
+static __attribute__((noinline)) void update_accumulating(long n, float *restrict theta, const float *restrict g, float *restrict m,
+                                                          float *restrict s, const float *restrict v, const struct step *step) {
+    update(n, theta, g, m, s, v, step);
 }
 
 /* In double, and in loops of their own: each has a chain of operations short enough for the processor to overlap several elements'.
@@ -206,9 +216,11 @@ static void update_block(void *const *tensors, int64_t start, long n, const stru
     const int with_s = step->variant != PLAIN, with_v = step->variant == REFRESH;
     for (int role = 0; role < ROLES; role++)
         x[role] = role == S && !with_s ? buffers[S] : opened(tensors[role], step->dtypes[role], start, n, buffers[role]);
-    if (step->variant == ACCUMULATE) accumulate(n, x[S], x[GRAD], step);
     if (step->variant == REFRESH) refresh(n, x[S], x[V], x[GRAD], step);
-    update(n, x[THETA], x[GRAD], x[M], x[V], step);
+    if (step->variant == ACCUMULATE)
+        update_accumulating(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
+    else
+        update_plain(n, x[THETA], x[GRAD], x[M], x[V], step);
     closed(tensors[THETA], step->dtypes[THETA], start, n, x[THETA]);
     closed(tensors[M], step->dtypes[M], start, n, x[M]);
     if (with_s) closed(tensors[S], step->dtypes[S], start, n, x[S]);
