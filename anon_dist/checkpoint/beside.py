@@ -102,7 +102,8 @@ def write_beside(extras: Mapping[str, Any], layout: str, world_size: int) -> lis
     def add(name: str, value: Any) -> None:
         files.append(lay_out(PurePosixPath(name), value))
 
-    for rank, state in sorted(rest.pop("rng", {}).items()):
+    ranks = rest.pop("rng") if _by_rank(rest.get("rng")) else {}
+    for rank, state in sorted(ranks.items()):
         if rank < world_size and layout == "accelerate":
             add(f"random_states_{rank}.pkl", _accelerate_random(state))
         elif rank < world_size:
@@ -125,6 +126,10 @@ def write_beside(extras: Mapping[str, Any], layout: str, world_size: int) -> lis
     if rest:
         add(EXTRAS, rest)
     return files
+
+
+def _by_rank(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(type(rank) is int for rank in value)
 
 
 def json_file(name: str, value: Any) -> OutFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -48,11 +48,16 @@ class Boxes:
             return torch.empty(0, dtype=self.dtype)
         rows = self._by_rows(start, stop)
         if rows is not None:
-            return rows
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
         out = torch.empty(stop - start, dtype=self.dtype)
         pieces = [(b.offsets, b.sizes, b.load()) for b in self._boxes if self._meets(b, start, stop)]
         _gather(out, self.shape, start, pieces)
         return out
+
+    def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """The same in consecutive pieces, which are views where the boxes are whole rows."""
+        rows = self._by_rows(start, stop) if stop > start else []
+        yield from [self.read(start, stop)] if rows is None else rows
 
     def _row(self) -> int:
         return prod(self.shape[1:]) if self.shape else 1
@@ -63,7 +68,7 @@ class Boxes:
         row = self._row()
         return box.offsets[0] * row < stop and (box.offsets[0] + box.sizes[0]) * row > start
 
-    def _by_rows(self, start: int, stop: int) -> Tensor | None:
+    def _by_rows(self, start: int, stop: int) -> list[Tensor] | None:
         """The elements as views, if the pieces that hold them are contiguous and consist of whole rows."""
         row, found = self._row(), []
         for box in self._boxes:
@@ -74,7 +79,7 @@ class Boxes:
                 return None
             first = box.offsets[0] * row if self.shape else 0
             found.append(piece.view(-1)[max(start - first, 0) : stop - first])
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found
 
 
 def _gather(

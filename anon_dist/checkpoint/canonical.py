@@ -2,7 +2,7 @@
 
 manifest.json                          format version, groups, scalars, extras; all but tensors
 index.json                             each tensor's parameter, state, shape, dtype and file
-tensors-00001-of-00002.safetensors     tensors; an xxh3 checksum for each, in the order of the header, in its metadata
+tensors-00001-of-00002.safetensors     tensors; a checksum of each, in the header's order, in its metadata
 extras.pt                              what JSON cannot say (torch.load with weights_only=True, or see `pickles`)
 """
 
@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +19,7 @@ import xxhash
 
 from anon_dist.checkpoint.beside import json_file
 from anon_dist.checkpoint.boxes import Boxes
+from anon_dist.checkpoint.copy import BLOCK
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.hf import SHARD, shard_file
 from anon_dist.checkpoint.json_values import decode, encode
@@ -33,7 +33,6 @@ VERSION = 1
 _MARK = "anon_dist_checkpoint"
 _MANIFEST, _INDEX, _EXTRAS = "manifest.json", "index.json", "extras.pt"
 _DIGITS = 16
-_READ = 1 << 24
 
 
 def detect(path: Path) -> bool:
@@ -79,7 +78,7 @@ class Canonical(Pieces):
         for file, header in self._headers.values():
             recorded = header.metadata.get("xxh3", "")
             for i, (name, entry) in enumerate(header.entries.items()):
-                if _digest(file, entry) != recorded[i * _DIGITS : (i + 1) * _DIGITS]:
+                if _digest(file, entry, {}) != recorded[i * _DIGITS : (i + 1) * _DIGITS]:
                     wrong.append(f"{file.path}: {name} is damaged (its checksum differs)")
         return wrong
 
@@ -90,7 +89,12 @@ def open_canonical(path: Path, options: ReadOptions) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or of a later version.
     """
-    return Canonical(path, options)
+    opened = Canonical(path, options)
+    if options.check and (wrong := opened.check()):
+        raise CheckpointError(
+            f"{wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Take another checkpoint"
+        )
+    return opened
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
@@ -106,7 +110,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     for name, keys in zip(names, shards, strict=True):
         blank = {"xxh3": "0" * _DIGITS * len(keys)}
         file = shard_file(checkpoint, name, {_name(k): k for k in keys}, blank)
-        file.finish = _add_checksums
+        checksums = _Checksums()
+        file.finish, file.observe = checksums.finish, checksums.observe
         files.append(file)
         for key in keys:
             info = checkpoint.tensors[key]
@@ -155,26 +160,36 @@ def _header(path: Path) -> tuple[MappedFile, Header]:
     return file, read_header(file)
 
 
-def _add_checksums(path: Path) -> None:
-    """Fill in the blank that the header has for them."""
-    file = MappedFile(path)
-    digests = "".join(_digest(file, entry) for entry in read_header(file).entries.values())
-    blank = file.read(0, 64 + len(digests)).index(b'"xxh3":"') + len('"xxh3":"')
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        os.pwrite(descriptor, digests.encode(), blank)
-    finally:
-        os.close(descriptor)
-        file.close()
+class _Checksums:
+    """The checksums of a shard, taken from the blocks as they are written; of blocks that were written before, from the file."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, xxhash.xxh3_64] = {}
+
+    def observe(self, offset: int, data: memoryview) -> None:
+        """See `OutFile`."""
+        if offset not in self._blocks:
+            self._blocks[offset] = xxhash.xxh3_64()
+        self._blocks[offset].update(data)
+
+    def finish(self, path: Path) -> None:
+        """Fill in the blank that the header has for them."""
+        file = MappedFile(path)
+        known = {offset: block.digest() for offset, block in self._blocks.items()}
+        digests = "".join(_digest(file, entry, known) for entry in read_header(file).entries.values())
+        blank = file.read(0, 64 + len(digests)).index(b'"xxh3":"') + len('"xxh3":"')
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, digests.encode(), blank)
+        finally:
+            os.close(descriptor)
 
 
-def _digest(file: MappedFile, entry: Entry) -> str:
-    hashing = xxhash.xxh3_64()
+def _digest(file: MappedFile, entry: Entry, known: Mapping[int, bytes]) -> str:
+    """xxh3 of the xxh3 of each block of a tensor."""
+    whole = xxhash.xxh3_64()
     stop = entry.start + entry.numel * entry.dtype.itemsize
-    for data in map(partial(_piece, file, stop), range(entry.start, stop, _READ)):
-        hashing.update(data)
-    return hashing.hexdigest()
-
-
-def _piece(file: MappedFile, stop: int, start: int) -> bytes:
-    return file.read(start, min(_READ, stop - start))
+    for start in range(entry.start, stop, BLOCK):
+        block = known.get(start)
+        whole.update(block or xxhash.xxh3_64_digest(file.read(start, min(BLOCK, stop - start))))
+    return whole.hexdigest()

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
 from anon_dist.files import sync, sync_tree
 
 BLOCK = 8 << 20
-"""Bytes that are read and written at a time."""
+"""Bytes that are read and written at a time. The canonical format's checksums are of such blocks: another size is another version of it."""
 SEGMENT = 256 << 20
 """Bytes after which a thread has what it wrote on the disk and notes it in the journal."""
 
@@ -55,6 +55,7 @@ def write_files(
         CheckpointError: the source cannot be read, the disk is full, or another process writes this target.
     """
     partial = target.with_name(target.name + ".partial")
+    _return_memory()
     journal = _Journal(partial, {"plan": _digest(files), "source": fingerprint})
     try:
         _Writing(files, source, partial / "data", journal, workers, quiet).run()
@@ -179,8 +180,7 @@ class _Writing:
             for region in segment.regions:
                 if self._stopped.is_set():
                     return
-                piece = self._source.read(*_call(region.part))
-                _write_tensor(descriptor, piece, region)
+                _write_region(descriptor, self._source, region, self._files[segment.file].observe)
                 self._bar.update((region.part.stop - region.part.start) * region.dtype.itemsize)
             os.fdatasync(descriptor)
             self._journal.note(segment.file, segment.number)
@@ -200,11 +200,6 @@ class _Writing:
         self._journal.note(file, -1)
         with self._lock:
             os.close(self._descriptors.pop(file))
-
-
-def _call(part: Part) -> tuple[Any, int, int]:
-    assert part.key is not None
-    return part.key, part.start, part.stop
 
 
 def _segments(number: int, file: OutFile) -> Iterator[_Segment]:
@@ -231,15 +226,26 @@ def _blocks(file: OutFile) -> Iterator[Region]:
             yield Region(Part(part.key, start, stop), region.dtype, region.offset + (start - part.start) * width)
 
 
-def _write_tensor(descriptor: int, tensor: Tensor, region: Region) -> None:
-    if tensor.numel() != region.part.stop - region.part.start:
-        raise CheckpointError(f"{region.part.key}: {tensor.numel()} elements were read where others were expected")
-    if tensor.dtype != region.dtype:
-        tensor = tensor.to(region.dtype)
-    else:
-        _will_need(tensor)
-    content: Any = tensor.view(torch.uint8).numpy()
-    _write_all(descriptor, memoryview(content), region.offset)
+def _write_region(
+    descriptor: int, source: Checkpoint, region: Region, observe: Callable[[int, memoryview], None] | None
+) -> None:
+    part, offset = region.part, region.offset
+    assert part.key is not None
+    for tensor in source.pieces(part.key, part.start, part.stop):
+        if tensor.dtype != region.dtype:
+            tensor = tensor.to(region.dtype)
+        else:
+            _will_need(tensor)
+        content: Any = tensor.view(torch.uint8).numpy()
+        _write_all(descriptor, memoryview(content), offset)
+        if observe is not None:
+            observe(region.offset, memoryview(content))
+        offset += tensor.nbytes
+    wanted = (part.stop - part.start) * region.dtype.itemsize
+    if offset - region.offset != wanted:
+        raise CheckpointError(
+            f"{part.key.state} of {part.key.parameter}: {offset - region.offset} bytes where {wanted} should be"
+        )
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -248,9 +254,14 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def _return_memory() -> None:
+    """Have blocks given back to the system when they are freed. The C library keeps them otherwise, and they fragment."""
+    _libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_POPULATE_READ, _WILLNEED = 22, 3
+_WILLNEED, _MMAP_THRESHOLD = 3, -3
 
 
 def _will_need(tensor: Tensor) -> None:

@@ -20,6 +20,9 @@ from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
 from anon_dist.checkpoint.statedict import interpret
 
+_TITAN = ("lr_scheduler", "dataloader", "train_state")
+_OWN = "anon_dist"
+"""Key under which extras lie that torchtitan has no key for."""
 _MODEL, _OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
 
@@ -47,7 +50,7 @@ def open_dcp(path: Path, options: ReadOptions) -> Checkpoint:
         ranks = max(ranks, folder.world_size)
     _nest(tree)
     around = path.parent if path.name in (_MODEL, _OPTIMIZER) else path
-    beside = read_beside(around, options.unsafe)
+    beside = {**read_beside(around, options.unsafe), **tree.pop(_OWN, {})}
     return interpret(tree, str(path), options.names, beside, format="dcp", world_size=ranks)
 
 
@@ -67,10 +70,13 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     model, optimizer = model_tree(checkpoint), optimizer_tree(checkpoint)
     here, ranks = PurePosixPath("."), options.world_size
     if options.layout == "torchtitan":
-        rest = extras_tree(checkpoint)
-        if clash := sorted(set(rest) & set(model)):
+        extras = extras_tree(checkpoint)
+        rest = {k: extras.pop(k) for k in _TITAN if k in extras}
+        if extras:
+            rest[_OWN] = extras
+        if clash := sorted({*rest, "optimizer"} & set(model)):
             raise CheckpointError(
-                f"the model has a parameter {clash[0]}, which is also the name of an extra; choose another --layout"
+                f"the model has a parameter {clash[0]}, which torchtitan keeps something else under; choose another --layout"
             )
         flat = {"optimizer": _flat(optimizer)} if optimizer else {}
         return dcp_files(here, {**model, **flat, **rest}, ranks)

@@ -12,7 +12,7 @@ have in common.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -118,6 +118,10 @@ class Checkpoint(ABC):
             CheckpointError: the bytes are missing or damaged; naming file and tensor.
         """
 
+    def pieces(self, key: Key, start: int, stop: int) -> Iterator[Tensor]:
+        """What `read` gives, in consecutive pieces: overridden where they are views and `read` would have to put them together."""
+        yield self.read(key, start, stop)
+
     def close(self) -> None:  # noqa: B027 - most readers have nothing to close
         """Give back files and memory."""
 
@@ -161,3 +165,6 @@ class OutFile:
     regions: list[Region]
     finish: Callable[[Path], None] | None = None
     """Called with the file once it is filled; for checksums."""
+    observe: Callable[[int, memoryview], None] | None = None
+    """Called with the offset of each block of `copy.BLOCK` bytes of a region (the last one shorter) and its bytes as they are written,
+    which may be in several calls, one after the other. Not for blocks that an interrupted conversion wrote before."""

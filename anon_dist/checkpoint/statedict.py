@@ -5,7 +5,9 @@ The leaves are tensors, `Boxes` for tensors that lie in pieces, or any other val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -44,9 +46,19 @@ class Pieces(Checkpoint):
 
     def read(self, key: Key, start: int, stop: int) -> Tensor:
         """See `Checkpoint`."""
-        try:
+        with self._named(key):
             return self._sources[key].read(start, stop)
-        except (CheckpointError, RuntimeError, OSError) as error:
+
+    def pieces(self, key: Key, start: int, stop: int) -> Iterator[Tensor]:
+        """See `Checkpoint`."""
+        with self._named(key):
+            yield from self._sources[key].pieces(start, stop)
+
+    @contextmanager
+    def _named(self, key: Key) -> Iterator[None]:
+        try:
+            yield
+        except (CheckpointError, RuntimeError) as error:
             raise CheckpointError(f"{self._where}: {key.state} of {key.parameter} cannot be read: {error}") from error
 
 
@@ -55,6 +67,7 @@ class _Reading:
     """What has been found so far."""
 
     where: str
+    ordered: bool
     sources: dict[Key, Boxes] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: list[ParamGroup] = field(default_factory=list)
@@ -68,6 +81,7 @@ def interpret(
     where: str,
     names: Sequence[str] | None = None,
     extras: Mapping[str, Any] | None = None,
+    ordered: bool = True,
     **manifest: Any,
 ) -> Pieces:
     """A nested state dictionary as a checkpoint: model, optimizer, and the rest.
@@ -76,6 +90,7 @@ def interpret(
         where: file or folder, for messages.
         names: of the parameters in the optimizer's order, for optimizers that number them.
         extras: more of them, from files beside.
+        ordered: whether the model's entries are in the model's order.
         manifest: format and world_size.
 
     Raises:
@@ -86,11 +101,13 @@ def interpret(
         raise CheckpointError(
             f"{where} holds neither a model's nor an optimizer's state dictionary; its keys: {', '.join(map(str, list(tree)[:8]))}"
         )
-    reading = _Reading(where)
+    reading = _Reading(where, ordered)
     weights = _read_model(reading, model)
     if optimizer:
         _read_optimizer(reading, optimizer, weights, names)
     members = {m for g in reading.groups for m in g.members}
+    if optimizer:
+        _find_tied(reading, weights, members)
     buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
     order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
     reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
@@ -194,6 +211,30 @@ def _read_optimizer(
             _read_state(reading, name, str(key), value)
 
 
+def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet[str]) -> None:
+    """Formats that store a tied weight under each of its names do not say so: the optimizer knows only one, and the contents are equal.
+
+    Only matrices of varied contents count; what is constant may be equal by chance.
+    """
+    known = [n for n in weights if n in members]
+    for name in [n for n in weights if n not in members]:
+        own = reading.sources[Key(name, WEIGHT)]
+        for other in known:
+            if len(own.shape) > 1 and _equal(own, reading.sources[Key(other, WEIGHT)]):
+                reading.tied[name] = other
+                del weights[name], reading.sources[Key(name, WEIGHT)]
+                break
+
+
+def _equal(a: Boxes, b: Boxes) -> bool:
+    numel = prod(a.shape)
+    if a.shape != b.shape or a.dtype != b.dtype or numel == 0:
+        return False
+    blocks = [(0, min(numel, 256)), *((i, min(numel, i + _LARGE)) for i in range(0, numel, _LARGE))]
+    head = a.read(*blocks[0])
+    return not bool((head == head[0]).all()) and all(torch.equal(a.read(*x), b.read(*x)) for x in blocks)
+
+
 def _names(
     reading: _Reading,
     states: Mapping[Any, Any],
@@ -220,7 +261,7 @@ def _names(
         return {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, recorded, strict=True)}
     shapes = {m: _shape_of(states.get(m, states.get(str(m), {}))) for m in flat}
     model = {n: reading.sources[Key(n, WEIGHT)].shape for n, floating in weights.items() if not is_buffer(n, floating)}
-    found = assign(members, shapes, model, reading.where)
+    found = assign(members, shapes, model, reading.where, reading.ordered)
     reading.notes.append(
         "the optimizer numbers its parameters; they were named after the model beside it, in its order"
     )
@@ -238,8 +279,9 @@ def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[A
 
 
 def _shape_of(state: Mapping[str, Any]) -> Shape | None:
-    """The parameter's shape, if all of its states that have dimensions agree on one."""
-    shapes = {tuple(v.shape) for v in state.values() if isinstance(v, Tensor | Boxes) and len(v.shape) > 0}
+    """The parameter's shape, if all of its states but `step` agree on one."""
+    shapes = {tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor | Boxes) and k != "step"}
+    shapes = {s for s in shapes if s} or shapes
     return shapes.pop() if len(shapes) == 1 else None
 
 

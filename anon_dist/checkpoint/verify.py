@@ -67,11 +67,12 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Key | None, Key | No
     for checkpoint in (a, b):
         own = {f"{k.parameter}: {k.state}": k for k in checkpoint.tensors if k.state not in (WEIGHT, MASTER, EXTRA)}
         own.update({f"{n}: {WEIGHT}": Key(n, WEIGHT) for n in model_names(checkpoint)})
+        own.update({f"{alias}: {WEIGHT}": Key(n, WEIGHT) for alias, n in checkpoint.manifest.tied.items()})
         sides.append(own)
     for name in {**sides[0], **sides[1]}:
         first, second = sides[0].get(name), sides[1].get(name)
         if first and second and first.state == WEIGHT:
-            first, second = _weights(a, b, first.parameter)
+            first, second = _weights(a, b, first.parameter, second.parameter)
         pairs[name] = (first, second)
     for name in model_names(a):
         key = Key(name, MASTER)
@@ -80,14 +81,12 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Key | None, Key | No
     return pairs
 
 
-def _weights(a: Checkpoint, b: Checkpoint, name: str) -> tuple[Key, Key]:
-    """The weight in both; where only one side has a master, and the other no weight of the same dtype, the master."""
-    own, master = Key(name, WEIGHT), Key(name, MASTER)
-    if own in a.tensors and own in b.tensors and a.tensors[own].dtype == b.tensors[own].dtype:
-        return own, own
-    if master in a.tensors and master in b.tensors:
-        return master, master
-    return weight_key(a, name), weight_key(b, name)
+def _weights(a: Checkpoint, b: Checkpoint, one: str, two: str) -> tuple[Key, Key]:
+    """The weight in both; where they differ in dtype because only one has a master beside it, the master."""
+    first, second = Key(one, WEIGHT), Key(two, WEIGHT)
+    if first in a.tensors and second in b.tensors and a.tensors[first].dtype == b.tensors[second].dtype:
+        return first, second
+    return weight_key(a, one), weight_key(b, two)
 
 
 def _tensors(a: Checkpoint, b: Checkpoint, name: str, keys: tuple[Key | None, Key | None]) -> Difference | None:
@@ -137,6 +136,8 @@ def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Map
     for name in sorted({*a, *b}):
         one, two = a.get(name, {}), b.get(name, {})
         for key in sorted({*map(str, one), *map(str, two)}):
+            if one.get(key, {}) == {} == two.get(key, {}):
+                continue  # DCP has no empty dictionaries
             if key not in one or key not in two:
                 wrong.setdefault((key, f"only in {'B' if key not in one else 'A'}"), []).append(name)
             elif not same(one[key], two[key]):
