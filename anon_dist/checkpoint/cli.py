@@ -32,9 +32,12 @@ class Reading:
     unsafe: bool = False
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
+    check: bool = False
+    """Compare a canonical checkpoint with its checksums first; the other formats have none."""
+
     def options(self) -> ReadOptions:
         """For the readers."""
-        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe)
+        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe, self.check)
 
 
 @dataclass

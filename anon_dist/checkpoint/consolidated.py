@@ -62,8 +62,8 @@ def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
         tree["model"] = open_torch(model, options.unsafe)
     elif weight_files(folder):
         tree["model"] = read_weights(folder)
-    beside = read_beside(folder, options.unsafe)
-    return interpret(tree, str(optimizer), options.names, beside, format="consolidated", world_size=None)
+    beside, ordered = read_beside(folder, options.unsafe), model is not None
+    return interpret(tree, str(optimizer), options.names, beside, ordered, format="consolidated", world_size=None)
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:

@@ -67,6 +67,7 @@ class _Reading:
     """What has been found so far."""
 
     where: str
+    ordered: bool
     sources: dict[Key, Boxes] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: list[ParamGroup] = field(default_factory=list)
@@ -80,6 +81,7 @@ def interpret(
     where: str,
     names: Sequence[str] | None = None,
     extras: Mapping[str, Any] | None = None,
+    ordered: bool = True,
     **manifest: Any,
 ) -> Pieces:
     """A nested state dictionary as a checkpoint: model, optimizer, and the rest.
@@ -88,6 +90,7 @@ def interpret(
         where: file or folder, for messages.
         names: of the parameters in the optimizer's order, for optimizers that number them.
         extras: more of them, from files beside.
+        ordered: whether the model's entries are in the model's order.
         manifest: format and world_size.
 
     Raises:
@@ -98,7 +101,7 @@ def interpret(
         raise CheckpointError(
             f"{where} holds neither a model's nor an optimizer's state dictionary; its keys: {', '.join(map(str, list(tree)[:8]))}"
         )
-    reading = _Reading(where)
+    reading = _Reading(where, ordered)
     weights = _read_model(reading, model)
     if optimizer:
         _read_optimizer(reading, optimizer, weights, names)
@@ -213,9 +216,10 @@ def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet
 
     Only matrices of varied contents count; what is constant may be equal by chance.
     """
+    known = [n for n in weights if n in members]
     for name in [n for n in weights if n not in members]:
         own = reading.sources[Key(name, WEIGHT)]
-        for other in members & weights.keys():
+        for other in known:
             if len(own.shape) > 1 and _equal(own, reading.sources[Key(other, WEIGHT)]):
                 reading.tied[name] = other
                 del weights[name], reading.sources[Key(name, WEIGHT)]
@@ -257,7 +261,7 @@ def _names(
         return {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, recorded, strict=True)}
     shapes = {m: _shape_of(states.get(m, states.get(str(m), {}))) for m in flat}
     model = {n: reading.sources[Key(n, WEIGHT)].shape for n, floating in weights.items() if not is_buffer(n, floating)}
-    found = assign(members, shapes, model, reading.where)
+    found = assign(members, shapes, model, reading.where, reading.ordered)
     reading.notes.append(
         "the optimizer numbers its parameters; they were named after the model beside it, in its order"
     )

@@ -289,6 +289,24 @@ def test_ambiguous_numbers_ask_for_names(tmp_path):
         open_checkpoint(path, ReadOptions(names=["1.weight"]))
 
 
+def test_the_order_of_safetensors_is_not_the_models(tmp_path):
+    """They sort by name: what fits in that order may still be wrong."""
+    from safetensors.torch import save_file
+
+    model = torch.nn.ModuleDict({"z": torch.nn.Linear(4, 4), "a": torch.nn.Linear(4, 4)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    with pytest.raises(CheckpointError, match=r"optimizer.bin: the optimizer fits .* Give --names FILE"):
+        open_checkpoint(tmp_path)
+    found = open_checkpoint(tmp_path, ReadOptions(names=[n for n, _ in model.named_parameters()]))
+    expected = optimizer.state[model["z"].weight]["exp_avg"]
+    assert torch.equal(found.read(Key("z.weight", "exp_avg"), 0, 16), expected.flatten())
+
+
 def test_recorded_names_are_used(tmp_path):
     """Optimizers built from named_parameters say what they number."""
     model = torch.nn.Sequential(*[torch.nn.Linear(4, 4, bias=False) for _ in range(3)])

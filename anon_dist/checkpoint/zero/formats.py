@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
+from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
 from anon_dist.checkpoint.schema import EXTRA, Checkpoint, OutFile
@@ -35,7 +39,10 @@ class ZeroFormat:
 
     def detect(self, path: Path) -> bool:
         """Whether a folder, or the tag that `latest` in it names, is a checkpoint of this stage."""
-        return tag_folder(path) is not None and _stage(find(path)) == self.stage
+        if tag_folder(path) is None:
+            return False
+        with _named(path):
+            return _stage(find(path)) == self.stage
 
     def open(self, path: Path, options: ReadOptions) -> Checkpoint:
         """The checkpoint, mapped.
@@ -47,10 +54,11 @@ class ZeroFormat:
             CheckpointError: files are missing, damaged, of different steps or another format; naming file and tensor.
         """
         files = find(path, options.unsafe)
-        if self.stage == 0:
-            found = stage0.read(files, self.name, options.names)
-        else:
-            found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
+        with _named(files.folder):
+            if self.stage == 0:
+                found = stage0.read(files, self.name, options.names)
+            else:
+                found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
         manifest = found.manifest
         if files.folder != path:  # what the training loop or accelerate wrote beside the tag's folder
             beside = {k: found.add_nested(k, v, path) for k, v in read_beside(path, options.unsafe).items()}
@@ -102,6 +110,20 @@ class ZeroFormat:
                 "anon_dist.engines.zero_restore.restore brings all."
             )
         return notes
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What goes wrong with a file of the right name and the wrong contents is said of its folder."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged contents raise whatever the first wrong entry leads to
+        where = traceback.extract_tb(error.__traceback__)[-1].name
+        raise CheckpointError(
+            f"{folder} is damaged, or not as DeepSpeed writes it: {type(error).__name__}: {error} (in {where})"
+        ) from error
 
 
 def _stage(files: Files) -> int | None:
