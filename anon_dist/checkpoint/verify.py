@@ -32,7 +32,8 @@ def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, work
     """What differs. A canonical folder is also compared with its own checksums, alone if `b` is None.
 
     Compared are weights (their float32 masters, where both or one have them and the other is float32), every state of every parameter,
-    scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have them.
+    scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have
+    them, but for what describes an engine or a rank (ds_config, rng).
 
     Raises:
         CheckpointError: one cannot be read.
@@ -125,7 +126,7 @@ def _hyperparameters(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 
 
 def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
-    common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng"}
+    common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng", "ds_config"}
     sides = [{k: c.manifest.extras[k] for k in common} for c in (a, b)]
     return _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
