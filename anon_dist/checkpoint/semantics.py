@@ -217,7 +217,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
         if old.get("weight_decay") and not options.decoupled:
             raise CheckpointError(
                 f"param group {index} has weight_decay {old['weight_decay']}, and the port's checkpoint does not say whether it is "
-                "decoupled. If it was built with weight_decouple=True, say so (--decoupled); coupled decay Anon does not have"
+                "decoupled. If it was built with weight_decouple=True, say so (--anon.decoupled); coupled decay Anon does not have"
             )
         for name in _with_state(checkpoint, group):
             step, refreshes = _step(checkpoint, name), int(scalars[name].pop("t"))
