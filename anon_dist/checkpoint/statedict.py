@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.flat_keys import nested
 from anon_dist.checkpoint.names import Shape, assign, is_buffer, unwrapped
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
@@ -195,7 +196,7 @@ def _read_optimizer(
     reading: _Reading, optimizer: Mapping[str, Any], weights: Mapping[str, bool], names: Sequence[str] | None
 ) -> None:
     if "state" not in optimizer:
-        optimizer = _unflatten(optimizer, sorted(weights))
+        optimizer = nested(optimizer, weights.keys())
     states, groups = optimizer["state"], optimizer["param_groups"]
     members = [list(g["params"]) for g in groups]
     named = _names(reading, states, members, groups, weights, names)
@@ -331,38 +332,3 @@ def _boxes(value: Tensor | Boxes) -> Boxes:
 
 def _number(member: Any) -> Any:
     return int(member) if isinstance(member, str) and member.isdigit() else member
-
-
-def _unflatten(optimizer: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """`state.NAME.KEY` and `param_groups.NAME.KEY` (torch's `flatten_optimizer_state_dict`, torchtitan) as states and groups.
-
-    Parameters of equal hyperparameters are one group.
-    """
-    hyper: dict[str, dict[str, Any]] = {}
-    for key, value in optimizer.items():
-        if key.startswith("param_groups."):
-            name, _, option = key.removeprefix("param_groups.").rpartition(".")
-            hyper.setdefault(name, {})[option] = _value(value)
-    names = sorted({*known, *hyper}, key=len, reverse=True)
-    states: dict[str, dict[str, Any]] = {}
-    for key, value in optimizer.items():
-        if key.startswith("state."):
-            path = key.removeprefix("state.")
-            name = next((n for n in names if path.startswith(n + ".")), path.rpartition(".")[0])
-            states.setdefault(name, {})[path[len(name) + 1 :]] = value
-    groups: list[dict[str, Any]] = []
-    for name, options in hyper.items():
-        group = next((g for g in groups if _same(g["options"], options)), None)
-        if group is None:
-            groups.append(group := {"options": options, "params": []})
-        group["params"].append(name)
-    return {"state": states, "param_groups": [{**g["options"], "params": g["params"]} for g in groups]}
-
-
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    def equal(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor) or isinstance(y, Tensor):
-            return isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y)
-        return type(x) is type(y) and x == y
-
-    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())

@@ -70,6 +70,10 @@ def _load_safely(load: Callable[..., Any]) -> Any:
         return load(weights_only=False, pickle_module=restricted())
 
 
+def _map(path: Path, size: int) -> Any:
+    return torch.UntypedStorage.from_file(str(path), False, size) if size else torch.UntypedStorage(0)
+
+
 class MappedFile:
     """A file that is read where it is needed: bytes by position, tensors as views.
 
@@ -81,14 +85,11 @@ class MappedFile:
         self.path = path
         try:
             self.size = path.stat().st_size
-            storage = (
-                torch.UntypedStorage.from_file(str(path), False, self.size) if self.size else torch.UntypedStorage(0)
-            )
+            self._storage = _map(path, self.size)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             raise CheckpointError(f"{path} cannot be opened: {reason}; a complete checkpoint has it") from None
-        self._storage = storage
-        self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size), fewer at the end of the file."""
