@@ -35,9 +35,9 @@ def open_torch(path: Path, unsafe: bool = False) -> Any:
         CheckpointError: no such file, damaged, or it asks for a class that is not known.
     """
     path = Path(path)
-    mapped = zipfile.is_zipfile(path) if path.is_file() else True  # files before torch 1.6 cannot be mapped
 
     def load(**how: Any) -> Any:
+        mapped = zipfile.is_zipfile(path) if path.is_file() else True  # files before torch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", mmap=mapped, **how)
 
     try:
