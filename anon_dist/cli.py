@@ -91,8 +91,8 @@ def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
 def leave() -> None:
     """End a rank that has done its work, at once.
 
-    gloo's threads outlive its process groups, as torch keeps device meshes; one that asks for Python's lock while the interpreter shuts
-    down aborts the process ("terminate called without an active exception"), and the launcher takes a finished run for a failed one.
+    gloo's threads outlive its process groups, as torch keeps device meshes. Seldom, one of them aborts the process while it shuts down
+    ("terminate called without an active exception", exit code -6), and the launcher takes a finished run for a failed one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
