@@ -379,3 +379,15 @@ def test_zero_redundancy_optimizers_whole_state(tmp_path):
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
         assert_equal(dict(zero.optim.state.get(p, {})), dict(reference.state.get(q, {})), "state")
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "universal"])
+def test_clipping_is_left_to_the_engine_where_it_is_not_known(scripts, tmp_path, name):
+    """DeepSpeed takes the norm to clip to over from the file: 0 would switch its clipping off."""
+    target = to(scripts["adamw"], tmp_path / "ds", name, allow_loss=True)
+    files = [*target.rglob("*_optim_states.pt"), *target.rglob("optimizer_state.pt")]
+    assert files
+    for file in files:
+        found = torch.load(file, weights_only=False)
+        assert "clip_grad" not in found.get("optimizer_state_dict", {})
+        assert "clip_grad" not in found
