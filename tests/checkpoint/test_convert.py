@@ -381,6 +381,22 @@ def test_zero_redundancy_optimizers_whole_state(tmp_path):
         assert_equal(dict(zero.optim.state.get(p, {})), dict(reference.state.get(q, {})), "state")
 
 
+def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
+    """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    schedule = {"last_epoch": 7}
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule}, tmp_path / "a.pt"
+    )
+    for name in ("zero0", "zero2", "zero3", "universal"):
+        files = list(to(tmp_path / "a.pt", tmp_path / name, name, world_size=2).rglob("*_model_states.pt"))
+        assert files
+        assert all(torch.load(f, weights_only=False)["lr_scheduler"] == schedule for f in files)
+
+
 @pytest.mark.parametrize("name", ["zero1", "zero2", "universal"])
 def test_clipping_is_left_to_the_engine_where_it_is_not_known(scripts, tmp_path, name):
     """DeepSpeed takes the norm to clip to over from the file: 0 would switch its clipping off."""

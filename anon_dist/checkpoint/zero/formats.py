@@ -14,7 +14,7 @@ from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schema import EXTRA, Checkpoint, OutFile
+from anon_dist.checkpoint.schema import EXTRA, Checkpoint, OutFile, schedule_key
 from anon_dist.checkpoint.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
@@ -99,7 +99,7 @@ class ZeroFormat:
         notes = []
         if not source.config:
             notes.append("The source records no DeepSpeed configuration: ds_config names the layout alone.")
-        if source.manifest.extras.get("lr_scheduler") is None:
+        if schedule_key(source.manifest.extras) is None:
             notes.append(
                 "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
             )
