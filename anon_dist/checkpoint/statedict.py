@@ -111,6 +111,8 @@ def interpret(
         _find_tied(reading, weights, members)
     buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
     order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
+    for key in (str(k) for k, v in rest.items() if not optimizer and _holds_optimizer(v)):
+        reading.notes.append(f"{key} is not one optimizer's state dictionary: it stays as it is, among the extras")
     reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
     made = Manifest(
         optimizer=recognise(
@@ -163,6 +165,12 @@ def _is_optimizer(value: Any) -> bool:
         return False
     flat = any(str(k).startswith("state.") for k in value) and any(str(k).startswith("param_groups.") for k in value)
     return flat or ("state" in value and "param_groups" in value)
+
+
+def _holds_optimizer(value: Any) -> bool:
+    """Whether an optimizer's state dictionary, or several, is in it: of a model with an optimizer for each of its parts."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return _is_optimizer(value) or any(_is_optimizer(v) for v in inner)
 
 
 def _is_model(value: Any) -> bool:

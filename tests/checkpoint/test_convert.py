@@ -407,3 +407,16 @@ def test_clipping_is_left_to_the_engine_where_it_is_not_known(scripts, tmp_path,
         found = torch.load(file, weights_only=False)
         assert "clip_grad" not in found.get("optimizer_state_dict", {})
         assert "clip_grad" not in found
+
+
+@pytest.mark.parametrize(
+    "both", [lambda a, b: {"optimizer": [a, b]}, lambda a, b: {"optimizer_g": a, "optimizer_d": b}]
+)
+def test_several_optimizers_are_carried_and_said_to_be(tmp_path, both):
+    model = torch.nn.Linear(3, 3)
+    states = [torch.optim.SGD([p], momentum=0.9).state_dict() for p in model.parameters()]
+    torch.save({"model": model.state_dict(), **both(*states)}, tmp_path / "a.pt")
+    notes = convert(tmp_path / "a.pt", tmp_path / "dcp", "dcp")
+    assert any("optimizer" in note and "among the extras" in note for note in notes)
+    back = torch.load(to(tmp_path / "dcp", tmp_path / "b.pt", "consolidated"))
+    assert_equal({k: v for k, v in back.items() if k != "model"}, both(*states), "optimizers")
