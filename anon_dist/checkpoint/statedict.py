@@ -218,6 +218,18 @@ def _read_optimizer(
         name = named[member]
         for key, value in values.items():
             _read_state(reading, name, str(key), value)
+    _find_dimensionless(reading)
+
+
+def _find_dimensionless(reading: _Reading) -> None:
+    """A 0-dim state is of its parameter's shape, not a number beside it, where the parameter has no dimensions and other parameters
+    have the state in theirs."""
+    shaped = {key.state for key in reading.sources}
+    for name, own in reading.scalars.items():
+        weight = reading.sources.get(Key(name, WEIGHT))
+        if weight is not None and not weight.shape:
+            for key in [k for k, v in own.items() if k in shaped and isinstance(v, Tensor)]:
+                reading.sources[Key(name, key)] = _boxes(own.pop(key))
 
 
 def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet[str]) -> None:

@@ -19,6 +19,7 @@ from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Key
+from anon_dist.checkpoint.semantics import AnonOptions
 from anon_dist.checkpoint.verify import verify
 
 KINDS = list(OPTIMIZERS)
@@ -407,6 +408,29 @@ def test_clipping_is_left_to_the_engine_where_it_is_not_known(scripts, tmp_path,
         found = torch.load(file, weights_only=False)
         assert "clip_grad" not in found.get("optimizer_state_dict", {})
         assert "clip_grad" not in found
+
+
+def test_a_parameter_without_dimensions(tmp_path):
+    """Its states have none either, and are no less its states: DeepSpeed lays them flat, and another optimizer's are made of them."""
+    model = torch.nn.Linear(3, 3)
+    model.scale = torch.nn.Parameter(torch.tensor(0.5))
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    (model(torch.ones(3)).square().sum() * model.scale).backward()
+    optimizer.step()
+    path = tmp_path / "a.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    for name in ("zero0", "zero1", "zero3", "universal", "dcp", "canonical"):
+        target = to(path, tmp_path / name, name)
+        assert verify(path, target) == []
+        assert verify(path, to(target, tmp_path / f"{name}.pt", "consolidated")) == []
+    assert (
+        optimizer.state[model.scale]["exp_avg"]
+        == torch.load(tmp_path / "zero3.pt")["optimizer"]["state"]["scale"]["exp_avg"]
+    )
+    convert(path, tmp_path / "anon.pt", "consolidated", optimizer=AnonOptions())
+    states = torch.load(tmp_path / "anon.pt")["optimizer"]["state"]
+    assert states["scale"].keys() == states["weight"].keys()
+    assert states["scale"]["precond"].shape == ()
 
 
 @pytest.mark.parametrize(
