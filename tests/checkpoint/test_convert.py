@@ -410,6 +410,20 @@ def test_clipping_is_left_to_the_engine_where_it_is_not_known(scripts, tmp_path,
         assert "clip_grad" not in found
 
 
+@pytest.mark.parametrize("name", ["consolidated", "dcp", "accelerate", "torchtitan"])
+def test_the_training_step_survives_formats_without_a_place_for_it(scripts, tmp_path, name):
+    """Of optimizers that do not count; DeepSpeed would go on from step 0."""
+    script = torch.load(scripts["lion"])
+    del script["iteration"]
+    torch.save(script, tmp_path / "lion.pt")
+    assert inspect(tmp_path / "lion.pt")["step"] is None
+    canonical = to(tmp_path / "lion.pt", tmp_path / "canonical", "canonical")
+    manifest = json.loads((canonical / "manifest.json").read_text())
+    manifest["manifest"]["step"] = 7
+    (canonical / "manifest.json").write_text(json.dumps(manifest))
+    assert inspect(to(canonical, tmp_path / "there", name))["step"] == 7
+
+
 def test_a_parameter_without_dimensions(tmp_path):
     """Its states have none either, and are no less its states: DeepSpeed lays them flat, and another optimizer's are made of them."""
     model = torch.nn.Linear(3, 3)
