@@ -292,7 +292,10 @@ def _names(
 def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str]) -> None:
     for member, name in named.items():
         weight, shape = reading.sources.get(Key(name, WEIGHT)), _shape_of(states.get(member, {}))
-        if weight is not None and shape is not None and weight.shape != shape:
+        factored = (
+            weight is not None and shape is not None and len(shape) < len(weight.shape)
+        )  # rows' and columns' means
+        if weight is not None and shape is not None and weight.shape != shape and not factored:
             raise CheckpointError(
                 f"{reading.where}: --names calls parameter {member} {name}, but its states have shape {shape} and {name} has "
                 f"{weight.shape}"

@@ -382,6 +382,19 @@ def test_zero_redundancy_optimizers_whole_state(tmp_path):
         assert_equal(dict(zero.optim.state.get(p, {})), dict(reference.state.get(q, {})), "state")
 
 
+def test_names_given_for_factored_states(tmp_path):
+    """Adafactor's rows and columns of a square matrix have one shape, which is not the matrix's."""
+    model = torch.nn.Linear(8, 8)
+    matrix = {"step": 3, "exp_avg_sq_row": torch.rand(8), "exp_avg_sq_col": torch.rand(8)}
+    optimizer = {
+        "state": {0: matrix, 1: {"step": 3, "exp_avg_sq": torch.rand(8)}},
+        "param_groups": [{"params": [0, 1]}],
+    }
+    torch.save({"model": model.state_dict(), "optimizer": optimizer}, tmp_path / "a.pt")
+    found = open_checkpoint(tmp_path / "a.pt", ReadOptions(names=["weight", "bias"]))
+    assert torch.equal(found.read(Key("weight", "exp_avg_sq_row"), 0, 8), matrix["exp_avg_sq_row"])
+
+
 def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
     """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
     model = torch.nn.Linear(3, 3)
