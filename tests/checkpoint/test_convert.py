@@ -395,6 +395,14 @@ def test_names_given_for_factored_states(tmp_path):
     assert torch.equal(found.read(Key("weight", "exp_avg_sq_row"), 0, 8), matrix["exp_avg_sq_row"])
 
 
+def test_arrays_among_the_extras_are_compared(tmp_path):
+    model = torch.nn.Linear(2, 2).state_dict()
+    for name, array in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
+        torch.save({"model": model, "curve": np.array(array), "best": {"at": np.array([])}}, tmp_path / f"{name}.pt")
+    assert verify(tmp_path / "a.pt", tmp_path / "b.pt") == []
+    assert [d.what for d in verify(tmp_path / "a.pt", tmp_path / "c.pt")] == ["extra curve"]
+
+
 def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
     """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
     model = torch.nn.Linear(3, 3)
