@@ -111,6 +111,8 @@ def interpret(
         _find_tied(reading, weights, members)
     buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
     order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
+    for key in (str(k) for k, v in rest.items() if not optimizer and _holds_optimizer(v)):
+        reading.notes.append(f"{key} is not one optimizer's state dictionary: it stays as it is, among the extras")
     reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
     made = Manifest(
         optimizer=recognise(
@@ -165,6 +167,12 @@ def _is_optimizer(value: Any) -> bool:
     return flat or ("state" in value and "param_groups" in value)
 
 
+def _holds_optimizer(value: Any) -> bool:
+    """Whether an optimizer's state dictionary, or several, is in it: of a model with an optimizer for each of its parts."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return _is_optimizer(value) or any(_is_optimizer(v) for v in inner)
+
+
 def _is_model(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
@@ -210,6 +218,18 @@ def _read_optimizer(
         name = named[member]
         for key, value in values.items():
             _read_state(reading, name, str(key), value)
+    _find_dimensionless(reading)
+
+
+def _find_dimensionless(reading: _Reading) -> None:
+    """A 0-dim state is of its parameter's shape, not a number beside it, where the parameter has no dimensions and other parameters
+    have the state in theirs."""
+    shaped = {key.state for key in reading.sources}
+    for name, own in reading.scalars.items():
+        weight = reading.sources.get(Key(name, WEIGHT))
+        if weight is not None and not weight.shape:
+            for key in [k for k, v in own.items() if k in shaped and isinstance(v, Tensor)]:
+                reading.sources[Key(name, key)] = _boxes(own.pop(key))
 
 
 def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet[str]) -> None:
@@ -272,7 +292,10 @@ def _names(
 def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str]) -> None:
     for member, name in named.items():
         weight, shape = reading.sources.get(Key(name, WEIGHT)), _shape_of(states.get(member, {}))
-        if weight is not None and shape is not None and weight.shape != shape:
+        factored = (
+            weight is not None and shape is not None and len(shape) < len(weight.shape)
+        )  # rows' and columns' means
+        if weight is not None and shape is not None and weight.shape != shape and not factored:
             raise CheckpointError(
                 f"{reading.where}: --names calls parameter {member} {name}, but its states have shape {shape} and {name} has "
                 f"{weight.shape}"

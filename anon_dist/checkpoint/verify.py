@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +117,14 @@ def _tensors(a: Checkpoint, b: Checkpoint, name: str, keys: tuple[Key | None, Ke
 
 def _hyperparameters(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     sides: list[dict[str, dict[str, Any]]] = [
-        {m: g.hyperparameters for g in c.manifest.groups for m in g.members} for c in (a, b)
+        {
+            m: {
+                k: v for k, v in g.hyperparameters.items() if k != "param_names"
+            }  # the members again; not every format keeps it
+            for g in c.manifest.groups
+            for m in g.members
+        }
+        for c in (a, b)
     ]
     found = _mappings("hyperparameter", *sides)
     partitions = [{frozenset(g.members) for g in c.manifest.groups} for c in (a, b)]
@@ -137,7 +145,7 @@ def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Map
     for name in sorted({*a, *b}):
         one, two = a.get(name, {}), b.get(name, {})
         for key in sorted({*map(str, one), *map(str, two)}):
-            if one.get(key, {}) == {} == two.get(key, {}):
+            if _empty(one.get(key, {})) and _empty(two.get(key, {})):
                 continue  # DCP has no empty dictionaries
             if key not in one or key not in two:
                 wrong.setdefault((key, f"only in {'B' if key not in one else 'A'}"), []).append(name)
@@ -149,8 +157,12 @@ def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Map
     ]
 
 
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
 def same(a: Any, b: Any) -> bool:
-    """Equal in value and type; tensors bit for bit. Lists and tuples, which some formats do not tell apart, are one."""
+    """Equal in value and type; tensors and arrays bit for bit. Lists and tuples, which some formats do not tell apart, are one."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -161,6 +173,8 @@ def same(a: Any, b: Any) -> bool:
         return a == b
     if type(a) is not type(b):
         return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(a.tobytes() == b.tobytes())
     return bool(a == b) or (a != a and b != b) or repr(a) == repr(b)
 
 

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import Tensor
 
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schema import EXTRA, Checkpoint, OutFile
+from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo, schedule_key
 from anon_dist.checkpoint.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
 from anon_dist.checkpoint.zero.header import KNOWN, number
+from anon_dist.checkpoint.zero.pieces import Pieces, entire
 from anon_dist.checkpoint.zero.source import Source
 
 SUB_GROUP_SIZE = 1_000_000_000
@@ -59,6 +61,7 @@ class ZeroFormat:
                 found = stage0.read(files, self.name, options.names)
             else:
                 found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
+        _find_dimensionless(found, path)
         manifest = found.manifest
         if files.folder != path:  # what the training loop or accelerate wrote beside the tag's folder
             beside = {k: found.add_nested(k, v, path) for k, v in read_beside(path, options.unsafe).items()}
@@ -99,7 +102,7 @@ class ZeroFormat:
         notes = []
         if not source.config:
             notes.append("The source records no DeepSpeed configuration: ds_config names the layout alone.")
-        if source.manifest.extras.get("lr_scheduler") is None:
+        if schedule_key(source.manifest.extras) is None:
             notes.append(
                 "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
             )
@@ -110,6 +113,17 @@ class ZeroFormat:
                 "anon_dist.engines.zero_restore.restore brings all."
             )
         return notes
+
+
+def _find_dimensionless(found: Pieces, path: Path) -> None:
+    """As `statedict` has it: a 0-dim state of a 0-dim parameter is of its shape, where other parameters have the state in theirs."""
+    shaped = {key.state for key in found.tensors}
+    for name, own in found.manifest.scalars.items():
+        weight = found.tensors.get(Key(name, WEIGHT))
+        if weight is not None and not weight.shape:
+            for key in [k for k, v in own.items() if k in shaped and isinstance(v, Tensor)]:
+                value = own.pop(key)
+                found.add(Key(name, key), TensorInfo((), value.dtype), entire(value, path))
 
 
 @contextmanager

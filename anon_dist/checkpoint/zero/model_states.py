@@ -9,7 +9,7 @@ import torch
 
 from anon_dist.checkpoint.assemble import with_stubs
 from anon_dist.checkpoint.pickles import StandIn
-from anon_dist.checkpoint.schema import WEIGHT, Stub
+from anon_dist.checkpoint.schema import WEIGHT, Stub, schedule_key
 from anon_dist.checkpoint.zero.flat import Cut, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import CARRIED, ENGINE_KEYS
 from anon_dist.checkpoint.zero.source import Source
@@ -57,7 +57,7 @@ def model_states(
         "frozen_param_shapes": frozen,
         "shared_params": dict(source.tied),
         "frozen_param_fragments": OrderedDict((n, _fragment(source, n, world_size, rank)) for n in frozen),
-        "lr_scheduler": extras.get("lr_scheduler"),
+        "lr_scheduler": extras.get(schedule_key(extras) or "lr_scheduler"),
         "data_sampler": extras.get("data_sampler"),
         "random_ltd": extras.get("random_ltd"),
         "skipped_steps": extras.get("skipped_steps", 0),

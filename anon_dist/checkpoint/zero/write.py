@@ -76,7 +76,7 @@ def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[s
             "loss_scaler": scaler,
             "dynamic_loss_scale": bool(vars(scaler).get("dynamic")),
             "overflow": False,
-            "clip_grad": source.clip,
+            **source.clip,
             "base_optimizer_state": base,
             "single_partition_of_fp32_groups": masters,
             "zero_stage": stage,
@@ -152,7 +152,7 @@ def universal(source: Source) -> dict[str, Any]:
         "loss_scaler": scaler,
         "dynamic_loss_scale": bool(vars(scaler).get("dynamic")),
         "overflow": False,
-        "clip_grad": source.clip,
+        **source.clip,
         "ds_version": VERSION,
         "param_groups": param_groups,
         "optimizer_state_dict": {
