@@ -159,10 +159,8 @@ def test_torchtitans_keys(scripts, tmp_path):
     assert_equal(optimizer.state_dict()["state"], reference.state_dict()["state"], "state")
 
 
-def test_accelerate_loads_its_layout(scripts, tmp_path):
-    """The folders that accelerate's FSDP loader names, and its small files."""
-    from accelerate.checkpointing import load_accelerator_state
-
+def test_accelerates_folders(scripts, tmp_path):
+    """The folders that accelerate's FSDP loader names, loaded as it does; `load_state` itself is in `dcp_cases.py`."""
     target = to(scripts["adamw"], tmp_path / "acc", "accelerate")
     assert {p.name for p in target.iterdir()} >= {"pytorch_model_fsdp_0", "optimizer_0"}
     other, reference = trained("adamw", steps=1)
@@ -175,7 +173,6 @@ def test_accelerate_loads_its_layout(scripts, tmp_path):
     set_state_dict(other, reference, model_state_dict=model_state, optim_state_dict=optimizer_state)
     model, optimizer = trained("adamw")
     assert_same(model, optimizer, other, reference)
-    assert callable(load_accelerator_state)
 
 
 def test_accelerates_folder_is_read(tmp_path):
