@@ -15,7 +15,7 @@ from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref, schedule_key
 
 _BLOCK = 1 << 22
 """Elements compared at a time."""
@@ -34,7 +34,7 @@ def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, work
 
     Compared are weights (their float32 masters, where both or one have them and the other is float32), every state of every parameter,
     scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have
-    them, but for what describes an engine or a rank (ds_config, rng).
+    them, but for what describes an engine or a rank (ds_config, rng); a learning-rate scheduler must be in both or in neither.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -136,7 +136,11 @@ def _hyperparameters(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng", "ds_config"}
     sides = [{k: c.manifest.extras[k] for k in common} for c in (a, b)]
-    return _mappings("extra", {"": sides[0]}, {"": sides[1]})
+    schedules = [schedule_key(c.manifest.extras) for c in (a, b)]
+    lost = []
+    if None in schedules and any(schedules):
+        lost = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+    return lost + _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
 
 def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[Difference]:

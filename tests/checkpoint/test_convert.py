@@ -400,6 +400,14 @@ def test_arrays_among_the_extras_are_compared(tmp_path):
     assert [d.what for d in verify(tmp_path / "a.pt", tmp_path / "c.pt")] == ["extra curve"]
 
 
+def test_a_lost_schedule_is_a_difference(scripts, tmp_path):
+    script = torch.load(scripts["adamw"])
+    del script["scheduler"]
+    torch.save(script, tmp_path / "a.pt")
+    assert verify(scripts["adamw"], tmp_path / "a.pt") == [("extra scheduler", "only in A")]
+    assert verify(tmp_path / "a.pt", scripts["adamw"]) == [("extra scheduler", "only in B")]
+
+
 def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
     """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
     model = torch.nn.Linear(3, 3)
