@@ -76,7 +76,8 @@ def assign(
     )
     raise CheckpointError(
         f"{where}: the optimizer {problem}. Give --names FILE, one parameter name on each line in the optimizer's order: "
-        "of its first group, then of the second, …"
+        "of its first group, then of the second, … In the script that made it: names = {p: n for n, p in model.named_parameters()}; "
+        'print(*(names[p] for g in optimizer.param_groups for p in g["params"]), sep="\\n")'
     )
 
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 
@@ -188,6 +189,7 @@ def test_accelerate_finds_its_names(launched, tmp_path):
 def test_deepspeed_is_not_imported(launched, tmp_path):
     code = f"""
 import sys
+from fractions import Fraction
 from pathlib import Path
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.options import WriteOptions
@@ -417,6 +419,18 @@ def test_names_given_by_the_user(launched):
     assert "b.bias" in checkpoint.manifest.frozen
     with pytest.raises(CheckpointError, match=r"nobody is not in the model"):
         open_checkpoint(launched / "stage0_anon", ReadOptions(names=["nobody", *names[1:]]))
+
+
+def test_foreign_classes_are_built_only_if_the_user_insists(copied):
+    folder = copied("stage2_anon")
+    for rank in range(RANKS):
+        path = rank_file(folder, rank)
+        saved = torch.load(path, weights_only=False)
+        torch.save({**saved, "ratio": Fraction(1, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"fractions\.Fraction.*--unsafe"):
+        open_checkpoint(folder)
+    found = open_checkpoint(folder, ReadOptions(unsafe=True)).manifest
+    assert (found.format, found.optimizer) == ("zero2", "Anon")
 
 
 def test_fused_wrapper_of_stage_0(launched, tmp_path):

@@ -39,12 +39,12 @@ class ZeroFormat:
         self.looks = looks
         self.stage = stage
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Path, options: ReadOptions) -> bool:
         """Whether a folder, or the tag that `latest` in it names, is a checkpoint of this stage."""
         if tag_folder(path) is None:
             return False
         with _named(path):
-            return _stage(find(path)) == self.stage
+            return _stage(find(path, options.unsafe)) == self.stage
 
     def open(self, path: Path, options: ReadOptions) -> Checkpoint:
         """The checkpoint, mapped.
