@@ -11,7 +11,7 @@ COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
 
   data prepare   tokenise text into shards for pretraining
   ckpt inspect   show what a checkpoint of any optimizer is
-  ckpt convert   write it for another engine or world size, or as weights alone
+  ckpt convert   write it for another engine, world size or optimizer, or as weights alone
   ckpt verify    compare two of any formats, bit for bit
   train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
 
@@ -88,5 +88,18 @@ def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
         sys.exit(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}")
 
 
+def leave() -> None:
+    """End a rank that has done its work, at once.
+
+    gloo's threads outlive its process groups, as torch keeps device meshes. Seldom, one of them aborts the process while it shuts down
+    ("terminate called without an active exception", exit code -6), and the launcher takes a finished run for a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()

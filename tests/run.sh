@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: linter, type checker, and every test that needs no GPU.
 #
-#   bash tests/run.sh              under 20 minutes on 2 cores
+#   bash tests/run.sh              about 20 minutes on 2 cores
 #   bash tests/run.sh --all        the long soaks too
 #   bash tests/run.sh -k schedule  further arguments go to pytest, without the linter
 set -euo pipefail

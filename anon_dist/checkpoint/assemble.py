@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.recognise import training_step
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Ref, Stub
 
 Keyed = str
@@ -97,6 +98,14 @@ def states_by_name(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         if key.state not in (WEIGHT, MASTER, EXTRA) and key not in nested:
             states.setdefault(key.parameter, {})[key.state] = stub(checkpoint, key)
     return states
+
+
+def extras_and_step(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The extras, and the training step among them if nothing else would tell it: for formats with no place for it."""
+    extras, manifest = extras_tree(checkpoint), checkpoint.manifest
+    if manifest.step is not None and training_step(manifest.extras, manifest.scalars) is None:
+        extras["step"] = manifest.step
+    return extras
 
 
 def extras_tree(checkpoint: Checkpoint, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -89,7 +89,12 @@ def open_canonical(path: Path, options: ReadOptions) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or of a later version.
     """
-    return Canonical(path, options)
+    opened = Canonical(path, options)
+    if options.check and (wrong := opened.check()):
+        raise CheckpointError(
+            f"{wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Take another checkpoint"
+        )
+    return opened
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
@@ -178,7 +183,6 @@ class _Checksums:
             os.pwrite(descriptor, digests.encode(), blank)
         finally:
             os.close(descriptor)
-            file.close()
 
 
 def _digest(file: MappedFile, entry: Entry, known: Mapping[int, bytes]) -> str:

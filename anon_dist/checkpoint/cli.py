@@ -19,7 +19,10 @@ from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
 from anon_dist.checkpoint.verify import verify
 
-_Place = tyro.conf.Positional[Path]
+_Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+_Target = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+_First = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+_Second = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[B]")]
 _SHOWN = 40
 
 
@@ -32,16 +35,19 @@ class Reading:
     unsafe: bool = False
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
+    check: bool = False
+    """Compare a canonical checkpoint with its checksums first; the other formats have none."""
+
     def options(self) -> ReadOptions:
         """For the readers."""
-        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe)
+        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe, self.check)
 
 
 @dataclass
 class Inspect:
     """Show what a checkpoint is: format, optimizer, world size, step, param groups, states."""
 
-    src: _Place
+    src: _Source
     """File or folder."""
     json: bool = False
     """As JSON."""
@@ -50,11 +56,11 @@ class Inspect:
 
 @dataclass
 class Convert:
-    """Write a checkpoint in another format, for another world size. What SRC is, is detected."""
+    """Write a checkpoint in another format, for another world size or optimizer. What SRC is, is detected."""
 
-    src: _Place
+    src: _Source
     """File or folder; only read."""
-    dst: _Place
+    dst: _Target
     """Complete or absent. If the command is killed, the same command goes on."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
     """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
@@ -87,9 +93,9 @@ class Convert:
 class Verify:
     """Compare two checkpoints of any formats, bit for bit. Exit code 1, and a table, if they differ."""
 
-    a: _Place
+    a: _First
     """File or folder."""
-    b: tyro.conf.Positional[Path | None] = None
+    b: _Second = None
     """Another; without it, A's own checksums are verified."""
     workers: int = 2
     """Threads."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anon_dist.checkpoint.assemble import extras_tree, model_tree, optimizer_tree
+from anon_dist.checkpoint.assemble import extras_and_step, model_tree, optimizer_tree
 from anon_dist.checkpoint.beside import read_beside
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.hf import read_weights, weight_files
@@ -62,13 +62,13 @@ def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
         tree["model"] = open_torch(model, options.unsafe)
     elif weight_files(folder):
         tree["model"] = read_weights(folder)
-    beside = read_beside(folder, options.unsafe)
-    return interpret(tree, str(optimizer), options.names, beside, format="consolidated", world_size=None)
+    beside, ordered = read_beside(folder, options.unsafe), model is not None
+    return interpret(tree, str(optimizer), options.names, beside, ordered, format="consolidated", world_size=None)
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     """One file: a dictionary of `model`, `optimizer` and the extras; the optimizer's state dictionary alone if that is all there is."""
     model, optimizer = model_tree(checkpoint), optimizer_tree(checkpoint, options.keyed)
     tree = {k: v for k, v in (("model", model), ("optimizer", optimizer)) if v}
-    tree.update(extras_tree(checkpoint))
+    tree.update(extras_and_step(checkpoint))
     return [lay_out(PurePosixPath("."), optimizer if list(tree) == ["optimizer"] else tree)]

@@ -89,7 +89,7 @@ def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: str) ->
     if not any(k.startswith("model.") for k in missing + extra):
         raise CheckpointError(
             f"{folder} holds another optimizer's state than {optimizer}'s: {_some(kinds)}. Resume with the optimizer "
-            "that wrote it, or start a new run"
+            "that wrote it, convert it (anon-dist ckpt convert --optimizer), or start a new run"
         )
     raise CheckpointError(
         f"{folder} is of another model: {_some(kinds)}. Resume with the model configuration it was written with"

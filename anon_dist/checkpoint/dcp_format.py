@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anon_dist.checkpoint.assemble import extras_tree, model_tree, optimizer_tree
+from anon_dist.checkpoint.assemble import extras_and_step, model_tree, optimizer_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.dcp_read import METADATA, DcpFolder
 from anon_dist.checkpoint.dcp_write import dcp_files
@@ -70,7 +70,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     model, optimizer = model_tree(checkpoint), optimizer_tree(checkpoint)
     here, ranks = PurePosixPath("."), options.world_size
     if options.layout == "torchtitan":
-        extras = extras_tree(checkpoint)
+        extras = extras_and_step(checkpoint)
         rest = {k: extras.pop(k) for k in _TITAN if k in extras}
         if extras:
             rest[_OWN] = extras
@@ -86,7 +86,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
         files = [f for name, tree in trees.items() for f in dcp_files(places[name], {name: tree}, ranks)]
     else:
         files = dcp_files(here, trees, ranks)
-    return files + write_beside(extras_tree(checkpoint), options.layout, ranks)
+    return files + write_beside(extras_and_step(checkpoint), options.layout, ranks)
 
 
 def _flat(optimizer: Mapping[str, Any]) -> dict[str, Any]:

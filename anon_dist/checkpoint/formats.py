@@ -20,22 +20,29 @@ class Format:
 
     looks: str
     """What it is recognised by, for messages."""
-    detect: Callable[[Path], bool]
+    detect: Callable[[Path, ReadOptions], bool]
     open: Callable[[Path, ReadOptions], Checkpoint]
     plan: Callable[[Checkpoint, WriteOptions], list[OutFile]] | None
     """None where the format is only read."""
 
 
+def _by_name(detect: Callable[[Path], bool]) -> Callable[[Path, ReadOptions], bool]:
+    """A format that is recognised without reading any pickle."""
+    return lambda path, _: detect(path)
+
+
 _OWN = {
-    "canonical": Format("manifest.json and index.json", canonical.detect, canonical.open_canonical, canonical.plan),
-    "dcp": Format(".metadata and *.distcp", dcp_format.detect, dcp_format.open_dcp, dcp_format.plan),
+    "canonical": Format(
+        "manifest.json and index.json", _by_name(canonical.detect), canonical.open_canonical, canonical.plan
+    ),
+    "dcp": Format(".metadata and *.distcp", _by_name(dcp_format.detect), dcp_format.open_dcp, dcp_format.plan),
     "consolidated": Format(
         "a file of torch.save, or optimizer.bin or optimizer.pt",
-        consolidated.detect,
+        _by_name(consolidated.detect),
         consolidated.open_consolidated,
         consolidated.plan,
     ),
-    "hf": Format("*.safetensors", hf.detect, hf.open_hf, hf.plan),
+    "hf": Format("*.safetensors", _by_name(hf.detect), hf.open_hf, hf.plan),
 }
 
 
@@ -51,7 +58,7 @@ def formats() -> dict[str, Format]:
     return found
 
 
-def detect(path: Path) -> str:
+def detect(path: Path, options: ReadOptions | None = None) -> str:
     """The name of the format of a file or folder.
 
     Raises:
@@ -60,7 +67,7 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     for name, known in formats().items():
-        if known.detect(path):
+        if known.detect(path, options or ReadOptions()):
             return name
     if path.is_dir():
         inside = Checkpoints(path, 1).latest() or Checkpoints(path / "checkpoints", 1).latest()
@@ -76,7 +83,7 @@ def open_checkpoint(path: Path, options: ReadOptions | None = None) -> Checkpoin
     Raises:
         CheckpointError: it is of no known format, damaged, incomplete, or needs more to be read than is given.
     """
-    return formats()[detect(path)].open(path, options or ReadOptions())
+    return formats()[detect(path, options)].open(path, options or ReadOptions())
 
 
 def plan(checkpoint: Checkpoint, name: str, options: WriteOptions) -> list[OutFile]:

@@ -43,7 +43,11 @@ def read_names(path: Path) -> list[str]:
 
 
 def assign(
-    groups: Sequence[Sequence[int]], shapes: Mapping[int, Shape | None], model: Mapping[str, Shape], where: str
+    groups: Sequence[Sequence[int]],
+    shapes: Mapping[int, Shape | None],
+    model: Mapping[str, Shape],
+    where: str,
+    ordered: bool = True,
 ) -> dict[int, str]:
     """Names for an optimizer that numbers its parameters: those of the model beside it, in the model's order within each group.
 
@@ -51,11 +55,15 @@ def assign(
         groups: the numbers in each group.
         shapes: of the parameters, by number, where a state of the parameter's shape tells.
         model: the model's parameters in its order.
+        ordered: whether that order is known; safetensors files sort by name.
 
     Raises:
         CheckpointError: no assignment fits the shapes, or several do.
     """
-    solutions = _solutions([list(g) for g in groups], shapes, list(model.items()))
+    if not ordered and len(set(model.values())) < len(model):
+        solutions: list[dict[int, str]] = [{}, {}]
+    else:
+        solutions = _solutions([list(g) for g in groups], shapes, list(model.items()))
     if len(solutions) == 1:
         return solutions[0]
     count = sum(map(len, groups))
@@ -68,7 +76,8 @@ def assign(
     )
     raise CheckpointError(
         f"{where}: the optimizer {problem}. Give --names FILE, one parameter name on each line in the optimizer's order: "
-        "of its first group, then of the second, …"
+        "of its first group, then of the second, … In the script that made it: names = {p: n for n, p in model.named_parameters()}; "
+        'print(*(names[p] for g in optimizer.param_groups for p in g["params"]), sep="\\n")'
     )
 
 
@@ -92,5 +101,5 @@ def _solutions(
                     following.setdefault(further, []).extend({**s, members[taken[g]]: name} for s in so_far)
         ways = {taken: found[:2] for taken, found in following.items()}
         if len(ways) > 4096:
-            break
+            return [{}, {}]  # too many to tell apart
     return ways.get(tuple(map(len, groups)), [])

@@ -17,6 +17,8 @@ class ReadOptions:
     """Of the parameters in the optimizer's order, for optimizers that number them."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
+    check: bool = False
+    """Compare a canonical source with its checksums before it is used."""
 
 
 @dataclass(frozen=True)

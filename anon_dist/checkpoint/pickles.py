@@ -16,7 +16,8 @@ STAND_INS = ("deepspeed", "megatron", "accelerate", "transformers", "omegaconf",
 
 _HARMLESS = {
     "collections": ("OrderedDict", "Counter", "defaultdict", "deque"),
-    "builtins": ("set", "frozenset", "complex", "bytearray", "slice", "range", "list", "dict", "tuple", "int", "float", "str", "bool"),
+    "builtins": ("set", "frozenset", "complex", "bytes", "bytearray", "slice", "range", "list", "dict", "tuple", "int", "float", "str",
+                 "bool"),
     "_codecs": ("encode",),
     "datetime": ("datetime", "date", "timedelta", "timezone"),
     "pathlib": ("PosixPath", "PurePosixPath"),

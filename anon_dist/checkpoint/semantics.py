@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo
+from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo, schedule_key
 from anon_dist.optim import Anon
 from anon_dist.optim.hyper import HISTORY, schedule_of
 from anon_dist.optim.update import D_MAX, D_MIN
@@ -217,7 +217,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
         if old.get("weight_decay") and not options.decoupled:
             raise CheckpointError(
                 f"param group {index} has weight_decay {old['weight_decay']}, and the port's checkpoint does not say whether it is "
-                "decoupled. If it was built with weight_decouple=True, say so (--decoupled); coupled decay Anon does not have"
+                "decoupled. If it was built with weight_decouple=True, say so (--anon.decoupled); coupled decay Anon does not have"
             )
         for name in _with_state(checkpoint, group):
             step, refreshes = _step(checkpoint, name), int(scalars[name].pop("t"))
@@ -426,18 +426,28 @@ def _finish(
         float(new.hyperparameters["lr"]) / float(was.hyperparameters["lr"]) if was.hyperparameters["lr"] else 1.0
         for new, was in zip(groups, old.groups, strict=True)
     ]
-    schedule = extras.get("lr_scheduler")
-    if isinstance(schedule, dict):
-        extras["lr_scheduler"] = {
-            k: [rate * float(x) for rate, x in zip(rates, v, strict=True)]
-            if k in ("base_lrs", "_last_lr") and len(v) == len(rates)
-            else v
-            for k, v in schedule.items()
-        }
+    if named := schedule_key(extras):
+        extras[named] = _rescaled(extras[named], rates)
     manifest = replace(
         old, optimizer=optimizer, groups=groups, scalars=scalars, extras=extras, notes=[*old.notes, *notes]
     )
     return Converted(checkpoint, manifest, computed, dropped)
+
+
+def _rescaled(schedule: Any, rates: list[float]) -> Any:
+    """A scheduler's state with other learning rates; SequentialLR and ChainedScheduler have further ones inside."""
+    if isinstance(schedule, list):
+        return [_rescaled(inner, rates) for inner in schedule]
+    if not isinstance(schedule, dict):
+        return schedule
+    return {
+        k: [rate * float(x) for rate, x in zip(rates, v, strict=True)]
+        if k in ("base_lrs", "_last_lr") and len(v) == len(rates)
+        else _rescaled(v, rates)
+        if k == "_schedulers"
+        else v
+        for k, v in schedule.items()
+    }
 
 
 def to_optimizer(checkpoint: Checkpoint, options: AnonOptions | AdamWOptions) -> Checkpoint:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.flat_keys import nested
 from anon_dist.checkpoint.names import Shape, assign, is_buffer, unwrapped
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
@@ -67,6 +68,7 @@ class _Reading:
     """What has been found so far."""
 
     where: str
+    ordered: bool
     sources: dict[Key, Boxes] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: list[ParamGroup] = field(default_factory=list)
@@ -80,6 +82,7 @@ def interpret(
     where: str,
     names: Sequence[str] | None = None,
     extras: Mapping[str, Any] | None = None,
+    ordered: bool = True,
     **manifest: Any,
 ) -> Pieces:
     """A nested state dictionary as a checkpoint: model, optimizer, and the rest.
@@ -88,6 +91,7 @@ def interpret(
         where: file or folder, for messages.
         names: of the parameters in the optimizer's order, for optimizers that number them.
         extras: more of them, from files beside.
+        ordered: whether the model's entries are in the model's order.
         manifest: format and world_size.
 
     Raises:
@@ -98,7 +102,7 @@ def interpret(
         raise CheckpointError(
             f"{where} holds neither a model's nor an optimizer's state dictionary; its keys: {', '.join(map(str, list(tree)[:8]))}"
         )
-    reading = _Reading(where)
+    reading = _Reading(where, ordered)
     weights = _read_model(reading, model)
     if optimizer:
         _read_optimizer(reading, optimizer, weights, names)
@@ -107,6 +111,8 @@ def interpret(
         _find_tied(reading, weights, members)
     buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
     order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
+    for key in (str(k) for k, v in rest.items() if not optimizer and _holds_optimizer(v)):
+        reading.notes.append(f"{key} is not one optimizer's state dictionary: it stays as it is, among the extras")
     reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
     made = Manifest(
         optimizer=recognise(
@@ -161,6 +167,12 @@ def _is_optimizer(value: Any) -> bool:
     return flat or ("state" in value and "param_groups" in value)
 
 
+def _holds_optimizer(value: Any) -> bool:
+    """Whether an optimizer's state dictionary, or several, is in it: of a model with an optimizer for each of its parts."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return _is_optimizer(value) or any(_is_optimizer(v) for v in inner)
+
+
 def _is_model(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
@@ -192,7 +204,7 @@ def _read_optimizer(
     reading: _Reading, optimizer: Mapping[str, Any], weights: Mapping[str, bool], names: Sequence[str] | None
 ) -> None:
     if "state" not in optimizer:
-        optimizer = _unflatten(optimizer, sorted(weights))
+        optimizer = nested(optimizer, weights.keys())
     states, groups = optimizer["state"], optimizer["param_groups"]
     members = [list(g["params"]) for g in groups]
     named = _names(reading, states, members, groups, weights, names)
@@ -206,6 +218,18 @@ def _read_optimizer(
         name = named[member]
         for key, value in values.items():
             _read_state(reading, name, str(key), value)
+    _find_dimensionless(reading)
+
+
+def _find_dimensionless(reading: _Reading) -> None:
+    """A 0-dim state is of its parameter's shape, not a number beside it, where the parameter has no dimensions and other parameters
+    have the state in theirs."""
+    shaped = {key.state for key in reading.sources}
+    for name, own in reading.scalars.items():
+        weight = reading.sources.get(Key(name, WEIGHT))
+        if weight is not None and not weight.shape:
+            for key in [k for k, v in own.items() if k in shaped and isinstance(v, Tensor)]:
+                reading.sources[Key(name, key)] = _boxes(own.pop(key))
 
 
 def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet[str]) -> None:
@@ -213,9 +237,10 @@ def _find_tied(reading: _Reading, weights: dict[str, bool], members: AbstractSet
 
     Only matrices of varied contents count; what is constant may be equal by chance.
     """
+    known = [n for n in weights if n in members]
     for name in [n for n in weights if n not in members]:
         own = reading.sources[Key(name, WEIGHT)]
-        for other in members & weights.keys():
+        for other in known:
             if len(own.shape) > 1 and _equal(own, reading.sources[Key(other, WEIGHT)]):
                 reading.tied[name] = other
                 del weights[name], reading.sources[Key(name, WEIGHT)]
@@ -257,7 +282,7 @@ def _names(
         return {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, recorded, strict=True)}
     shapes = {m: _shape_of(states.get(m, states.get(str(m), {}))) for m in flat}
     model = {n: reading.sources[Key(n, WEIGHT)].shape for n, floating in weights.items() if not is_buffer(n, floating)}
-    found = assign(members, shapes, model, reading.where)
+    found = assign(members, shapes, model, reading.where, reading.ordered)
     reading.notes.append(
         "the optimizer numbers its parameters; they were named after the model beside it, in its order"
     )
@@ -267,7 +292,10 @@ def _names(
 def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str]) -> None:
     for member, name in named.items():
         weight, shape = reading.sources.get(Key(name, WEIGHT)), _shape_of(states.get(member, {}))
-        if weight is not None and shape is not None and weight.shape != shape:
+        factored = (
+            weight is not None and shape is not None and len(shape) < len(weight.shape)
+        )  # rows' and columns' means
+        if weight is not None and shape is not None and weight.shape != shape and not factored:
             raise CheckpointError(
                 f"{reading.where}: --names calls parameter {member} {name}, but its states have shape {shape} and {name} has "
                 f"{weight.shape}"
@@ -327,38 +355,3 @@ def _boxes(value: Tensor | Boxes) -> Boxes:
 
 def _number(member: Any) -> Any:
     return int(member) if isinstance(member, str) and member.isdigit() else member
-
-
-def _unflatten(optimizer: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """`state.NAME.KEY` and `param_groups.NAME.KEY` (torch's `flatten_optimizer_state_dict`, torchtitan) as states and groups.
-
-    Parameters of equal hyperparameters are one group.
-    """
-    hyper: dict[str, dict[str, Any]] = {}
-    for key, value in optimizer.items():
-        if key.startswith("param_groups."):
-            name, _, option = key.removeprefix("param_groups.").rpartition(".")
-            hyper.setdefault(name, {})[option] = _value(value)
-    names = sorted({*known, *hyper}, key=len, reverse=True)
-    states: dict[str, dict[str, Any]] = {}
-    for key, value in optimizer.items():
-        if key.startswith("state."):
-            path = key.removeprefix("state.")
-            name = next((n for n in names if path.startswith(n + ".")), path.rpartition(".")[0])
-            states.setdefault(name, {})[path[len(name) + 1 :]] = value
-    groups: list[dict[str, Any]] = []
-    for name, options in hyper.items():
-        group = next((g for g in groups if _same(g["options"], options)), None)
-        if group is None:
-            groups.append(group := {"options": options, "params": []})
-        group["params"].append(name)
-    return {"state": states, "param_groups": [{**g["options"], "params": g["params"]} for g in groups]}
-
-
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    def equal(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor) or isinstance(y, Tensor):
-            return isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y)
-        return type(x) is type(y) and x == y
-
-    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import struct
 import sys
@@ -21,6 +20,8 @@ from anon_dist.checkpoint.pickles import EMPTY, ForbiddenClass, Pickler, restric
 from anon_dist.checkpoint.schema import OutFile, Part, Region, Stub
 from anon_dist.checkpoint.stored_zip import StoredZip
 
+_SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
+
 
 def open_torch(path: Path, unsafe: bool = False) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
@@ -34,9 +35,9 @@ def open_torch(path: Path, unsafe: bool = False) -> Any:
         CheckpointError: no such file, damaged, or it asks for a class that is not known.
     """
     path = Path(path)
-    mapped = zipfile.is_zipfile(path) if path.is_file() else True  # files before torch 1.6 cannot be mapped
 
     def load(**how: Any) -> Any:
+        mapped = zipfile.is_zipfile(path) if path.is_file() else True  # files before torch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", mmap=mapped, **how)
 
     try:
@@ -44,6 +45,11 @@ def open_torch(path: Path, unsafe: bool = False) -> Any:
             return load(weights_only=False)
         return _load_safely(load)
     except ForbiddenClass as error:
+        if str(error).startswith(_SHARDS):
+            raise CheckpointError(
+                f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
+                "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
+            ) from None
         raise CheckpointError(
             f"{path} holds an object of {error}, which could run code when read. "
             "If you trust the file's origin, read it with --unsafe"
@@ -64,6 +70,10 @@ def _load_safely(load: Callable[..., Any]) -> Any:
         return load(weights_only=False, pickle_module=restricted())
 
 
+def _map(path: Path, size: int) -> Any:
+    return torch.UntypedStorage.from_file(str(path), False, size) if size else torch.UntypedStorage(0)
+
+
 class MappedFile:
     """A file that is read where it is needed: bytes by position, tensors as views.
 
@@ -74,28 +84,25 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error.strerror}; a complete checkpoint has it") from None
-        self.size = os.fstat(self._file.fileno()).st_size
-        self._storage = torch.UntypedStorage.from_file(str(path), False, self.size) if self.size else None
+            self.size = path.stat().st_size
+            self._storage = _map(path, self.size)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise CheckpointError(f"{path} cannot be opened: {reason}; a complete checkpoint has it") from None
+        self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size), fewer at the end of the file."""
-        return os.pread(self._file.fileno(), size, start)
+        return bytes(self._bytes[start : start + size].tobytes())
 
     def tensor(self, dtype: torch.dtype, start: int, numel: int) -> Tensor:
         """Elements from the byte `start` on, 1-D; a view of the file."""
         if start + numel * dtype.itemsize > self.size:
             raise CheckpointError(f"{self.path} ends at byte {self.size}, before a tensor in it does; it is truncated")
-        if not numel or self._storage is None:
+        if not numel:
             return torch.empty(0, dtype=dtype)
         raw = self._storage[start : start + numel * dtype.itemsize]
         return torch.empty(0, dtype=dtype).set_(raw)
-
-    def close(self) -> None:
-        """Close the file; tensors stay valid."""
-        self._file.close()
 
 
 class _Slice(io.RawIOBase):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref, schedule_key
 
 _BLOCK = 1 << 22
 """Elements compared at a time."""
@@ -32,7 +33,8 @@ def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, work
     """What differs. A canonical folder is also compared with its own checksums, alone if `b` is None.
 
     Compared are weights (their float32 masters, where both or one have them and the other is float32), every state of every parameter,
-    scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have them.
+    scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have
+    them, but for what describes an engine or a rank (ds_config, rng); a learning-rate scheduler must be in both or in neither.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -115,7 +117,14 @@ def _tensors(a: Checkpoint, b: Checkpoint, name: str, keys: tuple[Key | None, Ke
 
 def _hyperparameters(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     sides: list[dict[str, dict[str, Any]]] = [
-        {m: g.hyperparameters for g in c.manifest.groups for m in g.members} for c in (a, b)
+        {
+            m: {
+                k: v for k, v in g.hyperparameters.items() if k != "param_names"
+            }  # the members again; not every format keeps it
+            for g in c.manifest.groups
+            for m in g.members
+        }
+        for c in (a, b)
     ]
     found = _mappings("hyperparameter", *sides)
     partitions = [{frozenset(g.members) for g in c.manifest.groups} for c in (a, b)]
@@ -125,9 +134,13 @@ def _hyperparameters(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 
 
 def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
-    common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng"}
+    common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng", "ds_config"}
     sides = [{k: c.manifest.extras[k] for k in common} for c in (a, b)]
-    return _mappings("extra", {"": sides[0]}, {"": sides[1]})
+    schedules = [schedule_key(c.manifest.extras) for c in (a, b)]
+    lost = []
+    if None in schedules and any(schedules):
+        lost = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+    return lost + _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
 
 def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
@@ -136,7 +149,7 @@ def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Map
     for name in sorted({*a, *b}):
         one, two = a.get(name, {}), b.get(name, {})
         for key in sorted({*map(str, one), *map(str, two)}):
-            if one.get(key, {}) == {} == two.get(key, {}):
+            if _empty(one.get(key, {})) and _empty(two.get(key, {})):
                 continue  # DCP has no empty dictionaries
             if key not in one or key not in two:
                 wrong.setdefault((key, f"only in {'B' if key not in one else 'A'}"), []).append(name)
@@ -148,8 +161,12 @@ def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Map
     ]
 
 
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
 def same(a: Any, b: Any) -> bool:
-    """Equal in value and type; tensors bit for bit. Lists and tuples, which some formats do not tell apart, are one."""
+    """Equal in value and type; tensors and arrays bit for bit. Lists and tuples, which some formats do not tell apart, are one."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -160,6 +177,8 @@ def same(a: Any, b: Any) -> bool:
         return a == b
     if type(a) is not type(b):
         return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(a.tobytes() == b.tobytes())
     return bool(a == b) or (a != a and b != b) or repr(a) == repr(b)
 
 

@@ -13,34 +13,49 @@ from anon_dist.optim.anon import Anon
 from anon_dist.optim.hyper import schedule_of
 
 
-@dataclass(frozen=True)
-class UpdateStatistics:
-    """Sums over this rank's elements, each divided by the number of ranks that hold it; add them up over ranks before dividing."""
+@dataclass
+class GroupUpdate:
+    """The last update of a param group, v · m̂ before the learning rate, and its preconditioner v, as far as the present state tells:
+    exactly, unless a parameter had no gradient in the last step.
 
-    square_sum: float
-    """Σ (clip(v · m̂))², of the update before the learning rate."""
-    elements: float
+    Sums are over this rank's elements, each divided by the number of ranks that hold it; add them up over ranks before dividing.
+    """
+
+    elements: float = 0.0
+    square_sum: float = 0.0
+    """Σ (clip(v · m̂))²"""
+    size_sum: float = 0.0
+    """Σ |v · m̂|, before the clip."""
+    clipped: float = 0.0
+    """Elements that the clip cut off."""
+    largest: float = 0.0
+    """max |v · m̂|, before the clip."""
+    moving: float = 0.0
+    """Elements with m ≠ 0: of the others v says nothing."""
+    log_sum: float = 0.0
+    """Σ log2 v over the moving."""
+    log_square_sum: float = 0.0
+    """Σ (log2 v)²"""
+    age: int = 0
+    """Steps since v was last refreshed."""
 
 
 @torch.no_grad()
-def update_statistics(optimizer: Anon) -> UpdateStatistics:
-    """The size of the last update, as far as the present state tells: exactly, unless a parameter had no gradient in it."""
-    total = elements = 0.0
+def group_updates(optimizer: Anon) -> list[GroupUpdate]:
+    """One for each param group. Reads exp_avg and precond once."""
+    found = []
     for group in optimizer.param_groups:
+        total, newest = GroupUpdate(), 0
         for p in group["params"]:
             state = optimizer.state.get(p)
-            step = int(state["step"]) if state else 0
-            if not state or step == 0:
+            if not state or (step := int(state["step"])) == 0:
                 continue
-            update = (
-                _local(state["precond"]).float() * _local(state["exp_avg"]).float() / (1.0 - group["betas"][0] ** step)
-            )
-            if group["update_clip"] is not None:
-                update = update.clamp_(-group["update_clip"], group["update_clip"])
-            copies = _copies(p)
-            total += float(update.square_().sum(dtype=torch.float64)) / copies
-            elements += update.numel() / copies
-    return UpdateStatistics(total, elements)
+            newest = max(newest, step)
+            v, m = _local(state["precond"]).float(), _local(state["exp_avg"]).float()
+            _add(total, v, m / (1.0 - group["betas"][0] ** step), group["update_clip"], _copies(p))
+        total.age = newest - max(schedule_of(group).refreshes(newest), default=0) if newest else 0
+        found.append(total)
+    return found
 
 
 def refreshes(optimizer: Anon) -> int:
@@ -51,6 +66,24 @@ def refreshes(optimizer: Anon) -> int:
         if steps and max(steps) > 0:
             most = max(most, len(schedule_of(group).refreshes(max(steps))))
     return most
+
+
+def _add(total: GroupUpdate, v: Tensor, m: Tensor, clip: float | None, copies: int) -> None:
+    if v.numel() == 0:
+        return
+    update = v * m
+    size = update.abs()
+    total.largest = max(total.largest, float(size.max()))
+    total.size_sum += float(size.sum(dtype=torch.float64)) / copies
+    if clip is not None:
+        total.clipped += int((size > clip).sum()) / copies
+        update.clamp_(-clip, clip)
+    total.elements += v.numel() / copies
+    total.square_sum += float(update.square_().sum(dtype=torch.float64)) / copies
+    logs = v[m != 0].log2_()
+    total.moving += logs.numel() / copies
+    total.log_sum += float(logs.sum(dtype=torch.float64)) / copies
+    total.log_square_sum += float(logs.square_().sum(dtype=torch.float64)) / copies
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from anon_dist.engines.start import start
 from anon_dist.files import write_json
-from anon_dist.optim import Anon
-from anon_dist.optim.monitor import refreshes, update_statistics
 from anon_dist.train import randomness
 from anon_dist.train.config import Config
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
@@ -198,28 +196,19 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
     tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    statistics, refreshed = None, 0
-    with run.engine.whole_optimizer() as optimizer:
-        if isinstance(optimizer, Anon):
-            statistics, refreshed = update_statistics(optimizer), refreshes(optimizer)
-    sums = torch.tensor(
-        [float(done.loss), statistics.square_sum if statistics else 0.0, statistics.elements if statistics else 0.0]
-    )
-    sums = sums.double().to(accelerator.device)
+    loss = done.loss.double()
     if dist.is_initialized():
-        dist.all_reduce(sums)
+        dist.all_reduce(loss)
     record: Record = {
         "step": run.step,
         "samples": run.loader.cursor,
         "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
-        "loss": float(sums[0]) / accelerator.num_processes,
+        "loss": float(loss) / accelerator.num_processes,
         "lr": done.lr,
         "grad_norm": done.grad_norm,
         "tokens_per_s": tokens / wall,
     }
-    if statistics is not None:
-        record["update_rms"] = float(sums[1] / sums[2].clamp(min=1.0)) ** 0.5
-        record["refreshes"] = refreshed
+    record |= run.watch.read()
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
     record["data_share"] = seconds.get("data", 0.0) / wall

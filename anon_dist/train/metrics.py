@@ -55,7 +55,8 @@ class Console:
     def record(self, record: Record) -> None:
         """Show a record of metrics."""
         if self._bar is None:
-            print(" ".join(f"{k}={_short(v)}" for k, v in record.items()), flush=True)
+            # Those of single param groups are for the file and the trackers.
+            print(" ".join(f"{k}={_short(v)}" for k, v in record.items() if "/" not in k), flush=True)
             return
         for key in ("loss", "val_loss", "lr", "tokens_per_s"):
             if key in record:

@@ -25,6 +25,7 @@ from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.watch import OptimizerWatch
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Run:
     """Per token."""
     parameters: int
     state: StateBytes
+    watch: OptimizerWatch
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -130,6 +132,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         flops=flops,
         parameters=parameters,
         state=engine.state_bytes(),
+        watch=OptimizerWatch(engine, accelerator.device),
     )
     if accelerator.is_main_process:
         run.checkpoints.clean()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from anon_dist.checkpoint import CheckpointError, copy
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.options import WriteOptions
+from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.verify import verify
 
 COMMAND = [sys.executable, "-m", "anon_dist.cli", "ckpt"]
@@ -266,6 +266,10 @@ def test_damage_shows_in_the_checksums(whole, tmp_path):
     assert len(found) == 1
     assert "is damaged" in found[0].how
     assert str(file) in found[0].how
+    convert(source, tmp_path / "unchecked", "consolidated")
+    with pytest.raises(CheckpointError, match=r"is damaged \(its checksum differs\)"):
+        convert(source, tmp_path / "checked", "consolidated", read=ReadOptions(check=True))
+    assert not (tmp_path / "checked").exists()
 
 
 class Evil:

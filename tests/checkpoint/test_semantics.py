@@ -186,17 +186,37 @@ def test_a_checkpoint_of_that_optimizer_already_is_itself():
         assert to_optimizer(live, options) is live
 
 
-def test_schedules_follow_the_learning_rate():
+@pytest.mark.parametrize("named", ["lr_scheduler", "scheduler"])
+def test_schedules_follow_the_learning_rate(named):
     adamw = made(torch.optim.AdamW, lr=1e-3)
     take(adamw, range(10))
     live = Live(adamw)
-    live.manifest.extras["lr_scheduler"] = {"base_lrs": [2e-3, 1e-3], "_last_lr": [1e-3, 5e-4], "last_epoch": 10}
+    live.manifest.extras[named] = {"base_lrs": [2e-3, 1e-3], "_last_lr": [1e-3, 5e-4], "last_epoch": 10}
     checkpoint = to_anon(live, AnonOptions(gamma=0.5))
     lr = [g.hyperparameters["lr"] for g in checkpoint.manifest.groups]
-    schedule = checkpoint.manifest.extras["lr_scheduler"]
+    schedule = checkpoint.manifest.extras[named]
     assert schedule["_last_lr"] == pytest.approx(lr)
     assert schedule["base_lrs"] == pytest.approx([2 * x for x in lr])
-    assert live.manifest.extras["lr_scheduler"]["_last_lr"] == [1e-3, 5e-4]
+    assert live.manifest.extras[named]["_last_lr"] == [1e-3, 5e-4]
+
+
+def test_schedules_within_schedules_follow_the_learning_rate():
+    adamw = made(torch.optim.AdamW, lr=1e-3)
+    warmup = torch.optim.lr_scheduler.LinearLR(adamw, total_iters=5)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 20)
+    schedule = torch.optim.lr_scheduler.SequentialLR(adamw, [warmup, decay], [5])
+    for t in range(10):
+        take(adamw, [t])
+        schedule.step()
+    live = Live(adamw)
+    live.manifest.extras["lr_scheduler"] = schedule.state_dict()
+    checkpoint = to_anon(live, AnonOptions(gamma=0.5))
+    rates = [
+        new.hyperparameters["lr"] / was["lr"]
+        for new, was in zip(checkpoint.manifest.groups, adamw.param_groups, strict=True)
+    ]
+    for new, was in zip(checkpoint.manifest.extras["lr_scheduler"]["_schedulers"], [warmup, decay], strict=True):
+        assert new["base_lrs"] == pytest.approx([rate * x for rate, x in zip(rates, was.base_lrs, strict=True)])
 
 
 def test_the_papers_port():

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -187,6 +189,7 @@ def test_accelerate_finds_its_names(launched, tmp_path):
 def test_deepspeed_is_not_imported(launched, tmp_path):
     code = f"""
 import sys
+from fractions import Fraction
 from pathlib import Path
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.options import WriteOptions
@@ -278,6 +281,48 @@ def test_wrong_length(source, copied):
     edit(file, shorten)
     with pytest.raises(CheckpointError, match=rf"{file.name}: precond"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("source", ["stage1_bf16_optimizer_anon", "stage2_anon", "stage3_anon"])
+def test_a_parameter_is_gone(source, copied):
+    folder = copied(source)
+    for file in (folder / STEP).glob("*model_states.pt"):
+        edit(file, lambda s: s["param_shapes"][0].pop("head.weight"))
+    with pytest.raises(CheckpointError, match=r"optim_states\.pt: .* elements"):
+        open_checkpoint(folder)
+
+
+def mangle(value, random):
+    """A random entry somewhere in nested dictionaries is dropped, renamed or replaced."""
+    inner = [v for v in value.values() if isinstance(v, dict) and v]
+    if inner and random.random() < 0.7:
+        return mangle(random.choice(inner), random)
+    key = random.choice(list(value))
+    kept = value.pop(key)
+    if random.random() < 0.6:
+        value[random.choice([key, "other"])] = random.choice([None, 3, [], {}, torch.zeros(3), [kept]])
+
+
+@pytest.mark.parametrize("source", ["stage0_anon", "stage1_bf16_optimizer_anon", "stage2_anon", "stage3_anon"])
+def test_mangled_files_are_read_or_named(source, copied):
+    folder, random = copied(source), Random(0)
+    files = sorted((folder / STEP).glob("*.pt"))
+    originals = {file: file.read_bytes() for file in files}
+    for _ in range(25):
+        file = random.choice(files)
+        if random.random() < 0.7:
+            edit(file, lambda saved: mangle(saved, random))
+        else:
+            data = bytearray(originals[file])
+            for _ in range(5):
+                data[random.randrange(3000)] = random.randrange(256)
+            file.write_bytes(data)
+        try:
+            contents(open_checkpoint(folder))
+        except CheckpointError as error:
+            if str(folder) not in str(error):
+                raise
+        file.write_bytes(originals[file])
 
 
 def test_missing_file_of_a_universal_checkpoint(launched, tmp_path):
@@ -374,6 +419,18 @@ def test_names_given_by_the_user(launched):
     assert "b.bias" in checkpoint.manifest.frozen
     with pytest.raises(CheckpointError, match=r"nobody is not in the model"):
         open_checkpoint(launched / "stage0_anon", ReadOptions(names=["nobody", *names[1:]]))
+
+
+def test_foreign_classes_are_built_only_if_the_user_insists(copied):
+    folder = copied("stage2_anon")
+    for rank in range(RANKS):
+        path = rank_file(folder, rank)
+        saved = torch.load(path, weights_only=False)
+        torch.save({**saved, "ratio": Fraction(1, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"fractions\.Fraction.*--unsafe"):
+        open_checkpoint(folder)
+    found = open_checkpoint(folder, ReadOptions(unsafe=True)).manifest
+    assert (found.format, found.optimizer) == ("zero2", "Anon")
 
 
 def test_fused_wrapper_of_stage_0(launched, tmp_path):

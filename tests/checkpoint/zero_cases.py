@@ -15,6 +15,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import zero_fixtures as fixtures
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from launch_cases import run_cases
 from zero_tables import CASES, LOADS, RESTORES, SOURCES, UNIVERSAL
 
@@ -132,16 +133,30 @@ def other_groups():
         raise AssertionError("two groups with other learning rates went into one")
 
 
-def universal_of_deepspeed(source, **options):
+def universal_of_deepspeed(source, folder=None):
     """What DeepSpeed's own converter makes of a checkpoint says the same."""
-    tag = OUT / source / f"global_step{fixtures.SAVED}"
-    target = OUT / f"deepspeed_{source}" / "tag"
+    tag = OUT / (folder or source) / f"global_step{fixtures.SAVED}"
+    target = OUT / f"deepspeed_{folder or source}" / "tag"
     if dist.get_rank() == 0:
         arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-        arguments |= {"inject_missing_state": True, "input_folder": str(tag), "output_folder": str(target), **options}
+        arguments |= {"inject_missing_state": True, "input_folder": str(tag), "output_folder": str(target)}
         ds_to_universal.main(argparse.Namespace(**arguments))
     dist.barrier()
     restored(source, SOURCES[source][1], SOURCES[source][2], origin=target.parent)
+
+
+def zero_to_fp32():
+    for name, source in (
+        ("2_to_3", "stage2_anon"),
+        ("1_to_round_robin", "stage1_adamw"),
+        ("bf16_2_to_3", "stage2_bf16_adamw"),
+    ):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(OUT / f"written_{name}"))
+        expected = told(source)
+        for key, value in {**expected["masters"], **expected["buffers"]}.items():
+            assert torch.equal(found[key], value.float()), (name, key)
+        assert torch.equal(found["a2.weight"], expected["masters"]["a.weight"])
+        assert torch.equal(found["frozen.weight"].float(), expected["weights"]["frozen.weight"].float())
 
 
 def cases():
@@ -151,9 +166,16 @@ def cases():
     table |= {f"restore_{n}": lambda c=c: restored(*c) for n, c in RESTORES.items()}
     table |= {f"universal_{n}": lambda n=n, c=c: universal(*c, n) for n, c in UNIVERSAL.items()}
     table["load_one_rank_on_two"] = one_rank_on_two
+    for to in ("dcp", "canonical"):
+        table[f"restore_from_{to}"] = lambda to=to: restored(
+            "stage2_anon", 3, {}, origin=converted("stage2_anon", to, to)
+        )
     table["restore_refuses_other_groups"] = other_groups
     table["universal_of_deepspeed_stage2"] = lambda: universal_of_deepspeed("stage1_adamw")
     table["universal_of_deepspeed_stage3"] = lambda: universal_of_deepspeed("stage3_bf16_adamw")
+    written = "written_1_to_round_robin"
+    table["universal_of_deepspeed_of_what_is_written"] = lambda: universal_of_deepspeed("stage1_adamw", written)
+    table["zero_to_fp32_of_what_is_written"] = zero_to_fp32
     return {f"case_{name}": table[name] for name in CASES}
 
 

@@ -73,7 +73,11 @@ CASES = [
     *(f"restore_{name}" for name in RESTORES),
     *(f"universal_{name}" for name in UNIVERSAL),
     "load_one_rank_on_two",
+    "restore_from_dcp",
+    "restore_from_canonical",
     "restore_refuses_other_groups",
     "universal_of_deepspeed_stage2",
     "universal_of_deepspeed_stage3",
+    "universal_of_deepspeed_of_what_is_written",
+    "zero_to_fp32_of_what_is_written",
 ]

@@ -295,6 +295,7 @@ def ends_in_error(launch: Launch) -> float:
     return time.monotonic() - since
 
 
+@pytest.mark.slow
 def test_slurm_stops_a_run_before_the_limit_and_queues_it_again(hosts, config, tmp_path):
     """The batch script, with stand-ins for srun (a task per host, signals passed on to all) and scontrol."""
     programs = {

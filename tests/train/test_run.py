@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.train import loop
 from anon_dist.train.config import ConfigError
@@ -41,6 +42,25 @@ def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, t
             at_step(patch, step, crash)
             train(config)
     assert_same_run(whole, train(config))
+
+
+@pytest.mark.parametrize(("first", "second"), [("adamw", "anon"), ("anon", "adamw")])
+def test_a_run_changes_its_optimizer(first, second, run_config, train, tmp_path):
+    """By `anon-dist ckpt convert --optimizer`: the other optimizer goes on from the same weights, data and step count."""
+    whole = train(run_config(optim__name=first, run_dir=str(tmp_path / "whole"), train__steps=12))
+    source = whole / "checkpoints" / "step-00000008"
+    target = tmp_path / "changed" / "checkpoints" / "step-00000008"
+    target.parent.mkdir(parents=True)
+    main(["ckpt", "convert", str(source), str(target), "--to", "dcp", "--optimizer", second])
+    refused = run_config(optim__name=first, run_dir=str(tmp_path / "changed"), train__steps=12)
+    with pytest.raises(CheckpointError, match="--optimizer"):
+        train(refused)
+    changed = train(run_config(optim__name=second, run_dir=str(tmp_path / "changed"), train__steps=12))
+    a, b = ({r["step"]: r for r in metrics(folder) if "loss" in r} for folder in (whole, changed))
+    assert sorted(b) == [9, 10, 11, 12]
+    assert a[9]["loss"] == b[9]["loss"]  # before a step of its own
+    assert all(abs(a[t]["loss"] / b[t]["loss"] - 1) < 0.02 for t in (10, 11, 12))
+    assert all(a[t]["samples"] == b[t]["samples"] for t in b)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,24 @@ class Files:
     unsafe: bool = False
     """Build whatever classes the files ask for."""
 
+    def open(self, file: Path) -> Any:
+        """What a file holds, its tensors mapped.
+
+        Raises:
+            CheckpointError: it cannot be read; naming it.
+        """
+        try:
+            return open_torch(file, self.unsafe)
+        except (zipfile.BadZipFile, SystemError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+
     def load(self, file: Path, what: str) -> dict[str, Any]:
         """A file's object, its tensors mapped.
 
         Raises:
             CheckpointError: it cannot be read, or is not what DeepSpeed writes; naming it.
         """
-        found = open_torch(file, self.unsafe)
+        found = self.open(file)
         if not isinstance(found, dict):
             raise CheckpointError(f"{file}: {what} should be a dict, and this is a {type(found).__name__}")
         return found

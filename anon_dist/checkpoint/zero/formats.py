@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import Tensor
 
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
+from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schema import EXTRA, Checkpoint, OutFile
+from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo, schedule_key
 from anon_dist.checkpoint.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
 from anon_dist.checkpoint.zero.header import KNOWN, number
+from anon_dist.checkpoint.zero.pieces import Pieces, entire
 from anon_dist.checkpoint.zero.source import Source
 
 SUB_GROUP_SIZE = 1_000_000_000
@@ -33,9 +39,12 @@ class ZeroFormat:
         self.looks = looks
         self.stage = stage
 
-    def detect(self, path: Path) -> bool:
+    def detect(self, path: Path, options: ReadOptions) -> bool:
         """Whether a folder, or the tag that `latest` in it names, is a checkpoint of this stage."""
-        return tag_folder(path) is not None and _stage(find(path)) == self.stage
+        if tag_folder(path) is None:
+            return False
+        with _named(path):
+            return _stage(find(path, options.unsafe)) == self.stage
 
     def open(self, path: Path, options: ReadOptions) -> Checkpoint:
         """The checkpoint, mapped.
@@ -47,10 +56,12 @@ class ZeroFormat:
             CheckpointError: files are missing, damaged, of different steps or another format; naming file and tensor.
         """
         files = find(path, options.unsafe)
-        if self.stage == 0:
-            found = stage0.read(files, self.name, options.names)
-        else:
-            found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
+        with _named(files.folder):
+            if self.stage == 0:
+                found = stage0.read(files, self.name, options.names)
+            else:
+                found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
+        _find_dimensionless(found, path)
         manifest = found.manifest
         if files.folder != path:  # what the training loop or accelerate wrote beside the tag's folder
             beside = {k: found.add_nested(k, v, path) for k, v in read_beside(path, options.unsafe).items()}
@@ -91,7 +102,7 @@ class ZeroFormat:
         notes = []
         if not source.config:
             notes.append("The source records no DeepSpeed configuration: ds_config names the layout alone.")
-        if source.manifest.extras.get("lr_scheduler") is None:
+        if schedule_key(source.manifest.extras) is None:
             notes.append(
                 "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
             )
@@ -102,6 +113,31 @@ class ZeroFormat:
                 "anon_dist.engines.zero_restore.restore brings all."
             )
         return notes
+
+
+def _find_dimensionless(found: Pieces, path: Path) -> None:
+    """As `statedict` has it: a 0-dim state of a 0-dim parameter is of its shape, where other parameters have the state in theirs."""
+    shaped = {key.state for key in found.tensors}
+    for name, own in found.manifest.scalars.items():
+        weight = found.tensors.get(Key(name, WEIGHT))
+        if weight is not None and not weight.shape:
+            for key in [k for k, v in own.items() if k in shaped and isinstance(v, Tensor)]:
+                value = own.pop(key)
+                found.add(Key(name, key), TensorInfo((), value.dtype), entire(value, path))
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What goes wrong with a file of the right name and the wrong contents is said of its folder."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged contents raise whatever the first wrong entry leads to
+        where = traceback.extract_tb(error.__traceback__)[-1].name
+        raise CheckpointError(
+            f"{folder} is damaged, or not as DeepSpeed writes it: {type(error).__name__}: {error} (in {where})"
+        ) from error
 
 
 def _stage(files: Files) -> int | None:

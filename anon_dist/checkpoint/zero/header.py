@@ -36,6 +36,7 @@ KNOWN = (
     "loss_scaler",
     "buffer_names",
     "shared_params",
+    "model_extra_state",
 )
 """Extras that have a place of their own. Formats that tell neither buffers nor tied weights from parameters still carry extras, and so
 the names of both."""
@@ -84,7 +85,8 @@ def read_header(files: Files, file: Path) -> Header:
     state = files.load(file, "the model states")
     if state.get("mp_world_size", 1) != 1:
         raise CheckpointError(f"{file}: written under tensor parallelism (mp_world_size {state['mp_world_size']})")
-    module = need(state, "module", file, dict)
+    saved = need(state, "module", file, dict)
+    module = {str(n): t for n, t in saved.items() if isinstance(t, Tensor)}
     buffers = list(state.get("buffer_names") or ())
     shapes = [_shapes(group) for group in state.get("param_shapes") or ()]
     tied = {str(k): str(v) for k, v in (state.get("shared_params") or {}).items()}
@@ -138,6 +140,8 @@ def opened(header: Header, name: str, groups: list[ParamGroup], scalars: dict[st
     }
     if header.tied:
         extras["shared_params"] = dict(header.tied)
+    if others := {n: v for n, v in state["module"].items() if not isinstance(v, Tensor)}:
+        extras["model_extra_state"] = others  # what modules save by get_extra_state
     if client := {k: v for k, v in state.items() if k not in ENGINE_KEYS and k != CARRIED}:
         extras["client_state"] = client
     carried = state.get(CARRIED)

@@ -9,8 +9,8 @@ import torch
 
 from anon_dist.checkpoint.assemble import with_stubs
 from anon_dist.checkpoint.pickles import StandIn
-from anon_dist.checkpoint.schema import WEIGHT, Stub
-from anon_dist.checkpoint.zero.flat import numel, shard, shard_cuts
+from anon_dist.checkpoint.schema import WEIGHT, Stub, schedule_key
+from anon_dist.checkpoint.zero.flat import Cut, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import CARRIED, ENGINE_KEYS
 from anon_dist.checkpoint.zero.source import Source
 
@@ -37,7 +37,7 @@ def model_states(
     """
     manifest, sharded = source.manifest, rank is not None
     extras: dict[str, Any] = with_stubs(source.checkpoint, manifest.extras)
-    module: OrderedDict[str, Stub] = OrderedDict()
+    module: OrderedDict[str, Any] = OrderedDict()
     stubs: dict[str, Stub] = {}
     for name in source.buffers:
         module[name] = source.weight(name)
@@ -46,6 +46,7 @@ def model_states(
         module[name] = stubs[name]
     for alias, name in source.tied.items():
         module[alias] = stubs[name]
+    module.update(extras.get("model_extra_state") or {})
     frozen = OrderedDict((name, torch.Size(source.shape(name))) for name in source.frozen)
     client = extras.get("client_state")
     found = {
@@ -56,7 +57,7 @@ def model_states(
         "frozen_param_shapes": frozen,
         "shared_params": dict(source.tied),
         "frozen_param_fragments": OrderedDict((n, _fragment(source, n, world_size, rank)) for n in frozen),
-        "lr_scheduler": extras.get("lr_scheduler"),
+        "lr_scheduler": extras.get(schedule_key(extras) or "lr_scheduler"),
         "data_sampler": extras.get("data_sampler"),
         "random_ltd": extras.get("random_ltd"),
         "skipped_steps": extras.get("skipped_steps", 0),
@@ -88,6 +89,21 @@ def _fragment(source: Source, name: str, world_size: int, rank: int | None) -> S
     return source.laid([name], WEIGHT, source.dtypes[name], cuts, shard(size, world_size))
 
 
+def inert(module: str, name: str, attributes: dict[str, Any]) -> StandIn:
+    """An object of a class of DeepSpeed's, to be pickled by its name."""
+    kind: type[StandIn] = type(name, (StandIn,), {"__module__": module, "__qualname__": name})
+    made = StandIn.__new__(kind)
+    made.__setstate__(attributes)
+    return made
+
+
+def slice_mapping(members: list[str], cuts: list[Cut]) -> OrderedDict[str, StandIn]:
+    """Where a rank's buffer has its part of each parameter; DeepSpeed's converter to universal goes by it."""
+    where = "deepspeed.utils.tensor_fragment"
+    found = ((members[c.member], {"numel": c.stop - c.start, "start": c.offset}) for c in cuts)
+    return OrderedDict((name, inert(where, "fragment_address", at)) for name, at in found)
+
+
 def loss_scaler(source: Source) -> StandIn:
     """DeepSpeed's loss scaler with the source's attributes, or one that does not scale; pickled by name, without DeepSpeed.
 
@@ -98,8 +114,4 @@ def loss_scaler(source: Source) -> StandIn:
     name = str(saved.pop("class", "")).rpartition(".")[2]
     if name not in ("LossScaler", "DynamicLossScaler"):  # a wrapper's numbers (stage 0), or another engine's
         name, saved = "LossScaler", {"cur_scale": float(saved.get("cur_scale", 1.0)), "dynamic": False}
-    attributes = {"__module__": "deepspeed.runtime.fp16.loss_scaler", "__qualname__": name}
-    kind: type[StandIn] = type(name, (StandIn,), attributes)
-    scaler = StandIn.__new__(kind)
-    scaler.__setstate__(saved)
-    return scaler
+    return inert("deepspeed.runtime.fp16.loss_scaler", name, saved)

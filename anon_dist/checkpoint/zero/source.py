@@ -108,10 +108,11 @@ class Source:
         return found if isinstance(found, dict) else {}
 
     @property
-    def clip(self) -> float:
-        """The gradient norm that is clipped to, which the loader takes over from the file; 0: none."""
-        found = self.config.get("gradient_clipping", 0.0)
-        return float(found) if isinstance(found, (int, float)) else 0.0
+    def clip(self) -> dict[str, float]:
+        """The gradient norm that is clipped to, 0: none. The loader takes it over from the file: where it is not known, no word of it,
+        and the loading engine's own configuration holds."""
+        found = self.config.get("gradient_clipping")
+        return {"clip_grad": float(found)} if isinstance(found, (int, float)) else {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A parameter's or buffer's."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import MASTER, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
-from anon_dist.checkpoint.zero.flat import group_cuts, numel, round_robin
+from anon_dist.checkpoint.zero.flat import ALIGNMENT, group_cuts, numel, round_robin
 from anon_dist.checkpoint.zero.header import (
     Header,
     add_module,
@@ -113,6 +113,12 @@ def _add_group(
                 f"{part.file}: a partition of {part.partition} elements with states {sorted(part.states)}; "
                 f"{held[0].file.name} has {held[0].partition} with {sorted(held[0].states)}"
             )
+    wanted, found_here = sum(map(numel, shapes.values())) + sum(gaps), sum(part.master.numel() for part in held)
+    if not wanted <= found_here < wanted + ALIGNMENT * len(held):  # BF16_Optimizer leaves the padding on
+        raise CheckpointError(
+            f"{held[0].file}: the ranks have {found_here} elements of the group of {next(iter(shapes), 'nothing')}, "
+            f"its parameters {wanted}"
+        )
     for key in (MASTER, *held[0].states):
         values = [part.master if key == MASTER else part.states[key] for part in held]
         if is_number(values[0]):

@@ -48,12 +48,13 @@ def read(files: Files, name: str) -> Pieces:
 
 def groups_of(header: Header, saved: list[dict[str, Any]]) -> list[ParamGroup]:
     """The param groups: each holds as many sub-groups as it has `params`, in the order of all."""
+    held = sum(len(group["params"]) for group in saved)
+    if held != len(header.shapes):
+        raise CheckpointError(f"{header.file}: {len(header.shapes)} in param_shapes, {held} in the optimizer's groups")
     groups, remaining = [], iter(header.shapes)
     for group in saved:
         members = [name for _ in group["params"] for name in next(remaining)]
         groups.append(ParamGroup(members, {k: v for k, v in group.items() if k != "params"}))
-    if next(remaining, None) is not None:
-        raise CheckpointError(f"{header.file}: more sub-groups in param_shapes than in the optimizer's param groups")
     return groups
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, TensorInfo
-from anon_dist.checkpoint.torchfile import open_torch
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import numel
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
@@ -85,7 +84,7 @@ def _add(
     if not any(file.stem == FP32 for file in states):
         raise CheckpointError(f"{folder / 'fp32.pt'} is missing: the master of {name}")
     for file in states:
-        held = open_torch(file, files.unsafe)
+        held = files.open(file)
         value = held["param"] if isinstance(held, dict) and "param" in held else held
         key = MASTER if file.stem == FP32 else file.stem
         if is_number(value) and key != MASTER:

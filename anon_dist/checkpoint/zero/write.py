@@ -1,7 +1,7 @@
 """The objects of the files of every stage, ready to be pickled; tensors are stubs that are filled from the source.
 
-What of them DeepSpeed's own `load_checkpoint` needs was read off its loaders; what it ignores is written where its converters or our
-reader go by it (`param_slice_mappings` is not: only `ds_to_universal` reads it, and the universal format is written directly).
+What of them DeepSpeed's own `load_checkpoint` needs was read off its loaders; what it ignores is written where its converters, its
+`zero_to_fp32` or our reader go by it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from anon_dist.checkpoint.schema import MASTER
 from anon_dist.checkpoint.zero.flat import group_cuts, group_partition, round_robin, shard, shard_cuts, sub_groups
 from anon_dist.checkpoint.zero.header import fresh
-from anon_dist.checkpoint.zero.model_states import VERSION, config, loss_scaler, model_states
+from anon_dist.checkpoint.zero.model_states import VERSION, config, loss_scaler, model_states, slice_mapping
 from anon_dist.checkpoint.zero.source import Group, Source
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -59,7 +59,7 @@ def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[s
     files: dict[str, Any] = {MODEL: model_states(source, world_size, orders, zero=zero)}
     totals = [sum(source.numel(name) for name in order) for order in orders]
     for rank in range(world_size):
-        masters, states, paddings = [], {}, []
+        masters, states, paddings, mappings = [], {}, [], []
         for i, (group, order, total) in enumerate(zip(groups, orders, totals, strict=True)):
             length = group_partition(total, world_size)
             held = min(length, max(0, total - rank * length))
@@ -67,6 +67,7 @@ def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[s
             cuts = group_cuts(sizes, [0] * len(sizes), length, rank)
             masters.append(source.laid(order, MASTER, torch.float32, cuts, held))
             paddings.append(length - held)
+            mappings.append(slice_mapping(order, cuts))
             flat = {k: source.laid(order, k, dtype, cuts, length) for k, dtype in group.states.items()}
             states[i] = {**group.numbers, **flat}
         base = {"state": states, "param_groups": [{**g.hyperparameters, "params": [i]} for i, g in enumerate(groups)]}
@@ -75,12 +76,13 @@ def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[s
             "loss_scaler": scaler,
             "dynamic_loss_scale": bool(vars(scaler).get("dynamic")),
             "overflow": False,
-            "clip_grad": source.clip,
+            **source.clip,
             "base_optimizer_state": base,
             "single_partition_of_fp32_groups": masters,
             "zero_stage": stage,
             "group_paddings": paddings,
             "partition_count": [world_size] * len(groups),
+            "param_slice_mappings": mappings,
             "ds_version": VERSION,
         }
         files[_optimizer_file(source, rank)] = _wrapped(source, optimizer, zero)
@@ -150,7 +152,7 @@ def universal(source: Source) -> dict[str, Any]:
         "loss_scaler": scaler,
         "dynamic_loss_scale": bool(vars(scaler).get("dynamic")),
         "overflow": False,
-        "clip_grad": source.clip,
+        **source.clip,
         "ds_version": VERSION,
         "param_groups": param_groups,
         "optimizer_state_dict": {
