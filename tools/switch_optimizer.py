@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from anon_dist.checkpoint.convert import convert
-from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.semantics import AnonOptions
+from anon_dist.checkpoint.copy import write_files
+from anon_dist.checkpoint.formats import open_checkpoint, plan
+from anon_dist.checkpoint.options import WriteOptions
+from anon_dist.checkpoint.schema import Checkpoint, Key
+from anon_dist.checkpoint.semantics import to_anon
 from anon_dist.train import config as c
 from anon_dist.train import loop
 
@@ -52,32 +54,29 @@ def run(config: c.Config) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+class Afresh(Checkpoint):
+    """Anon's checkpoint, its state that of an optimizer before its first step."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source, self.tensors, self.manifest = source, source.tensors, source.manifest
+        for own in self.manifest.scalars.values():
+            own["step"] = torch.zeros(())
+
+    def read(self, key: Key, start: int, stop: int) -> Tensor:
+        """See `Checkpoint`."""
+        if key.state in ("exp_avg", "exp_avg_sq", "precond"):
+            return torch.full((stop - start,), float(key.state == "precond"))
+        return self._source.read(key, start, stop)
+
+
 def begin(source: Path, target: Path, way: str) -> None:
     """Put a checkpoint of AdamW's run where Anon's is to go on from."""
     shutil.rmtree(target.parents[1], ignore_errors=True)
     target.parent.mkdir(parents=True)
-    convert(source, target, "dcp", optimizer=AnonOptions())
-    if way == "fresh":  # the same layout, with the state that a new Anon has
-        import torch.distributed.checkpoint as dcp
-
-        saved = open_checkpoint(target)
-        state: dict[str, Tensor] = {}
-        for key, info in saved.tensors.items():
-            if key.state in ("exp_avg", "exp_avg_sq", "precond"):
-                state[f"optimizer.state.{key.parameter}.{key.state}"] = torch.full(
-                    info.shape, float(key.state == "precond")
-                )
-        reader = dcp.FileSystemReader(target)
-        everything = {
-            k: torch.empty(v.size) for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")
-        }
-        others = [k for k in reader.read_metadata().state_dict_metadata if k not in everything]
-        everything |= dict.fromkeys(others)
-        dcp.load(everything, storage_reader=reader)
-        everything |= state | {k: torch.zeros(()) for k in everything if k.endswith(".step")}
-        for file in target.glob("*.distcp"):
-            file.unlink()
-        dcp.save(everything, checkpoint_id=target)
+    checkpoint = to_anon(open_checkpoint(source))
+    if way == "fresh":
+        checkpoint = Afresh(checkpoint)
+    write_files(plan(checkpoint, "dcp", WriteOptions()), checkpoint, way, target, quiet=True)
 
 
 def main() -> None:

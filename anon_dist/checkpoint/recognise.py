@@ -9,6 +9,9 @@ from torch import Tensor
 
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, ParamGroup
 
+ANON, PORT, ADAM, ADAMW = "Anon", "Anon (the paper's reference port)", "Adam", "AdamW"
+"""Names that conversions go by."""
+
 
 def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Mapping[str, Mapping[str, Any]]) -> str:
     """The optimizer's class name, by its states and hyperparameters; `unknown (…)` with the states' keys if nothing fits.
@@ -20,12 +23,12 @@ def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Ma
     keys = tensors | {key for own in scalars.values() for key in own}
     hyper = {key for group in groups for key in group.hyperparameters}
     if {"exp_avg", "exp_avg_sq", "precond"} <= keys:
-        return "Anon"
+        return ANON
     if {"exp_avg", "exp_avg_sq", "fixed_lr"} <= keys:
-        return "Anon (the paper's reference port)"
+        return PORT
     if {"exp_avg", "exp_avg_sq"} <= tensors <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
         decoupled = [group.hyperparameters.get("decoupled_weight_decay") for group in groups]
-        return "Adam" if decoupled and all(d is False for d in decoupled) else "AdamW"
+        return ADAM if decoupled and all(d is False for d in decoupled) else ADAMW
     if tensors == {"exp_avg"}:
         return "Lion"
     if "momentum_buffer" in keys and hyper & {"ns_steps", "ns_coefficients"}:

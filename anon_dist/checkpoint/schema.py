@@ -11,6 +11,7 @@ have in common.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,10 +60,7 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         """Elements, 1 for a 0-dim tensor."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass

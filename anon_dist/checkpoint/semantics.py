@@ -2,7 +2,7 @@
 
 AdamW → Anon, a warm start. With v̂ = exp_avg_sq / (1 − β2^t), AdamW's debiased second moment:
 
-- d = (v̂ + ε)^γ, so that at γ = 1 the next step is AdamW's own;
+- d = (v̂ + ε)^γ, so that at γ = 1 the next step is AdamW's, but for what its gradient adds to v̂;
 - the step count stays, and with it m's debiasing and the position in the refresh schedule;
 - s, which Anon has accumulated since the refresh before t, is what it would be had every squared gradient since been v̂: v̂ (1 − β2^age);
 - for γ ≠ 1 the learning rate is multiplied, group by group, by the ratio of the two updates' root mean squares, and the decay divided by
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo, schedule_key
 from anon_dist.optim import Anon
 from anon_dist.optim.hyper import HISTORY, schedule_of
@@ -92,16 +93,6 @@ class Converted(Checkpoint):
         self._source.close()
 
 
-def recognise(checkpoint: Checkpoint) -> str | None:
-    """The optimizer by the keys of its state: "anon", "anon-port", "adamw", or None where it is another, or none."""
-    states = {key.state for key in checkpoint.tensors}
-    if {"exp_avg", "exp_avg_sq", "precond"} <= states:
-        return "anon"
-    if {"exp_avg", "exp_avg_sq", "fixed_lr"} <= states:
-        return "anon-port"
-    return "adamw" if {"exp_avg", "exp_avg_sq"} <= states else None
-
-
 def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Checkpoint:
     """AdamW's (or Adam's) checkpoint, or the paper's port's, as one of Anon. See the module.
 
@@ -109,14 +100,14 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         CheckpointError: it is another optimizer's, or a hyperparameter is out of range.
     """
     options = options or AnonOptions()
-    found = recognise(checkpoint)
-    if found == "anon":
+    found = checkpoint.manifest.optimizer
+    if found == ANON:
         return checkpoint
-    if found == "anon-port":
+    if found == PORT:
         return _from_port(checkpoint, options)
-    if found is None:
+    if found not in (ADAM, ADAMW):
         raise CheckpointError(
-            f"the optimizer state {_describe(checkpoint)} is not AdamW's (exp_avg, exp_avg_sq): only AdamW, Adam and the paper's port can "
+            f"the optimizer state is {found or 'absent'}, not AdamW's (exp_avg, exp_avg_sq): only AdamW, Adam and the paper's port can "
             "become Anon"
         )
     computed: dict[Key, Read] = {}
@@ -124,7 +115,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
     notes, groups = [], []
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
-        if old.get("weight_decay") and not old.get("decoupled_weight_decay", checkpoint.manifest.optimizer != "Adam"):
+        if old.get("weight_decay") and not old.get("decoupled_weight_decay", found == ADAMW):
             raise CheckpointError(
                 f"param group {index} has weight_decay {old['weight_decay']} in Adam's coupled form, which Anon does not have: "
                 "its gradients are another's. Train on with decoupled decay (AdamW) first, or set it to 0"
@@ -153,7 +144,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         notes.append(
             "AMSGrad's max_exp_avg_sq became the preconditioner and is not kept: Anon's is refreshed from recent gradients"
         )
-    return _finish(checkpoint, "Anon", groups, computed, dropped, notes)
+    return _finish(checkpoint, ANON, groups, computed, dropped, notes)
 
 
 def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Checkpoint:
@@ -163,14 +154,14 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
         CheckpointError: it is another optimizer's, or some γ is 0.
     """
     options = options or AdamWOptions()
-    found = recognise(checkpoint)
-    if found == "adamw":
+    found = checkpoint.manifest.optimizer
+    if found == ADAMW:
         return checkpoint
-    if found == "anon-port":
-        return to_adamw(to_anon(checkpoint, AnonOptions(decoupled=True)), options)
-    if found is None:
+    if found == PORT:
+        return to_adamw(to_anon(checkpoint), options)
+    if found != ANON:
         raise CheckpointError(
-            f"the optimizer state {_describe(checkpoint)} is not Anon's (exp_avg, exp_avg_sq, precond)"
+            f"the optimizer state is {found or 'absent'}, not Anon's (exp_avg, exp_avg_sq, precond): only Anon can become AdamW"
         )
     computed: dict[Key, Read] = {}
     dropped = {key for key in checkpoint.tensors if key.state == "precond"}
@@ -202,7 +193,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
             f"group {index}: lost: " + ", ".join(f"{k} = {old[k]}" for k in lost if k in old) + _said_factor(factor)
         )
     notes.append("older second moments that β3 keeps in the preconditioner are taken for the latest")
-    return _finish(checkpoint, "AdamW", groups, computed, dropped, notes)
+    return _finish(checkpoint, ADAMW, groups, computed, dropped, notes)
 
 
 def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
@@ -227,7 +218,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
         new = _anon_group(old, paper, eps=float(old["eps"]), gamma=float(old["gamma"]))
         groups.append(ParamGroup(list(group.members), {k: v for k, v in new.items() if k != "buffer"}))
     notes = ["the port's schedule and hyperparameters are kept: refreshes at powers of 2, beta3 = 0.5"]
-    converted = _finish(checkpoint, "Anon", groups, computed, dropped, notes)
+    converted = _finish(checkpoint, ANON, groups, computed, dropped, notes)
     converted.manifest.scalars = {
         name: {**values, "step": _as_step(values["step"])} for name, values in scalars.items()
     }
@@ -400,11 +391,6 @@ def _step(checkpoint: Checkpoint, name: str) -> int:
 def _as_step(value: Any) -> Tensor:
     """Torch's convention, which Anon and AdamW share: 0-dim, float32, on the CPU."""
     return torch.tensor(float(value), dtype=torch.float32)
-
-
-def _describe(checkpoint: Checkpoint) -> str:
-    states = sorted({key.state for key in checkpoint.tensors} - {"weight", "master"})
-    return "(" + (", ".join(states) or "none") + ")"
 
 
 def _finish(

@@ -128,6 +128,15 @@ def state_bytes(optimizer: Optimizer) -> StateBytes:
     return StateBytes(local, whole)
 
 
+def state_bytes_of_ranks(optimizer: Optimizer, device: torch.device) -> StateBytes:
+    """The same where each rank has plain tensors of its own: the whole is the sum over ranks. Every rank must call it."""
+    local = state_bytes(optimizer).local
+    whole = torch.tensor(local, dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(whole)
+    return StateBytes(local, int(whole))
+
+
 def _state_tensors(states: Iterable[dict[str, Any]]) -> Iterable[Tensor]:
     for state in states:
         for value in state.values():

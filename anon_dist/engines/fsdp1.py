@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision
 from torch.optim import Optimizer
 
-from anon_dist.engines.check import StateBytes, state_bytes
+from anon_dist.engines.check import StateBytes, state_bytes_of_ranks
 from anon_dist.engines.grads import global_norm
 from anon_dist.engines.torch_native import TorchEngine, full_weights
 
@@ -51,10 +51,7 @@ class Fsdp1Engine(TorchEngine):
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks."""
-        local = state_bytes(self.optimizer).local
-        whole = torch.tensor(local, dtype=torch.int64, device=self._accelerator.device)
-        dist.all_reduce(whole)
-        return StateBytes(local, int(whole))
+        return state_bytes_of_ranks(self.optimizer, self._accelerator.device)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""

@@ -20,14 +20,13 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.names import unwrapped
+from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
-from anon_dist.checkpoint.semantics import recognise
 from anon_dist.optim import Anon
 
 DEEPSPEED = "deepspeed"
 """The subfolder of a checkpoint that DeepSpeed writes."""
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP1 and activation checkpointing put into parameter names; DDP puts `module` before them."""
 
 
 def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> None:
@@ -41,12 +40,15 @@ def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> N
     Raises:
         CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then.
     """
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    wrapped = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    plain = unwrapped(list(wrapped))
+    parameters = {plain[name]: p for name, p in model.named_parameters()}
+    buffers = {plain[name]: buffer for name, buffer in model.named_buffers()}
     ranges = Ranges(model)
     check_same_optimizer(optimizer, checkpoint)
     _allocate(parameters, optimizer, checkpoint)
     groups = group_values(optimizer, {p: name for name, p in parameters.items()}, checkpoint)
-    work = list(_tensors(parameters, dict(model.named_buffers()), optimizer, checkpoint, ranges))
+    work = list(_tensors(parameters, buffers, optimizer, checkpoint, ranges))
     for key, _, owner in work:
         _check(key, owner, checkpoint, ranges)
     _check_nothing_is_left({key for key, *_ in work}, parameters, optimizer, checkpoint)
@@ -78,17 +80,12 @@ def check_same_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: one of them is Anon and the other is not.
     """
-    found = recognise(checkpoint)
-    if isinstance(optimizer, Anon) != (found == "anon"):
+    found = checkpoint.manifest.optimizer
+    if isinstance(optimizer, Anon) != (found == ANON):
         raise CheckpointError(
-            f"the checkpoint holds the state of {checkpoint.manifest.optimizer or found or 'no optimizer'}, not of "
-            f"{type(optimizer).__name__}. Resume with that optimizer, or convert it: anon-dist ckpt convert --optimizer"
+            f"the checkpoint holds the state of {found or 'no optimizer'}, not of {type(optimizer).__name__}. Resume "
+            "with that optimizer, or convert it: anon-dist ckpt convert --optimizer"
         )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model before it was wrapped."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in WRAPPERS)
 
 
 def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -175,7 +172,7 @@ def _tensors(
             if isinstance(value, Tensor) and (value.dim() or ranges.shape(p) == ()) and state != "step":
                 yield Key(name, state), value, p
     for name, buffer in buffers.items():
-        key = Key(plain_name(name), WEIGHT)
+        key = Key(name, WEIGHT)
         if key in checkpoint.tensors:  # others are made by the model itself
             yield key, buffer, buffer
 

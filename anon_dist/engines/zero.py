@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines import zero_restore
-from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
 from anon_dist.engines.register import NVME
@@ -157,11 +157,7 @@ class ZeroEngine:
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks, padding and copies included."""
-        local = state_bytes(self.optimizer).local
-        whole = torch.tensor(local, dtype=torch.int64, device=self._engine.device)
-        if dist.is_initialized():
-            dist.all_reduce(whole)
-        return StateBytes(local, int(whole))
+        return state_bytes_of_ranks(self.optimizer, self._engine.device)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`. In DeepSpeed's own format."""
@@ -170,10 +166,10 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         """See `base.Engine`. By DeepSpeed where stage and ranks are as when it was saved; else converted as it is read."""
         with opened(folder) as checkpoint:
+            check_same_optimizer(self.optimizer, checkpoint)
             manifest = checkpoint.manifest
             present = f"zero{self._engine.zero_optimization_stage()}", self._engine.dp_world_size
             if (manifest.format, manifest.world_size) != present:
-                check_same_optimizer(self.optimizer, checkpoint)
                 zero_restore.restore(self._engine, checkpoint)
                 return
         try:

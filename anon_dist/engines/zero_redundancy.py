@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -17,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp import load_state, save_state
-from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
+from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
 
@@ -57,10 +55,7 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. Whole parameters are handed out, so ranks differ by up to the largest."""
-        local = state_bytes(self.optimizer).local
-        whole = torch.tensor(local, dtype=torch.int64, device=self._accelerator.device)
-        dist.all_reduce(whole)
-        return StateBytes(local, int(whole))
+        return state_bytes_of_ranks(self.optimizer, self._accelerator.device)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""

@@ -291,13 +291,15 @@ def case_stages_and_engines_resume_each_other():
 
 
 def case_torch_engines_take_deepspeeds_checkpoints():
-    """zero1, fsdp1 and hsdp from stage 3, and another optimizer in Anon's place is refused."""
+    """zero1, fsdp1 and hsdp from stage 3, and another optimizer in Anon's place is refused, by DeepSpeed too."""
     for name in ("zero1-torch", "fsdp1", "hsdp"):
         config = run_config("zero3", shared_folder(OUT))
         patch = Patch()
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(config)
         patch.close()
+        config.optim.name = "adamw"
+        raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
         config = configured(config, name.removesuffix("-torch"))
         config.train.engine = name.removesuffix("-torch")
         config.optim.name = "adamw"

@@ -203,6 +203,15 @@ def check_all_are_there(found, reference, name):
     assert int(count) == len(trained)
 
 
+def compared(engine, name, alone, reference):
+    """(where, what the engine has, what one process has) for every parameter and state."""
+    found = unsharded(engine, name)
+    check_all_are_there(found, alone, name)
+    for key, p in alone.named_parameters():
+        for k, v in found.get(key, {}).items():
+            yield (key, k), v, p.detach() if k == "value" else reference.state[p][k]
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -224,12 +233,8 @@ def check_bits(name, hyper, variant, accumulation, ranks):
                 p.grad = torch.zeros_like(p)
         reference.step()
         reference.zero_grad()
-    found = unsharded(engine, name)
-    check_all_are_there(found, alone, name)
-    for key, p in alone.named_parameters():
-        for k, v in found.get(key, {}).items():
-            expected = p.detach() if k == "value" else reference.state[p][k]
-            assert torch.equal(v, expected), (key, k, (v - expected).abs().max())
+    for where, v, expected in compared(engine, name, alone, reference):
+        assert torch.equal(v, expected), (where, (v - expected).abs().max())
 
 
 def check_training(name, gamma, ranks):
@@ -249,16 +254,10 @@ def check_training(name, gamma, ranks):
         assert abs(engine.step(lr, None) / float(norm) - 1) < 1e-5
         reference.step()
         reference.zero_grad()
-    found = unsharded(engine, name)
-    check_all_are_there(found, alone, name)
-    for key, p in alone.named_parameters():
-        for k, v in found.get(key, {}).items():
-            expected = p.detach() if k == "value" else reference.state[p][k]
-            # A gradient's rounding, 6e-8 of the largest summand, is up to 1e-5 of a small element after 12 steps and a power of γ.
-            largest = float(expected.abs().max())
-            torch.testing.assert_close(
-                v, expected, rtol=1e-4, atol=1e-4 * largest, msg=lambda m, where=(key, k): f"{where}: {m}"
-            )
+    for where, v, expected in compared(engine, name, alone, reference):
+        # A gradient's rounding, 6e-8 of the largest summand, is up to 1e-5 of a small element after 12 steps and a power of γ.
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-4 * largest, msg=lambda m, w=where: f"{w}: {m}")
 
 
 def check_bytes_and_collectives(name, ranks):
