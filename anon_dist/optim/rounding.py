@@ -1,12 +1,12 @@
 """Rounding of states and parameters that are stored in fewer bits than they are computed in.
 
-Stochastic rounding goes up with a probability equal to the fraction that is cut off: increments much smaller than a unit of the stored number
-then count in the mean, where rounding to nearest loses them all. Its randomness is a hash of the unrounded number, the step, and the
-state's role: no generator has to be saved or kept in step between ranks, replicas cannot drift apart, and the bits do not depend on how a
-parameter was cut into shards. A number that does not change meets another hash at each step.
+Stochastic rounding goes up with a probability equal to the fraction that is cut off: increments much smaller than a unit of the stored
+number then count in the mean, where rounding to nearest loses them all. Its randomness is a hash of the unrounded number, the step, and
+the state's role: no generator has to be saved or kept in step between ranks, replicas cannot drift apart, and the bits do not depend on
+how a parameter was cut into shards. A number that does not change meets another hash at each step.
 
-An 8-bit exp_avg is kept in blocks of 32 elements in row-major order (of the local shard), as the microscaling formats do (OCP MX, 2023): int8 codes and one
-power of two for each block, so that code · 2^e is exact in bfloat16, and encoding it again finds the same values.
+An 8-bit exp_avg is kept in blocks of 32 elements in row-major order (of the local shard), as the microscaling formats do (OCP MX, 2023):
+int8 codes and one power of two for each block, so that code · 2^e is exact in bfloat16, and encoding it again finds the same values.
 """
 
 from __future__ import annotations
