@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
@@ -13,21 +13,31 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim import update
-from anon_dist.optim.buckets import Bucket, local, local_gradient, update_bucket, update_bucket_fused
+from anon_dist.optim.buckets import Bucket, local_gradient, update_bucket, update_bucket_fused
 from anon_dist.optim.hyper import (
     HISTORY,
-    STATE_DTYPES,
     append_history,
     check_drift,
     drifted,
     last_record,
     new_history,
     normalise,
+    state_dtypes,
     validate,
 )
 from anon_dist.optim.kernels import choice
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import STATE_KEYS, AsIs, LazyState, checked_state, fresh_state, named_parameters
+from anon_dist.optim.state import (
+    EXPONENTS,
+    STATE_KEYS,
+    AsIs,
+    LazyState,
+    checked_state,
+    decoded,
+    fresh_state,
+    local,
+    named_parameters,
+)
 
 LAST_STEP = 1 << 24
 
@@ -74,7 +84,13 @@ class Anon(Optimizer):
             is not possible) or never (False). None: on the CPU, if `foreach` is None and all ranks can: at its first step the
             optimizer waits up to a minute for the other ranks' (see `kernels.choice`). Within the same bounds of rounding as the other
             path, but not the same bits.
-        state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16 (rounded to nearest).
+        state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16; or by state, as in
+            `{"exp_avg": "int8", "exp_avg_sq": "bfloat16", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg
+            alone: blocks of 32 elements of the local shard share a power of two (5.03 bytes per parameter in all, here); state dicts
+            have it in bfloat16, exactly. Means are rounded stochastically, precond to nearest (see `rounding`). All bits but
+            int8's are independent of the sharding.
+        stochastic_rounding: round bfloat16 parameters stochastically, instead of to nearest, which loses updates smaller than about
+            1/500 of a parameter: for training without a float32 master copy. Parameters of other dtypes are rounded to nearest.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -100,7 +116,8 @@ class Anon(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        state_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -117,6 +134,7 @@ class Anon(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         normalise(defaults)
         validate(defaults)
@@ -239,13 +257,13 @@ class Anon(Optimizer):
         """
         state, present, replaced = self.state, 0, False
         for group in self.param_groups:
-            dtype = STATE_DTYPES[group["state_dtype"]]
+            dtypes = state_dtypes(group)
             for p in group["params"]:
                 known = state.get(p)
                 if known and known["exp_avg"].device != p.device and int(known["step"]) == 0:
                     known = None  # the model was moved since
                 if not known and (p.requires_grad or p.grad is not None):
-                    state[p] = fresh_state(p, dtype)
+                    state[p] = fresh_state(p, dtypes)
                     replaced = True
                 present += p in state
         if replaced and len(state) != present:
@@ -255,12 +273,16 @@ class Anon(Optimizer):
                 del state[key]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch has it, with the state of every trainable parameter in it, also before the first step."""
+        """The state as torch has it, with the state of every trainable parameter in it, also before the first step.
+
+        An 8-bit exp_avg is in it as bfloat16 (a copy, 2 bytes per parameter), so that any checkpoint library can reshard it.
+        """
         self._ensure_state()
-        return super().state_dict()
+        found = super().state_dict()
+        return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave: states in `state_dtype` whatever the parameters' dtype, `step` on the CPU.
+        """Load what `state_dict()` gave: states in the loaded group's `state_dtype` whatever they come in, `step` on the CPU.
 
         Parameters that have no state in it start afresh, with a warning if others have some.
 
@@ -296,7 +318,7 @@ class Anon(Optimizer):
             group.setdefault(HISTORY, new_history(group))
         checked = LazyState(self)
         names = dict(named_parameters(groups))
-        dtypes = {p: STATE_DTYPES[g["state_dtype"]] for g in groups for p in g["params"]}
+        dtypes = {p: state_dtypes(g) for g in groups for p in g["params"]}
         for key, values in state.get("state", self.__dict__.get("state", {})).items():
             if key in names:
                 checked[key] = checked_state(names[key], key, values, dtypes[key])
@@ -384,7 +406,7 @@ class Anon(Optimizer):
                 raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
             tensors = [local(p), local_gradient(p), *(local(state[key]) for key in STATE_KEYS[1:])]
             key = (step, tensors[0].device, *(t.dtype for t in tensors))
-            buckets.setdefault(key, Bucket(step)).add(state["step"], tensors)
+            buckets.setdefault(key, Bucket(step)).add(state["step"], tensors, state.get(EXPONENTS))
         return list(buckets.values())
 
 

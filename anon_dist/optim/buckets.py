@@ -13,6 +13,16 @@ from torch.distributed.tensor import DTensor
 from anon_dist.optim import update
 from anon_dist.optim.hyper import schedule_of
 from anon_dist.optim.kernels import cpu
+from anon_dist.optim.rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    THETA,
+    decode_blocks,
+    encode_blocks,
+    salt_of,
+    to_bfloat16_stochastically,
+)
+from anon_dist.optim.state import local
 
 BUCKET_ELEMENTS = 1 << 26
 """The foreach path makes temporaries as large as the tensors it is given at once; no more than this many elements."""
@@ -30,10 +40,13 @@ class Bucket:
     m: list[Tensor] = field(default_factory=list)
     s: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
+    exponents: list[Tensor] = field(default_factory=list)
+    """Of m's blocks, where m is in 8 bits."""
 
-    def add(self, counter: Tensor, tensors: list[Tensor]) -> None:
-        """Add a parameter: its step counter, and (θ, g, m, s, v)."""
+    def add(self, counter: Tensor, tensors: list[Tensor], exponents: Tensor | None = None) -> None:
+        """Add a parameter: its step counter, (θ, g, m, s, v), and the exponents of an 8-bit m."""
         self.counters.append(counter)
+        self.exponents += [] if exponents is None else [exponents]
         for members, tensor in zip(self.lists, tensors, strict=True):
             members.append(tensor)
 
@@ -49,7 +62,7 @@ class Bucket:
         for i, tensor in enumerate(self.theta):
             elements += tensor.numel()
             if not together or elements >= BUCKET_ELEMENTS or i + 1 == len(self.theta):
-                lists = (x[start : i + 1] for x in (self.counters, *self.lists))
+                lists = (x[start : i + 1] for x in (self.counters, *self.lists, self.exponents))
                 yield Bucket(self.step, *lists)
                 start, elements = i + 1, 0
 
@@ -61,12 +74,15 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = float(lr) if lr.device.type == "cpu" else lr.reshape(())
-    compute = torch.promote_types(torch.float32, torch.promote_types(bucket.theta[0].dtype, bucket.m[0].dtype))
+    compute = torch.float32
+    for stored in bucket.lists:
+        compute = torch.promote_types(compute, stored[0].dtype)
 
     grad = _in(compute, bucket.grad)
     if group["maximize"]:
         grad = list(torch._foreach_neg(grad))
-    theta, m, s, v = (_in(compute, x) for x in (bucket.theta, bucket.m, bucket.s, bucket.v))
+    theta, s, v = (_in(compute, x) for x in (bucket.theta, bucket.s, bucket.v))
+    m = _in(compute, _decoded(bucket.m, bucket.exponents))
     if group["weight_decay"]:
         update.decay_weights(theta, 1.0 - lr * group["weight_decay"])
     update.update_momentum(m, grad, beta1)
@@ -85,10 +101,13 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
         )
     update.apply_update(theta, v, m, lr=lr, debias=1.0 - beta1**bucket.step, clip=group["update_clip"])
     torch._foreach_add_(bucket.counters, 1.0)
-    _write_back(bucket.theta, theta)
-    _write_back(bucket.m, m)
+    _write_back(bucket.theta, theta, salt_of(bucket.step, THETA) if group["stochastic_rounding"] else None)
+    if bucket.exponents:
+        _encode(bucket.m, bucket.exponents, m, salt_of(bucket.step, EXP_AVG))
+    else:
+        _write_back(bucket.m, m, salt_of(bucket.step, EXP_AVG))
     if plan.accumulate or plan.refresh:
-        _write_back(bucket.s, s)
+        _write_back(bucket.s, s, salt_of(bucket.step, EXP_AVG_SQ))
     if plan.refresh:
         _write_back(bucket.v, v)
 
@@ -111,6 +130,8 @@ def update_bucket_fused(bucket: Bucket, group: dict[str, Any]) -> None:
         clip=group["update_clip"],
         hold_silent=group["hold_silent"],
         maximize=group["maximize"],
+        exponents=bucket.exponents,
+        stochastic_rounding=group["stochastic_rounding"],
     )
     torch._foreach_add_(bucket.counters, 1.0)
 
@@ -120,13 +141,23 @@ def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
     return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
 
 
-def _write_back(stored: list[Tensor], computed: list[Tensor]) -> None:
-    if stored is not computed:
-        torch._foreach_copy_(stored, computed)
+def _write_back(stored: list[Tensor], computed: list[Tensor], salt: int | None = None) -> None:
+    """Copy; with a salt, stochastically rounded where the stored tensors are bfloat16."""
+    if stored is computed:
+        return
+    if salt is not None and stored[0].dtype == torch.bfloat16:
+        computed = [to_bfloat16_stochastically(x.float(), salt) for x in computed]
+    torch._foreach_copy_(stored, computed)
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _decoded(m: list[Tensor], exponents: list[Tensor]) -> list[Tensor]:
+    return [decode_blocks(codes, e) for codes, e in zip(m, exponents, strict=True)] if exponents else m
+
+
+def _encode(m: list[Tensor], exponents: list[Tensor], computed: list[Tensor], salt: int) -> None:
+    for codes, stored, x in zip(m, exponents, computed, strict=True):
+        for target, value in zip((codes, stored), encode_blocks(x.float(), salt), strict=True):
+            target.copy_(value)
 
 
 def local_gradient(p: Tensor) -> Tensor:

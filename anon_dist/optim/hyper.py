@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from anon_dist.optim.schedule import Regime, Schedule, schedule
+from anon_dist.optim.state import STATE_KEYS
 
 HISTORY = "history"
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-BF16_MAX_BETA = 0.99
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 Group = Mapping[str, Any]
 
@@ -42,11 +42,46 @@ def normalise(group: dict[str, Any]) -> None:
         group[name] = _plain(group[name])
     if isinstance(group["betas"], tuple | list):
         group["betas"] = tuple(_plain(beta) for beta in group["betas"])
-    for name in ("maximize", "hold_silent", "foreach", "fused"):
+    for name in ("maximize", "hold_silent", "stochastic_rounding", "foreach", "fused"):
         if type(group[name]).__name__ in ("bool", "bool_"):
             group[name] = bool(group[name])
-    dtype = group["state_dtype"]
-    group["state_dtype"] = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    group["state_dtype"] = _state_dtype_text(group["state_dtype"])
+
+
+def _state_dtype_text(value: Any) -> str:
+    """One word for all states, or "exp_avg=int8, precond=bfloat16": a string, which no checkpoint library takes apart."""
+    if value is None:
+        return "float32"
+    if not isinstance(value, Mapping):
+        return str(value).removeprefix("torch.")
+    return ", ".join(f"{state}={str(dtype).removeprefix('torch.')}" for state, dtype in value.items()) or "float32"
+
+
+def state_dtypes(group: Group) -> dict[str, torch.dtype]:
+    """The dtypes of exp_avg, exp_avg_sq and precond.
+
+    Raises:
+        ValueError: `state_dtype` is not one of those that `Anon` names.
+    """
+    return dict(_parsed_dtypes(group["state_dtype"]))
+
+
+@lru_cache(maxsize=64)
+def _parsed_dtypes(text: str) -> tuple[tuple[str, torch.dtype], ...]:
+    states = STATE_KEYS[1:]
+    named = dict.fromkeys(states, text)
+    if "=" in text:
+        pairs = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
+        named = {**dict.fromkeys(states, "float32"), **{pair[0]: pair[-1] for pair in pairs}}
+    known = set(named) == set(states) and set(named.values()) <= set(STATE_DTYPES)
+    _require(
+        known and "int8" not in (named["exp_avg_sq"], named["precond"]),
+        "state_dtype",
+        text,
+        "float32, float64 or bfloat16, or these by state, as {'exp_avg_sq': 'bfloat16', 'precond': 'bfloat16'} or "
+        "'exp_avg_sq=bfloat16, precond=bfloat16'; exp_avg may be int8 too",
+    )
+    return tuple((state, STATE_DTYPES[named[state]]) for state in states)
 
 
 def _plain(value: Any) -> Any:
@@ -87,21 +122,12 @@ def validate(group: Group) -> None:
     )
     whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
     _require(window is None or window == "auto" or whole, "window", window, "None, 'auto' or an integer ≥ 1")
-    for name in ("maximize", "hold_silent"):
+    for name in ("maximize", "hold_silent", "stochastic_rounding"):
         _require(isinstance(group[name], bool), name, group[name], "True or False")
     for name in ("foreach", "fused"):
         _require(group[name] in (None, True, False), name, group[name], "None, True or False")
     _require(not (group["foreach"] and group["fused"]), "fused", group["fused"], "False or None with foreach=True")
-    _require(
-        group["state_dtype"] in STATE_DTYPES, "state_dtype", group["state_dtype"], "one of " + ", ".join(STATE_DTYPES)
-    )
-    if group["state_dtype"] == "bfloat16":
-        _require(
-            max(betas) <= BF16_MAX_BETA,
-            "betas",
-            betas,
-            f"at most {BF16_MAX_BETA} with state_dtype=bfloat16, whose rounding swallows the small increments of a slower average",
-        )
+    state_dtypes(group)
 
 
 def recorded(group: Group, since: int = 0) -> dict[str, Any]:

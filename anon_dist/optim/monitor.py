@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from anon_dist.optim.anon import Anon
 from anon_dist.optim.hyper import schedule_of
+from anon_dist.optim.state import decoded, local
 
 
 @dataclass
@@ -51,7 +52,7 @@ def group_updates(optimizer: Anon) -> list[GroupUpdate]:
             if not state or (step := int(state["step"])) == 0:
                 continue
             newest = max(newest, step)
-            v, m = _local(state["precond"]).float(), _local(state["exp_avg"]).float()
+            v, m = local(state["precond"]).float(), local(decoded(state)["exp_avg"]).float()
             _add(total, v, m / (1.0 - group["betas"][0] ** step), group["update_clip"], _copies(p))
         total.age = newest - max(schedule_of(group).refreshes(newest), default=0) if newest else 0
         found.append(total)
@@ -84,10 +85,6 @@ def _add(total: GroupUpdate, v: Tensor, m: Tensor, clip: float | None, copies: i
     total.moving += logs.numel() / copies
     total.log_sum += float(logs.sum(dtype=torch.float64)) / copies
     total.log_square_sum += float(logs.square_().sum(dtype=torch.float64)) / copies
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(p: Tensor) -> int:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
+
 if TYPE_CHECKING:
     from anon_dist.optim.anon import Anon
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
+EXPONENTS = "exp_avg_exponents"
+"""Beside an 8-bit exp_avg: the exponents of its blocks, uint8, of this rank's part. Not in state dicts, where exp_avg is bfloat16."""
+
+Dtypes = Mapping[str, torch.dtype]
 
 
 class LazyState(defaultdict[Any, Any]):
@@ -45,15 +51,41 @@ class AsIs:
         self.value = value
 
 
-def fresh_state(p: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def fresh_state(p: Tensor, dtypes: Dtypes) -> dict[str, Tensor]:
     """The state before the first step: sharded as the parameter is, and neutral (v = 1)."""
     p = p.detach()
-    return {
+    state = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-        "precond": torch.ones_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(p, dtype=dtypes["exp_avg"], memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, dtype=dtypes["exp_avg_sq"], memory_format=torch.preserve_format),
+        "precond": torch.ones_like(p, dtype=dtypes["precond"], memory_format=torch.preserve_format),
     }
+    if dtypes["exp_avg"] == torch.int8:
+        state[EXPONENTS] = exponents_for(local(p))
+    return state
+
+
+def decoded(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with an 8-bit exp_avg as bfloat16, which holds it exactly; otherwise the state itself."""
+    if EXPONENTS not in state:
+        return state
+    codes = state["exp_avg"]
+    exp_avg = torch.empty_like(codes, dtype=torch.bfloat16)
+    local(exp_avg).copy_(decode_blocks(local(codes), state[EXPONENTS]))
+    return {**{k: v for k, v in state.items() if k != EXPONENTS}, "exp_avg": exp_avg}
+
+
+def encoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with exp_avg in 8 bits, to the nearest; the same values as before if `decoded` gave them and the blocks lie alike."""
+    codes = torch.empty_like(state["exp_avg"], dtype=torch.int8)
+    values, exponents = encode_blocks(local(state["exp_avg"]).float())
+    local(codes).copy_(values)
+    return {**state, "exp_avg": codes, EXPONENTS: exponents}
 
 
 def named_parameters(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
@@ -65,13 +97,13 @@ def named_parameters(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor,
             index += 1
 
 
-def checked_state(name: str, p: Tensor, loaded: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A loaded state in the dtype asked for and on the parameter's device.
+def checked_state(name: str, p: Tensor, loaded: dict[str, Any], dtypes: Dtypes) -> dict[str, Tensor]:
+    """A loaded state in the dtypes asked for and on the parameter's device.
 
     Raises:
         ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
     """
-    values = {k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()}
+    values = decoded({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
     missing, foreign = [k for k in STATE_KEYS if k not in values], [k for k in values if k not in STATE_KEYS]
     if missing or foreign:
         raise ValueError(
@@ -86,8 +118,13 @@ def checked_state(name: str, p: Tensor, loaded: dict[str, Any], dtype: torch.dty
                 f"Anon: {key} of {name} is a {_describe(value)}, but the parameter is a {_describe(p)}: the checkpoint is of another "
                 "model, or sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
             )
-        state[key] = value.to(dtype=dtype, device=p.device)
-    return state
+        if value.dtype == torch.int8:
+            raise ValueError(
+                f"Anon: {key} of {name} is int8, and the exponents of its blocks ({EXPONENTS}) are missing"
+            )
+        wanted = dtypes[key]
+        state[key] = value.to(dtype=torch.float32 if wanted == torch.int8 else wanted, device=p.device)
+    return encoded(state) if dtypes["exp_avg"] == torch.int8 else state
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

@@ -268,8 +268,12 @@ BAD = [
     ({"window": 0}, r"window must be None, 'auto' or an integer ≥ 1"),
     ({"window": "always"}, r"window must be None, 'auto' or an integer ≥ 1"),
     ({"window": 2.5}, r"window must be None, 'auto' or an integer ≥ 1"),
-    ({"state_dtype": torch.int8}, r"state_dtype must be one of float32, float64, bfloat16"),
-    ({"state_dtype": torch.bfloat16, "betas": (0.9, 0.999)}, r"betas must be at most 0.99 with state_dtype=bfloat16"),
+    ({"state_dtype": torch.int8}, r"state_dtype must be float32, float64 or bfloat16, or these by state"),
+    ({"state_dtype": {"precond": "int8"}}, r"state_dtype must be .*not 'precond=int8'"),
+    ({"state_dtype": {"exp_avg": torch.float16}}, r"state_dtype must be .*not 'exp_avg=float16'"),
+    ({"state_dtype": "momentum=bfloat16"}, r"state_dtype must be .*not 'momentum=bfloat16'"),
+    ({"state_dtype": "exp_avg="}, r"state_dtype must be .*not 'exp_avg='"),
+    ({"stochastic_rounding": 1}, r"stochastic_rounding must be True or False, not 1"),
 ]
 
 

@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anon_dist.optim.schedule import Regime, Schedule, window_length
@@ -27,6 +27,7 @@ def test_auto_window(beta2, steps):
     assert beta2**steps <= 2.0**-24
 
 
+@settings(deadline=None)
 @given(
     ratio=st.sampled_from([1.001, 1.05, 1.1, 1.25, 1.5, 2, 2.0, 3.7, 10.0]),
     beta2=st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.999]),
@@ -47,6 +48,7 @@ def test_plans_follow_the_definition(ratio, beta2, window):
             previous, a, k = a, max(a + 1, math.ceil(Fraction(str(ratio)) * a)), k + 1
 
 
+@settings(deadline=None)
 @given(
     first=st.tuples(st.sampled_from([1.1, 2.0]), st.sampled_from([0.9, 0.99]), st.sampled_from([None, 5, 20])),
     second=st.tuples(st.sampled_from([1.05, 1.5, 3.0]), st.sampled_from([0.5, 0.95]), st.sampled_from([None, 3, 40])),

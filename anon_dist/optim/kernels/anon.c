@@ -13,21 +13,24 @@
 
 #include <omp.h>
 
-#define ABI 1
+#define ABI 2
 #define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
 #define D_MIN 0x1p-126         /* as in update.py */
 #define D_MAX 0x1p127
 
 enum variant { PLAIN, ACCUMULATE, REFRESH };
-enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+enum dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum role { THETA, GRAD, M, S, V, ROLES };
+enum { EXPONENTS = ROLES, POINTERS }; /* of a parameter: the roles' tensors, and the exponents of an 8-bit m or NULL */
 
 /* What all elements share. Mirrored in cpu.py. */
 struct step {
     int32_t variant;
     int32_t hold_silent;
     int32_t dtypes[ROLES];
+    int32_t stochastic[ROLES]; /* rounding, to bfloat16 and int8 */
+    uint32_t salts[ROLES];     /* of its hashes */
     int32_t threads;
     double decay;        /* 1 - lr * weight_decay */
     double keep_m;       /* beta1 */
@@ -173,6 +176,20 @@ static inline uint16_t to_bfloat16(float x) {
     return (uint16_t)(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* As `hashed` of rounding.py. */
+static inline uint32_t hash(uint32_t bits, uint32_t salt) {
+    uint32_t h = bits ^ salt;
+    h = (h ^ h >> 16) * 0x7feb352du;
+    h = (h ^ h >> 15) * 0x846ca68bu;
+    return h ^ h >> 16;
+}
+
+/* To one of the two nearest, the nearer the likelier. */
+static inline uint16_t to_bfloat16_stochastically(float x, uint32_t salt) {
+    const uint32_t bits = float_bits(x), rounded = (bits + (hash(bits, salt) & 0xffff)) >> 16;
+    return (uint16_t)((bits & 0x7f800000) == 0x7f800000 ? to_bfloat16(x) : rounded);
+}
+
 static inline float from_float16(uint16_t x) {
     const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
     const float scaled = float_of(magnitude) * 0x1p112f; /* exact, subnormals too */
@@ -189,6 +206,44 @@ static inline uint16_t to_float16(float x) {
     return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : finite));
 }
 
+/* -- blocks of 8 bits, as in rounding.py --------------------------------------------------------------------------------------- */
+
+#define SHARED 32 /* elements of a block */
+#define BIAS 133
+#define NOT_A_NUMBER (-128)
+
+static inline float power_of_two(int32_t exponent) { return float_of((uint32_t)(exponent + 127) << 23); }
+
+static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict exponents, float *restrict x) {
+    for (long start = 0; start < n; start += SHARED) {
+        const int32_t exponent = exponents[start / SHARED] - BIAS, half = exponent >> 1;
+        const float a = power_of_two(half), b = power_of_two(exponent - half); /* float has no 2^133 */
+        const long end = start + SHARED < n ? start + SHARED : n;
+        for (long i = start; i < end; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
+    }
+}
+
+static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, uint32_t salt) {
+    for (long start = 0; start < n; start += SHARED) {
+        const long end = start + SHARED < n ? start + SHARED : n;
+        uint32_t largest = 0;
+        for (long i = start; i < end; i++) {
+            const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
+            largest = magnitude > largest && magnitude < 0x7f800000 ? magnitude : largest;
+        }
+        const uint32_t smallest = (largest + 0x1ffff) >> 23, stored = smallest < 254 ? smallest : 254; /* 127/64 has mantissa 0x7e0000 */
+        const int32_t exponent = BIAS - (int32_t)stored, half = exponent >> 1;
+        const float a = power_of_two(half), b = power_of_two(exponent - half);
+        exponents[start / SHARED] = (uint8_t)stored;
+        for (long i = start; i < end; i++) {
+            const uint32_t bits = float_bits(x[i]);
+            const float scaled = floorf(x[i] * a * b + (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f);
+            const float below = scaled > 127.0f ? 127.0f : scaled, within = below < -127.0f ? -127.0f : below;
+            codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
+        }
+    }
+}
+
 /* n elements from `start` on as floats: themselves if they are, otherwise converted into `buffer`. */
 static float *opened(void *tensor, int dtype, int64_t start, long n, float *restrict buffer) {
     if (dtype == FLOAT32) return (float *)tensor + start;
@@ -201,33 +256,43 @@ static float *opened(void *tensor, int dtype, int64_t start, long n, float *rest
 }
 
 /* Store what `opened` gave. */
-static void closed(void *tensor, int dtype, int64_t start, long n, const float *restrict buffer) {
+static void closed(void *tensor, int dtype, int stochastic, uint32_t salt, int64_t start, long n, const float *restrict buffer) {
     uint16_t *restrict stored = (uint16_t *)tensor + start;
-    if (dtype == BFLOAT16)
+    if (dtype == BFLOAT16 && stochastic)
+        for (long i = 0; i < n; i++) stored[i] = to_bfloat16_stochastically(buffer[i], salt);
+    else if (dtype == BFLOAT16)
         for (long i = 0; i < n; i++) stored[i] = to_bfloat16(buffer[i]);
     else if (dtype == FLOAT16)
         for (long i = 0; i < n; i++) stored[i] = to_float16(buffer[i]);
 }
 
-/* One step of n <= BLOCK elements from `start` on. */
+/* One step of n <= BLOCK elements from `start` on, a multiple of BLOCK. */
 static void update_block(void *const *tensors, int64_t start, long n, const struct step *step) {
     float buffers[ROLES][BLOCK];
     float *x[ROLES];
-    const int with_s = step->variant != PLAIN, with_v = step->variant == REFRESH;
-    for (int role = 0; role < ROLES; role++)
-        x[role] = role == S && !with_s ? buffers[S] : opened(tensors[role], step->dtypes[role], start, n, buffers[role]);
-    if (step->variant == REFRESH) refresh(n, x[S], x[V], x[GRAD], step);
+    const int with_s = step->variant != PLAIN, refreshing = step->variant == REFRESH, in_blocks = step->dtypes[M] == INT8;
+    int8_t *codes = (int8_t *)tensors[M] + start;
+    uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
+    for (int role = 0; role < ROLES; role++) {
+        x[role] = buffers[role];
+        if (role == M && in_blocks)
+            decode(n, codes, exponents, buffers[M]);
+        else if (role != S || with_s)
+            x[role] = opened(tensors[role], step->dtypes[role], start, n, buffers[role]);
+    }
+    if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
     if (step->variant == ACCUMULATE)
         update_accumulating(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
     else
         update_plain(n, x[THETA], x[GRAD], x[M], x[V], step);
-    closed(tensors[THETA], step->dtypes[THETA], start, n, x[THETA]);
-    closed(tensors[M], step->dtypes[M], start, n, x[M]);
-    if (with_s) closed(tensors[S], step->dtypes[S], start, n, x[S]);
-    if (with_v) closed(tensors[V], step->dtypes[V], start, n, x[V]);
+    if (in_blocks) encode(n, x[M], codes, exponents, step->salts[M]);
+    for (int role = 0; role < ROLES; role++) {
+        const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
+        if (changed) closed(tensors[role], step->dtypes[role], step->stochastic[role], step->salts[role], start, n, x[role]);
+    }
 }
 
-/* One step of `count` parameters: `tensors` holds theirs one after the other, ROLES each; `lengths` their numbers of elements.
+/* One step of `count` parameters: `tensors` holds theirs one after the other, POINTERS each; `lengths` their numbers of elements.
  *
  * Threads take chunks in the order of memory, whoever is free: on a machine with other work a fixed share would wait for the slowest.
  */
@@ -250,7 +315,7 @@ void anon_step(const struct step *step, int64_t count, void *const *tensors, con
             }
             const int64_t begin = (mine - passed) * CHUNK, rest = lengths[i] - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
             for (int64_t start = begin; start < end; start += BLOCK)
-                update_block(tensors + ROLES * i, start, end - start < BLOCK ? end - start : BLOCK, step);
+                update_block(tensors + POINTERS * i, start, end - start < BLOCK ? end - start : BLOCK, step);
 #pragma omp atomic capture
             mine = next++;
         }

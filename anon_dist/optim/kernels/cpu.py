@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from anon_dist.optim.kernels.build import BuildError, load
+from anon_dist.optim.rounding import EXP_AVG, EXP_AVG_SQ, THETA, salt_of
 
-ABI = 1
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ABI = 2
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 PLAIN, ACCUMULATE, REFRESH = range(3)
 ROLES = ("theta", "grad", "m", "s", "v")
 CHUNK = 1 << 16
@@ -32,6 +33,8 @@ class StepArguments(ctypes.Structure):
         ("variant", ctypes.c_int32),
         ("hold_silent", ctypes.c_int32),
         ("dtypes", ctypes.c_int32 * len(ROLES)),
+        ("stochastic", ctypes.c_int32 * len(ROLES)),
+        ("salts", ctypes.c_uint32 * len(ROLES)),
         ("threads", ctypes.c_int32),
         ("decay", ctypes.c_double),
         ("keep_m", ctypes.c_double),
@@ -104,16 +107,22 @@ def run(
     clip: float | None,
     hold_silent: bool,
     maximize: bool,
+    exponents: Sequence[Tensor] = (),
+    stochastic_rounding: bool = False,
 ) -> None:
-    """One Anon step, in place.
+    """One Anon step, in place. A bfloat16 m or s, and an 8-bit m, are rounded stochastically.
 
     Args:
-        lists: θ, g, m, s, v of each parameter, as `ROLES`; on the CPU, of `DTYPES`, each list of one dtype. Any strides.
+        lists: θ, g, m, s, v of each parameter, as `ROLES`; on the CPU, of `DTYPES`, each list of one dtype, int8 for m alone. Any strides.
         step: t ≥ 1, the step that is taken.
         variant: whether s accumulates, and whether v is refreshed from it: PLAIN, ACCUMULATE or REFRESH.
         debias_s, keep_d, gamma, eps, hold_silent: of a refresh; see `update.refresh`. `keep_d` is β3, or 0 at the first.
+        exponents: of an 8-bit m's blocks (see `rounding.encode_blocks`).
+        stochastic_rounding: of a bfloat16 θ.
     """
-    parameters = [_same_layout(list(x)) for x in zip(*lists, strict=True) if x[0].numel()]
+    row_major = bool(exponents)
+    parameters = [_same_layout(list(x), row_major) for x in zip(*lists, strict=True) if x[0].numel()]
+    scales: list[int | None] = [e.data_ptr() for e in exponents if e.numel()] or [None] * len(parameters)
     if not parameters:
         return
     debias_m = 1.0 - beta1**step
@@ -122,6 +131,10 @@ def run(
         variant=variant,
         hold_silent=hold_silent,
         dtypes=(ctypes.c_int32 * len(ROLES))(*(DTYPES[x[0].dtype] for x in lists)),
+        stochastic=(ctypes.c_int32 * len(ROLES))(stochastic_rounding, 0, 1, 1, 0),
+        salts=(ctypes.c_uint32 * len(ROLES))(
+            salt_of(step, THETA), 0, salt_of(step, EXP_AVG), salt_of(step, EXP_AVG_SQ), 0
+        ),
         threads=min(torch.get_num_threads(), sum(-(-n // CHUNK) for n in lengths)),
         decay=1.0 - lr * weight_decay,
         keep_m=beta1,
@@ -135,7 +148,9 @@ def run(
         bound=math.inf if clip is None else clip * debias_m,
         scale=lr / debias_m,
     )
-    pointers = [t.data_ptr() for _, used in parameters for t in used]
+    pointers = [
+        x for (_, used), scale in zip(parameters, scales, strict=True) for x in (*(t.data_ptr() for t in used), scale)
+    ]
     library().anon_step(
         arguments,
         len(lengths),
@@ -149,14 +164,14 @@ def run(
     torch.autograd.graph.increment_version([given[0] for given, _ in parameters])
 
 
-def _same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors, and the same or copies that lie in memory in one order without gaps."""
+def _same_layout(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors, and the same or copies that lie in memory in one order, on request row-major, without gaps."""
     tensors = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in tensors]
     plain = not any(t.is_neg() for t in tensors)
     if plain and all(t.is_contiguous() for t in tensors):
         return tensors, tensors
     strides = tensors[0].stride()
-    if plain and all(t.stride() == strides for t in tensors) and _is_dense(tensors[0]):
+    if plain and not row_major and all(t.stride() == strides for t in tensors) and _is_dense(tensors[0]):
         return tensors, tensors
     return tensors, [t.resolve_neg().contiguous() for t in tensors]
 
