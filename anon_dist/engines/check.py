@@ -100,12 +100,15 @@ def check_optimizer(
                 raise EngineError(
                     f"{key} of param group {index} is {found.get(key)!r} after wrapping, {value!r} was asked for"
                 )
-    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    held = {id(p): group for group in inner.param_groups for p in group["params"]}
     for name, p in model.named_parameters() if model is not None else ():
         if p.requires_grad and id(p) not in held:
             raise EngineError(f"the engine left parameter {name} out of the optimizer: it would never be updated")
-        if p.requires_grad and p.dtype != torch.float32:
-            raise EngineError(f"parameter {name} is {p.dtype}; the optimizer must see float32 master weights")
+        if p.requires_grad and p.dtype != torch.float32 and not held[id(p)].get("stochastic_rounding"):
+            raise EngineError(
+                f"parameter {name} is {p.dtype}; the optimizer must see float32 master weights, or round stochastically "
+                "(Anon(stochastic_rounding=True), train.precision bf16-true)"
+            )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.imports import when_imported
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 from anon_dist.optim import Anon
+from anon_dist.optim.hyper import state_dtypes
 
 NAME = "Anon"
 """The optimizer's type in a DeepSpeed configuration: DeepSpeed takes what it does not know from torch.optim."""
@@ -69,6 +70,8 @@ def _watch_engine(engine_module: ModuleType) -> None:
             self._anon_dist_watch = GradientWatch(self.module)
         if asked and not isinstance(self.basic_optimizer, Anon):
             raise EngineError(f"Anon was asked for, and DeepSpeed steps {type(self.basic_optimizer).__name__}")
+        if asked and self.zero_optimization():
+            _refuse_eight_bits(self.basic_optimizer)
 
     def backward(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = run_backward(self, *args, **kwargs)
@@ -101,6 +104,12 @@ def _refuse_partial_offload(engine: Any) -> None:
             f"zero_optimization.offload_optimizer.ratio is {offload.ratio}: DeepSpeed would step the other parameters with AdamW. "
             "Set it to 1"
         )
+
+
+def _refuse_eight_bits(optimizer: Anon) -> None:
+    """ZeRO saves each rank's state as it lies in memory, from which no one could tell the blocks of another number of ranks."""
+    if any(state_dtypes(group)["exp_avg"] == torch.int8 for group in optimizer.param_groups):
+        raise EngineError("an int8 exp_avg is not supported under DeepSpeed's ZeRO; use state_dtype=bfloat16, or FSDP2")
 
 
 def _spare_first_refresh(unfused: ModuleType) -> None:

@@ -29,7 +29,7 @@ from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
 
 Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "bf16-true"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Wanted:
     """"auto" takes what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     precision: Precision
     """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32. fp16, with a loss scale,
-    is DeepSpeed's, on GPUs."""
+    is DeepSpeed's, on GPUs. bf16-true: the model is bfloat16 itself; its optimizer must round stochastically."""
     timeout: timedelta
     """How long a rank waits for its peers."""
     micro_batch: int
@@ -73,13 +73,18 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     name = _resolve(wanted, launched)
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured not in ("no", wanted.precision.replace("fp32", "no")):
+    mixed = "no" if wanted.precision in ("fp32", "bf16-true") else wanted.precision
+    if configured not in ("no", mixed):
         raise EngineError(
             f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
         )
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
         raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
+    if wanted.precision == "bf16-true" and (
+        name not in ("single", "ddp", "fsdp2", "hsdp") or splitting_ranks(wanted) > 1
+    ):
+        raise EngineError(f"train.precision bf16-true needs engine single, ddp, fsdp2 or hsdp, here {name}; use bf16")
     if name == "deepspeed" and "RANK" not in os.environ:
         _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
@@ -90,7 +95,7 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         if as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)
     accelerator = Accelerator(
-        mixed_precision="no" if wanted.precision == "fp32" else wanted.precision,
+        mixed_precision=mixed,
         cpu=on_cpu and not as_device,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
         **_plugins(name, wanted, launched),
@@ -218,6 +223,8 @@ def _fsdp2_plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
     policy = None
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    elif precision == "bf16-true":
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         mixed_precision_policy=policy,

@@ -93,8 +93,9 @@ class OptimConfig:
     """(Anon) Steps before a refresh in which the second moment is accumulated. None: all of them, as in the paper."""
     hold_silent: bool = False
     """(Anon) Elements without gradient since the last refresh keep their preconditioner; meant for γ < 0."""
-    state_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """(Anon) dtype of exp_avg, exp_avg_sq and precond."""
+    state_dtype: str = "float32"
+    """(Anon) dtype of exp_avg, exp_avg_sq and precond: float32, float64 or bfloat16, or by state, float32 where nothing is said:
+    "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16" (5 bytes per parameter)."""
 
 
 @dataclass
@@ -127,8 +128,9 @@ class TrainConfig:
     accelerate's parallelism_config says, else 1."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of the computation; parameters and optimizer state are float32 in any case. fp16: engine deepspeed on GPUs only."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-true"] = "fp32"
+    """Dtype of the computation; parameters are float32 all the same, but for bf16-true: there parameters and gradients are bfloat16 without
+    a float32 copy, and Anon rounds them stochastically (engines single, ddp, fsdp2, hsdp). fp16: engine deepspeed on GPUs only."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     max_skipped: int = 10
@@ -220,6 +222,10 @@ def check(config: Config) -> None:
     if m.from_pretrained is None and d.seq_len > m.context:
         raise ConfigError(
             f"data.seq_len = {d.seq_len} is longer than model.context = {m.context}; raise the context or shorten the samples"
+        )
+    if t.precision == "bf16-true" and config.optim.name != "anon":
+        raise ConfigError(
+            f"train.precision bf16-true needs optim.name anon: {config.optim.name} rounds parameters to nearest, which loses small updates"
         )
     if s.warmup_steps >= t.steps:
         raise ConfigError(

@@ -14,7 +14,7 @@ from anon_dist.train.config import OptimConfig
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Anon, or fused AdamW, over the model's decay and no-decay groups.
+    """Anon, or fused AdamW, over the model's decay and no-decay groups. Anon rounds bfloat16 parameters stochastically.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a pattern of `gamma_by_name` matches no parameter.
@@ -36,6 +36,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         window=config.window,
         hold_silent=config.hold_silent,
         state_dtype=config.state_dtype,
+        stochastic_rounding=any(p.dtype == torch.bfloat16 for p in model.parameters()),
     )
 
 

@@ -95,13 +95,18 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     index, train_shards, val_shards = _open_data(config, accelerator)
     torch.manual_seed(config.train.seed)
     built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
+    if config.train.precision == "bf16-true":
+        built.to(torch.bfloat16)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
-    optimizer = build_optimizer(config.optim, built)
+    try:
+        optimizer = build_optimizer(config.optim, built)
+    except ValueError as error:
+        raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
     engine = wrap(name, accelerator, built, optimizer, split)
     limit_waits(timedelta(minutes=config.train.timeout_minutes))

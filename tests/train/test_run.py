@@ -21,6 +21,10 @@ OPTIMIZERS = {
     "preset": {},
     "window": {"optim__window": 2, "optim__refresh_ratio": 2.0},
     "adamw": {"optim__name": "adamw"},
+    "compact": {
+        "train__precision": "bf16-true",
+        "optim__state_dtype": "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16",
+    },
     "gamma": {"optim__gamma": 0.5, "optim__gamma_by_name": {"*wte*": 1.0, "*ln_*": 0.0}},
 }
 
