@@ -32,6 +32,7 @@ from anon_dist.optim import STATE_KEYS, param_groups
 from anon_dist.optim.kernels import choice, cpu
 from anon_dist.optim.kernels.build import BuildError
 from anon_dist.optim.monitor import group_updates
+from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
 from anon_dist.train import loop
 from anon_dist.train.model import build_model
@@ -43,6 +44,7 @@ from launch_cases import Patch, raises, run_cases, shared_folder
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
 # What an engine may meet: odd sizes, and on some rank an empty shard.
 SHAPES = {"square": (63, 63), "one": (1,), "row": (1, 7), "vector": (128,), "cube": (3, 4, 5), "long": (1001,)}
+EIGHT_BITS = "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16"
 
 
 class Bag(nn.Module):
@@ -75,8 +77,9 @@ def step_with_gradients(model, optimizer, t):
 def assert_same_bits(model, optimizer, other, reference):
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(full(p), full(q)), name
+        state, expected = decoded(optimizer.state[p]), decoded(reference.state[q])
         for key in STATE_KEYS:
-            assert torch.equal(full(optimizer.state[p][key]), full(reference.state[q][key])), (name, key)
+            assert torch.equal(full(state[key]), full(expected[key])), (name, key)
 
 
 def wanted(engine, precision="fp32"):
@@ -98,6 +101,7 @@ def case_bits_do_not_depend_on_the_sharding():
         {"gamma": -1.0, "hold_silent": True, "refresh_ratio": 2.0},
         {"foreach": True},
         {"fused": True},
+        {"state_dtype": "bfloat16"},
     ):
         whole, model = Bag(), fully_shard(Bag())
         reference, optimizer = Anon(whole.parameters(), **{**LM, **hyper}), Anon(model.parameters(), **{**LM, **hyper})
@@ -186,8 +190,13 @@ def case_reading_the_state_first_takes_no_step():
 
 def case_dcp_round_trip_into_a_fresh_optimizer():
     """As a user of torch alone would do it: the fresh optimizer has no state when its state dict is asked for."""
-    for steps in (3, 9, 31, 33):  # around refreshes and window edges
-        hyper = {**LM, "refresh_ratio": 2.0, "window": 5}
+    for steps, state_dtype in (
+        (3, None),
+        (9, EIGHT_BITS),
+        (31, None),
+        (33, EIGHT_BITS),
+    ):  # around refreshes and window edges
+        hyper = {**LM, "refresh_ratio": 2.0, "window": 5, "state_dtype": state_dtype}
         model = fully_shard(Bag())
         optimizer = Anon(model.parameters(), **hyper)
         for t in range(steps):
@@ -358,6 +367,25 @@ def case_a_signal_to_one_rank_stops_all():
     run(config)
     if dist.get_rank() == 0:
         assert metrics(folder) == metrics(whole)
+
+
+def case_compact_runs_resume():
+    """bfloat16 parameters, 8-bit and bfloat16 states: interrupted and resumed, the losses of a run that was not."""
+    for engine in ("ddp", "fsdp2"):
+        found = []
+        for interrupted in (False, True):
+            config = run_config(DATA, shared_folder(OUT), engine=engine)
+            config.train.precision, config.optim.state_dtype = "bf16-true", EIGHT_BITS
+            found.append(config.run_dir)
+            patch = Patch()
+            if interrupted:
+                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                run(config)
+            patch.close()
+            run(config)
+        if dist.get_rank() == 0:
+            assert metrics(Path(found[0])) == metrics(Path(found[1]))
+            assert metrics(Path(found[0]))[-1]["final_loss"] < 4.7
 
 
 GROUPS = ("update_max", "precond_spread/0", "precond_spread/1", "precond_age/0", "clipped_share/1")

@@ -44,6 +44,7 @@ HYPER = {
     "language": {"refresh_ratio": 1.1, "update_clip": 1.0, "window": "auto"},
     "half": {"gamma": 0.5, "refresh_ratio": 1.5, "window": 3},
     "negative": {"gamma": -1.0, "hold_silent": True, "refresh_ratio": 1.1},
+    "compact": {"state_dtype": "bfloat16", "refresh_ratio": 1.1},
 }
 MODELS = ("plain", "frozen and tied", "gradients missing")
 
