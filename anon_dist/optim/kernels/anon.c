@@ -214,34 +214,41 @@ static inline uint16_t to_float16(float x) {
 
 static inline float power_of_two(int32_t exponent) { return float_of((uint32_t)(exponent + 127) << 23); }
 
-static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict exponents, float *restrict x) {
-    for (long start = 0; start < n; start += SHARED) {
-        const int32_t exponent = exponents[start / SHARED] - BIAS, half = exponent >> 1;
-        const float a = power_of_two(half), b = power_of_two(exponent - half); /* float has no 2^133 */
-        const long end = start + SHARED < n ? start + SHARED : n;
-        for (long i = start; i < end; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
+static inline __attribute__((always_inline)) void decode_block(long n, const int8_t *restrict codes, uint8_t stored, float *restrict x) {
+    const int32_t exponent = stored - BIAS, half = exponent >> 1;
+    const float a = power_of_two(half), b = power_of_two(exponent - half); /* float has no 2^133 */
+    for (long i = 0; i < n; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
+}
+
+static inline __attribute__((always_inline)) uint8_t encode_block(long n, const float *restrict x, int8_t *restrict codes, uint32_t salt) {
+    int32_t largest = 0;
+    for (long i = 0; i < n; i++) {
+        const int32_t magnitude = (int32_t)(float_bits(x[i]) & 0x7fffffff), finite = magnitude < 0x7f800000 ? magnitude : 0;
+        largest = finite > largest ? finite : largest;
     }
+    const int32_t smallest = (largest + 0x1ffff) >> 23, stored = smallest < 254 ? smallest : 254; /* 127/64 has mantissa 0x7e0000 */
+    const int32_t exponent = BIAS - stored, half = exponent >> 1;
+    const float a = power_of_two(half), b = power_of_two(exponent - half);
+    for (long i = 0; i < n; i++) {
+        const uint32_t bits = float_bits(x[i]);
+        const float scaled = floorf(x[i] * a * b + (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f);
+        const float below = scaled > 127.0f ? 127.0f : scaled, within = below < -127.0f ? -127.0f : below;
+        codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
+    }
+    return (uint8_t)stored;
+}
+
+/* Whole blocks have a length that the compiler knows. */
+static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict exponents, float *restrict x) {
+    long start = 0;
+    for (; start + SHARED <= n; start += SHARED) decode_block(SHARED, codes + start, exponents[start / SHARED], x + start);
+    if (start < n) decode_block(n - start, codes + start, exponents[start / SHARED], x + start);
 }
 
 static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, uint32_t salt) {
-    for (long start = 0; start < n; start += SHARED) {
-        const long end = start + SHARED < n ? start + SHARED : n;
-        uint32_t largest = 0;
-        for (long i = start; i < end; i++) {
-            const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-            largest = magnitude > largest && magnitude < 0x7f800000 ? magnitude : largest;
-        }
-        const uint32_t smallest = (largest + 0x1ffff) >> 23, stored = smallest < 254 ? smallest : 254; /* 127/64 has mantissa 0x7e0000 */
-        const int32_t exponent = BIAS - (int32_t)stored, half = exponent >> 1;
-        const float a = power_of_two(half), b = power_of_two(exponent - half);
-        exponents[start / SHARED] = (uint8_t)stored;
-        for (long i = start; i < end; i++) {
-            const uint32_t bits = float_bits(x[i]);
-            const float scaled = floorf(x[i] * a * b + (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f);
-            const float below = scaled > 127.0f ? 127.0f : scaled, within = below < -127.0f ? -127.0f : below;
-            codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
-        }
-    }
+    long start = 0;
+    for (; start + SHARED <= n; start += SHARED) exponents[start / SHARED] = encode_block(SHARED, x + start, codes + start, salt);
+    if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, salt);
 }
 
 /* n elements from `start` on as floats: themselves if they are, otherwise converted into `buffer`. */
