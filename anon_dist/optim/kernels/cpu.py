@@ -113,7 +113,7 @@ def run(
         variant: whether s accumulates, and whether v is refreshed from it: PLAIN, ACCUMULATE or REFRESH.
         debias_s, keep_d, gamma, eps, hold_silent: of a refresh; see `update.refresh`. `keep_d` is β3, or 0 at the first.
     """
-    parameters = [_same_layout(list(x)) for x in zip(*lists, strict=True) if x[0].numel()]
+    parameters = [same_layout(list(x)) for x in zip(*lists, strict=True) if x[0].numel()]
     if not parameters:
         return
     debias_m = 1.0 - beta1**step
@@ -149,7 +149,7 @@ def run(
     torch.autograd.graph.increment_version([given[0] for given, _ in parameters])
 
 
-def _same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors, and the same or copies that lie in memory in one order without gaps."""
     tensors = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in tensors]
     plain = not any(t.is_neg() for t in tensors)
