@@ -64,7 +64,15 @@ def _trial() -> str | None:
         return "the kernel has only been written for NVIDIA GPUs"
     try:
         lists = tuple([torch.ones(1, device="cuda")] for _ in ROLES)
-        numbers = {"beta1": 0.9, "beta2": 0.9, "debias_s": 1.0, "keep_d": 0.0, "gamma": 1.0, "eps": 1e-16, "clip": None}
+        numbers: dict[str, Any] = {
+            "beta1": 0.9,
+            "beta2": 0.9,
+            "debias_s": 1.0,
+            "keep_d": 0.0,
+            "gamma": 1.0,
+            "eps": 1e-16,
+            "clip": None,
+        }
         run(lists, lr=0.0, weight_decay=0.0, step=1, variant=PLAIN, hold_silent=False, maximize=False, **numbers)
     except Exception as error:  # no triton, no C compiler for its launcher, a GPU too old for it, ...
         return f"{type(error).__name__}: {error}"[:1000]

@@ -23,7 +23,11 @@ SHARED = tl.constexpr(rounding.BLOCK)  # elements that share a scale
 EXPONENT_BIAS, NOT_A_NUMBER = tl.constexpr(rounding.EXPONENT_BIAS), tl.constexpr(rounding.NOT_A_NUMBER)
 GOLDEN = tl.constexpr(rounding.GOLDEN)
 
-NAN, INFINITY, LARGEST = tl.constexpr(float("nan")), tl.constexpr(float("inf")), tl.constexpr((2.0 - 2.0**-52) * 2.0**1023)
+NAN, INFINITY, LARGEST = (
+    tl.constexpr(float("nan")),
+    tl.constexpr(float("inf")),
+    tl.constexpr((2.0 - 2.0**-52) * 2.0**1023),
+)
 TINY, UP = tl.constexpr(2.0**-1000), tl.constexpr(2.0**54)
 D_MIN, D_MAX = tl.constexpr(2.0**-126), tl.constexpr(2.0**127)  # as in update.py
 LN2, LOG2_E = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-1")), tl.constexpr(float.fromhex("0x1.71547652b82fep0"))
@@ -66,35 +70,47 @@ def _chunk(
     STOCHASTIC: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    theta = _opened(tl.load(row), start, length, TYPES[0], WHOLE)
-    g = _opened(tl.load(row + 1), start, length, TYPES[1], WHOLE)
+    theta_at, g_at, m_at, s_at, v_at = (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + 4),
+    )
+    exponents_at = tl.load(row + 5)
+    theta = _opened(theta_at, start, length, TYPES[0], WHOLE)
+    g = _opened(g_at, start, length, TYPES[1], WHOLE)
     if TYPES[2] == tl.int8:
-        m = _decoded(tl.load(row + 2), tl.load(row + 5), start, length, WHOLE)
+        m = _decoded(m_at, exponents_at, start, length, WHOLE)
     else:
-        m = _opened(tl.load(row + 2), start, length, TYPES[2], WHOLE)
-    v = _opened(tl.load(row + 4), start, length, TYPES[4], WHOLE)
+        m = _opened(m_at, start, length, TYPES[2], WHOLE)
+    v = _opened(v_at, start, length, TYPES[4], WHOLE)
 
     if VARIANT != PLAIN:
-        s = _opened(tl.load(row + 3), start, length, TYPES[3], WHOLE)
+        s = _opened(s_at, start, length, TYPES[3], WHOLE)
         if VARIANT == REFRESH:
             v = _refreshed(v, s, g, values)
             s = tl.zeros_like(s)
-            _close(tl.load(row + 4), start, length, v, 0, TYPES[4], False, WHOLE)
         else:
             s = _float32(values + KEEP_S) * s + _float32(values + ADD_S) * (g * g)
-        _close(tl.load(row + 3), start, length, s, _salt(values, EXP_AVG_SQ), TYPES[3], STOCHASTIC[2], WHOLE)
-
     m = _float32(values + KEEP_M) * m + _float32(values + ADD_M) * g
-    if TYPES[2] == tl.int8:
-        _encode(tl.load(row + 2), tl.load(row + 5), start, length, m, _salt(values, EXP_AVG), STOCHASTIC[1], WHOLE)
-    else:
-        _close(tl.load(row + 2), start, length, m, _salt(values, EXP_AVG), TYPES[2], STOCHASTIC[1], WHOLE)
-
     rate = tl.load(lr).to(tl.float64)
     decay = (1.0 - rate * tl.load(values + WEIGHT_DECAY)).to(tl.float32)
     scale = (rate / tl.load(values + DEBIAS_M)).to(tl.float32)
-    theta = decay * theta - scale * _clamped(v * m, -_float32(values + BOUND), _float32(values + BOUND))
-    _close(tl.load(row), start, length, theta, _salt(values, THETA), TYPES[0], STOCHASTIC[0], WHOLE)
+    bound = _float32(values + BOUND)
+    theta = decay * theta - scale * _clamped(v * m, -bound, bound)
+
+    # Stores come last: the compiler takes no load past them.
+    first = 3 * tl.load(values + STEP).to(tl.int64) + 1
+    _close(theta_at, start, length, theta, _salt(first, THETA), TYPES[0], STOCHASTIC[0], WHOLE)
+    if TYPES[2] == tl.int8:
+        _encode(m_at, exponents_at, start, length, m, _salt(first, EXP_AVG), STOCHASTIC[1], WHOLE)
+    else:
+        _close(m_at, start, length, m, _salt(first, EXP_AVG), TYPES[2], STOCHASTIC[1], WHOLE)
+    if VARIANT != PLAIN:
+        _close(s_at, start, length, s, _salt(first, EXP_AVG_SQ), TYPES[3], STOCHASTIC[2], WHOLE)
+    if VARIANT == REFRESH:
+        _close(v_at, start, length, v, 0, TYPES[4], False, WHOLE)
 
 
 @triton.jit
@@ -218,9 +234,9 @@ def _close(address, start, length, x, salt, TYPE: tl.constexpr, STOCHASTIC: tl.c
 
 
 @triton.jit
-def _salt(values, ROLE: tl.constexpr):
-    """`rounding.salt_of`."""
-    return ((3 * tl.load(values + STEP).to(tl.int64) + (ROLE + 1)) * GOLDEN).to(tl.uint32)
+def _salt(first, ROLE: tl.constexpr):
+    """`rounding.salt_of` of a step whose `first` is 3 · step + 1."""
+    return ((first + ROLE) * GOLDEN).to(tl.uint32)
 
 
 @triton.jit
@@ -255,11 +271,24 @@ def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, 
     scaled = _times_power_of_two(x, (EXPONENT_BIAS - stored)[:, None])
     if STOCHASTIC:
         noise = (_hashed(x.to(tl.uint32, bitcast=True), salt) >> 16).to(tl.float32)
-        scaled = tl.floor(scaled + noise * (2.0**-16))
+        scaled = _floor(scaled + noise * (2.0**-16))
     else:
-        scaled = (scaled + TO_INTEGER_32) - TO_INTEGER_32
+        scaled = _nearest_integer(scaled)
     code = tl.where(finite, _clamped(scaled, -127.0, 127.0), NOT_A_NUMBER).to(tl.int32)
     _store(codes, start, length, tl.reshape(code, (BLOCK,)), tl.int8, WHOLE)
+
+
+@triton.jit
+def _nearest_integer(x):
+    """Of float32 |x| < 2^22; ties to even."""
+    return (x + TO_INTEGER_32) - TO_INTEGER_32
+
+
+@triton.jit
+def _floor(x):
+    """Of float32 |x| < 2^22. Triton's own takes a negative subnormal for zero."""
+    nearest = _nearest_integer(x)
+    return tl.where(nearest > x, nearest - 1.0, nearest)
 
 
 @triton.jit
