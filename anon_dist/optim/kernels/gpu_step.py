@@ -268,7 +268,7 @@ def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, 
     stored = tl.minimum((largest + 0x1FFFF) >> 23, 254)
     block = start // SHARED + tl.arange(0, BLOCK // SHARED)
     tl.store(exponents.to(tl.pointer_type(tl.uint8)) + block, stored.to(tl.uint8), mask=block * SHARED < length)
-    scaled = _times_power_of_two(x, (EXPONENT_BIAS - stored)[:, None])
+    scaled = _times_power_of_two(x, -(stored - EXPONENT_BIAS)[:, None])
     if STOCHASTIC:
         noise = (_hashed(x.to(tl.uint32, bitcast=True), salt) >> 16).to(tl.float32)
         scaled = _floor(scaled + noise * (2.0**-16))
