@@ -41,6 +41,9 @@ from anon_dist.optim.state import (
 
 LAST_STEP = 1 << 24
 
+Work = tuple[Bucket, dict[str, Any], bool]
+"""A bucket, its group, and whether a kernel updates it."""
+
 _UNSET: Any = object()
 
 
@@ -81,9 +84,9 @@ class Anon(Optimizer):
         foreach: update all tensors at once (True) or one after the other (False). None: at once on accelerators only, since one after
             the other is kinder to a CPU's caches. The results are the same bits.
         fused: update in one pass over memory, by a kernel that is compiled for this machine at the first step (True; an error where it
-            is not possible) or never (False). None: on the CPU, if `foreach` is None and all ranks can: at its first step the
-            optimizer waits up to a minute for the other ranks' (see `kernels.choice`). Within the same bounds of rounding as the other
-            path, but not the same bits.
+            is not possible) or never (False): C on the CPU, Triton on NVIDIA GPUs. None: if `foreach` is None and all ranks can: at
+            its first step the optimizer waits up to a minute for the other ranks' (see `kernels.choice`). Within the same bounds of
+            rounding as the other path, but not the same bits.
         state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16; or by state, as in
             `{"exp_avg": "int8", "exp_avg_sq": "bfloat16", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg
             alone: blocks of 32 elements of the local shard share a power of two (5.03 bytes per parameter in all, here); state dicts
@@ -97,7 +100,7 @@ class Anon(Optimizer):
     """
 
     _kernel_agreed: bool | None = None
-    """Whether all ranks can use the CPU kernel; None before the first step."""
+    """Whether all ranks can use the fused kernel; None before the first step."""
 
     def __init__(
         self,
@@ -351,8 +354,8 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._kernel_agreed is None and choice.concerns_cpu(self.param_groups):
-            self._kernel_agreed = choice.agree()  # before anything that could keep a rank from it
+        if self._kernel_agreed is None and (kinds := choice.kinds(self.param_groups)):
+            self._kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
         if self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
@@ -368,13 +371,16 @@ class Anon(Optimizer):
             for index, group in enumerate(self.param_groups)
             for bucket in self._buckets(index, group)
         ]
+        self._update(work)
+        return loss
+
+    def _update(self, work: list[Work]) -> None:
         for bucket, group, fused in work:
             if fused:
                 update_bucket_fused(bucket, group)
                 continue
             for part in bucket.parts(group["foreach"]):
                 update_bucket(part, group)
-        return loss
 
     def _has_no_gradient(self) -> bool:
         """Whether there are parameters, and none of them has a gradient."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from anon_dist.optim import update
 from anon_dist.optim.hyper import schedule_of
 from anon_dist.optim.kernels import cpu
+from anon_dist.optim.kernels.choice import kernel_for
 from anon_dist.optim.rounding import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -23,6 +24,9 @@ from anon_dist.optim.rounding import (
     to_bfloat16_stochastically,
 )
 from anon_dist.optim.state import local
+
+MEANS = frozenset({"m", "s"})
+"""Rounded stochastically where they are stored in fewer bits than float32."""
 
 BUCKET_ELEMENTS = 1 << 26
 """The foreach path makes temporaries as large as the tensors it is given at once; no more than this many elements."""
@@ -113,27 +117,32 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
 
 
 def update_bucket_fused(bucket: Bucket, group: dict[str, Any]) -> None:
-    """One Anon step of the bucket's tensors, by the CPU kernel."""
-    plan = schedule_of(group).plan(bucket.step)
-    cpu.run(
-        bucket.lists,
-        lr=float(group["lr"]),
-        beta1=group["betas"][0],
-        beta2=plan.beta2,
-        weight_decay=group["weight_decay"],
-        step=bucket.step,
-        variant=cpu.REFRESH if plan.refresh else cpu.ACCUMULATE if plan.accumulate else cpu.PLAIN,
-        debias_s=plan.debias,
-        keep_d=0.0 if plan.first else group["beta3"],
-        gamma=group["gamma"],
-        eps=group["eps"],
-        clip=group["update_clip"],
-        hold_silent=group["hold_silent"],
-        maximize=group["maximize"],
-        exponents=bucket.exponents,
-        stochastic_rounding=group["stochastic_rounding"],
-    )
+    """One Anon step of the bucket's tensors, by the kernel of their device."""
+    kernel_for(bucket.theta[0].device).run(bucket.lists, **step_arguments(bucket, group))
     torch._foreach_add_(bucket.counters, 1.0)
+
+
+def step_arguments(bucket: Bucket, group: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel is told about the bucket's step; see `cpu.run`."""
+    plan, lr = schedule_of(group).plan(bucket.step), group["lr"]
+    on_gpu = isinstance(lr, Tensor) and bucket.theta[0].device.type == "cuda" and lr.device.type == "cuda"
+    return {
+        "lr": lr if on_gpu else float(lr),  # a learning rate that lives on the device stays there
+        "beta1": group["betas"][0],
+        "beta2": plan.beta2,
+        "weight_decay": group["weight_decay"],
+        "step": bucket.step,
+        "variant": cpu.REFRESH if plan.refresh else cpu.ACCUMULATE if plan.accumulate else cpu.PLAIN,
+        "debias_s": plan.debias,
+        "keep_d": 0.0 if plan.first else group["beta3"],
+        "gamma": group["gamma"],
+        "eps": group["eps"],
+        "clip": group["update_clip"],
+        "hold_silent": group["hold_silent"],
+        "maximize": group["maximize"],
+        "stochastic": MEANS | {"theta"} if group["stochastic_rounding"] else MEANS,
+        "exponents": bucket.exponents or None,
+    }
 
 
 def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:

@@ -24,12 +24,12 @@ EXPONENT_BIAS = 133
 NOT_A_NUMBER = -128
 """The code of what is not finite; the others are −127 … 127."""
 
-_GOLDEN = 0x9E3779B1
+GOLDEN = 0x9E3779B1
 
 
 def salt_of(step: int, role: int) -> int:
     """The 32 bits that make the hashes of a step and role differ from another's."""
-    return ((3 * step + role + 1) * _GOLDEN) & 0xFFFFFFFF
+    return ((3 * step + role + 1) * GOLDEN) & 0xFFFFFFFF
 
 
 def hashed(bits: Tensor, salt: int) -> Tensor:

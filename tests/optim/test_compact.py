@@ -47,15 +47,16 @@ def bits(t):
 def taken(x, dtype, step=7):
     """What the kernel makes of x on its way to an exp_avg of this dtype: (exp_avg, exponents)."""
     m, ones = torch.zeros(len(x), dtype=dtype), torch.ones(len(x))
-    exponents = [exponents_for(x)] if dtype == torch.int8 else []
+    exponents = [exponents_for(x)] if dtype == torch.int8 else None
     cpu.run(
         ([ones.clone()], [x], [m], [ones.clone()], [ones]),
         **{"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0, "step": step, "variant": cpu.PLAIN},
         **{"debias_s": 1.0, "keep_d": 0.0, "gamma": 1.0, "eps": 1.0, "clip": None, "hold_silent": False},
         maximize=False,
+        stochastic=frozenset({"m"}),
         exponents=exponents,
     )
-    return m, *exponents
+    return m, *(exponents or [])
 
 
 # -- rounding ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from anon_dist.optim.kernels import cpu
+from anon_dist.optim.kernels import cpu, gpu
 from anon_dist.optim.kernels.build import BuildError
 
 AGREEMENT_SECONDS = 60.0
@@ -35,13 +36,23 @@ def is_automatic(group: Group) -> bool:
     return group["fused"] is None and group["foreach"] is None
 
 
-def concerns_cpu(groups: Iterable[Group]) -> bool:
-    """Whether a kernel could be chosen in these groups; also where a rank has been left no parameter, since others may have some."""
-    return any(is_automatic(g) and (not g["params"] or g["params"][0].device.type == "cpu") for g in groups)
+def kernel_for(device: torch.device) -> ModuleType:
+    """The kernel, `cpu` or `gpu`, that takes tensors of this device, if one does."""
+    return gpu if device.type == "cuda" else cpu
+
+
+def kinds(groups: Iterable[Group]) -> set[str]:
+    """Types of device on which a kernel could be chosen in these groups.
+
+    A rank that has been left no parameter takes part too, since others may have some: with the kind that it would have.
+    """
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {g["params"][0].device.type if g["params"] else usual for g in groups if is_automatic(g)}
+    return found & {"cpu", "cuda"}
 
 
 def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> bool:
-    """Whether lists of tensors, each of one device and dtype, are updated by the kernel.
+    """Whether lists of tensors (θ, g, m, s, v), each of one device and dtype, are updated by the kernel.
 
     Args:
         agreed: what `agree()` said, for groups that leave the choice to us.
@@ -51,32 +62,35 @@ def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> boo
     """
     if not group["fused"] and not (agreed and is_automatic(group)):
         return False
-    reason = "torch.compile traces this step" if torch.compiler.is_compiling() else cpu.obstacle(lists)
+    lists = list(lists)
+    device = lists[0][0].device
+    reason = "torch.compile traces this step" if torch.compiler.is_compiling() else kernel_for(device).obstacle(lists)
     if group["fused"] and reason is None:
-        reason = _why_not_built()
+        reason = _why_not_built({device.type})
     if group["fused"] and reason is not None:
         raise RuntimeError(
-            f"Anon: fused=True is not possible: {reason}. It takes float32, bfloat16 and float16 on the CPU, and needs a C compiler; "
-            "fused=None uses it where it can"
+            f"Anon: fused=True is not possible: {reason}. It takes float32, bfloat16 and float16, on the CPU, where it needs a C "
+            "compiler, and on NVIDIA GPUs, where it needs Triton; fused=None uses it where it can"
         )
     return reason is None
 
 
-def agree() -> bool:
-    """Whether all ranks can use the kernel. Waits for their first step, at most `AGREEMENT_SECONDS`; warns where the answer is no."""
-    reason = _why_not_built()
+def agree(kinds: set[str]) -> bool:
+    """Whether all ranks can use the kernels for their `kinds`. Waits for their first step, at most `AGREEMENT_SECONDS`; warns where the
+    answer is no."""
+    reason = _why_not_built(kinds)
     if reason is not None:
-        _warn(f"the fused CPU kernel is not available, the slower foreach path is used: {reason}")
+        _warn(f"the fused kernel is not available, the slower foreach path is used: {reason}")
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return reason is None
     try:
         verdict = _ask_store(_get_default_store(), dist.get_rank(), dist.get_world_size(), able=reason is None)
     except Exception as error:  # a store may lack an operation (torch's fake one) or have gone with its host
         verdict, reason = False, f"{type(error).__name__}: {error}"
-        _warn(f"the ranks could not agree on the fused CPU kernel, the slower foreach path is used: {reason}")
+        _warn(f"the ranks could not agree on the fused kernel, the slower foreach path is used: {reason}")
     if not verdict and reason is None:
         _warn(
-            "the fused CPU kernel is not used, since another rank cannot build it or did not reach its first step within "
+            "the fused kernel is not used, since another rank cannot build it or did not reach its first step within "
             f"{AGREEMENT_SECONDS:.0f} s. Where ranks step on their own, give Anon fused=True or fused=False"
         )
     return verdict
@@ -96,9 +110,10 @@ def _ask_store(store: Store, rank: int, ranks: int, able: bool) -> bool:
     return bytes(store.get("verdict")) == b"fused"
 
 
-def _why_not_built() -> str | None:
+def _why_not_built(kinds: Iterable[str]) -> str | None:
     try:
-        cpu.library()
+        for kind in kinds:
+            gpu.check() if kind == "cuda" else cpu.library()
     except BuildError as error:
         return str(error)
     return None

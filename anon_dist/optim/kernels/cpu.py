@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -107,22 +107,27 @@ def run(
     clip: float | None,
     hold_silent: bool,
     maximize: bool,
-    exponents: Sequence[Tensor] = (),
-    stochastic_rounding: bool = False,
+    stochastic: frozenset[str] = frozenset(),
+    exponents: list[Tensor] | None = None,
 ) -> None:
-    """One Anon step, in place. A bfloat16 m or s, and an 8-bit m, are rounded stochastically.
+    """One Anon step, in place.
 
     Args:
         lists: θ, g, m, s, v of each parameter, as `ROLES`; on the CPU, of `DTYPES`, each list of one dtype, int8 for m alone. Any strides.
         step: t ≥ 1, the step that is taken.
         variant: whether s accumulates, and whether v is refreshed from it: PLAIN, ACCUMULATE or REFRESH.
         debias_s, keep_d, gamma, eps, hold_silent: of a refresh; see `update.refresh`. `keep_d` is β3, or 0 at the first.
-        exponents: of an 8-bit m's blocks (see `rounding.encode_blocks`).
-        stochastic_rounding: of a bfloat16 θ.
+        stochastic: which of θ, m and s (as `ROLES`), where they are bfloat16 or int8, are rounded as `rounding` says, and not to the
+            nearest.
+        exponents: of an int8 m's blocks (see `rounding.encode_blocks`).
     """
-    row_major = bool(exponents)
-    parameters = [_same_layout(list(x), row_major) for x in zip(*lists, strict=True) if x[0].numel()]
-    scales: list[int | None] = [e.data_ptr() for e in exponents if e.numel()] or [None] * len(parameters)
+    parameters = [same_layout(list(x)) for x in zip(*lists, strict=True) if x[0].numel()]
+    scales: list[int | None] = [None] * len(parameters)
+    if exponents is not None:
+        parameters = [
+            (given, [t.contiguous() for t in used]) for given, used in parameters
+        ]  # blocks are in row-major order
+        scales = [e.data_ptr() for e in exponents if e.numel()]
     if not parameters:
         return
     debias_m = 1.0 - beta1**step
@@ -131,7 +136,7 @@ def run(
         variant=variant,
         hold_silent=hold_silent,
         dtypes=(ctypes.c_int32 * len(ROLES))(*(DTYPES[x[0].dtype] for x in lists)),
-        stochastic=(ctypes.c_int32 * len(ROLES))(stochastic_rounding, 0, 1, 1, 0),
+        stochastic=(ctypes.c_int32 * len(ROLES))(*(role in stochastic for role in ROLES)),
         salts=(ctypes.c_uint32 * len(ROLES))(
             salt_of(step, THETA), 0, salt_of(step, EXP_AVG), salt_of(step, EXP_AVG_SQ), 0
         ),
@@ -164,14 +169,14 @@ def run(
     torch.autograd.graph.increment_version([given[0] for given, _ in parameters])
 
 
-def _same_layout(tensors: list[Tensor], row_major: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors, and the same or copies that lie in memory in one order, on request row-major, without gaps."""
+def same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors, and the same or copies that lie in memory in one order without gaps."""
     tensors = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in tensors]
     plain = not any(t.is_neg() for t in tensors)
     if plain and all(t.is_contiguous() for t in tensors):
         return tensors, tensors
     strides = tensors[0].stride()
-    if plain and not row_major and all(t.stride() == strides for t in tensors) and _is_dense(tensors[0]):
+    if plain and all(t.stride() == strides for t in tensors) and _is_dense(tensors[0]):
         return tensors, tensors
     return tensors, [t.resolve_neg().contiguous() for t in tensors]
 

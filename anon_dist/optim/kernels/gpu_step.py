@@ -1,0 +1,299 @@
+"""One Anon step of many tensors on a GPU, in Triton. `gpu.py` launches it; importing this module needs triton.
+
+The arithmetic is that of `anon.c`, operation by operation: the momentum and the parameter in float32, a refresh in float64 with the same
+polynomials for its logarithm and exponential, each operation rounded as IEEE 754 says. Launched with `enable_fp_fusion=False`, which keeps
+both LLVM and ptxas from contracting a product and a sum, it gives the CPU kernel's bits. Conversions to bfloat16 are written out in
+integers: Triton's interpreter, in which the tests run this, does not round as the hardware does.
+"""
+
+import triton
+import triton.language as tl
+
+from anon_dist.optim import rounding
+from anon_dist.optim.kernels import cpu, gpu
+
+PLAIN, ACCUMULATE, REFRESH = (tl.constexpr(variant) for variant in (cpu.PLAIN, cpu.ACCUMULATE, cpu.REFRESH))
+ROW, BLOCK = tl.constexpr(gpu.ROW), tl.constexpr(gpu.BLOCK)
+# where a step's values lie, in the order of gpu.step_values
+LR, WEIGHT_DECAY, DEBIAS_M, KEEP_M, ADD_M, KEEP_S, ADD_S = (tl.constexpr(i) for i in range(7))
+DEBIAS_S, KEEP_D, GAMMA, EPS, BOUND, SILENT, STEP = (tl.constexpr(i) for i in range(7, 14))
+
+THETA, EXP_AVG, EXP_AVG_SQ = (tl.constexpr(r) for r in (rounding.THETA, rounding.EXP_AVG, rounding.EXP_AVG_SQ))
+SHARED = tl.constexpr(rounding.BLOCK)  # elements that share a scale
+EXPONENT_BIAS, NOT_A_NUMBER = tl.constexpr(rounding.EXPONENT_BIAS), tl.constexpr(rounding.NOT_A_NUMBER)
+GOLDEN = tl.constexpr(rounding.GOLDEN)
+
+NAN, INFINITY, LARGEST = (
+    tl.constexpr(float("nan")),
+    tl.constexpr(float("inf")),
+    tl.constexpr((2.0 - 2.0**-52) * 2.0**1023),
+)
+TINY, UP = tl.constexpr(2.0**-1000), tl.constexpr(2.0**54)
+D_MIN, D_MAX = tl.constexpr(2.0**-126), tl.constexpr(2.0**127)  # as in update.py
+LN2, LOG2_E = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-1")), tl.constexpr(float.fromhex("0x1.71547652b82fep0"))
+LN2_HIGH, LN2_LOW = tl.constexpr(float.fromhex("0x1.62e42feep-1")), tl.constexpr(float.fromhex("0x1.a39ef35793c76p-33"))
+ONE_BITS, SQRT_HALF_BITS = tl.constexpr(0x3FF0000000000000), tl.constexpr(0x3FE6A09E667F3BCD)
+TWO_52, TWO_52_BITS = tl.constexpr(2.0**52), tl.constexpr(0x4330000000000000)
+TO_INTEGER, TO_INTEGER_32 = tl.constexpr(1.5 * 2.0**52), tl.constexpr(1.5 * 2.0**23)  # adding and taking away rounds
+
+
+@triton.jit
+def step(
+    table,  # int64 [parameters, ROW]: addresses of θ, g, m, s, v and m's exponents; elements; whether all lie at multiples of 16 bytes
+    chunks,  # int32 [programs, 2]: the parameter, and which of its runs of BLOCK elements
+    values,  # float64: see gpu.step_values
+    lr,  # one number of any floating dtype
+    VARIANT: tl.constexpr,
+    TYPES: tl.constexpr,  # of θ, g, m, s, v
+    STOCHASTIC: tl.constexpr,  # whether θ, m, s are rounded so
+):
+    chunk = chunks + 2 * tl.program_id(0)
+    row = table + ROW * tl.load(chunk)
+    start = tl.load(chunk + 1).to(tl.int64) * BLOCK
+    length, aligned = tl.load(row + 6), tl.load(row + 7)
+    # Without a mask and with known alignment a thread moves 16 bytes at once. The arithmetic is the same.
+    if (aligned != 0) & (start + BLOCK <= length):
+        _chunk(row, start, length, values, lr, VARIANT, TYPES, STOCHASTIC, True)
+    else:
+        _chunk(row, start, length, values, lr, VARIANT, TYPES, STOCHASTIC, False)
+
+
+@triton.jit
+def _chunk(
+    row,
+    start,
+    length,
+    values,
+    lr,
+    VARIANT: tl.constexpr,
+    TYPES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    theta_at, g_at, m_at, s_at, v_at = (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + 4),
+    )
+    exponents_at = tl.load(row + 5)
+    theta = _opened(theta_at, start, length, TYPES[0], WHOLE)
+    g = _opened(g_at, start, length, TYPES[1], WHOLE)
+    if TYPES[2] == tl.int8:
+        m = _decoded(m_at, exponents_at, start, length, WHOLE)
+    else:
+        m = _opened(m_at, start, length, TYPES[2], WHOLE)
+    v = _opened(v_at, start, length, TYPES[4], WHOLE)
+
+    if VARIANT != PLAIN:
+        s = _opened(s_at, start, length, TYPES[3], WHOLE)
+        if VARIANT == REFRESH:
+            v = _refreshed(v, s, g, values)
+            s = tl.zeros_like(s)
+        else:
+            s = _float32(values + KEEP_S) * s + _float32(values + ADD_S) * (g * g)
+    m = _float32(values + KEEP_M) * m + _float32(values + ADD_M) * g
+    rate = tl.load(lr).to(tl.float64)
+    decay = (1.0 - rate * tl.load(values + WEIGHT_DECAY)).to(tl.float32)
+    scale = (rate / tl.load(values + DEBIAS_M)).to(tl.float32)
+    bound = _float32(values + BOUND)
+    theta = decay * theta - scale * _clamped(v * m, -bound, bound)
+
+    # Stores come last: the compiler takes no load past them.
+    first = 3 * tl.load(values + STEP).to(tl.int64) + 1
+    _close(theta_at, start, length, theta, _salt(first, THETA), TYPES[0], STOCHASTIC[0], WHOLE)
+    if TYPES[2] == tl.int8:
+        _encode(m_at, exponents_at, start, length, m, _salt(first, EXP_AVG), STOCHASTIC[1], WHOLE)
+    else:
+        _close(m_at, start, length, m, _salt(first, EXP_AVG), TYPES[2], STOCHASTIC[1], WHOLE)
+    if VARIANT != PLAIN:
+        _close(s_at, start, length, s, _salt(first, EXP_AVG_SQ), TYPES[3], STOCHASTIC[2], WHOLE)
+    if VARIANT == REFRESH:
+        _close(v_at, start, length, v, 0, TYPES[4], False, WHOLE)
+
+
+@triton.jit
+def _float32(value):
+    return tl.load(value).to(tl.float32)
+
+
+@triton.jit
+def _clamped(x, low, high):
+    """x in [low, high]; NaN stays."""
+    x = tl.where(x > high, high, x)
+    return tl.where(x < low, low, x)
+
+
+# -- double precision ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _refreshed(v, s, g, values):
+    """The preconditioner made from the old one, s and g; float32."""
+    gamma, keep = tl.load(values + GAMMA), tl.load(values + KEEP_D)
+    wide_g, wide_v = g.to(tl.float64), v.to(tl.float64)
+    total = tl.load(values + KEEP_S) * s.to(tl.float64) + tl.load(values + ADD_S) * (wide_g * wide_g)
+    d = total * (1.0 / tl.load(values + DEBIAS_S)) + tl.load(values + EPS)
+    if gamma != 1.0:  # sigma^1 is sigma
+        log_power = tl.where(d > 0.0, gamma * _natural_log(d), NAN)
+        no_power = tl.where(gamma == 0.0, 1.0, NAN).to(tl.float64)  # sigma^gamma where sigma is no positive number
+        d = tl.where(log_power == log_power, _exponential(_clamped(log_power, -100.0, 100.0)), no_power)
+    no_old = tl.where(keep == 0.0, 1.0, NAN).to(tl.float64)  # in place of a preconditioner that is none
+    old = tl.where(v > 0.0, wide_v, no_old)
+    # 1 / sqrt(keep / v^2 + add d)
+    fresh = old / tl.sqrt(keep + (1.0 - keep) * _clamped(d, D_MIN, D_MAX) * (old * old))
+    return tl.where(total.to(tl.float32) <= _float32(values + SILENT), v, fresh.to(tl.float32))
+
+
+@triton.jit
+def _natural_log(x):
+    """ln x for float64 x > 0, infinity included, to 2^-41 and a few units of 2^-53 of |ln x|."""
+    tiny = x < TINY
+    bits = tl.where(tiny, x * UP, x).to(tl.int64, bitcast=True)
+    exponent = (bits + (ONE_BITS - SQRT_HALF_BITS)) >> 52  # biased by 1023
+    z = (bits - (exponent << 52) + ONE_BITS).to(tl.float64, bitcast=True)  # in [sqrt(1/2), sqrt(2))
+    k = (exponent | TWO_52_BITS).to(tl.float64, bitcast=True) - (TWO_52 + 1023.0) - tl.where(tiny, 54.0, 0.0)
+    # ln z = 2 artanh q
+    q = (z - 1.0) / (z + 1.0)
+    q2 = q * q
+    q4 = q2 * q2
+    high = (1.0 / 7.0 + q2 * (1.0 / 9.0)) + q4 * (1.0 / 11.0 + q2 * (1.0 / 13.0))
+    series = (1.0 / 3.0 + q2 * (1.0 / 5.0)) + q4 * high
+    return tl.where(x > LARGEST, INFINITY, k * LN2 + (2.0 * q + 2.0 * q * (q2 * series)))
+
+
+@triton.jit
+def _exponential(x):
+    """e^x for float64 |x| <= 100, to 2^-42 of it."""
+    shifted = x * LOG2_E + TO_INTEGER  # its low bits hold the integer
+    n = shifted - TO_INTEGER
+    r = (x - n * LN2_HIGH) - n * LN2_LOW  # |r| <= ln 2 / 2
+    r2 = r * r
+    r4 = r2 * r2
+    low = (1.0 + r) + r2 * (1.0 / 2.0 + r * (1.0 / 6.0))
+    middle = (1.0 / 24.0 + r * (1.0 / 120.0)) + r2 * (1.0 / 720.0 + r * (1.0 / 5040.0))
+    high = (1.0 / 40320.0 + r * (1.0 / 362880.0)) + r2 * (1.0 / 3628800.0)
+    power = ((shifted.to(tl.int64, bitcast=True) << 52) + ONE_BITS).to(tl.float64, bitcast=True)
+    return (low + r4 * (middle + r4 * high)) * power
+
+
+# -- storage dtypes --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pointers(address, start, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    first = address.to(tl.pointer_type(TYPE))
+    if WHOLE:
+        first = tl.multiple_of(first, 16)
+    return first + (start + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _loaded(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    pointers = _pointers(address, start, TYPE, WHOLE)
+    if WHOLE:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=start + tl.arange(0, BLOCK) < length, other=0)
+    return x
+
+
+@triton.jit
+def _store(address, start, length, x, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    pointers = _pointers(address, start, TYPE, WHOLE)
+    if WHOLE:
+        tl.store(pointers, x.to(TYPE))
+    else:
+        tl.store(pointers, x.to(TYPE), mask=start + tl.arange(0, BLOCK) < length)
+
+
+@triton.jit
+def _opened(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """BLOCK elements as float32; zeros past the end."""
+    if TYPE == tl.bfloat16:
+        x = (_loaded(address, start, length, tl.uint16, WHOLE).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = _loaded(address, start, length, TYPE, WHOLE).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _close(address, start, length, x, salt, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):
+    """Store what `_opened` gave."""
+    if TYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        # to the nearest, ties to even; every NaN becomes torch's
+        rounded = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        if STOCHASTIC:
+            finite = (bits & 0x7FFFFFFF) < 0x7F800000
+            rounded = tl.where(finite, (bits + (_hashed(bits, salt) & 0xFFFF)) >> 16, rounded)
+        _store(address, start, length, rounded, tl.uint16, WHOLE)
+    else:
+        _store(address, start, length, x, TYPE, WHOLE)
+
+
+@triton.jit
+def _salt(first, ROLE: tl.constexpr):
+    """`rounding.salt_of` of a step whose `first` is 3 · step + 1."""
+    return ((first + ROLE) * GOLDEN).to(tl.uint32)
+
+
+@triton.jit
+def _hashed(bits, salt):
+    """`rounding.hashed`, of uint32."""
+    h = bits ^ salt
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _decoded(codes, exponents, start, length, WHOLE: tl.constexpr):
+    """`rounding.decode_blocks`, of BLOCK elements."""
+    x = tl.reshape(_loaded(codes, start, length, tl.int8, WHOLE), (BLOCK // SHARED, SHARED))
+    block = start // SHARED + tl.arange(0, BLOCK // SHARED)
+    stored = tl.load(exponents.to(tl.pointer_type(tl.uint8)) + block, mask=block * SHARED < length, other=0)
+    scaled = _times_power_of_two(x.to(tl.float32), (stored.to(tl.int32) - EXPONENT_BIAS)[:, None])
+    return tl.reshape(tl.where(x == NOT_A_NUMBER, NAN, scaled), (BLOCK,))
+
+
+@triton.jit
+def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):
+    """`rounding.encode_blocks`, stored."""
+    x = tl.reshape(x, (BLOCK // SHARED, SHARED))
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    finite = magnitude < 0x7F800000
+    largest = tl.max(tl.where(finite, magnitude, 0), 1)
+    stored = tl.minimum((largest + 0x1FFFF) >> 23, 254)
+    block = start // SHARED + tl.arange(0, BLOCK // SHARED)
+    tl.store(exponents.to(tl.pointer_type(tl.uint8)) + block, stored.to(tl.uint8), mask=block * SHARED < length)
+    scaled = _times_power_of_two(x, -(stored - EXPONENT_BIAS)[:, None])
+    if STOCHASTIC:
+        noise = (_hashed(x.to(tl.uint32, bitcast=True), salt) >> 16).to(tl.float32)
+        scaled = _floor(scaled + noise * (2.0**-16))
+    else:
+        scaled = _nearest_integer(scaled)
+    code = tl.where(finite, _clamped(scaled, -127.0, 127.0), NOT_A_NUMBER).to(tl.int32)
+    _store(codes, start, length, tl.reshape(code, (BLOCK,)), tl.int8, WHOLE)
+
+
+@triton.jit
+def _nearest_integer(x):
+    """Of float32 |x| < 2^22; ties to even."""
+    return (x + TO_INTEGER_32) - TO_INTEGER_32
+
+
+@triton.jit
+def _floor(x):
+    """Of float32 |x| < 2^22. Triton's own takes a negative subnormal for zero."""
+    nearest = _nearest_integer(x)
+    return tl.where(nearest > x, nearest - 1.0, nearest)
+
+
+@triton.jit
+def _times_power_of_two(x, exponent):
+    """x · 2^exponent; two factors, since float32 does not hold 2^133."""
+    half = exponent >> 1
+    rest = exponent - half
+    return x * ((half + 127) << 23).to(tl.float32, bitcast=True) * ((rest + 127) << 23).to(tl.float32, bitcast=True)
