@@ -356,3 +356,12 @@ def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launch
         optimizer.step()
     assert len(captured) == 4
     assert_same_bits([models[0]], [models[1]])
+
+
+@pytest.mark.parametrize("variant", [PLAIN, ACCUMULATE, REFRESH])
+def test_the_trial_notices_a_kernel_that_is_wrong(variant, monkeypatch):
+    """Before it is chosen on a GPU, it is compared there with torch's operations."""
+    assert gpu.agrees(variant, torch.device("cpu"))
+    run = gpu.run
+    monkeypatch.setattr(gpu, "run", lambda lists, **x: run(lists, **{**x, "lr": 0.101}))
+    assert not gpu.agrees(variant, torch.device("cpu"))

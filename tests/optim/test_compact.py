@@ -44,7 +44,7 @@ def bits(t):
     return t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int8)
 
 
-def taken(x, dtype, step=7):
+def taken(x, dtype, step=7, stochastic=True):
     """What the kernel makes of x on its way to an exp_avg of this dtype: (exp_avg, exponents)."""
     m, ones = torch.zeros(len(x), dtype=dtype), torch.ones(len(x))
     exponents = [exponents_for(x)] if dtype == torch.int8 else None
@@ -53,7 +53,7 @@ def taken(x, dtype, step=7):
         **{"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0, "step": step, "variant": cpu.PLAIN},
         **{"debias_s": 1.0, "keep_d": 0.0, "gamma": 1.0, "eps": 1.0, "clip": None, "hold_silent": False},
         maximize=False,
-        stochastic=frozenset({"m"}),
+        stochastic=frozenset({"m"} if stochastic else ()),
         exponents=exponents,
     )
     return m, *(exponents or [])
@@ -132,6 +132,8 @@ def test_the_kernel_rounds_as_torch_does():
         expected = encode_blocks(x, salt)
         assert torch.equal(codes, expected[0])
         assert torch.equal(exponents, expected[1])
+    for found, expected in zip(taken(x, torch.int8, stochastic=False), encode_blocks(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

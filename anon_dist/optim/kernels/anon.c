@@ -220,7 +220,8 @@ static inline __attribute__((always_inline)) void decode_block(long n, const int
     for (long i = 0; i < n; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
 }
 
-static inline __attribute__((always_inline)) uint8_t encode_block(long n, const float *restrict x, int8_t *restrict codes, uint32_t salt) {
+static inline __attribute__((always_inline)) uint8_t encode_block(long n, const float *restrict x, int8_t *restrict codes, int stochastic,
+                                                                uint32_t salt) {
     int32_t largest = 0;
     for (long i = 0; i < n; i++) {
         const int32_t magnitude = (int32_t)(float_bits(x[i]) & 0x7fffffff), finite = magnitude < 0x7f800000 ? magnitude : 0;
@@ -231,8 +232,9 @@ static inline __attribute__((always_inline)) uint8_t encode_block(long n, const 
     const float a = power_of_two(half), b = power_of_two(exponent - half);
     for (long i = 0; i < n; i++) {
         const uint32_t bits = float_bits(x[i]);
-        const float scaled = floorf(x[i] * a * b + (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f);
-        const float below = scaled > 127.0f ? 127.0f : scaled, within = below < -127.0f ? -127.0f : below;
+        const float scaled = x[i] * a * b, up = (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f;
+        const float whole = stochastic ? floorf(scaled + up) : rintf(scaled);
+        const float below = whole > 127.0f ? 127.0f : whole, within = below < -127.0f ? -127.0f : below;
         codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
     }
     return (uint8_t)stored;
@@ -245,10 +247,11 @@ static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict
     if (start < n) decode_block(n - start, codes + start, exponents[start / SHARED], x + start);
 }
 
-static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, uint32_t salt) {
+static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, int stochastic, uint32_t salt) {
     long start = 0;
-    for (; start + SHARED <= n; start += SHARED) exponents[start / SHARED] = encode_block(SHARED, x + start, codes + start, salt);
-    if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, salt);
+    for (; start + SHARED <= n; start += SHARED)
+        exponents[start / SHARED] = encode_block(SHARED, x + start, codes + start, stochastic, salt);
+    if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, stochastic, salt);
 }
 
 /* n elements from `start` on as floats: themselves if they are, otherwise converted into `buffer`. */
@@ -292,7 +295,7 @@ static void update_block(void *const *tensors, int64_t start, long n, const stru
         update_accumulating(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
     else
         update_plain(n, x[THETA], x[GRAD], x[M], x[V], step);
-    if (in_blocks) encode(n, x[M], codes, exponents, step->salts[M]);
+    if (in_blocks) encode(n, x[M], codes, exponents, step->stochastic[M], step->salts[M]);
     for (int role = 0; role < ROLES; role++) {
         const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
         if (changed) closed(tensors[role], step->dtypes[role], step->stochastic[role], step->salts[role], start, n, x[role]);

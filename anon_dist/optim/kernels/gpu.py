@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from anon_dist.optim import update
 from anon_dist.optim.kernels.build import BuildError
-from anon_dist.optim.kernels.cpu import PLAIN, ROLES, same_layout
+from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH, ROLES, same_layout
 
 BLOCK, WARPS = 1024, 4
 """Elements and warps of a program: 8 elements a thread, two loads of 16 bytes in flight for each float32 tensor. Chosen from what
@@ -48,7 +49,7 @@ def obstacle(lists: Iterable[list[Tensor]]) -> str | None:
 
 
 def check() -> None:
-    """Compile and launch the kernel once in this process.
+    """Compile the kernel, and compare it on this GPU with torch's operations: once in this process.
 
     Raises:
         BuildError: naming what is in the way, each time.
@@ -63,20 +64,44 @@ def _trial() -> str | None:
     if torch.version.hip is not None:
         return "the kernel has only been written for NVIDIA GPUs"
     try:
-        lists = tuple([torch.ones(1, device="cuda")] for _ in ROLES)
-        numbers: dict[str, Any] = {
-            "beta1": 0.9,
-            "beta2": 0.9,
-            "debias_s": 1.0,
-            "keep_d": 0.0,
-            "gamma": 1.0,
-            "eps": 1e-16,
-            "clip": None,
-        }
-        run(lists, lr=0.0, weight_decay=0.0, step=1, variant=PLAIN, hold_silent=False, maximize=False, **numbers)
+        return next(
+            (
+                f"its {name} step differs from torch's operations on {torch.cuda.get_device_name()}; please report it"
+                for name, variant in (("plain", PLAIN), ("accumulating", ACCUMULATE), ("refreshing", REFRESH))
+                if not agrees(variant, torch.device("cuda"))
+            ),
+            None,
+        )
     except Exception as error:  # no triton, no C compiler for its launcher, a GPU too old for it, ...
         return f"{type(error).__name__}: {error}"[:1000]
-    return None
+
+
+def agrees(variant: int, device: torch.device) -> bool:
+    """Whether a step of a few numbers is torch's, but for rounding. It waits for the device."""
+    drawn = torch.randn(5, 3 * BLOCK + 7, generator=torch.Generator().manual_seed(0))
+    theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
+    mine = tuple([x.clone()] for x in (theta, g, m, s, v))
+    numbers: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "debias_s": 0.3, "keep_d": 0.5, "gamma": 0.5, "eps": 1e-16}
+    run(
+        mine,
+        lr=0.1,
+        variant=variant,
+        weight_decay=0.1,
+        step=3,
+        clip=1.0,
+        hold_silent=False,
+        maximize=False,
+        **numbers,
+    )
+    update.decay_weights([theta], 1.0 - 0.1 * 0.1)
+    update.update_momentum([m], [g], 0.9)
+    if variant != PLAIN:
+        update.accumulate([s], [g], 0.95)
+    if variant == REFRESH:
+        update.refresh([v], [s], gamma=0.5, beta3=0.5, eps=1e-16, debias=0.3, first=False, hold_silent=False)
+    update.apply_update([theta], [v], [m], lr=0.1, debias=1.0 - 0.9**3, clip=1.0)
+    pairs = zip(mine, (theta, g, m, s, v), strict=True)
+    return all(torch.allclose(x[0], y, rtol=1e-5, atol=1e-5) for x, y in pairs)
 
 
 def run(
