@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,9 +319,10 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
     return config
 
 
-def field_types(section: type = Config, prefix: str = "") -> dict[str, Any]:
+@cache
+def field_types(section: type = Config, prefix: str = "") -> Mapping[str, Any]:
     """Dotted name → annotated type, of every field."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(section).items():
         name = f"{prefix}{key}"
         found.update(
