@@ -4,9 +4,10 @@ At each validation a run is stopped if its loss
 
 - is not a number, or infinite;
 - has risen above 1.2 times the lowest that it had (it diverges, whatever the others do);
-- or, at this validation and the one before, both after a quarter of its steps, was more than 10% above the median of at least four other
-  cells at the same step: running, finished or ended early. One that diverged or was stopped before that step counts as infinitely bad
-  there, so that the rule does not grow stricter as the others thin out: it never stops the better half of a grid.
+- or, at this validation and the one before, both between a quarter and three quarters of its steps (after that a result costs little
+  more), was more than 10% above the median of at least four other cells at the same step: running, finished or ended early. One that
+  diverged or was stopped before that step counts as infinitely bad there, so that the rule does not grow stricter as the others thin out:
+  it never stops the better half of a grid.
 
 Only cells that differ in `optim` settings or the seed are compared: a loss at the same step says nothing across batch sizes or models.
 """
@@ -21,7 +22,7 @@ from statistics import median
 Curve = dict[int, float]
 """Step → validation loss."""
 
-MARGIN, PEERS, FROM, RISE = 1.1, 4, 0.25, 1.2
+MARGIN, PEERS, FROM, UNTIL, RISE = 1.1, 4, 0.25, 0.75, 1.2
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ def hopeless(curve: Curve, peers: Sequence[Peer], steps: int) -> str | None:
         return f"the validation loss rose from {lowest:.4g} to {curve[last]:.4g} at step {last}"
     recent = [step for step in sorted(curve) if step >= FROM * steps][-2:]
     medians = [_median([loss for peer in peers if (loss := peer.at(step)) is not None]) for step in recent]
-    if len(recent) == 2 and all(m is not None and curve[s] > MARGIN * m for s, m in zip(recent, medians, strict=True)):
+    if (
+        last <= UNTIL * steps
+        and len(recent) == 2
+        and all(m is not None and curve[s] > MARGIN * m for s, m in zip(recent, medians, strict=True))
+    ):
         return f"the validation loss at step {last}, {curve[last]:.4g}, is over {MARGIN} times the median of the others, {medians[-1]:.4g}"
     return None
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from anon_dist.sweep.grid import short, show
-from anon_dist.sweep.results import Results, Setting
+from anon_dist.sweep.results import Results, Setting, Spread, paired
 from anon_dist.train.metrics import Record
 
 LR = "optim.lr"
-MARKERS = "osD^vP*X<>ph"
+MARKERS = "oD^vP*X<>ph"
+DODGE = 0.012
+"""Lines are set apart sideways by this share of the learning rate, so that their error bars can be told apart."""
 MOST_LINES = 12
 LOSS = "validation loss (nats per token)"
 
@@ -62,8 +64,9 @@ def _by_lr(results: Results, path: Path) -> str:
                 bad.append(lr)
         if points:
             x, y, error = zip(*points, strict=True)
+            x = tuple(lr * (1.0 + DODGE * (i - (len(lines) - 1) / 2)) for lr in x)
             axes.errorbar(x, y, error, label=label, capsize=3, lw=1.6, ms=6, **style)
-        for lr in bad:
+        for lr in (lr * (1.0 + DODGE * (i - (len(lines) - 1) / 2)) for lr in bad):
             axes.plot([lr], [highest], ls="none", marker="x", ms=8, mew=2, color=style["color"], clip_on=False)
             axes.annotate(
                 label.split(" = ")[-1], (lr, highest), (0, 7 + 9 * (i % 3)), textcoords="offset points", ha="center", size=7,
@@ -107,42 +110,62 @@ def _lines(results: Results) -> list[tuple[str, list[Setting], dict[str, Any]]]:
 
 
 def _by_field(results: Results, field: str, path: Path) -> str:
-    figure, axes = _figure(8.5, 5.0)
+    from matplotlib import pyplot as plt
+
     symbol = "γ" if field == "optim.gamma" else short(field)
     best = {v: s for v, s in results.best_by(field).items() if isinstance(v, int | float)}
-    points = [(v, s, s.loss) for v, s in best.items() if s and s.loss]
-    if points:
-        x = [v for v, _, _ in points]
-        axes.errorbar(
-            x, [loss.mean for *_, loss in points], [loss.error or 0.0 for *_, loss in points],
-            color="#0072B2", marker="o", ms=7, capsize=4, lw=1.8, label="Anon, mean and standard error", zorder=3,
-        )  # fmt: skip
-        seeds = [(v, one) for v, s, loss in points if loss.count > 1 for one in s.losses.values()]
-        if seeds:
-            axes.scatter(*zip(*seeds, strict=True), s=14, color="#0072B2", alpha=0.45, label="single seeds", zorder=2)
-        for v, s, loss in points:
-            if s.cell.lr is not None:
-                axes.annotate(
-                    f"lr {s.cell.lr:g}" + (" (edge)" if results.at_edge(s) else ""), (v, loss.mean), (5, 9),
-                    textcoords="offset points", size=8, color="0.25", zorder=4,
-                )  # fmt: skip
-    missing = [v for v, s in best.items() if s is None]
-    for i, v in enumerate(missing):
-        axes.axvline(
-            v, color="#D55E00", ls=":", lw=1.5, label="no setting finished with every seed" if i == 0 else None
-        )
     adamw = results.best(results.of("adamw"))
+    wide, width = (2, 14.0) if adamw else (1, 8.5)
+    figure, panels = plt.subplots(1, wide, figsize=(width, 5.0), layout="constrained", squeeze=False)
+    axes = panels[0][0]
+    points = [(v, s, s.loss) for v, s in best.items() if s and s.loss]
+    _errorbars(axes, [(v, loss, s.losses.values()) for v, s, loss in points])
+    for v, s, loss in points:
+        said = f"lr {s.cell.lr:g}" if s.cell.lr is not None else ""
+        said += " (edge)" if results.at_edge(s) else ""
+        said += f"\n{loss.count} of {len(s.folders)} seeds" if loss.count < len(s.folders) else ""
+        box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
+        right = v < max(best)
+        place: dict[str, Any] = {"xytext": (8 if right else -8, 8), "ha": "left" if right else "right"}
+        axes.annotate(said.strip(), (v, loss.mean), textcoords="offset points", size=8, bbox=box, zorder=4, **place)
     if adamw and adamw.loss:
         rate = f", lr {adamw.cell.lr:g}" if adamw.cell.lr is not None else ""
         axes.axhline(adamw.loss.mean, color="black", ls="--", lw=1.4, label=f"AdamW{rate}")
         if adamw.loss.error:
             low, high = adamw.loss.mean - adamw.loss.error, adamw.loss.mean + adamw.loss.error
             axes.axhspan(low, high, color="black", alpha=0.12, lw=0, label="AdamW ± standard error")
-    axes.margins(y=0.15)
-    axes.set(xlabel="adaptivity γ" if symbol == "γ" else symbol, ylabel=LOSS, xticks=sorted(best))
+        difference = panels[0][1]
+        _errorbars(difference, [(v, d, _differences(s, adamw)) for v, s, _ in points if (d := paired(s, adamw))])
+        difference.axhline(0.0, color="black", ls="--", lw=1.4)
+        difference.set(title="the same, minus AdamW's with the same seed", ylabel="loss − AdamW's (nats per token)")
+    for panel in panels[0]:
+        missing = [v for v, s in best.items() if s is None]
+        for i, v in enumerate(missing):
+            panel.axvline(v, color="#D55E00", ls=":", lw=1.5, label=None if i else "none finished with every seed")
+        panel.margins(x=0.1, y=0.15)
+        panel.set(xlabel="adaptivity γ" if symbol == "γ" else symbol, xticks=sorted(best))
+    axes.set(ylabel=LOSS)
     axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
-    return f"Loss against {symbol}, each at its best learning rate{' and other settings' if len(results.axes) > 2 else ''}."
+    rest = " and other settings" if len(results.axes.keys() - {field, LR}) else ""
+    return f"Loss against {symbol}, each at its best learning rate{rest}."
+
+
+def _errorbars(axes: Any, points: Sequence[tuple[float, Spread, Iterable[float]]]) -> None:
+    """Mean and standard error, and the single seeds, at each place."""
+    if not points:
+        return
+    x, means, errors = [v for v, *_ in points], [d.mean for _, d, _ in points], [d.error or 0.0 for _, d, _ in points]
+    style = {"color": "#0072B2", "marker": "o", "ms": 7, "capsize": 4, "lw": 1.8, "zorder": 3}
+    axes.errorbar(x, means, errors, label="Anon, mean and standard error", **style)
+    seeds = [(v, one) for v, spread, ones in points if spread.count > 1 for one in ones]
+    if seeds:
+        look = {"s": 22, "color": "#56B4E9", "edgecolor": "white", "lw": 0.5, "zorder": 4}
+        axes.scatter(*zip(*seeds, strict=True), label="single seeds", **look)
+
+
+def _differences(a: Setting, b: Setting) -> list[float]:
+    return [a.losses[seed] - b.losses[seed] for seed in a.losses.keys() & b.losses.keys()]
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -152,33 +175,28 @@ def _curves(results: Results, path: Path) -> str:
     from matplotlib import pyplot as plt
 
     figure, (loss, spread, largest) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    shown = 0
     for label, settings, style in _lines(results):
         setting = results.best(settings) or _furthest(settings)
         if setting is None:
             continue
-        shown += 1
-        style = {"color": style["color"], "ls": style.get("ls", "-"), "lw": 1.6}
+        style = {**style, "lw": 1.6, "ms": 4}
         rate = f", lr {setting.cell.lr:g}" if setting.cell.lr is not None else ""
         ended = "" if setting.ranked else f" ({setting.summary()})"
         runs = [f.metrics() for f in setting.folders]
-        marker = MARKERS[(shown - 1) % len(MARKERS)]
-        loss.plot(*_mean_over(runs, "val_loss"), label=f"{label}{rate}{ended}", marker=marker, ms=4, **style)
-        for axes, key in ((spread, "precond_spread/0"), (largest, "update_max")):
+        loss.plot(*_mean_over(runs, "val_loss"), label=f"{label}{rate}{ended}", **style)
+        for axes, key, unit in ((spread, "precond_spread/0", 1.0), (largest, "update_max", setting.cell.factor)):
             x, y = _mean_over(runs, key)
             if x:
-                axes.plot(x, y, marker=marker, ms=4, markevery=max(1, len(x) // 8), **style)
+                axes.plot(x, [unit * value for value in y], markevery=max(1, len(x) // 8), **style)
     loss.set(title="validation loss", xlabel="step", ylabel=LOSS)
     values = [y for line in loss.lines for y in line.get_ydata()]
     if values:
         low, high = min(values), sorted(values)[int(0.85 * (len(values) - 1))]
         loss.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) or None)
     spread.set(title="preconditioner spread, matrices", xlabel="step", ylabel="standard deviation of log2 v")
+    unit_of = "× factor of γ" if any(s.cell.factor != 1.0 for s in results.settings) else "(unit depends on γ)"
     largest.set(
-        title="largest |v · m̂|, before the clip",
-        xlabel="step",
-        yscale="log",
-        ylabel="largest |v · m̂| (unit depends on γ)",
+        title="largest |v · m̂|, before the clip", xlabel="step", yscale="log", ylabel=f"largest |v · m̂| {unit_of}"
     )
     figure.legend(*loss.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     _save(figure, path)
@@ -233,7 +251,7 @@ def _legend(axes: Any, lines: int) -> None:
 def _style(i: int, count: int) -> dict[str, Any]:
     import matplotlib as mpl
 
-    shade = mpl.colormaps["viridis"](0.92 * i / max(1, count - 1))
+    shade = mpl.colormaps["viridis"](0.87 * i / max(1, count - 1))
     return {"color": shade, "marker": MARKERS[i % len(MARKERS)]}
 
 

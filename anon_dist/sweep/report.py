@@ -73,7 +73,8 @@ def _best(results: Results) -> str:
     ]
     notes = [
         "Each at its best learning rate and other settings, mean ± standard error over seeds; the lowest is bold. The minimum of several "
-        "noisy means flatters; a difference within about two standard errors is none."
+        "noisy means flatters. Seeds share their data order across settings, so the last column's standard error is what to judge by: "
+        "a difference within about two of them is none."
     ]
     edges = [s for s in (adamw, *by_gamma.values()) if s and results.at_edge(s)]
     if edges:

@@ -23,6 +23,7 @@ PEERS = [Peer(GOOD, ended_badly=False)] * 4
         ({10: 5.0, 20: 4.3, 30: 3.8, 40: 3.2}, PEERS, None),  # worse, but not by much
         ({10: 5.0, 20: 4.0, 30: 4.7}, [], None),  # a bump
         ({}, PEERS, None),
+        ({20: 4.5, 30: 4.4, 61: 4.3}, [Peer({20: 3.0, 30: 3.0, 61: 3.0}, False)] * 4, None),  # nearly through
         ({50: 4.0, 60: 4.0}, PEERS, None),  # nobody else has come so far
     ],
 )
