@@ -83,7 +83,14 @@ def run_bytes(config: Config, vocabulary: int) -> float:
 
 
 def _free_bytes() -> float:
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    """What the machine can give (page cache included), or what is left of a control group's limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, float(limit - used))
+    return free
 
 
 @dataclass

@@ -13,6 +13,7 @@ from fake_trainer import CRASH, DIVERGE, HOPELESS, final_loss
 
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.results import Results
+from anon_dist.sweep.run import Room
 from anon_dist.train.config import ConfigError
 
 STEPS = list(range(1, 13))
@@ -217,3 +218,19 @@ def test_a_setting_with_a_failed_seed_is_never_the_best(sweep, cells, tmp_path):
 def test_no_sweep_no_report(tmp_path):
     with pytest.raises(ConfigError, match="is no sweep's folder"):
         write_report(tmp_path)
+
+
+def test_a_gpu_each_or_as_many_as_cores_and_memory_allow(base, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 64e9)
+    room = Room.of_this_machine(base(), 256, None)
+    assert (room.parallel, room.threads, room.devices) == (8, 1, [])
+    assert room.environment(3)["OMP_NUM_THREADS"] == "1"
+    assert Room.of_this_machine(base(), 256, 3).threads == 2
+    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 2e9)
+    assert Room.of_this_machine(base(), 256, None).parallel == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    room = Room.of_this_machine(base(), 256, None)
+    assert (room.parallel, room.threads) == (2, 4)
+    assert [room.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "6", "4"]
