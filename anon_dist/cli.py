@@ -14,6 +14,8 @@ COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
   ckpt convert   write it for another engine, world size or optimizer, or as weights alone
   ckpt verify    compare two of any formats, bit for bit
   train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
+  sweep          train over a grid of γ, learning rates and other settings, with AdamW beside it, and report the best
+  sweep report   the report of a sweep as it is now
 
 anon-dist COMMAND --help says more."""
 
@@ -27,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> None:
         ("ckpt", "convert"): partial(checkpoints, "convert"),
         ("ckpt", "verify"): partial(checkpoints, "verify"),
         ("train",): train,
+        ("sweep", "report"): partial(sweep, "report"),
+        ("sweep",): partial(sweep, "sweep"),
     }
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
@@ -77,6 +81,13 @@ def train(args: list[str] | None = None) -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def sweep(command: str, args: list[str]) -> None:
+    """`anon-dist sweep` and `anon-dist sweep report`"""
+    from anon_dist.sweep import cli
+
+    (cli.report if command == "report" else cli.sweep)(args)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

@@ -5,13 +5,15 @@ launch/pretrain.py --config configs/train/quickstart.yaml --optim.gamma 0.5 --tr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -321,6 +323,41 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
     )
     check(config)
     return config
+
+
+@cache
+def field_types(section: type = Config, prefix: str = "") -> Mapping[str, Any]:
+    """Dotted name → annotated type, of every field."""
+    found: dict[str, Any] = {}
+    for key, hint in typing.get_type_hints(section).items():
+        name = f"{prefix}{key}"
+        found.update(
+            field_types(typing.cast(type, hint), f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
+        )
+    return found
+
+
+def with_fields(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """A copy in which the fields of these dotted names have these values, converted as in a file.
+
+    Args:
+        where: what the values come from, for the message.
+
+    Raises:
+        ConfigError: a name is unknown (the nearest is suggested), or a value has the wrong type.
+    """
+    changed, hints = copy.deepcopy(config), field_types()
+    for name, value in values.items():
+        if name not in hints:
+            by_end = [n for n in hints if n.rpartition(".")[2] == name.rpartition(".")[2]]
+            near = (by_end or difflib.get_close_matches(name, hints, n=1, cutoff=0.0))[0]
+            raise ConfigError(f"{where}: unknown field '{name}'; did you mean '{near}'?")
+        *sections, key = name.split(".")
+        owner: Any = changed
+        for section in sections:
+            owner = getattr(owner, section)
+        setattr(owner, key, _convert(hints[name], value, f"{where}: '{name}'"))
+    return changed
 
 
 def to_yaml(config: Config) -> str:

@@ -1,0 +1,275 @@
+"""`anon-dist sweep` and `anon-dist sweep report`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import tyro
+import yaml
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.data import DataError, Index, TokenShards, verify_checksums
+from anon_dist.files import write_json
+from anon_dist.optim.matching import Spectrum
+from anon_dist.sweep.calibrate import calibrate, spectrum_of
+from anon_dist.sweep.cells import CellFolder, held
+from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
+from anon_dist.sweep.report import write_report
+from anon_dist.sweep.run import Command, Room, Scheduler, train_command
+from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
+
+
+@dataclass
+class Sweep:
+    """Train a configuration over a grid of settings, and report which γ and learning rate are best.
+
+    Further options are those of `anon-dist train`, and hold for every cell: --train.steps 2000. The same command goes on with a sweep
+    that was interrupted; with a larger grid it runs what is new.
+    """
+
+    config: str
+    """Training configuration: a file, or the name of a shipped one."""
+    grid: tuple[str, ...]
+    """FIELD=VALUES, several: values are separated by commas, and may be ranges: a:b:step with both ends, log:a:b:n evenly by ratio.
+    optim.gamma=-0.5:1.5:0.25 optim.lr=1e-3,3e-3,1e-2"""
+    out: Path
+    """Folder of the sweep; `anon-dist sweep report OUT` looks at it while it runs."""
+    seeds: str = "1"
+    """How many (3 is 0, 1, 2), or a list (0,4,7): of weights and data order, the same for every setting."""
+    baseline: Literal["adamw"] | None = None
+    """Another optimizer to compare with, over the fields of the grid that mean something to it."""
+    baseline_lr: str | None = None
+    """Its learning rates, as in --grid. None: those of the grid."""
+    match_rms: bool = False
+    """Learning rates (and update_clip, and 1 / weight_decay) are meant for γ = 1, and multiplied for other γ so that steps keep their
+    root mean square: see anon_dist.optim.matching. Measured in a short run at γ = 1."""
+    match_from: Path | None = None
+    """The same, measured from a checkpoint of Anon or AdamW."""
+    parallel: int | None = None
+    """Runs at once. None: one per GPU, or one per core as far as free memory goes."""
+    early_stop: bool = True
+    """Stop hopeless cells: see anon_dist.sweep.early. They are reported as stopped, and go on with --no-early-stop."""
+    retry_failed: bool = False
+    """Run cells again that diverged or crashed, from their last checkpoint."""
+    keep_weights: bool = False
+    """Keep the checkpoint and the exported model of finished cells."""
+
+
+@dataclass
+class Report:
+    """Write report.md and its pictures for a sweep as it is now; it may be running."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """The sweep's --out."""
+
+
+def sweep(args: list[str]) -> None:
+    """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it."""
+    parsed, rest = tyro.cli(Sweep, args=args, prog="anon-dist sweep", return_unknown_args=True)
+    try:
+        base = parse_args(["--config", parsed.config, *rest])
+        if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
+            sys.exit(130)
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def report(args: list[str]) -> None:
+    """`anon-dist sweep report`"""
+    parsed = tyro.cli(Report, args=args, prog="anon-dist sweep report")
+    try:
+        print(f"Report: {write_report(parsed.folder)}")
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_command) -> bool:
+    """Run a sweep, or go on with it, and write its report.
+
+    Args:
+        command: as the user typed it, for the report.
+        trainer: what trains a cell.
+
+    Returns:
+        False if a signal ended it early.
+
+    Raises:
+        ConfigError: the grid is wrong, or the folder is another sweep's or in use; before anything is run or changed.
+        DataError, CheckpointError: see there.
+    """
+    base = shared(base)
+    grid = Grid(
+        parse_axes(args.grid, base),
+        parse_seeds(args.seeds),
+        args.baseline is not None,
+        _baseline_lr(args, base),
+    )
+    if args.parallel is not None and args.parallel < 1:
+        raise ConfigError(f"--parallel {args.parallel}: at least 1")
+    matched = args.match_rms or args.match_from is not None
+    if matched and base.optim.gamma_by_name:
+        raise ConfigError("--match-rms gives one factor for all parameters; remove optim.gamma_by_name")
+    grid.cells(base)  # for its errors
+    index = _check_data(base)
+    args.out.mkdir(parents=True, exist_ok=True)
+    room = Room.of_this_machine(base, index.vocab_size, args.parallel)
+    with held(args.out) as lock:
+        _record(args.out, base, index, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
+        if matched:
+            spectrum = _spectrum(args, base, grid, room, lock, trainer)
+            if spectrum is None:
+                return False
+            grid = replace(grid, factor=spectrum.lr_factor)
+            for gamma in grid.gammas(base):
+                print(
+                    f"γ = {gamma:g}: learning rates are multiplied by {grid.factor_of(gamma, base.optim.update_clip):g}"
+                )
+        cells = [CellFolder.of(args.out, cell) for cell in grid.cells(base)]
+        _reopen(cells, args)
+        for cell in cells:
+            cell.plan(base)
+        print(f"{len(cells)} cells, {room.parallel} at a time, {room.threads} threads each, in {args.out}", flush=True)
+        scheduler = Scheduler(
+            cells,
+            CellFolder.all(args.out),
+            base,
+            room,
+            lock,
+            early_stop=args.early_stop,
+            keep_weights=args.keep_weights,
+            command=trainer,
+            say=lambda text: print(text, flush=True),
+        )
+        whole = scheduler.run()
+    print(f"Report: {write_report(args.out)}")
+    return whole
+
+
+def shared(base: Config) -> Config:
+    """What all cells have in common: one process each, no sample, one checkpoint; the corpus is verified once.
+
+    Raises:
+        ConfigError: the configuration needs several processes.
+    """
+    base = copy.deepcopy(base)
+    if (
+        base.train.tensor_parallel not in (None, 1)
+        or base.train.engine == "deepspeed"
+        or base.train.precision == "fp16"
+    ):
+        raise ConfigError("a sweep's cell is one process on one device: no tensor_parallel, deepspeed or fp16")
+    base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, ""
+    base.data.verify, base.resume = "size", "auto"
+    base.log.sample_prompt, base.checkpoint.keep = None, 1
+    return base
+
+
+def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
+    if args.baseline_lr is None:
+        return None
+    if args.baseline is None:
+        raise ConfigError("--baseline-lr without --baseline adamw")
+    return parse_axis(f"optim.lr={args.baseline_lr}", base)[1]
+
+
+def _check_data(base: Config) -> Index:
+    index = Index.load(base.data.path)
+    if "val" not in index.splits or TokenShards(base.data.path, "val").num_samples(base.data.seq_len) < 1:
+        raise ConfigError(
+            f"data.path = {base.data.path} has no validation split of data.seq_len = {base.data.seq_len} tokens to compare settings on; "
+            "prepare it with a larger val_fraction"
+        )
+    verify_checksums(base.data.path)
+    return index
+
+
+def _spectrum(args: Sweep, base: Config, grid: Grid, room: Room, lock: int, trainer: Command) -> Spectrum | None:
+    """Measured once for a folder. None if a signal ended the run that measures it."""
+    folder = args.out / "calibration"
+    kept = folder / "spectrum.json"
+    if kept.exists():
+        return Spectrum.from_json(json.loads(kept.read_text()))
+    if args.match_from is not None:
+        spectrum: Spectrum | None = spectrum_of(args.match_from)
+    else:
+        spectrum = calibrate(folder, base, grid, room, lock, trainer, lambda text: print(text, flush=True))
+    if spectrum is not None:
+        folder.mkdir(exist_ok=True)
+        write_json(kept, spectrum.to_json())
+    return spectrum
+
+
+def _reopen(cells: list[CellFolder], args: Sweep) -> None:
+    """What is to be run again."""
+    for cell in cells:
+        outcome = cell.outcome
+        if outcome and (
+            (outcome.state == "failed" and args.retry_failed) or (outcome.state == "stopped" and not args.early_stop)
+        ):
+            cell.reopen()
+
+
+def _record(out: Path, base: Config, index: Index, match: str | None, command: str, room: Room) -> None:
+    """Write down what all cells share and what works on them; refuse a folder whose cells share something else."""
+    file = out / "sweep.json"
+    common = {"config": yaml.safe_load(to_yaml(base)), "corpus": index.fingerprint, "match_rms": match}
+    recorded: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {**common, "commands": []}
+    before, now = _flat(recorded), _flat(common)
+    changed = [
+        f"{k}: {before.get(k)} there, {now.get(k)} now" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--out {out} is a sweep of another configuration ({'; '.join(changed)}); name another folder"
+        )
+    recorded["commands"].append(
+        {
+            "command": command,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "machine": machine(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "room": asdict(room),
+        }
+    )
+    write_json(file, recorded)
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is compared, by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if key != "commands":
+            found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def machine() -> str:
+    """What computes, in a few words."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return f"{len(os.sched_getaffinity(0))} cores of {model}" + (f", {len(gpus)} × {gpus[0]}" if gpus else "")
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []

@@ -1,0 +1,236 @@
+"""Cells run, resumed, stopped, failed and killed, with a trainer that is fast and does harm when asked."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from fake_trainer import CRASH, DIVERGE, HOPELESS, final_loss
+
+from anon_dist.sweep.report import write_report
+from anon_dist.sweep.results import Results
+from anon_dist.sweep.run import Room
+from anon_dist.train.config import ConfigError
+
+STEPS = list(range(1, 13))
+
+
+def steps_taken(folder):
+    """The steps in a cell's metrics, in order."""
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    return [r["step"] for r in map(json.loads, lines) if "loss" in r]
+
+
+def states(cells):
+    return Counter(folder.state for folder in cells.values())
+
+
+def after(seconds, action):
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+def test_a_sweep_finds_the_best_and_says_so(sweep, cells, tmp_path):
+    grid = ("optim.gamma=0:1:0.5", "optim.lr=1e-3,3e-3,1e-2")
+    assert sweep(*grid, seeds="2", baseline="adamw", baseline_lr="3e-3", pictures=True)
+    found = cells()
+    assert len(found) == 3 * 3 * 2 + 2
+    for (name, *_), folder in found.items():
+        cell = folder.cell
+        gamma = cell.gamma if name == "anon" else 0.9
+        assert folder.outcome.loss == pytest.approx(final_loss(gamma, cell.lr, cell.seed))
+        assert steps_taken(folder) == STEPS
+        assert not (folder.path / "checkpoints").exists()
+    results = Results.read(tmp_path / "sweep")
+    best = results.best(results.of("anon"))
+    assert dict(best.cell.settings) == {"optim.gamma": 0.5, "optim.lr": 3e-3}
+    a, b = (final_loss(0.5, 3e-3, seed) for seed in (0, 1))
+    assert best.loss.mean == pytest.approx((a + b) / 2)
+    assert best.loss.error == pytest.approx(abs(a - b) / 2)  # s / √n of two values
+    page = (tmp_path / "sweep" / "report.md").read_text()
+    assert f"| Anon | 0.5 | 0.003 | **{best.loss}** | 2 of 2 |" in page
+    assert all(
+        (tmp_path / "sweep" / name).read_bytes()[:4] == b"\x89PNG" for name in re.findall(r"\((\w+\.png)\)", page)
+    )
+    assert {"lr.png", "gamma.png", "curves.png"} == set(re.findall(r"\((\w+\.png)\)", page))
+    assert "`the command`" in page
+
+
+def test_what_has_ended_is_not_run_again_and_a_larger_grid_runs_what_is_new(sweep, cells):
+    sweep("optim.lr=1e-3,3e-3")
+    before = {k: (f.path / "metrics.jsonl").stat().st_mtime_ns for k, f in cells().items()}
+    assert sweep("optim.lr=1e-3,3e-3,1e-2", seeds="2")
+    after = {k: (f.path / "metrics.jsonl").stat().st_mtime_ns for k, f in cells().items()}
+    assert len(after) == 6
+    assert all(after[k] == before[k] for k in before)
+
+
+def test_failures_are_kept_with_their_reason_and_retried_when_asked(sweep, cells, tmp_path):
+    grid = f"optim.lr=3e-3,{CRASH},{DIVERGE}"
+    assert sweep(grid)
+    found = cells()
+    crashed, diverged = found["anon", CRASH, 0], found["anon", DIVERGE, 0]
+    assert crashed.outcome.reason == "crashed (exit code 1): RuntimeError: the disk is full"
+    assert "Traceback" in crashed.outcome.log_tail
+    assert diverged.outcome.reason == "diverged: FloatingPointError: the gradient was not finite"
+    page = (tmp_path / "sweep" / "report.md").read_text()
+    assert "1 finished" in page
+    assert "2 failed" in page
+    assert "| anon lr=0.5 | 0 | failed | 6 | crashed (exit code 1): RuntimeError: the disk is full |" in page
+
+    (tmp_path / "sweep" / "cells" / "mended").touch()
+    assert sweep(grid)
+    assert states(cells()) == {"finished": 1, "failed": 2}
+    assert sweep(grid, retry_failed=True)
+    assert states(cells()) == {"finished": 2, "failed": 1}
+
+
+def test_hopeless_cells_are_stopped_and_go_on_when_asked(sweep, cells, tmp_path):
+    grid = f"optim.lr=1e-3,2e-3,3e-3,4e-3,{HOPELESS}"
+    slow = {"changes": {"log__project": "0.05"}, "parallel": 5}
+    assert sweep(grid, **slow)
+    stopped = cells()["anon", HOPELESS, 0]
+    assert states(cells()) == {"finished": 4, "stopped": 1}
+    assert "1.1 times the median" in stopped.outcome.reason
+    assert stopped.outcome.loss is None
+    assert "| anon lr=0.125 | 0 | stopped |" in (tmp_path / "sweep" / "report.md").read_text()
+    taken = len(steps_taken(stopped))
+    assert 3 <= taken < 12
+    assert sweep(grid, **slow)
+    assert len(steps_taken(stopped)) == taken
+    assert sweep(grid, **slow, early_stop=False)
+    assert stopped.outcome.state == "finished"
+    assert steps_taken(stopped) == STEPS  # from its checkpoint
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_children_and_the_same_sweep_goes_on(number, sweep, cells, tmp_path):
+    grid, slow = "optim.lr=1e-3,3e-3,1e-2", {"changes": {"log__project": "0.1"}}
+    old = signal.getsignal(number)
+    after(1.0, lambda: os.kill(os.getpid(), number))
+    assert not sweep(grid, **slow)
+    assert signal.getsignal(number) is old
+    found = cells()
+    assert states(found) == {"unfinished": 2, "missing": 1}
+    assert all((f.path / "checkpoints" / "step").exists() for f in found.values() if f.state == "unfinished")
+    assert "| unfinished |" in (tmp_path / "sweep" / "report.md").read_text()
+    assert sweep(grid, **slow)
+    assert states(cells()) == {"finished": 3}
+    assert all(steps_taken(f) == STEPS for f in cells().values())
+
+
+def test_a_killed_sweep_leaves_no_run_behind_and_its_folder_free(sweep, cells, tmp_path):
+    grid, slow = "optim.lr=1e-3,3e-3", {"changes": {"log__project": "0.1"}}
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sweep(grid, **slow)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 30
+    while not (len(cells()) == 2 and all(f.metrics() for f in cells().values())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(ConfigError, match="another sweep, or a run that a killed one left behind"):
+        sweep(grid, **slow)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while True:  # the children write their checkpoints; until then they hold the folder
+        try:
+            assert sweep(grid, **slow)
+            break
+        except ConfigError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert all(steps_taken(f) == STEPS for f in cells().values())
+
+
+def test_a_run_that_does_not_listen_is_killed(sweep, cells, monkeypatch):
+    monkeypatch.setattr("anon_dist.sweep.cli.Scheduler", deaf_scheduler())
+    deaf = [
+        "python3",
+        "-c",
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)",
+    ]
+    after(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    began = time.monotonic()
+    assert not sweep("optim.lr=1e-3", trainer=lambda config: deaf)
+    assert time.monotonic() - began < 15
+
+
+def deaf_scheduler():
+    from functools import partial
+
+    from anon_dist.sweep.run import Scheduler
+
+    return partial(Scheduler, grace=0.5)
+
+
+def test_other_configurations_are_refused_in_the_same_folder(sweep, cells, tmp_path):
+    sweep("optim.lr=1e-3")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"config\.train\.steps: 12 there, 16 now"):
+        sweep("optim.lr=1e-3", changes={"train__steps": 16})
+    with pytest.raises(ConfigError, match=r"match_rms: None there, a run at γ = 1 now"):
+        sweep("optim.lr=1e-3", match_rms=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"parallel": 0}, {}, "--parallel 0"),
+        ({"baseline_lr": "1e-3"}, {}, "without --baseline adamw"),
+        ({"baseline": "adamw", "baseline_lr": "-1"}, {}, "at adamw lr=-1"),
+        ({"match_rms": True}, {"optim__gamma_by_name": {"*": 0.5}}, "gamma_by_name"),
+        ({}, {"train__tensor_parallel": 2}, "one process on one device"),
+        ({}, {"data__seq_len": 32, "train__global_batch": 6}, "not a multiple"),
+    ],
+)
+def test_errors_come_before_anything_is_made(options, changes, message, sweep, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        sweep("optim.lr=1e-3", changes=changes, **options)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_setting_with_a_failed_seed_is_never_the_best(sweep, cells, tmp_path):
+    """The seeds that survived would flatter it."""
+    assert sweep("optim.lr=1e-3,3e-3", seeds="2")
+    best = cells()["anon", 3e-3, 1]
+    outcome = json.loads((best.path / "outcome.json").read_text())
+    (best.path / "outcome.json").write_text(
+        json.dumps({**outcome, "state": "failed", "reason": "diverged", "loss": None})
+    )
+    write_report(tmp_path / "sweep")
+    results = Results.read(tmp_path / "sweep")
+    assert results.best(results.settings).cell.lr == 1e-3
+    assert (
+        f"| Anon | 0.003 | ({final_loss(1.0, 3e-3, 0):.4f}) | 1 finished, 1 failed |"
+        in (tmp_path / "sweep" / "report.md").read_text()
+    )
+
+
+def test_no_sweep_no_report(tmp_path):
+    with pytest.raises(ConfigError, match="is no sweep's folder"):
+        write_report(tmp_path)
+
+
+def test_a_gpu_each_or_as_many_as_cores_and_memory_allow(base, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 64e9)
+    room = Room.of_this_machine(base(), 256, None)
+    assert (room.parallel, room.threads, room.devices) == (8, 1, [])
+    assert room.environment(3)["OMP_NUM_THREADS"] == "1"
+    assert Room.of_this_machine(base(), 256, 3).threads == 2
+    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 2e9)
+    assert Room.of_this_machine(base(), 256, None).parallel == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    room = Room.of_this_machine(base(), 256, None)
+    assert (room.parallel, room.threads) == (2, 4)
+    assert [room.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "6", "4"]

@@ -1,0 +1,104 @@
+"""The real thing, small: the command, the loop, a calibration, the report."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import yaml
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.cli import main
+from anon_dist.sweep.calibrate import spectrum_of
+from anon_dist.sweep.cells import CellFolder
+from anon_dist.train.config import to_yaml
+
+
+def table(page, title):
+    """The rows of the table under a heading of a Markdown page."""
+    lines = iter(page.split(f"## {title}\n", 1)[1].strip().splitlines())
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    head, _, *body = rows
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text(to_yaml(base(optim__update_clip=1.0)))
+    out = tmp_path / "sweep"
+    command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
+    command += ["--grid", "optim.gamma=0,1", "optim.lr=1e-3,3e-3", "--train.steps", "16"]
+    main(command)
+    said = capsys.readouterr().out
+    assert "γ = 1: learning rates are multiplied by 1\n" in said
+
+    folders = {(f.cell.gamma, f.cell.lr): f for f in CellFolder.all(out)}
+    assert set(folders) == set(product((0.0, 1.0), (1e-3, 3e-3)))
+    page = (out / "report.md").read_text()
+    rows = table(page, "All settings")
+    assert len(rows) == 4
+    for (gamma, lr), folder in folders.items():
+        result = json.loads((folder.path / "result.json").read_text())
+        assert result["step"] == 16
+        (row,) = [r for r in rows if float(r["gamma"]) == gamma and r["lr"].split(" ")[0] == f"{lr:g}"]
+        assert row["loss"] == f"{result['final_loss']:.4f}"
+        assert row["cells"] == "1 finished"
+    best = {float(r["γ"]): r["loss"].strip("*") for r in table(page, "Best")}
+    for gamma, loss in best.items():
+        assert float(loss) == min(round(f.outcome.loss, 4) for (g, _), f in folders.items() if g == gamma)
+    assert yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 16
+
+    def step_size(gamma):
+        """Root mean square of the steps of a cell, over its records but the first, divided by the schedule's learning rate at γ = 1."""
+        folder = folders[gamma, 1e-3]
+        records = [r for r in folder.metrics() if "update_rms" in r][4:]
+        return folder.cell.factor * (sum(r["update_rms"] ** 2 for r in records) / len(records)) ** 0.5
+
+    assert folders[0.0, 1e-3].cell.factor > 20.0
+    assert step_size(0.0) == pytest.approx(step_size(1.0), rel=0.3)
+
+    main(command)  # nothing is run twice
+    assert "4 cells" in capsys.readouterr().out
+    main(["sweep", "report", str(out)])
+    assert capsys.readouterr().out.startswith("Report: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "quickstart", "--grid", "optim.gama=1"], "did you mean 'optim.gamma'"),
+        (["--config", "nowhere", "--grid", "optim.gamma=1"], "nowhere: no such file"),
+        (["--config", "quickstart", "--grid", "optim.gamma=1", "--data.path", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line(args, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["sweep", *args, "--out", str(tmp_path / "out")])
+    assert str(error.value.code).startswith("error: ")
+    assert message in str(error.value.code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_adamw_has_the_spectrum_of_its_moments(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 30)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(7):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 40) * torch.logspace(-3, 0, 40)) ** 2).mean().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "adamw.pt")
+    spectrum = spectrum_of(tmp_path / "adamw.pt")
+    states = [optimizer.state[p] for p in model.parameters()]
+    m = torch.cat([s["exp_avg"].flatten() for s in states]).double() / (1 - 0.9**7)
+    v = torch.cat([s["exp_avg_sq"].flatten() for s in states]).double() / (1 - 0.95**7)
+    for gamma in (-0.5, 0.0, 1.0, 1.5):
+        expected = float((m**2 * v**-gamma).mean()) ** 0.5
+        assert spectrum.rms(gamma) == pytest.approx(expected, rel=0.02)
+
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="no optimizer"):
+        spectrum_of(tmp_path / "weights.pt")
