@@ -385,7 +385,7 @@ def case_compact_runs_resume():
             run(config)
         if dist.get_rank() == 0:
             assert metrics(Path(found[0])) == metrics(Path(found[1]))
-            assert metrics(Path(found[0]))[-1]["final_loss"] < 4.7
+            assert metrics(Path(found[0]))[-1]["final_loss"] < metrics(Path(found[0]))[0]["loss"]
 
 
 GROUPS = ("update_max", "precond_spread/0", "precond_spread/1", "precond_age/0", "clipped_share/1")
