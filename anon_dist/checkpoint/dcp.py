@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -18,6 +20,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.errors import CheckpointError
+
+_HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -45,7 +49,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: Collection[str] = ()) -> None:
     """Fill `state`, in place, from what `save_state` wrote.
 
-    DCP leaves out, without a word, what only one side has. Here that is an error.
+    DCP leaves out, without a word, what only one side has. Here that is an error; but hyperparameters that the checkpoint's version did not
+    have yet keep their present values.
 
     Args:
         optimizer: name of the present optimizer, for messages.
@@ -61,10 +66,14 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         raise CheckpointError(
             f"{folder}/.metadata cannot be read ({error}); take an earlier checkpoint (--resume FOLDER)"
         ) from error
-    _compare(folder, saved, set(flatten_state_dict(state)[0]) | set(elsewhere), optimizer)
+    wanted = set(flatten_state_dict(state)[0]) | set(elsewhere)
+    new = {key for key in wanted - saved if _HYPERPARAMETER.match(key)}
+    if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
+        new = set()  # another optimizer's
+    _compare(folder, saved, wanted - new, optimizer)
     try:
         with _without_single_process_warning():
-            load(state, storage_reader=reader)
+            load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(new)))
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         failures = getattr(error, "failures", None)
         reason = next(iter(failures.values()))[0] if failures else error
