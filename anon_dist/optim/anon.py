@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -32,6 +33,9 @@ from anon_dist.optim.state import STATE_KEYS, AsIs, LazyState, checked_state, fr
 LAST_STEP = 1 << 24
 
 _UNSET: Any = object()
+
+Work = tuple[Bucket, dict[str, Any], bool]
+"""A bucket, the hyperparameters of its group, and whether the kernel updates it."""
 
 
 class Anon(Optimizer):
@@ -329,30 +333,50 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _update(self._work(())[0])
+        return loss
+
+    @torch.no_grad()
+    def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
+        """The step that `step()` would take, in parts that are run later, all of them, one after the other: the same bits.
+
+        What `step()` refuses is refused here, before anything is updated. The parts go by the gradients and hyperparameters of this moment;
+        until a part has been run, its gradients must not be written to (they may be let go of), and its parameters and their state not be
+        touched. `engines.overlap` sees to that.
+
+        Args:
+            parts: the parameters of each part.
+
+        Returns:
+            What to call for each part, and last for the parameters that are in none.
+
+        Raises:
+            RuntimeError, ValueError: as `step`.
+        """
+        return [partial(_update, work) for work in self._work(parts)]
+
+    def _work(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+        """The updates of a step, checked, of each part and of the parameters that are in none."""
         if self._kernel_agreed is None and choice.concerns_cpu(self.param_groups):
             self._kernel_agreed = choice.agree()  # before anything that could keep a rank from it
+        work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
         if self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
                 "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return loss
+            return work
         self._ensure_state()
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        work = [
-            (bucket, group, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed)))
-            for index, group in enumerate(self.param_groups)
-            for bucket in self._buckets(index, group)
-        ]
-        for bucket, group, fused in work:
-            if fused:
-                update_bucket_fused(bucket, group)
-                continue
-            for part in bucket.parts(group["foreach"]):
-                update_bucket(part, group)
-        return loss
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            now = {**group, "lr": lr.clone() if parts and isinstance(lr, Tensor) else lr}
+            for part, bucket in self._buckets(index, group, part_of):
+                work[part].append((bucket, now, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed))))
+        return work
 
     def _has_no_gradient(self) -> bool:
         """Whether there are parameters, and none of them has a gradient."""
@@ -367,8 +391,8 @@ class Anon(Optimizer):
                 check_drift(index, group)
             group[HISTORY] = new_history(group)
 
-    def _buckets(self, index: int, group: dict[str, Any]) -> list[Bucket]:
-        """The group's local tensors, those together that share step count, device and dtypes."""
+    def _buckets(self, index: int, group: dict[str, Any], part_of: dict[Tensor, int]) -> list[tuple[int, Bucket]]:
+        """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for position, p in enumerate(group["params"]):
             if p.grad is None and not _is_empty_shard(p):
@@ -383,9 +407,20 @@ class Anon(Optimizer):
             if step >= LAST_STEP:
                 raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
             tensors = [local(p), local_gradient(p), *(local(state[key]) for key in STATE_KEYS[1:])]
-            key = (step, tensors[0].device, *(t.dtype for t in tensors))
+            key = (part_of.get(p, -1), step, tensors[0].device, *(t.dtype for t in tensors))
             buckets.setdefault(key, Bucket(step)).add(state["step"], tensors)
-        return list(buckets.values())
+        return [(key[0], bucket) for key, bucket in buckets.items()]
+
+
+@torch.no_grad()
+def _update(work: list[Work]) -> None:
+    """One Anon step of each bucket, in place."""
+    for bucket, group, fused in work:
+        if fused:
+            update_bucket_fused(bucket, group)
+            continue
+        for part in bucket.parts(group["foreach"]):
+            update_bucket(part, group)
 
 
 def _is_empty_shard(p: Tensor) -> bool:
