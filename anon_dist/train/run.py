@@ -73,6 +73,7 @@ def wanted_engine(config: Config) -> Wanted:
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
+        offload=train.offload,
         deepspeed_config=train.deepspeed_config,
     )
 
@@ -103,7 +104,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
             block.forward = torch.compile(block.forward)
     optimizer = build_optimizer(config.optim, built)
     wanted = hyperparameters(optimizer)
-    engine = wrap(name, accelerator, built, optimizer, split)
+    engine = wrap(name, accelerator, built, optimizer, split, overlap=config.train.offload != "serial")
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 
