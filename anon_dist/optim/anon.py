@@ -201,7 +201,8 @@ class Anon(Optimizer):
             validate(new)
             taken, made_with = self._steps_taken(old), last_record(old)["gamma"]
             if taken:
-                check_drift(self.param_groups.index(old), old, {*changes, *(["beta2"] if beta2 is not None else [])})
+                index = next(i for i, g in enumerate(self.param_groups) if g is old)
+                check_drift(index, old, {*changes, *(["beta2"] if beta2 is not None else [])})
             if taken and made_with == 0.0 and new["gamma"] != 0.0:
                 raise ValueError(
                     "Anon: gamma cannot be changed from 0 after steps were taken: v = 1 says nothing about the gradient's scale. Keep "
