@@ -5,7 +5,6 @@ not wait reads old values.
 """
 
 import copy
-import itertools
 import logging
 import sys
 import threading
@@ -90,19 +89,18 @@ def rows(t):
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(t + 1000 * torch.distributed.get_rank()))
 
 
-def train(overlap, *, set_to_none=True, by_model=False, accumulation=1, prefetch=False, spare=lambda t: t % 3 == 0):
+def train(overlap, *, set_to_none=True, by_model=False, accumulation=1, early="", spare=lambda t: t % 3 == 0):
     """What was seen on the way: losses, validation losses, state dicts, and everything in the end."""
     model, optimizer = make()
     stepper = OverlappedStep(model, optimizer) if overlap else optimizer
     if overlap:
         before_each_part(optimizer, lambda i: time.sleep(0.003))
-    if prefetch:
-        for block, after in itertools.pairwise(model.blocks):
-            block.set_modules_to_forward_prefetch([after])
+    if early == "prefetched":
+        model.blocks[0].set_modules_to_forward_prefetch([model.blocks[2]])
     schedule = LambdaLR(optimizer, lambda t: 1.0 / (1 + t))
     seen = []
     for t in range(STEPS):
-        if prefetch:
+        if early == "unsharded":
             model.blocks[2].unshard()
         for i in range(accumulation):
             model.set_requires_gradient_sync(i + 1 == accumulation)
@@ -121,7 +119,7 @@ def train(overlap, *, set_to_none=True, by_model=False, accumulation=1, prefetch
             seen += everything(model, optimizer)
         if t % 4 == 3:
             seen += copy.deepcopy([local(p) for p in model.blocks[1].state_dict().values()])
-        if t == 5:
+        if t == 4:
             optimizer.rebase(gamma=0.5)
     return seen + everything(model, optimizer)
 
@@ -150,9 +148,9 @@ def case_same_bits_with_accumulation():
     check_bits(accumulation=3)
 
 
-def case_same_bits_with_prefetching():
-    """Modules that are gathered before their own forward: by the one before, and by the user."""
-    check_bits(prefetch=True)
+def case_same_bits_where_modules_are_gathered_before_their_forward():
+    check_bits(early="prefetched")
+    check_bits(early="unsharded")
 
 
 def case_same_bits_with_a_module_that_is_never_called():
@@ -162,13 +160,16 @@ def case_same_bits_with_a_module_that_is_never_called():
 def case_a_forward_starts_before_the_last_parameter_is_updated():
     """Block 2's update cannot begin before block 0's forward has. All of block 0 is updated by then, and of block 2 before its own."""
     model, optimizer = make()
-    background, events, gate = OverlappedStep(model, optimizer), [], threading.Event()
+    background, events, gate, last = OverlappedStep(model, optimizer), [], threading.Event(), threading.Event()
     parts = ["outside", "root", "block 0", "block 1", "block 2", "spare", "rest"]
     model(rows(0)).sum().backward()
 
     def gated(i):
         if parts[i] == "block 2":
             assert gate.wait(20)
+        if parts[i] == "spare":
+            assert last.wait(20)
+            time.sleep(0.1)
         events.append(f"update of {parts[i]}")
 
     def started(i):
@@ -182,6 +183,7 @@ def case_a_forward_starts_before_the_last_parameter_is_updated():
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(started(i))
     background.step()
+    model.head.register_forward_hook(lambda *_: last.set())
     model(rows(1))
     assert "update of rest" in events  # the forward has waited for `spare` too, which it did not call
     order = [e for e in events if e.endswith(("0", "2"))]
