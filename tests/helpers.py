@@ -15,7 +15,7 @@ def forget_accelerate():
     """accelerate keeps its state in singletons and in the environment; a run in the same process starts with none."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"):
+    for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(key, None)
 
 

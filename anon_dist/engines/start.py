@@ -16,7 +16,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed import distributed_c10d
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu, peers
@@ -27,9 +27,11 @@ from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
 from anon_dist.engines.tensor_parallel import TensorParallelEngine
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
+from anon_dist.optim import Anon
 
 Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
 Precision = Literal["fp32", "bf16", "fp16", "bf16-true"]
+Offload = Literal["off", "serial", "overlap"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Wanted:
     """hsdp: ranks among which one copy of the model is sharded; the copies are replicas. None: as accelerate was configured, else all."""
     tensor_parallel: int | None = None
     """fsdp2: ranks that split the matrices of a block between them. None: as accelerate was configured, else 1."""
+    offload: Offload | None = None
+    """fsdp2 and hsdp: parameters, gradients and optimizer state on the host, and whether Anon steps in the background there (see
+    `overlap`). None: offloaded as accelerate was configured, else "off"; where offloaded, "overlap"."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file; None: the one accelerate was configured with, else ZeRO stage 2."""
 
@@ -78,7 +83,7 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
         raise EngineError(
             f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
         )
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    on_cpu = _on_cpu()
     if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
         raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
     if wanted.precision == "bf16-true" and (
@@ -124,12 +129,18 @@ def splitting_ranks(wanted: Wanted) -> int:
 
 
 def wrap(
-    name: Name, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, tensor_parallel: int = 1
+    name: Name,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    tensor_parallel: int = 1,
+    overlap: bool = True,
 ) -> Engine:
     """Model and optimizer under the engine; the optimizer with its state allocated for the wrapped parameters.
 
     Args:
         tensor_parallel: what `splitting_ranks` said.
+        overlap: step an Anon in the background where FSDP2 keeps the parameters on the host.
 
     Raises:
         EngineError: the ranks' weights differ, or what came back is not what was asked for.
@@ -153,7 +164,9 @@ def wrap(
         return TensorParallelEngine(name, accelerator, model, optimizer, tensor_parallel)
     if name == "fsdp1":
         return Fsdp1Engine(name, accelerator, model, optimizer)
-    return TorchEngine(name, accelerator, model, optimizer)
+    plugin = accelerator.state.fsdp_plugin if name in ("fsdp2", "hsdp") else None
+    offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    return TorchEngine(name, accelerator, model, optimizer, overlap and offloaded and isinstance(optimizer, Anon))
 
 
 def limit_waits(timeout: timedelta) -> None:
@@ -194,7 +207,12 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
             f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
         )
     if launched == 1 and engine in ("ddp", "zero1", "hsdp", "fsdp1"):
-        return "single"
+        engine = "single"
+    if wanted.offload not in (None, "off") and (engine not in ("fsdp2", "hsdp") or split > 1):
+        raise EngineError(
+            f"train.offload is {wanted.offload}: it needs engine fsdp2 or hsdp without tensor parallelism, here {engine}; DeepSpeed's "
+            "offload is asked for in its own configuration"
+        )
     return engine  # type: ignore[return-value]
 
 
@@ -206,31 +224,44 @@ def _plugins(name: Name, wanted: Wanted, launched: int) -> dict[str, Any]:
         os.environ["FSDP_VERSION"] = "1"
         return {"fsdp_plugin": fsdp1_plugin(wanted.precision == "bf16")}
     if name == "fsdp2":
-        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision)} if splitting_ranks(wanted) == 1 else {}
+        return {"fsdp_plugin": _fsdp2_plugin(wanted)} if splitting_ranks(wanted) == 1 else {}
     if name == "hsdp":
         shard = wanted.shard_ranks or int(os.environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", launched))
         if launched % shard:
             raise EngineError(f"train.shard_ranks = {shard} does not divide the number of ranks, {launched}")
         parallelism = ParallelismConfig(dp_replicate_size=launched // shard, dp_shard_size=shard)
-        return {"fsdp_plugin": _fsdp2_plugin(wanted.precision), "parallelism_config": parallelism}
+        return {"fsdp_plugin": _fsdp2_plugin(wanted), "parallelism_config": parallelism}
     return {}
 
 
-def _fsdp2_plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
+def _fsdp2_plugin(wanted: Wanted) -> FullyShardedDataParallelPlugin:
     """accelerate's FSDP2 settings: from its configuration where `accelerate launch` gave one, else a group per transformer block."""
     os.environ["FSDP_VERSION"] = "2"  # accelerate sets ACCELERATE_USE_FSDP, and not this
     given = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     policy = None
-    if precision == "bf16":
+    if wanted.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    elif precision == "bf16-true":
+    elif wanted.precision == "bf16-true":
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    configured = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    offload = configured if wanted.offload is None else wanted.offload != "off"
+    if given and configured != offload:
+        raise EngineError(
+            f"train.offload is {wanted.offload}, and accelerate's configuration says fsdp_offload_params: {configured}; make them agree"
+        )
+    # accelerate reads it again, to bring up gloo beside NCCL for what is on the host.
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str(offload).lower()
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        cpu_offload=CPUOffloadPolicy(pin_memory=not _on_cpu()) if offload else None,
         mixed_precision_policy=policy,
         auto_wrap_policy=None if given else "TRANSFORMER_BASED_WRAP",
         cpu_ram_efficient_loading=None if given else False,
     )
+
+
+def _on_cpu() -> bool:
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 def _as_one_rank() -> None:

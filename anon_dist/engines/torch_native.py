@@ -17,13 +17,19 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint import load_sharded, save_sharded
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.restore import opened, restore
 
 
 class TorchEngine:
     """Model and optimizer as `Accelerator.prepare` wraps them. See `base.Engine`."""
 
-    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    _overlapped: OverlappedStep | None = None
+
+    def __init__(
+        self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, overlap: bool = False
+    ) -> None:
+        """`overlap`: step in the background (see `overlap`)."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self.name, self._accelerator = name, accelerator
         self.model, prepared = accelerator.prepare(model, optimizer)
@@ -32,6 +38,7 @@ class TorchEngine:
         if hasattr(self.optimizer, "init_state"):
             self.optimizer.init_state()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._overlapped = OverlappedStep(self.model, self.optimizer) if overlap else None
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`."""
@@ -55,10 +62,15 @@ class TorchEngine:
     def _step_optimizer(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        (self._overlapped or self.optimizer).step()
+
+    def _wait(self) -> None:
+        if self._overlapped is not None:
+            self._overlapped.wait()
 
     def whole_optimizer(self) -> AbstractContextManager[Optimizer]:
         """See `base.Engine`."""
+        self._wait()
         return contextlib.nullcontext(self.optimizer)
 
     def state_bytes(self) -> StateBytes:
@@ -71,6 +83,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`. What another engine wrote is converted as it is read."""
+        self._wait()
         if (folder / ".metadata").exists():
             load_sharded(folder, self.model, self.optimizer)
         else:

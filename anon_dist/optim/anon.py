@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -41,10 +42,10 @@ from anon_dist.optim.state import (
 
 LAST_STEP = 1 << 24
 
-Work = tuple[Bucket, dict[str, Any], bool]
-"""A bucket, its group, and whether a kernel updates it."""
-
 _UNSET: Any = object()
+
+Work = tuple[Bucket, dict[str, Any], bool]
+"""A bucket, the hyperparameters of its group, and whether the kernel updates it."""
 
 
 class Anon(Optimizer):
@@ -218,7 +219,8 @@ class Anon(Optimizer):
             validate(new)
             taken, made_with = self._steps_taken(old), last_record(old)["gamma"]
             if taken:
-                check_drift(self.param_groups.index(old), old, {*changes, *(["beta2"] if beta2 is not None else [])})
+                index = next(i for i, g in enumerate(self.param_groups) if g is old)
+                check_drift(index, old, {*changes, *(["beta2"] if beta2 is not None else [])})
             if taken and made_with == 0.0 and new["gamma"] != 0.0:
                 raise ValueError(
                     "Anon: gamma cannot be changed from 0 after steps were taken: v = 1 says nothing about the gradient's scale. Keep "
@@ -354,27 +356,54 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(self._work(())[0])
+        return loss
+
+    @torch.no_grad()
+    def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
+        """The step that `step()` would take, in parts that are run later, all of them, one after the other: the same bits.
+
+        What `step()` refuses is refused here, before anything is updated. The parts go by the gradients and hyperparameters of this moment;
+        until a part has been run, its gradients must not be written to (they may be let go of), and its parameters and their state not be
+        touched. `engines.overlap` sees to that.
+
+        Args:
+            parts: the parameters of each part.
+
+        Returns:
+            What to call for each part, and last for the parameters that are in none.
+
+        Raises:
+            RuntimeError, ValueError: as `step`.
+        """
+        return [partial(self._update, work) for work in self._work(parts)]
+
+    def _work(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+        """The updates of a step, checked, of each part and of the parameters that are in none."""
         if self._kernel_agreed is None and (kinds := choice.kinds(self.param_groups)):
             self._kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
+        work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
         if self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
                 "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return loss
+            return work
         self._ensure_state()
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        work = [
-            (bucket, group, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed)))
-            for index, group in enumerate(self.param_groups)
-            for bucket in self._buckets(index, group)
-        ]
-        self._update(work)
-        return loss
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            now = {**group, "lr": lr.clone() if parts and isinstance(lr, Tensor) else lr}
+            for part, bucket in self._buckets(index, group, part_of):
+                work[part].append((bucket, now, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed))))
+        return work
 
+    @torch.no_grad()
     def _update(self, work: list[Work]) -> None:
+        """One Anon step of each bucket, in place."""
         for bucket, group, fused in work:
             if fused:
                 update_bucket_fused(bucket, group)
@@ -395,8 +424,8 @@ class Anon(Optimizer):
                 check_drift(index, group)
             group[HISTORY] = new_history(group)
 
-    def _buckets(self, index: int, group: dict[str, Any]) -> list[Bucket]:
-        """The group's local tensors, those together that share step count, device and dtypes."""
+    def _buckets(self, index: int, group: dict[str, Any], part_of: dict[Tensor, int]) -> list[tuple[int, Bucket]]:
+        """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part."""
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for position, p in enumerate(group["params"]):
             if p.grad is None and not _is_empty_shard(p):
@@ -411,9 +440,9 @@ class Anon(Optimizer):
             if step >= LAST_STEP:
                 raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
             tensors = [local(p), local_gradient(p), *(local(state[key]) for key in STATE_KEYS[1:])]
-            key = (step, tensors[0].device, *(t.dtype for t in tensors))
+            key = (part_of.get(p, -1), step, tensors[0].device, *(t.dtype for t in tensors))
             buckets.setdefault(key, Bucket(step)).add(state["step"], tensors, state.get(EXPONENTS))
-        return list(buckets.values())
+        return [(key[0], bucket) for key, bucket in buckets.items()]
 
 
 def _is_empty_shard(p: Tensor) -> bool:

@@ -128,6 +128,10 @@ class TrainConfig:
     tensor_parallel: int | None = None
     """fsdp2 and Llama shapes: neighbouring ranks that split the matrices of each block between them, and read the same samples. None: as
     accelerate's parallelism_config says, else 1."""
+    offload: Literal["off", "serial", "overlap"] | None = None
+    """fsdp2 and hsdp: parameters, gradients and optimizer state in host memory, where the CPU steps them; serial: the device waits for the
+    step; overlap: it goes on with the next forward, whose modules wait for their own parameters (Anon only; the same bits, so this is what
+    None comes to). None: offloaded if accelerate's configuration says so."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
     precision: Literal["fp32", "bf16", "fp16", "bf16-true"] = "fp32"
@@ -233,6 +237,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
         )
+    if t.offload == "overlap" and config.optim.name != "anon":
+        raise ConfigError(f"train.offload is overlap, which {config.optim.name} has not; set it to serial")
     if not 0.0 <= s.min_ratio <= 1.0 or not 0.0 < s.decay_fraction <= 1.0:
         raise ConfigError("schedule.min_ratio must be in [0, 1] and schedule.decay_fraction in (0, 1]")
 

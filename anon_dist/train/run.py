@@ -73,6 +73,7 @@ def wanted_engine(config: Config) -> Wanted:
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
+        offload=train.offload,
         deepspeed_config=train.deepspeed_config,
     )
 
@@ -108,7 +109,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     except ValueError as error:
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
-    engine = wrap(name, accelerator, built, optimizer, split)
+    engine = wrap(name, accelerator, built, optimizer, split, overlap=config.train.offload != "serial")
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 

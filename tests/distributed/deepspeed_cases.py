@@ -26,7 +26,7 @@ from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines import cpu
 from anon_dist.engines.errors import EngineError
-from anon_dist.optim import STATE_KEYS
+from anon_dist.optim import STATE_KEYS, anon
 from anon_dist.train import loop
 from anon_dist.train.config import Config, load_config
 
@@ -158,6 +158,26 @@ def case_user_stage3_json():
 
 def case_user_stage3_offload_client():
     check_user_training(3, client=True, sub_group_size=1000, offload_optimizer={"device": "cpu"})
+
+
+def check_kernel(stage):
+    """All of this rank's masters go through the C kernel, and through nothing else."""
+    patch, stepped, fused = Patch(), [], anon.update_bucket_fused
+    patch.setattr(
+        anon, "update_bucket_fused", lambda bucket, group: (stepped.extend(bucket.theta), fused(bucket, group))
+    )
+    patch.setattr(anon, "update_bucket", lambda *_: 1 / 0)
+    config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+    engine = user_training(config, client=True, steps=2)
+    patch.close()
+    masters = [p for p in engine.basic_optimizer.state if p.numel()]
+    assert len(stepped) == 2 * len(masters)
+    assert {p.data_ptr() for p in stepped} == {p.data_ptr() for p in masters}
+
+
+def case_the_kernel_steps_offloaded_shards():
+    for stage in (1, 2, 3):
+        check_kernel(stage)
 
 
 def case_partial_offload_is_refused():
