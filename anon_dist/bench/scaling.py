@@ -73,6 +73,7 @@ class Row:
     ranks: int
     step_s: float
     optimizer_s: float
+    """Of the slowest rank's fastest step: other work on the machine disturbs that least."""
     optimizer_predicted_s: float
     """From the stream's bandwidth."""
     state: int
