@@ -201,6 +201,7 @@ def run(options: Options) -> list[Row]:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench --scaling`"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended too
     options = tyro.cli(Options, args=argv, prog="anon-dist bench --scaling", description=Options.__doc__)
     try:
         rows = run(options)

@@ -79,7 +79,7 @@ def test_what_does_not_fit():
     assert "GB too much" in predict("ddp", "anon", big, Hardware(), 0.4, 1000).trouble
     roomy = predict("fsdp2", "anon", Job(MODELS["7b"], 64), Hardware(), 0.4, 1000)
     assert roomy.trouble is None
-    assert predict("fsdp2", "anon", Job(MODELS["7b"], 64), Hardware(memory=20e9), 0.4, 1000).trouble is not None
+    assert predict("fsdp2", "anon", Job(MODELS["7b"], 64), Hardware(memory=10e9), 0.4, 1000).trouble is not None
     assert "cannot split" in predict("fsdp2+tp", "anon", Job(GPT2, 8, tensor=2), Hardware(), 0.4, 1000).trouble
     offload = memory("zero3-offload", big, NAMED["anon"])
     assert offload.state == 0 < offload.host
