@@ -1,0 +1,246 @@
+"""Model: what each engine keeps on a rank, and what an optimizer keeps and moves for each element."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from anon_dist.bench.shapes import Parameter, Shape
+from anon_dist.optim.rounding import BLOCK
+from anon_dist.optim.schedule import Regime, Schedule
+
+EngineName = Literal[
+    "ddp",
+    "zero1",
+    "fsdp1",
+    "fsdp2",
+    "hsdp",
+    "fsdp2+tp",
+    "zero0",
+    "zero1-deepspeed",
+    "zero2",
+    "zero3",
+    "zero2-offload",
+    "zero3-offload",
+    "zero3-offload-params",
+]
+"""zero1 is torch's ZeroRedundancyOptimizer; the last seven are DeepSpeed's, as configs/deepspeed has them."""
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+LIVE = 1_000_000_000
+"""Elements that DeepSpeed's stage 3 leaves gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduction buckets (reduce_bucket_size)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model on ranks."""
+
+    shape: Shape
+    ranks: int
+    shard: int = 8
+    """hsdp: ranks that share one copy."""
+    tensor: int = 8
+    """fsdp2+tp: ranks that split matrices."""
+    micro_batch: int = 1
+    """Sequences that a rank, or tensor-parallel group, takes at once."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    seq_len: int = 4096
+    bf16: bool = True
+    """Compute in bfloat16, with float32 masters; else in float32."""
+    checkpointing: bool = True
+    """Recompute each block's activations in the backward pass."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+
+# -- elements ---------------------------------------------------------------------------------------------------------
+
+
+def is_deepspeed(engine: EngineName) -> bool:
+    """Whether the engine is DeepSpeed's."""
+    return engine in ENGINES[ENGINES.index("zero0") :]
+
+
+def sharding(engine: EngineName, job: Job) -> tuple[int, int]:
+    """(ranks among which a row of parameters is cut, ranks that split matrices) of the engines that cut by rows."""
+    if engine == "fsdp2+tp":
+        return job.ranks // job.tensor, job.tensor
+    return (job.shard if engine == "hsdp" else job.ranks), 1
+
+
+def owned_elements(engine: EngineName, job: Job) -> int:
+    """Elements whose state a rank keeps, padding included; of the rank that keeps most."""
+    parameters, n = job.shape.parameters(), job.ranks
+    whole = sum(p.numel for p in parameters)
+    if engine in ("ddp", "zero0"):
+        return whole
+    if engine == "zero1":
+        return max(handed_out(parameters, n))
+    if engine == "fsdp1":  # a block is one flat vector
+        return sum(-(-size // n) for size in units(parameters).values())
+    if engine in ("zero1-deepspeed", "zero2", "zero2-offload"):  # a param group is one flat vector
+        groups = (sum(p.numel for p in parameters if (len(p.shape) >= 2) == matrix) for matrix in (True, False))
+        return sum(2 * -(-size // (2 * n)) for size in groups)
+    if is_deepspeed(engine):  # each parameter flat
+        return sum(-(-p.numel // n) for p in parameters)
+    return sum(p.local(*sharding(engine, job)) for p in parameters)
+
+
+def handed_out(parameters: list[Parameter], ranks: int) -> list[int]:
+    """Elements on each rank where whole parameters are handed out, group by group, largest first, to whoever has least (torch's
+    ZeroRedundancyOptimizer)."""
+    heap = [(0, rank) for rank in range(ranks)]
+    for matrix in (True, False):
+        for p in sorted((p for p in parameters if (len(p.shape) >= 2) == matrix), key=lambda p: -p.numel):
+            size, rank = heap[0]
+            heapq.heapreplace(heap, (size + p.numel, rank))
+    return [size for size, _ in sorted(heap, key=lambda entry: entry[1])]
+
+
+def units(parameters: Iterable[Parameter], ranks: int = 1, tensor: int = 1, fsdp2: bool = False) -> dict[str, int]:
+    """Elements of what is gathered at once, after `tensor` ranks have split it, rows padded to a multiple of `ranks`: blocks, and the rest;
+    under accelerate's FSDP2 the rest is an untied embedding, the norm with the output, and what is left."""
+    sizes: dict[str, int] = defaultdict(int)
+    for p in parameters:
+        name = f"block {p.block}" if p.where == "block" else p.where if fsdp2 else "root"
+        sizes[name] += ranks * p.local(ranks, tensor)
+    return dict(sizes)
+
+
+# -- bytes on a rank --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank: of the accelerator, but for `host`."""
+
+    parameters: float
+    """What the model computes with; under torch's engines float32, and the masters at once."""
+    masters: float
+    """DeepSpeed's separate float32 copies."""
+    gradients: float
+    """With the float32 ones that DeepSpeed makes for its step."""
+    state: float
+    """The optimizer's."""
+    working: float
+    """Gathered parameters, buckets, autocast's copies."""
+    activations: float
+    host: float = 0.0
+    """Offloaded: on the CPU."""
+
+    @property
+    def device(self) -> float:
+        """All of the accelerator's."""
+        return self.parameters + self.masters + self.gradients + self.state + self.working + self.activations
+
+
+def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
+    """What a rank keeps at the peak of a step."""
+    owned = owned_elements(engine, job)
+    state, activations = optimizer.state_bytes * owned, activation_bytes(engine, job)
+    if not is_deepspeed(engine):
+        parameters = gradients = 4.0 * (sum(p.numel for p in job.shape.parameters()) if engine == "zero1" else owned)
+        return Memory(parameters, 0.0, gradients, state, working_bytes(engine, job), activations)
+    whole, n = sum(p.numel for p in job.shape.parameters()), job.ranks
+    parameters = job.width * (owned if engine.startswith("zero3") else whole)
+    gradients = job.width * (whole if engine in ("zero0", "zero1-deepspeed") else whole / n)
+    has_masters = job.bf16 or engine != "zero0"
+    masters = step_gradients = 4.0 * owned if has_masters else 0.0
+    working = working_bytes(engine, job)
+    if "offload" not in engine:
+        return Memory(parameters, masters, gradients + step_gradients, state, working, activations)
+    host = masters + step_gradients + state
+    if engine == "zero3-offload-params":
+        parameters, host = 0.0, host + parameters
+    return Memory(parameters, 0.0, gradients, 0.0, working, activations, host)
+
+
+def working_bytes(engine: EngineName, job: Job) -> float:
+    """Beyond what lasts from step to step, without activations."""
+    whole, w = sum(p.numel for p in job.shape.parameters()), job.width
+    if engine in ("ddp", "zero1"):  # DDP's buckets; autocast's bfloat16 copies
+        return 4.0 * whole + (2.0 * whole if job.bf16 else 0.0)
+    if not is_deepspeed(engine):  # two units gathered, one's gradient before and in its float32 reduction
+        sizes = sorted(
+            units(job.shape.parameters(), *sharding(engine, job), fsdp2=engine in ("fsdp2", "hsdp")).values()
+        )
+        kept = sum(sizes) if job.accumulation > 1 else 0  # gradients stay whole until the last micro-batch
+        return w * sum(sizes[-2:]) + (w + 4.0) * sizes[-1] + 4.0 * kept
+    if engine == "zero0":
+        return float(w * min(BUCKET, whole))
+    gathered = min(LIVE, whole) if engine.startswith("zero3") else 0
+    return float(w * (gathered + 2 * min(BUCKET, whole)))
+
+
+def activation_bytes(engine: EngineName, job: Job) -> float:
+    """What a micro-batch saves for its backward pass, and its logits: an estimate, of an attention that keeps no scores."""
+    shape, tensor = job.shape, job.tensor if engine == "fsdp2+tp" else 1
+    whole, split = shape.saved_per_token()
+    block = job.width * (whole + split / tensor)
+    blocks = job.width * shape.width * shape.layers + block if job.checkpointing else block * shape.layers
+    logits = shape.vocab * (job.width + 8.0)  # and in float32, and their gradient
+    return job.tokens * (blocks + logits)
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "adamw"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Bytes for each element."""
+
+    exp_avg: float
+    exp_avg_sq: float
+    precond: float = 0.0
+    """0: there is none (AdamW)."""
+
+    @property
+    def state_bytes(self) -> float:
+        """All of the state."""
+        return self.exp_avg + self.exp_avg_sq + self.precond
+
+    def moved(self, accumulating: float, refreshing: float) -> float:
+        """Read and written by a step, float32 parameters and gradients among it.
+
+        Args:
+            accumulating, refreshing: shares of the steps in which Anon's second moment is read and written, its preconditioner written.
+        """
+        fixed = 12.0 + 2.0 * self.exp_avg  # θ twice, g once; m twice
+        if not self.precond:
+            return fixed + 2.0 * self.exp_avg_sq
+        return fixed + self.precond * (1.0 + refreshing) + 2.0 * self.exp_avg_sq * accumulating
+
+
+NAMED: dict[OptimizerName, Optimizer] = {
+    "anon": Optimizer(4.0, 4.0, 4.0),
+    "anon-bf16": Optimizer(4.0, 2.0, 2.0),
+    "anon-bf16-m": Optimizer(2.0, 2.0, 2.0),
+    "anon-8bit-m": Optimizer(1.0 + 1.0 / BLOCK, 2.0, 2.0),
+    "adamw": Optimizer(4.0, 4.0),
+}
+"""anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits."""
+
+
+@lru_cache
+def shares(steps: int, refresh_ratio: float = 1.1, beta2: float = 0.95) -> tuple[float, float]:
+    """Shares of the first `steps` in which Anon accumulates and refreshes, with window="auto"."""
+    schedule = Schedule((Regime(0, refresh_ratio, beta2, "auto"),))
+    plans = [schedule.plan(t) for t in range(1, steps + 1)]
+    return sum(p.accumulate for p in plans) / steps, sum(p.refresh for p in plans) / steps
