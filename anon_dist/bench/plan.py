@@ -103,11 +103,8 @@ def traffic(engine: EngineName, job: Job) -> list[Message]:
     whole, rounds = sum(p.numel for p in parameters), job.accumulation
     if is_deepspeed(engine):
         return _deepspeed_traffic(engine, job)
-    if engine in (
-        "ddp",
-        "zero1",
-    ):  # the engine's no_sync comes after the forward pass, too late for DDP: it reduces in every round
-        reduced = [Message("all-reduce", 4.0 * whole * rounds, n)]
+    if engine in ("ddp", "zero1"):
+        reduced = [Message("all-reduce", 4.0 * whole, n)]
         return reduced + ([Message("broadcast", 4.0 * whole, n)] if engine == "zero1" else [])
     ranks, tensor = sharding(engine, job)
     padded = units(parameters, 1 if engine == "fsdp1" else ranks, tensor, fsdp2=engine in ("fsdp2", "hsdp"))

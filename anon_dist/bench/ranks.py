@@ -93,7 +93,9 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
 def take_step(engine: Engine, batches: list[Tensor]) -> None:
     """One step, over all micro-batches."""
     for i, batch in enumerate(batches):
-        engine.backward(token_loss(engine.model, batch, None).mean() / len(batches), last=i + 1 == len(batches))
+        last = i + 1 == len(batches)
+        with engine.micro_batch(last):
+            engine.backward(token_loss(engine.model, batch, None).mean() / len(batches), last)
     engine.step(1e-4, None)
 
 

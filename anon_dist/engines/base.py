@@ -21,6 +21,9 @@ class Engine(Protocol):
     optimizer: Optimizer
     """The one that steps this rank's parameters; its groups are the ones that were asked for, but see `whole_optimizer`."""
 
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """To hold around the forward and backward pass of a micro-batch: before the `last` of a step, ranks need not exchange gradients."""
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
 

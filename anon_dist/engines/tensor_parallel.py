@@ -6,6 +6,8 @@ What is not split (norms, and tied embeddings) is computed alike by all ranks of
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -58,6 +60,10 @@ class TensorParallelEngine(TorchEngine):
         check_optimizer(optimizer, model, type(optimizer), groups)
         if hasattr(optimizer, "init_state"):
             optimizer.init_state()
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """See `base.Engine`."""
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`."""

@@ -40,9 +40,13 @@ class TorchEngine:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._overlapped = OverlappedStep(self.model, self.optimizer) if overlap else None
 
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """See `base.Engine`. DDP decides in the forward pass whether the backward pass reduces gradients, FSDP in the backward pass."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`."""
-        with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
+        with self.micro_batch(last):
             loss.backward()
 
     def step(self, lr: float, clip: float | None) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ class ZeroEngine:
                 raise EngineError(
                     f"DeepSpeed gave the optimizer {p.dtype} parameters; it must see float32 master weights"
                 )
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """See `base.Engine`. DeepSpeed is told in `backward`."""
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`.

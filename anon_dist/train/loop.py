@@ -173,8 +173,10 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
         batch = next(batches)
         watch.lap("data")
         batch = batch.to(run.accelerator.device, non_blocking=True)
-        loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
-        run.engine.backward(loss, last=i + 1 == rounds)
+        last = i + 1 == rounds
+        with run.engine.micro_batch(last):
+            loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
+            run.engine.backward(loss, last)
         total += loss.detach()
         watch.lap("gradients")
     return total

@@ -57,7 +57,7 @@ def test_command_line_over_file(tmp_path):
         ("train: {compile: 1}", r"'train\.compile' must be bool, not 1"),
         ("optim: {betas: [0.9]}", r"'optim\.betas' must be"),
         ("optim: {window: soon}", r"'optim\.window' must be"),
-        ("train: {precision: fp8}", r"'train\.precision' must be one of fp32, bf16, fp16, not 'fp8'"),
+        ("train: {precision: fp8}", r"'train\.precision' must be one of fp32, bf16, fp16, bf16-true, not 'fp8'"),
         ("optim: 3", r"'optim' is a section, not 3"),
         ("[1, 2]", r"expected a mapping"),
         ("a: [", r"c\.yaml: while parsing"),
