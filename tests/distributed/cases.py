@@ -35,6 +35,7 @@ from anon_dist.optim.monitor import group_updates
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
 from anon_dist.train import loop
+from anon_dist.train.evaluate import token_loss
 from anon_dist.train.model import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -386,6 +387,26 @@ def case_compact_runs_resume():
         if dist.get_rank() == 0:
             assert metrics(Path(found[0])) == metrics(Path(found[1]))
             assert metrics(Path(found[0]))[-1]["final_loss"] < metrics(Path(found[0]))[0]["loss"]
+
+
+def case_gradients_are_exchanged_once_a_step():
+    """However many micro-batches it has."""
+    for name in ("ddp", "fsdp2"):
+        counts = []
+        for rounds in (1, 3):
+            forget_accelerate()
+            model = small_model()
+            engine = wrap(*reversed(start(wanted(name))), model, Anon(param_groups(model, 0.1), lr=1e-3))
+            tokens = torch.randint(0, 100, (2, 33))
+            for _ in range(2):  # the first step sets up buckets
+                with CommDebugMode() as communication:
+                    for i in range(rounds):
+                        with engine.micro_batch(last=i + 1 == rounds):
+                            engine.backward(token_loss(engine.model, tokens, None).mean(), last=i + 1 == rounds)
+            found = {str(k): n for k, n in communication.get_comm_counts().items()}
+            counts.append({k: n for k, n in found.items() if "reduce" in k})
+        assert counts[0] == counts[1], (name, counts)
+        assert sum(counts[0].values()) > 0
 
 
 def case_8_bit_states_move_between_engines():
