@@ -14,6 +14,7 @@ COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
   ckpt convert   write it for another engine, world size or optimizer, or as weights alone
   ckpt verify    compare two of any formats, bit for bit
   train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
+  bench          measure optimizer steps against torch's fused AdamW and other optimizers'
 
 anon-dist COMMAND --help says more."""
 
@@ -27,6 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ("ckpt", "convert"): partial(checkpoints, "convert"),
         ("ckpt", "verify"): partial(checkpoints, "verify"),
         ("train",): train,
+        ("bench",): bench,
     }
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
@@ -54,6 +56,13 @@ def checkpoints(command: str, args: list[str]) -> None:
     from anon_dist.checkpoint.cli import run
 
     run(command, args)
+
+
+def bench(args: list[str]) -> None:
+    """`anon-dist bench …`"""
+    from anon_dist.bench.cli import main as run
+
+    run(args)
 
 
 def train(args: list[str] | None = None) -> None:
