@@ -16,6 +16,7 @@ COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
   train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
   sweep          train over a grid of γ, learning rates and other settings, with AdamW beside it, and report the best
   sweep report   the report of a sweep as it is now
+  bench          measure optimizer steps against torch's fused AdamW and other optimizers'
 
 anon-dist COMMAND --help says more."""
 
@@ -31,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ("train",): train,
         ("sweep", "report"): partial(sweep, "report"),
         ("sweep",): partial(sweep, "sweep"),
+        ("bench",): bench,
     }
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
@@ -58,6 +60,13 @@ def checkpoints(command: str, args: list[str]) -> None:
     from anon_dist.checkpoint.cli import run
 
     run(command, args)
+
+
+def bench(args: list[str]) -> None:
+    """`anon-dist bench …`"""
+    from anon_dist.bench.cli import main as run
+
+    run(args)
 
 
 def train(args: list[str] | None = None) -> None:

@@ -1,0 +1,248 @@
+"""Time and memory of an optimizer's step: Anon's variants and other optimizers, against torch's fused AdamW and against what memory gives.
+
+A pair is one step of torch's AdamW(fused=True) and, right after it, one of another; what is reported is the ratio of their times, as the
+median and quartiles over repeats of each repeat's median, so that other work on the machine meets both alike. Anon's steps are plain
+(between windows), accumulating (inside a window) and refreshing; which one a step takes follows from its number, which is set before each.
+The means over a run weigh them by how often the schedule takes each. GB/s are of the bytes that a step must move.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from anon_dist.bench.clock import Step, measure, quartiles, stream, timed
+from anon_dist.bench.machine import Machine, machine
+from anon_dist.bench.optimizers import (
+    BASE,
+    Contestant,
+    UnavailableError,
+    contestants,
+    make,
+    schedules,
+    state_bytes,
+    weights,
+)
+from anon_dist.bench.peak import in_fresh_process, working_bytes
+from anon_dist.bench.shape_lists import Shapes, default_sizes, few_large, model_shapes, parameters
+from anon_dist.optim import Anon
+from anon_dist.optim.kernels.build import BuildError
+from anon_dist.train.config import ConfigError
+
+STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
+MEAN_STEPS = (10_000, 100_000)
+SLOW = 3.0
+"""Those that take so many times AdamW's time are given a fifth of the pairs."""
+
+
+@dataclass
+class Options:
+    """Measure optimizer steps against torch's fused AdamW. `anon-dist bench --plan | --scaling | --train` (first) measure other things."""
+
+    sizes: list[float] = field(default_factory=list)
+    """Elements, in four tensors (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of them; on CUDA more."""
+    tensors: list[str] = field(default_factory=list)
+    """Models whose lists of parameters are stepped: names of shipped training configurations (gpt2-small: 148 tensors)."""
+    only: list[str] = field(default_factory=list)
+    """Patterns of names of the optimizers to measure ("anon*", "torchao *"); without it all."""
+    pairs: int = 20
+    """Steps of each, alternating, in a repeat."""
+    repeats: int = 5
+    """The quartiles are over these."""
+    device: Literal["cpu", "cuda"] | None = None
+    """None: CUDA if there is one."""
+    memory: bool = True
+    """Measure also the peak, on the last list; on the CPU in a process for each optimizer."""
+    json: Path | None = None
+    """File to write all numbers to."""
+    plot: Path | None = None
+    """PNG file to draw the ratios to."""
+
+
+@dataclass
+class Row:
+    """One kind of step."""
+
+    optimizer: str
+    step: str
+    ratio: list[float]
+    """Its time over that of AdamW, fused: lower quartile, median, upper quartile."""
+    milliseconds: list[float]
+    """The same three of the time itself."""
+    moved_bytes: float
+    """For each element, what the step must read and write."""
+    gb_per_s: float
+    """Of these, by the median."""
+    stream_share: float | None
+    """Its bytes per second over the stream's, both by way of the AdamW steps beside them."""
+
+
+@dataclass
+class Mean:
+    """Over a run's first steps, weighed by the schedule."""
+
+    optimizer: str
+    schedule: str
+    steps: int
+    ratio: list[float]
+
+
+@dataclass
+class Measured:
+    """One list of tensors."""
+
+    name: str
+    tensors: int
+    elements: int
+    rows: list[Row] = field(default_factory=list)
+    means: list[Mean] = field(default_factory=list)
+    state_bytes: dict[str, float] = field(default_factory=dict)
+    """Of an optimizer, for each element."""
+    peak_bytes: dict[str, float | None] = field(default_factory=dict)
+    """State and temporaries of its most demanding step, for each element; None where it could not be measured."""
+    unavailable: dict[str, str] = field(default_factory=dict)
+    """Those that could not run, and why."""
+
+
+@dataclass
+class Result:
+    """All that was measured."""
+
+    machine: Machine
+    pairs: int
+    repeats: int
+    lists: list[Measured]
+
+
+def bench(options: Options) -> Result:
+    """Measure what the options ask for.
+
+    Raises:
+        ConfigError: an option has a value that cannot be; the message says which.
+    """
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if min(options.pairs, options.repeats) < 1 or any(n < 1 for n in options.sizes):
+        raise ConfigError("--pairs, --repeats and --sizes must be at least 1")
+    chosen = [
+        c for c in contestants() if not options.only or any(fnmatch(c.name.lower(), p.lower()) for p in options.only)
+    ]
+    if not chosen:
+        raise ConfigError(
+            f"--only {' '.join(options.only)} matches none of: {', '.join(c.name for c in contestants())}"
+        )
+    lists: dict[str, Shapes] = {f"{int(n):,} elements": few_large(int(n)) for n in options.sizes}
+    lists |= {name: model_shapes(name) for name in options.tensors}
+    lists = lists or {f"{n:,} elements": few_large(n) for n in default_sizes(device)}
+    where = machine(device)
+    measured = []
+    for name, shapes in lists.items():
+        _say(name)
+        measured.append(
+            _measure_list(name, shapes, chosen, options, device, options.memory and name == list(lists)[-1])
+        )
+    where.load_after = machine(device).load_before
+    return Result(where, options.pairs, options.repeats, measured)
+
+
+def _measure_list(
+    name: str, shapes: Shapes, chosen: list[Contestant], options: Options, device: torch.device, memory: bool
+) -> Measured:
+    tensors = parameters(shapes, device)
+    found = Measured(name, len(tensors), sum(p.numel() for p in tensors))
+    (base,) = make(next(c for c in contestants() if c.name == BASE), tensors)[1].values()
+    flow: list[float] | None = None
+    try:
+        flow = _measure_steps(
+            found, STREAM[device.type], {"": stream(found.elements, device)}, base, options, device, None
+        )[""]
+    except BuildError as error:
+        found.unavailable[STREAM[device.type]] = str(error)
+    for contestant in chosen:
+        try:
+            optimizer, steps = make(contestant, tensors)
+        except UnavailableError as error:
+            found.unavailable[contestant.name] = str(error)
+            continue
+        _say(f"  {contestant.name}")
+        ratios = _measure_steps(found, contestant.name, steps, base, options, device, flow)
+        found.state_bytes[contestant.name] = sum(state_bytes(optimizer).values()) / found.elements
+        if isinstance(optimizer, Anon):
+            found.means += _means(contestant.name, ratios)
+        if memory:
+            try:
+                on_device = device.type == "cuda"
+                working = (
+                    working_bytes(steps.values(), device) if on_device else in_fresh_process(contestant.name, shapes)
+                )
+            except OSError:
+                working = None
+            state = found.state_bytes[contestant.name]
+            found.peak_bytes[contestant.name] = None if working is None else state + working / found.elements
+    return found
+
+
+def _measure_steps(
+    found: Measured,
+    name: str,
+    steps: dict[str, Step],
+    base: Step,
+    options: Options,
+    device: torch.device,
+    flow: list[float] | None,
+) -> dict[str, list[float]]:
+    """Append the rows; each step's ratio to the base in each repeat."""
+    ratios: dict[str, list[float]] = {step: [] for step in steps}
+    seconds: dict[str, list[float]] = {step: [] for step in steps}
+    slow = {k for k, step in steps.items() if timed(step, device) > SLOW * timed(base, device)}
+    for _ in range(options.repeats):
+        for key, step in steps.items():
+            ratio, _, own = measure(base, step, -(-options.pairs // 5) if key in slow else options.pairs, device)
+            ratios[key].append(ratio)
+            seconds[key].append(own)
+    for key, step in steps.items():
+        relative, absolute = quartiles(ratios[key]), quartiles(seconds[key])
+        share = None
+        if flow:  # bytes per second over the stream's, each next to the same AdamW
+            streamed = 24 if device.type == "cpu" else 8
+            share = (step.moved / relative[1]) / (streamed / quartiles(flow)[1])
+        speed = step.moved * found.elements / absolute[1] / 1e9
+        found.rows.append(Row(name, key, relative, [1e3 * x for x in absolute], step.moved, speed, share))
+    return ratios
+
+
+def _means(name: str, ratios: dict[str, list[float]]) -> list[Mean]:
+    repeats = range(len(ratios["plain"]))
+    made = []
+    for schedule, settings in schedules().items():
+        for steps in MEAN_STEPS:
+            shares = weights(settings, steps)
+            means = [sum(share * ratios[step][i] for step, share in shares.items()) for i in repeats]
+            made.append(Mean(name, schedule, steps, quartiles(means)))
+    return made
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """`anon-dist bench`"""
+    from anon_dist.bench.step_report import plot, show
+
+    options = tyro.cli(Options, args=argv, prog="anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
+    try:
+        result = bench(options)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    if options.plot:
+        plot(result, options.plot)
