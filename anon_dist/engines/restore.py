@@ -24,7 +24,7 @@ from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
 from anon_dist.optim import Anon
-from anon_dist.optim.state import EXPONENTS, decoded, encoded
+from anon_dist.optim.state import decoded_states
 
 DEEPSPEED = "deepspeed"
 """The subfolder of a checkpoint that DeepSpeed writes."""
@@ -46,21 +46,8 @@ def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> N
     parameters = {plain[name]: p for name, p in model.named_parameters()}
     buffers = {plain[name]: buffer for name, buffer in model.named_buffers()}
     check_same_optimizer(optimizer, checkpoint)
-    with _decoded(optimizer):
+    with decoded_states(optimizer):
         _fill(model, parameters, buffers, optimizer, checkpoint)
-
-
-@contextmanager
-def _decoded(optimizer: Optimizer) -> Iterator[None]:
-    """8-bit states as numbers meanwhile."""
-    in_blocks = [p for p, state in optimizer.state.items() if EXPONENTS in state]
-    for p in in_blocks:
-        optimizer.state[p] = decoded(optimizer.state[p])
-    try:
-        yield
-    finally:
-        for p in in_blocks:
-            optimizer.state[p] = encoded(optimizer.state[p])
 
 
 def _fill(

@@ -18,6 +18,7 @@ from anon_dist.checkpoint.dcp import load_state, save_state
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
+from anon_dist.optim.state import decoded_states
 
 
 class ZeroRedundancyEngine(TorchEngine):
@@ -59,7 +60,8 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""
-        save_state(folder, self._state())
+        with decoded_states(self.optimizer):
+            save_state(folder, self._state())
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""
@@ -67,8 +69,9 @@ class ZeroRedundancyEngine(TorchEngine):
             with self.whole_optimizer() as optimizer, opened(folder) as checkpoint:
                 restore(self.model, optimizer, checkpoint)
             return
-        state = self._state()
-        load_state(folder, state, type(self.optimizer).__name__, elsewhere=self._keys_of_other_ranks())
+        with decoded_states(self.optimizer):
+            state = self._state()
+            load_state(folder, state, type(self.optimizer).__name__, elsewhere=self._keys_of_other_ranks())
         set_model_state_dict(self.model, state["model"])
         loaded = state["optimizer"]["param_groups"]
         for own, theirs, values in zip(self.optimizer.param_groups, self._shared.param_groups, loaded, strict=True):

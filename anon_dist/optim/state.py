@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
 
@@ -86,6 +88,19 @@ def encoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     values, exponents = encode_blocks(local(state["exp_avg"]).float())
     local(codes).copy_(values)
     return {**state, "exp_avg": codes, EXPONENTS: exponents}
+
+
+@contextmanager
+def decoded_states(optimizer: Optimizer) -> Iterator[None]:
+    """8-bit states as numbers, to save or to fill in place, and then in 8 bits again."""
+    in_blocks = [p for p, state in optimizer.state.items() if EXPONENTS in state]
+    for p in in_blocks:
+        optimizer.state[p] = decoded(optimizer.state[p])
+    try:
+        yield
+    finally:
+        for p in in_blocks:
+            optimizer.state[p] = encoded(optimizer.state[p])
 
 
 def named_parameters(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
