@@ -1,8 +1,8 @@
 """Memory that a step needs beside parameters, gradients and state. On the CPU, in a fresh process, by the growth of its peak.
 
-    python -m anon_dist.bench.peak NAME THREADS < SHAPES
+    python -m anon_dist.bench.peak THREADS NAME … < SHAPES
 
-prints bytes. Large blocks go back to the system at once there (MALLOC_MMAP_THRESHOLD_), so that what an earlier step has freed does not
+Large blocks go back to the system at once in it (MALLOC_MMAP_THRESHOLD_), so that what an earlier step has freed does not
 hide what a later one takes.
 """
 
@@ -21,7 +21,8 @@ from anon_dist.bench.clock import Step
 from anon_dist.bench.optimizers import contestants, make
 from anon_dist.bench.shape_lists import Shapes, parameters
 
-SECONDS = 600
+MARK = "working bytes"
+"""Begins the lines that the parent reads; packages print others."""
 
 
 def working_bytes(steps: Iterable[Step], device: torch.device) -> int:
@@ -47,17 +48,17 @@ def working_bytes(steps: Iterable[Step], device: torch.device) -> int:
     return most
 
 
-def in_fresh_process(name: str, shapes: Shapes) -> int | None:
-    """`working_bytes` of an optimizer's steps on the CPU; None if the process failed, for want of memory, say."""
-    command = [sys.executable, "-m", "anon_dist.bench.peak", name, str(torch.get_num_threads())]
+def in_fresh_process(names: list[str], shapes: Shapes) -> dict[str, int]:
+    """`working_bytes` of these optimizers' steps on the CPU. One at which the process failed, for want of memory, say, is missing."""
+    found, left = dict[str, int](), list(names)
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(shapes), capture_output=True, text=True, timeout=SECONDS, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return int(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
+    while left:
+        command = [sys.executable, "-m", "anon_dist.bench.peak", str(torch.get_num_threads()), *left]
+        done = subprocess.run(command, input=json.dumps(shapes), stdout=subprocess.PIPE, text=True, env=environment)
+        marked = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith(MARK)]
+        found |= {name: int(taken) for name, taken in marked}
+        left = left[len(marked) + 1 :]  # the process ended at the next one, or with the last
+    return found
 
 
 def _status(field: str) -> int:
@@ -66,12 +67,13 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    """Of the optimizer and the shapes that the parent names."""
-    name, threads = sys.argv[1:]
+    """Of the optimizers and the shapes that the parent names, one after the other."""
+    threads, *names = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    (contestant,) = (c for c in contestants() if c.name == name)
-    _, steps = make(contestant, parameters(json.load(sys.stdin), torch.device("cpu")))
-    print(working_bytes(steps.values(), torch.device("cpu")))
+    tensors, known = parameters(json.load(sys.stdin), torch.device("cpu")), {c.name: c for c in contestants()}
+    for name in names:
+        _, steps = make(known[name], tensors)
+        print(MARK, name, working_bytes(steps.values(), torch.device("cpu")), sep="\t", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Options:
     device: Literal["cpu", "cuda"] | None = None
     """None: CUDA if there is one."""
     memory: bool = True
-    """Measure also the peak, on the last list; on the CPU in a process for each optimizer."""
+    """Measure also the peak, on the last list; on the CPU in a process of its own."""
     json: Path | None = None
     """File to write all numbers to."""
     plot: Path | None = None
@@ -152,12 +152,13 @@ def bench(options: Options) -> Result:
 
 
 def _measure_list(
-    name: str, shapes: Shapes, chosen: list[Contestant], options: Options, device: torch.device, memory: bool
+    title: str, shapes: Shapes, chosen: list[Contestant], options: Options, device: torch.device, memory: bool
 ) -> Measured:
     tensors = parameters(shapes, device)
-    found = Measured(name, len(tensors), sum(p.numel() for p in tensors))
+    found = Measured(title, len(tensors), sum(p.numel() for p in tensors))
     (base,) = make(next(c for c in contestants() if c.name == BASE), tensors)[1].values()
     flow: list[float] | None = None
+    working: dict[str, int] = {}
     try:
         flow = _measure_steps(
             found, STREAM[device.type], {"": stream(found.elements, device)}, base, options, device, None
@@ -175,16 +176,13 @@ def _measure_list(
         found.state_bytes[contestant.name] = sum(state_bytes(optimizer).values()) / found.elements
         if isinstance(optimizer, Anon):
             found.means += _means(contestant.name, ratios)
-        if memory:
-            try:
-                on_device = device.type == "cuda"
-                working = (
-                    working_bytes(steps.values(), device) if on_device else in_fresh_process(contestant.name, shapes)
-                )
-            except OSError:
-                working = None
-            state = found.state_bytes[contestant.name]
-            found.peak_bytes[contestant.name] = None if working is None else state + working / found.elements
+        if memory and device.type == "cuda":
+            working[contestant.name] = working_bytes(steps.values(), device)
+    if memory and device.type == "cpu":
+        _say("  memory")
+        working = in_fresh_process(list(found.state_bytes), shapes)
+    for name, state in found.state_bytes.items() if memory else ():
+        found.peak_bytes[name] = state + working[name] / found.elements if name in working else None
     return found
 
 

@@ -72,7 +72,7 @@ def _number(value: float | None) -> str:
 
 
 def series(result: Result) -> dict[str, Points]:
-    """What is drawn: label → (elements, quartiles of the ratio). Of Anon, the mean of the preset's schedule over the first steps."""
+    """What is drawn: optimizer → (elements, quartiles of the ratio). Of Anon, the mean of the preset's schedule over the first steps."""
     drawn: dict[str, Points] = {}
     for measured in result.lists:
         means = {
@@ -81,8 +81,7 @@ def series(result: Result) -> dict[str, Points]:
         for row in measured.rows:
             mean = means.get(row.optimizer)
             if row.optimizer in measured.state_bytes and (mean is None or row.step == "plain"):
-                label = f"{row.optimizer}, mean, {mean.schedule}" if mean else row.optimizer
-                drawn.setdefault(label, []).append((measured.elements, mean.ratio if mean else row.ratio))
+                drawn.setdefault(row.optimizer, []).append((measured.elements, mean.ratio if mean else row.ratio))
     return drawn
 
 
@@ -95,10 +94,11 @@ def plot(result: Result, path: Path) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     drawn = {label: sorted(points) for label, points in series(result).items() if label != BASE}
+    averaged = {mean.optimizer: mean for measured in result.lists for mean in measured.means}
     single = len(result.lists) == 1
     figure, axes = plt.subplots(figsize=(10, 2 + 0.4 * len(drawn) if single else 6), layout="constrained")
     for i, (label, points) in enumerate(drawn.items()):
-        ours = label.startswith("Anon") and "mean" in label
+        ours = label in averaged
         middles = [q[1] for _, q in points]
         whiskers = [[q[1] - q[0] for _, q in points], [q[2] - q[1] for _, q in points]]
         color = plt.get_cmap("tab20")(i % 20)
@@ -112,7 +112,9 @@ def plot(result: Result, path: Path) -> None:
             axes.errorbar(
                 [n for n, _ in points], middles, yerr=whiskers, ls="-" if ours else "--", label=label, **style
             )
-    title = f"{result.machine.device}: time of an optimizer's step (median and quartiles)"
+    title = "Time of an optimizer's step: median and quartiles"
+    if averaged:  # the last schedule is the preset's
+        title += f"\ncircles: mean over the first {MEAN_STEPS[0]:,} steps, {next(reversed(averaged.values())).schedule}"
     axis = axes.xaxis if single else axes.yaxis
     (axes.set_xscale if single else axes.set_yscale)("log")
     (axes.axvline if single else axes.axhline)(1.0, color="black", lw=1)
