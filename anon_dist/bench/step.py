@@ -47,8 +47,8 @@ class Options:
     """Measure optimizer steps against torch's fused AdamW. `anon-dist bench --plan | --scaling | --train` (first) measure other things."""
 
     sizes: list[float] = field(default_factory=list)
-    """Elements, in four tensors of whole blocks (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of them; on CUDA
-    more."""
+    """Elements, in four tensors of whole blocks (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of
+    them; on CUDA more."""
     tensors: list[str] = field(default_factory=list)
     """Models whose lists of parameters are stepped: names of shipped training configurations (gpt2-small: 148 tensors)."""
     only: list[str] = field(default_factory=list)
