@@ -16,16 +16,17 @@ Shapes = Sequence[Sequence[int]]
 
 VOCABULARY = {"gpt2": 50257, "llama": 32000}
 TENSORS = 4
+BLOCKS = 2048
+"""A multiple of the blocks that share a scale: torchao's and bitsandbytes' 128 to 256 elements."""
 LADDER = {"cpu": (1e6, 10e6, 60e6), "cuda": (10e6, 100e6, 1e9)}
 BYTES_NEEDED = 64
 """For each element, with some to spare: parameters, gradients, the base's state, another's and its temporaries, and a second process's."""
 
 
 def few_large(elements: int) -> list[list[int]]:
-    """`TENSORS` of about equal length."""
-    return [
-        [part] for part in (elements * (i + 1) // TENSORS - elements * i // TENSORS for i in range(TENSORS)) if part
-    ]
+    """`TENSORS` equal ones; whole blocks, if large enough, since low-bit optimizers keep float32 states of a tensor with a torn one."""
+    length = max(1, elements // TENSORS)
+    return [[length // BLOCKS * BLOCKS or length]] * TENSORS
 
 
 def model_shapes(preset: str) -> list[list[int]]:

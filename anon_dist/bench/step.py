@@ -47,7 +47,8 @@ class Options:
     """Measure optimizer steps against torch's fused AdamW. `anon-dist bench --plan | --scaling | --train` (first) measure other things."""
 
     sizes: list[float] = field(default_factory=list)
-    """Elements, in four tensors (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of them; on CUDA more."""
+    """Elements, in four tensors of whole blocks (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of
+    them; on CUDA more."""
     tensors: list[str] = field(default_factory=list)
     """Models whose lists of parameters are stepped: names of shipped training configurations (gpt2-small: 148 tensors)."""
     only: list[str] = field(default_factory=list)
@@ -128,6 +129,8 @@ def bench(options: Options) -> Result:
         ConfigError: an option has a value that cannot be; the message says which.
     """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device")
     if min(options.pairs, options.repeats) < 1 or any(n < 1 for n in options.sizes):
         raise ConfigError("--pairs, --repeats and --sizes must be at least 1")
     chosen = [

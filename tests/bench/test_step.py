@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from anon_dist.bench.clock import Step, stream
-from anon_dist.bench.optimizers import Contestant, UnavailableError, contestants, make, schedules, weights
+from anon_dist.bench.optimizers import Contestant, UnavailableError, contestants, make, schedules, state_bytes, weights
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.bench.peak import working_bytes
-from anon_dist.bench.shape_lists import model_shapes, parameters
+from anon_dist.bench.shape_lists import few_large, model_shapes, parameters
 from anon_dist.cli import main
 from anon_dist.optim.reference import ReferenceAnon
 
@@ -53,12 +53,12 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, package, None)
     out, picture = tmp_path / "step.json", tmp_path / "step.png"
     only = ["anon float32", "anon, *", "torch *", "torchao adamw8bit", "bitsandbytes*", "deepspeed fused*"]
-    small = ["--sizes", "2e5", "4e5", "--pairs", "2", "--repeats", "3", "--device", "cpu"]
+    small = ["--sizes", "2e5", "393216", "--pairs", "2", "--repeats", "3", "--device", "cpu"]
     main(["bench", *small, "--only", *only, "--json", str(out), "--plot", str(picture)])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
 
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [x["elements"] for x in result["lists"]] == [200_000, 400_000]
+    assert [x["elements"] for x in result["lists"]] == [196_608, 393_216]
     last = result["lists"][-1]
     moved = {(row["optimizer"], row["step"]): row["moved_bytes"] for row in last["rows"]}
     assert moved == {
@@ -72,7 +72,7 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
     }
     for row in last["rows"]:
         assert 0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2]
-        assert row["gb_per_s"] == pytest.approx(row["moved_bytes"] * 400_000 / row["milliseconds"][1] / 1e6)
+        assert row["gb_per_s"] == pytest.approx(row["moved_bytes"] * 393_216 / row["milliseconds"][1] / 1e6)
         assert row["optimizer"] in printed
     ratios = {row["step"]: row["ratio"] for row in last["rows"] if row["optimizer"] == "Anon float32"}
     assert len(last["means"]) == 4
@@ -100,12 +100,27 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_bitsandbytes_keeps_one_byte_for_each_state():
     pytest.importorskip("bitsandbytes")
-    from anon_dist.bench.optimizers import state_bytes
-
     (contestant,) = (c for c in contestants() if c.name == "bitsandbytes AdamW8bit")
     optimizer, steps = make(contestant, parameters([[1 << 16]] * 2, CPU))
     assert sum(state_bytes(optimizer).values()) / (2 << 16) == pytest.approx(2.0, rel=0.05)
     assert list(steps) == ["step"]
+
+
+def test_states_that_are_made_of_tensors_are_counted_by_these():
+    states = pytest.importorskip("torchao.optim.subclass_8bit")
+    held = states.OptimState8bit.zeros((4096,), signed=True, block_size=256)
+    counted = state_bytes(types.SimpleNamespace(state={"p": {"exp_avg": held, "step": torch.zeros(())}}))
+    assert counted == {
+        "exp_avg": 4096 + 4 * 4096 // 256 + 4 * 256
+    }  # codes, scales, and the 256 values that codes stand for
+
+
+def test_few_large_tensors_are_whole_blocks():
+    for elements in (4_000, 1_000_000, 60_000_000):
+        shapes = few_large(elements)
+        total = sum(n for (n,) in shapes)
+        assert 0.99 * elements <= total <= elements
+        assert elements < 10_000 or all(n % 256 == 0 for (n,) in shapes)
 
 
 def test_a_failing_optimizer_is_unavailable_with_its_own_words():
