@@ -16,11 +16,12 @@
 #define ABI 2
 #define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
+#define INLINE inline __attribute__((always_inline))
 #define D_MIN 0x1p-126         /* as in update.py */
 #define D_MAX 0x1p127
 
 enum variant { PLAIN, ACCUMULATE, REFRESH };
-enum dtype { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+enum dtype { NONE = -1, FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum role { THETA, GRAD, M, S, V, ROLES };
 enum { EXPONENTS = ROLES, POINTERS }; /* of a parameter: the roles' tensors, and the exponents of an 8-bit m or NULL */
 
@@ -94,31 +95,164 @@ static inline double clamp(double x, double low, double high) {
     return x < low ? low : x;
 }
 
+/* -- storage dtypes ------------------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+/* As `hashed` of rounding.py. */
+static inline uint32_t hash(uint32_t bits, uint32_t salt) {
+    uint32_t h = bits ^ salt;
+    h = (h ^ h >> 16) * 0x7feb352du;
+    h = (h ^ h >> 15) * 0x846ca68bu;
+    return h ^ h >> 16;
+}
+
+/* How a number is rounded to bfloat16: a mask, not a condition, which would double the loops that it is in. */
+struct rounding {
+    uint32_t stochastic; /* 0xffff, or 0 for to the nearest */
+    uint32_t salt;
+};
+
+static inline struct rounding rounding_of(const struct step *step, int role) {
+    return (struct rounding){step->stochastic[role] ? 0xffff : 0, step->salts[role]};
+}
+
+/* To one of the two nearest, the nearer the likelier; or to the nearest, ties to even. Every NaN becomes torch's. */
+static inline uint16_t to_bfloat16(float x, struct rounding how) {
+    const uint32_t bits = float_bits(x), nearest = (0x7fff + ((bits >> 16) & 1)) & ~how.stochastic;
+    return (uint16_t)(x != x ? 0x7fc0 : (bits + ((hash(bits, how.salt) & how.stochastic) | (nearest & 0xffff))) >> 16);
+}
+
+static inline float from_float16(uint16_t x) {
+    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+    const float scaled = float_of(magnitude) * 0x1p112f; /* exact, subnormals too */
+    return float_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : float_bits(scaled)));
+}
+
+/* To the nearest, ties to even, to infinity from 65520 on. */
+static inline uint16_t to_float16(float x) {
+    const uint32_t sign = (float_bits(x) >> 16) & 0x8000, magnitude = float_bits(x) & 0x7fffffff;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t subnormal = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000; /* 0.5's last place is 2^-24, float16's smallest */
+    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : finite));
+}
+
+/* -- blocks of 8 bits, as in rounding.py --------------------------------------------------------------------------------------- */
+
+#define SHARED 32 /* elements of a block */
+#define BIAS 133
+#define NOT_A_NUMBER (-128)
+
+static inline float power_of_two(int32_t exponent) { return float_of((uint32_t)(exponent + 127) << 23); }
+
+static INLINE void decode_block(long n, const int8_t *restrict codes, uint8_t stored, float *restrict x) {
+    const int32_t exponent = stored - BIAS, half = exponent >> 1;
+    const float a = power_of_two(half), b = power_of_two(exponent - half); /* float has no 2^133 */
+    for (long i = 0; i < n; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
+}
+
+static INLINE uint8_t encode_block(long n, const float *restrict x, int8_t *restrict codes, int stochastic,
+                                                                uint32_t salt) {
+    int32_t largest = 0;
+    for (long i = 0; i < n; i++) {
+        const int32_t magnitude = (int32_t)(float_bits(x[i]) & 0x7fffffff), finite = magnitude < 0x7f800000 ? magnitude : 0;
+        largest = finite > largest ? finite : largest;
+    }
+    const int32_t smallest = (largest + 0x1ffff) >> 23, stored = smallest < 254 ? smallest : 254; /* 127/64 has mantissa 0x7e0000 */
+    const int32_t exponent = BIAS - stored, half = exponent >> 1;
+    const float a = power_of_two(half), b = power_of_two(exponent - half);
+    for (long i = 0; i < n; i++) {
+        const uint32_t bits = float_bits(x[i]);
+        const float scaled = x[i] * a * b, up = (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f;
+        const float whole = stochastic ? floorf(scaled + up) : rintf(scaled);
+        const float below = whole > 127.0f ? 127.0f : whole, within = below < -127.0f ? -127.0f : below;
+        codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
+    }
+    return (uint8_t)stored;
+}
+
+/* Whole blocks have a length that the compiler knows. */
+static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict exponents, float *restrict x) {
+    long start = 0;
+    for (; start + SHARED <= n; start += SHARED) decode_block(SHARED, codes + start, exponents[start / SHARED], x + start);
+    if (start < n) decode_block(n - start, codes + start, exponents[start / SHARED], x + start);
+}
+
+static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, int stochastic, uint32_t salt) {
+    long start = 0;
+    for (; start + SHARED <= n; start += SHARED)
+        exponents[start / SHARED] = encode_block(SHARED, x + start, codes + start, stochastic, salt);
+    if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, stochastic, salt);
+}
+
 /* -- the step of one block ------------------------------------------------------------------------------------------------------ */
 
-/* The plain step, or with s the accumulating one. */
-static inline __attribute__((always_inline)) void update(long n, float *restrict theta, const float *restrict g, float *restrict m,
-                                                         float *restrict s, const float *restrict v, const struct step *step) {
+/* Element i of a tensor that is stored as float or bfloat16; the dtype is a constant wherever this is inlined. */
+static INLINE float get(const void *tensor, int dtype, long i) {
+    return dtype == FLOAT32 ? ((const float *)tensor)[i] : from_bfloat16(((const uint16_t *)tensor)[i]);
+}
+
+static INLINE void put(void *tensor, int dtype, struct rounding how, long i, float x) {
+    if (dtype == FLOAT32)
+        ((float *)tensor)[i] = x;
+    else
+        ((uint16_t *)tensor)[i] = to_bfloat16(x, how);
+}
+
+/* The plain step, or with a dtype of s the accumulating one. The parameter sees the momentum before it is rounded. */
+static INLINE void update(long n, void *theta, int t, const void *g, int gt, void *m, int mt, void *s, int st, const void *v, int vt,
+                          const struct step *step) {
     const float decay = step->decay, keep_m = step->keep_m, add_m = step->add_m, bound = step->bound, scale = step->scale;
     const float keep_s = step->keep_s, add_s = step->add_s;
+    const struct rounding round_theta = rounding_of(step, THETA), round_m = rounding_of(step, M), round_s = rounding_of(step, S);
     for (long i = 0; i < n; i++) {
-        if (s) s[i] = keep_s * s[i] + add_s * (g[i] * g[i]);
-        m[i] = keep_m * m[i] + add_m * g[i];
-        const float update = v[i] * m[i], below = update > bound ? bound : update;
-        theta[i] = decay * theta[i] - scale * (below < -bound ? -bound : below);
+        const float grad = get(g, gt, i);
+        if (st != NONE) put(s, st, round_s, i, keep_s * get(s, st, i) + add_s * (grad * grad));
+        const float mean = keep_m * get(m, mt, i) + add_m * grad;
+        put(m, mt, round_m, i, mean);
+        const float update = get(v, vt, i) * mean, below = update > bound ? bound : update;
+        put(theta, t, round_theta, i, decay * get(theta, t, i) - scale * (below < -bound ? -bound : below));
     }
 }
 
-/* Two functions, so that the compiler keeps what `restrict` says. */
-static __attribute__((noinline)) void update_plain(long n, float *restrict theta, const float *restrict g, float *restrict m,
-                                                   const float *restrict v, const struct step *step) {
-    update(n, theta, g, m, NULL, v, step);
-}
+typedef void update_function(long, void *, const void *, void *, void *, const void *, const struct step *);
 
-static __attribute__((noinline)) void update_accumulating(long n, float *restrict theta, const float *restrict g, float *restrict m,
-                                                          float *restrict s, const float *restrict v, const struct step *step) {
-    update(n, theta, g, m, s, v, step);
-}
+/* A function for each choice of dtypes, so that the compiler keeps what `restrict` says: of theta and g, of m and v, and of s. */
+#define UPDATE(name, t, g, m, v, s)                                                                                                  \
+    static __attribute__((noinline)) void name(long n, void *restrict a, const void *restrict b, void *restrict c, void *restrict d, \
+                                               const void *restrict e, const struct step *step) {                                    \
+        update(n, a, t, b, g, c, m, d, s, e, v, step);                                                                               \
+    }
+#define UPDATES_S(name, t, g, m, v)            \
+    UPDATE(name##_none, t, g, m, v, NONE)      \
+    UPDATE(name##_float, t, g, m, v, FLOAT32)  \
+    UPDATE(name##_half, t, g, m, v, BFLOAT16)
+#define UPDATES(name, t, g)                            \
+    UPDATES_S(name##_0, t, g, FLOAT32, FLOAT32)        \
+    UPDATES_S(name##_1, t, g, FLOAT32, BFLOAT16)       \
+    UPDATES_S(name##_2, t, g, BFLOAT16, BFLOAT16)
+UPDATES(update_0, FLOAT32, FLOAT32)
+UPDATES(update_1, FLOAT32, BFLOAT16)
+UPDATES(update_2, BFLOAT16, BFLOAT16)
+#define CHOICE_S(name) {name##_none, name##_float, name##_half}
+#define CHOICE(name) {CHOICE_S(name##_0), CHOICE_S(name##_1), CHOICE_S(name##_2)}
+
+/* By how many of theta and g are bfloat16 (g first), of v and m (v first), and by s. */
+static update_function *const updates[3][3][3] = {CHOICE(update_0), CHOICE(update_1), CHOICE(update_2)};
 
 /* In double, and in loops of their own: each has a chain of operations short enough for the processor to overlap several elements'.
  *
@@ -154,109 +288,9 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
     }
 }
 
-/* -- storage dtypes ------------------------------------------------------------------------------------------------------------- */
-
-static inline uint32_t float_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static inline float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
-
-/* To the nearest, ties to even; every NaN becomes torch's. */
-static inline uint16_t to_bfloat16(float x) {
-    const uint32_t bits = float_bits(x);
-    return (uint16_t)(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* As `hashed` of rounding.py. */
-static inline uint32_t hash(uint32_t bits, uint32_t salt) {
-    uint32_t h = bits ^ salt;
-    h = (h ^ h >> 16) * 0x7feb352du;
-    h = (h ^ h >> 15) * 0x846ca68bu;
-    return h ^ h >> 16;
-}
-
-/* To one of the two nearest, the nearer the likelier. */
-static inline uint16_t to_bfloat16_stochastically(float x, uint32_t salt) {
-    const uint32_t bits = float_bits(x), rounded = (bits + (hash(bits, salt) & 0xffff)) >> 16;
-    return (uint16_t)((bits & 0x7f800000) == 0x7f800000 ? to_bfloat16(x) : rounded);
-}
-
-static inline float from_float16(uint16_t x) {
-    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-    const float scaled = float_of(magnitude) * 0x1p112f; /* exact, subnormals too */
-    return float_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : float_bits(scaled)));
-}
-
-/* To the nearest, ties to even, to infinity from 65520 on. */
-static inline uint16_t to_float16(float x) {
-    const uint32_t sign = (float_bits(x) >> 16) & 0x8000, magnitude = float_bits(x) & 0x7fffffff;
-    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t subnormal = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000; /* 0.5's last place is 2^-24, float16's smallest */
-    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : finite));
-}
-
-/* -- blocks of 8 bits, as in rounding.py --------------------------------------------------------------------------------------- */
-
-#define SHARED 32 /* elements of a block */
-#define BIAS 133
-#define NOT_A_NUMBER (-128)
-
-static inline float power_of_two(int32_t exponent) { return float_of((uint32_t)(exponent + 127) << 23); }
-
-static inline __attribute__((always_inline)) void decode_block(long n, const int8_t *restrict codes, uint8_t stored, float *restrict x) {
-    const int32_t exponent = stored - BIAS, half = exponent >> 1;
-    const float a = power_of_two(half), b = power_of_two(exponent - half); /* float has no 2^133 */
-    for (long i = 0; i < n; i++) x[i] = codes[i] == NOT_A_NUMBER ? NAN : (float)codes[i] * a * b;
-}
-
-static inline __attribute__((always_inline)) uint8_t encode_block(long n, const float *restrict x, int8_t *restrict codes, int stochastic,
-                                                                uint32_t salt) {
-    int32_t largest = 0;
-    for (long i = 0; i < n; i++) {
-        const int32_t magnitude = (int32_t)(float_bits(x[i]) & 0x7fffffff), finite = magnitude < 0x7f800000 ? magnitude : 0;
-        largest = finite > largest ? finite : largest;
-    }
-    const int32_t smallest = (largest + 0x1ffff) >> 23, stored = smallest < 254 ? smallest : 254; /* 127/64 has mantissa 0x7e0000 */
-    const int32_t exponent = BIAS - stored, half = exponent >> 1;
-    const float a = power_of_two(half), b = power_of_two(exponent - half);
-    for (long i = 0; i < n; i++) {
-        const uint32_t bits = float_bits(x[i]);
-        const float scaled = x[i] * a * b, up = (float)(int32_t)(hash(bits, salt) >> 16) * 0x1p-16f;
-        const float whole = stochastic ? floorf(scaled + up) : rintf(scaled);
-        const float below = whole > 127.0f ? 127.0f : whole, within = below < -127.0f ? -127.0f : below;
-        codes[i] = (int8_t)((bits & 0x7f800000) == 0x7f800000 ? NOT_A_NUMBER : (int32_t)within);
-    }
-    return (uint8_t)stored;
-}
-
-/* Whole blocks have a length that the compiler knows. */
-static void decode(long n, const int8_t *restrict codes, const uint8_t *restrict exponents, float *restrict x) {
-    long start = 0;
-    for (; start + SHARED <= n; start += SHARED) decode_block(SHARED, codes + start, exponents[start / SHARED], x + start);
-    if (start < n) decode_block(n - start, codes + start, exponents[start / SHARED], x + start);
-}
-
-static void encode(long n, const float *restrict x, int8_t *restrict codes, uint8_t *restrict exponents, int stochastic, uint32_t salt) {
-    long start = 0;
-    for (; start + SHARED <= n; start += SHARED)
-        exponents[start / SHARED] = encode_block(SHARED, x + start, codes + start, stochastic, salt);
-    if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, stochastic, salt);
-}
-
-/* n elements from `start` on as floats: themselves if they are, otherwise converted into `buffer`. */
-static float *opened(void *tensor, int dtype, int64_t start, long n, float *restrict buffer) {
-    if (dtype == FLOAT32) return (float *)tensor + start;
+/* n elements from `start` on, as the dtype `as`: themselves if they are, otherwise converted to floats in `buffer`. */
+static void *opened(void *tensor, int dtype, int as, int64_t start, long n, float *restrict buffer) {
+    if (dtype == as) return (char *)tensor + start * (dtype == FLOAT32 ? 4 : 2);
     const uint16_t *restrict stored = (const uint16_t *)tensor + start;
     if (dtype == BFLOAT16)
         for (long i = 0; i < n; i++) buffer[i] = from_bfloat16(stored[i]);
@@ -265,40 +299,48 @@ static float *opened(void *tensor, int dtype, int64_t start, long n, float *rest
     return buffer;
 }
 
-/* Store what `opened` gave. */
-static void closed(void *tensor, int dtype, int stochastic, uint32_t salt, int64_t start, long n, const float *restrict buffer) {
+/* Store what `opened` converted. */
+static void closed(void *tensor, int dtype, struct rounding how, int64_t start, long n, const float *restrict buffer) {
     uint16_t *restrict stored = (uint16_t *)tensor + start;
-    if (dtype == BFLOAT16 && stochastic)
-        for (long i = 0; i < n; i++) stored[i] = to_bfloat16_stochastically(buffer[i], salt);
-    else if (dtype == BFLOAT16)
-        for (long i = 0; i < n; i++) stored[i] = to_bfloat16(buffer[i]);
-    else if (dtype == FLOAT16)
+    if (dtype == BFLOAT16)
+        for (long i = 0; i < n; i++) stored[i] = to_bfloat16(buffer[i], how);
+    else
         for (long i = 0; i < n; i++) stored[i] = to_float16(buffer[i]);
+}
+
+/* The dtypes that the step of a block takes as they are stored; the others are converted before and after it. */
+static void taken_as_stored(const struct step *step, int as[ROLES]) {
+    for (int role = 0; role < ROLES; role++)
+        as[role] = step->variant != REFRESH && step->dtypes[role] == BFLOAT16 ? BFLOAT16 : FLOAT32;
+    if (as[GRAD] == FLOAT32) as[THETA] = FLOAT32;
+    if (as[V] == FLOAT32) as[M] = FLOAT32;
 }
 
 /* One step of n <= BLOCK elements from `start` on, a multiple of BLOCK. */
 static void update_block(void *const *tensors, int64_t start, long n, const struct step *step) {
     float buffers[ROLES][BLOCK];
-    float *x[ROLES];
+    void *x[ROLES];
+    int as[ROLES];
     const int with_s = step->variant != PLAIN, refreshing = step->variant == REFRESH, in_blocks = step->dtypes[M] == INT8;
     int8_t *codes = (int8_t *)tensors[M] + start;
     uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
+    taken_as_stored(step, as);
     for (int role = 0; role < ROLES; role++) {
         x[role] = buffers[role];
         if (role == M && in_blocks)
             decode(n, codes, exponents, buffers[M]);
         else if (role != S || with_s)
-            x[role] = opened(tensors[role], step->dtypes[role], start, n, buffers[role]);
+            x[role] = opened(tensors[role], step->dtypes[role], as[role], start, n, buffers[role]);
     }
     if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
-    if (step->variant == ACCUMULATE)
-        update_accumulating(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
-    else
-        update_plain(n, x[THETA], x[GRAD], x[M], x[V], step);
+    const int s = step->variant != ACCUMULATE ? 0 : as[S] == FLOAT32 ? 1 : 2;
+    updates[(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s](
+        n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
     if (in_blocks) encode(n, x[M], codes, exponents, step->stochastic[M], step->salts[M]);
     for (int role = 0; role < ROLES; role++) {
         const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
-        if (changed) closed(tensors[role], step->dtypes[role], step->stochastic[role], step->salts[role], start, n, x[role]);
+        if (changed && as[role] != step->dtypes[role])
+            closed(tensors[role], step->dtypes[role], rounding_of(step, role), start, n, x[role]);
     }
 }
 
