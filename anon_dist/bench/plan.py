@@ -319,6 +319,7 @@ def main(argv: list[str]) -> None:
         predict(engine, optimizer, job, options.hardware, options.mfu, options.steps)
         for engine in options.engines
         for optimizer in options.optimizers
+        if optimizer != "anon-8bit-m" or not is_deepspeed(engine) or engine == "zero0"  # ZeRO takes no 8-bit states
     ]
     show(options, job, rows)
     if options.json:
