@@ -198,13 +198,17 @@ class Scheduler:
 
     def _reap(self) -> None:
         for child in list(self._children):
-            code = child.process.poll()
-            if code is None:
-                if child.told is not None and time.monotonic() - child.told > self._grace:
-                    _send(child, signal.SIGKILL)
-                continue
-            self._children.remove(child)
-            self._conclude(child, code)
+            code = self._exit_code(child)
+            if code is not None:
+                self._children.remove(child)
+                self._conclude(child, code)
+
+    def _exit_code(self, child: _Child) -> int | None:
+        """None while it runs. One that was told to end and has not, in the time it was given, is killed."""
+        code = child.process.poll()
+        if code is None and child.told is not None and time.monotonic() - child.told > self._grace:
+            _send(child, signal.SIGKILL)
+        return code
 
     def _conclude(self, child: _Child, code: int) -> None:
         outcome = child.folder.judge(code)
@@ -262,10 +266,8 @@ class Scheduler:
                 self._tell(child)
         while self._children:
             for child in list(self._children):
-                code = child.process.poll()
+                code = self._exit_code(child)
                 if code is None:
-                    if child.told is not None and time.monotonic() - child.told > self._grace:
-                        _send(child, signal.SIGKILL)
                     continue
                 self._children.remove(child)
                 if child.stopped or (code == 0 and child.folder.judge(0).state == "finished"):
