@@ -71,7 +71,7 @@ def anon(gamma: float) -> Recipe:
 
 def steady(gamma: float) -> Recipe:
     """Anon with more frequent refreshes, averaged over more of them, and a clip of 1."""
-    make = partial(Anon, gamma=gamma, refresh_ratio=1.1, beta3=0.8)
+    make = partial(Anon, gamma=gamma, refresh_ratio=1.1, beta3=0.8, hold_silent=gamma < 0.0)
     return Recipe(f"Anon γ={gamma:g}, ρ=1.1, β3=0.8, clip", make, gamma, PACKAGE, unit=gamma, clip=1.0)
 
 
@@ -86,7 +86,7 @@ def torch_recipes() -> list[Recipe]:
 
 
 def all_recipes() -> list[Recipe]:
-    """Anon over γ as in the paper and at some γ as in this package's presets, and all baselines.
+    """Anon over γ, as in the paper and as in this package's presets, and all baselines.
 
     Raises:
         ImportError: pytorch-optimizer is not installed.
@@ -96,7 +96,7 @@ def all_recipes() -> list[Recipe]:
     except ImportError as error:
         raise ImportError("AdaBelief and Lion need pytorch-optimizer: pip install -e '.[claims]'") from error
     more = [Recipe("AdaBelief", AdaBelief), Recipe("Lion", Lion, scale=0.1)]
-    return [*(anon(g) for g in GAMMAS), *(steady(g) for g in (0.5, 1.0, 1.5)), *torch_recipes(), *more]
+    return [*(anon(g) for g in GAMMAS), *(steady(g) for g in GAMMAS), *torch_recipes(), *more]
 
 
 # -- many trainings in one -------------------------------------------------------------------------
@@ -286,6 +286,13 @@ def plots(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.8) 
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return figure, axes
+
+
+def shade(gamma: float) -> Any:
+    """The colour of a γ: from dark at the least to light at the greatest."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"]((gamma - GAMMAS[0]) / (GAMMAS[-1] - GAMMAS[0]))
 
 
 def over_gamma(axis: Any, values: dict[str, Sequence[float]], recipes: Sequence[Recipe], label: str) -> None:

@@ -200,7 +200,7 @@ def main() -> None:
     data = digits() if args.set == "digits" else fashion(args.data)
     steps = 20 if args.quick else 300
     tuning = TUNING[:1] if args.quick else TUNING
-    seeds = range(2 if args.quick else {"digits": 10, "fashion": 4}[args.set])
+    seeds = range(2 if args.quick else {"digits": 10, "fashion": 6}[args.set])
 
     recipes, results = all_recipes(), {}
     for recipe in recipes:

@@ -63,19 +63,22 @@ def stochastic(steps: int, seeds: int) -> Problem:
     """Section 5."""
     rare = torch.rand(steps, seeds, generator=torch.Generator().manual_seed(0)) < 0.01
     gradients = torch.where(rare, 1010.0, -10.0).double()
-    return Problem(gradients, torch.full((steps, 1), 0.2).double(), betas=(0.9, 0.99), alpha=4.0)
+    return Problem(gradients, torch.full((steps, 1), 0.2).double(), betas=(0.9, 0.99), alpha=0.6)
+
+
+PAPER, STEADY, EVERY = "ρ=2, β3=0.5 (the paper)", "ρ=1.1, β3=0.8", "refreshed every step"
 
 
 def variants(beta2: float) -> dict[str, dict[str, Any]]:
     """Anon's refreshes and limits, by name."""
     return {
-        "ρ=2, β3=0.5 (the paper)": {},
+        PAPER: {},
         "ρ=2, β3=0": {"beta3": 0.0},
         "ρ=1.1, β3=0.5": {"refresh_ratio": 1.1},
-        "ρ=1.1, β3=0.8": {"refresh_ratio": 1.1, "beta3": 0.8},
+        STEADY: {"refresh_ratio": 1.1, "beta3": 0.8},
         "ρ=2, window=auto": {"window": "auto"},
         "ρ=2, update_clip=1": {"update_clip": 1.0},
-        "refreshed every step": {"refresh_ratio": EVERY_STEP, "beta3": beta2},
+        EVERY: {"refresh_ratio": EVERY_STEP, "beta3": beta2},
     }
 
 
@@ -95,8 +98,9 @@ def play(problem: Problem, make: Callable[[Any], Optimizer], groups: Sequence[di
     optimizer = make([{**group, "params": [row]} for group, row in zip(groups, rows, strict=True)])
     regret, at, xs, regrets = torch.zeros_like(x), [], [], []
     marks = {round(steps ** (i / 200)) for i in range(1, 201)}
-    for t, (gradient, slope) in enumerate(zip(problem.gradients, problem.slopes, strict=True), start=1):
-        regret += slope * (x + 1.0)
+    for t in range(1, steps + 1):
+        regret += problem.slopes[t - 1] * (x + 1.0)
+        gradient = problem.gradients[t - 1]
         for row, group, settings in zip(rows, optimizer.param_groups, groups, strict=True):
             row.grad = gradient
             group["lr"] = settings["lr"] / math.sqrt(t)
@@ -127,13 +131,17 @@ def anon_group(problem: Problem, gamma: float, options: dict[str, Any]) -> dict[
     return {"lr": alpha, "gamma": gamma, **options}
 
 
-def study(problem: Problem) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """x and average regret of every optimizer, by name, each [seeds, times]; and the times."""
+def study(problem: Problem, names: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """x and average regret of every optimizer, by name, each [seeds, times]; and the times.
+
+    Args:
+        names: of Anon's variants.
+    """
     found = {}
     for name, amsgrad in (("Adam", False), ("AMSGrad", True)):
         played = play(problem, adam(problem, amsgrad=amsgrad), [{"lr": problem.alpha}])
         found[name] = {key: played[key][0] for key in ("x", "regret")}
-    cells = [(gamma, name, o) for name, o in variants(problem.betas[1]).items() for gamma in GAMMAS]
+    cells = [(gamma, name, o) for name, o in variants(problem.betas[1]).items() if name in names for gamma in GAMMAS]
     played = play(problem, anon(problem), [anon_group(problem, gamma, o) for gamma, _, o in cells])
     for i, (gamma, name, _) in enumerate(cells):
         found[f"γ={gamma:g}, {name}"] = {key: played[key][i] for key in ("x", "regret")}
@@ -155,29 +163,25 @@ def main() -> None:
     args = arguments(__doc__, "online_convex").parse_args()
     began = prepare(args.out)
     problems = {
-        "counterexample": counterexample(600 if args.quick else 8_000),
-        "stochastic": stochastic(600 if args.quick else 20_000, seeds=16),
+        "counterexample": (counterexample(600 if args.quick else 8_000), list(variants(0.0))),
+        "stochastic": (stochastic(600 if args.quick else 300_000, seeds=16), [PAPER, STEADY, EVERY]),
     }
     figure, axes = plots(2, 2, width=5.5)
     results: dict[str, Any] = {}
-    for column, (kind, problem) in enumerate(problems.items()):
-        found, at = study(problem)
+    for column, (kind, (problem, names)) in enumerate(problems.items()):
+        found, at = study(problem, names)
         results[kind] = {name: verdict(run, at) for name, run in found.items()}
         table(
             f"{kind}, {len(problem.gradients)} steps: x at the end (average regret at a tenth → at the end); best x is −1",
             ("Anon", *(f"γ={gamma:g}" for gamma in GAMMAS)),
-            [
-                (name, *(_cell(results[kind][f"γ={gamma:g}, {name}"]) for gamma in GAMMAS))
-                for name in variants(problem.betas[1])
-            ],
+            [(name, *(_cell(results[kind][f"γ={gamma:g}, {name}"]) for gamma in GAMMAS)) for name in names],
         )
         for name in ("Adam", "AMSGrad"):
             print(f"{name}: {_cell(results[kind][name])}")
         _draw(axes[:, column], kind, found, at)
     axes[0, 0].legend(fontsize=7)
-    save(
-        args.out / "online_convex.json", began, {"steps": {k: len(p.gradients) for k, p in problems.items()}, **results}
-    )
+    steps = {kind: len(problem.gradients) for kind, (problem, _) in problems.items()}
+    save(args.out / "online_convex.json", began, {"steps": steps, **results})
     finish(figure, args.out / "online_convex.png")
 
 
@@ -187,8 +191,7 @@ def _cell(result: dict[str, Any]) -> str:
 
 
 def _draw(axes: Any, kind: str, found: dict[str, dict[str, Tensor]], at: Tensor) -> None:
-    paper = next(iter(variants(0.0)))
-    lines = {f"Anon γ={gamma:g}": (f"γ={gamma:g}, {paper}", f"C{i}", "-") for i, gamma in enumerate(GAMMAS)}
+    lines = {f"Anon γ={gamma:g}": (f"γ={gamma:g}, {PAPER}", f"C{i}", "-") for i, gamma in enumerate(GAMMAS)}
     lines |= {"Adam": ("Adam", "black", "--"), "AMSGrad": ("AMSGrad", "gray", "--")}
     for label, (name, color, style) in lines.items():
         axes[0].plot(at, found[name]["x"].mean(0), color=color, ls=style, lw=1.2, label=label)
