@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -303,11 +304,15 @@ def over_gamma(axis: Any, values: dict[str, Sequence[float]], recipes: Sequence[
         axis.errorbar(*zip(*swept, strict=True), marker=marker, ms=4, color=color, label=family)
     for i, recipe in enumerate(r for r in recipes if not r.family and values[r.name]):
         mean, _ = mean_error(values[recipe.name])
-        axis.axhline(mean, color=f"C{i}", ls="--", lw=1, label=recipe.name)
+        axis.axhline(mean, color=f"C{(0, 1, 2, 3, 4, 9)[i]}", ls="--", lw=1, label=recipe.name)
     axis.set(xlabel="γ", ylabel=label)
 
 
 def finish(figure: Any, path: Path) -> None:
-    """Save a figure, small."""
-    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
+    """Save a figure, small: 64 colours."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
     print(path)

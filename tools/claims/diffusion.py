@@ -11,6 +11,8 @@ images, on seeds of its own; reported is the loss on 497 others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 TIMES = 100
 BATCH = 50
 HIDDEN = 128
+MEASURES = {"loss": "loss on other images", "train_loss": "training loss"}
 ALPHA_BAR = torch.linspace(1.0 - 1e-3, 1.0 - 0.12, TIMES).cumprod(0)
 """ᾱ_t: what is left of an image's variance, from 0.999 to 0.002."""
 
@@ -105,7 +108,7 @@ def first_gradients(data: Images) -> list[Tensor]:
     return [torch.stack(g) for g in zip(*found, strict=True)]
 
 
-def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds: Sequence[int]) -> dict[str, object]:
+def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
     """Tune one optimizer, then measure it."""
     recipe, centre = recipe.fitted(first_gradients(data))
 
@@ -126,6 +129,16 @@ def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds
     }
 
 
+def draw(results: dict[str, Any], recipes: Sequence[Recipe], title: str, path: Path) -> None:
+    """Both losses over γ."""
+    figure, axes = plots(2, width=5.5)
+    for axis, (measure, label) in zip(axes.flat, MEASURES.items(), strict=True):
+        over_gamma(axis, {name: r[measure] for name, r in results.items()}, recipes, label)
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(f"{title}, each at its best learning rate")
+    finish(figure, path)
+
+
 def main() -> None:
     args = arguments(__doc__, "diffusion").parse_args()
     began = prepare(args.out)
@@ -138,20 +151,14 @@ def main() -> None:
     for recipe in recipes:
         results[recipe.name] = study(recipe, data, steps, tuning, seeds)
         print(recipe.name, shown(results[recipe.name]["loss"]), flush=True)
-    measures = {"loss": "loss on other images", "train_loss": "training loss"}
     table(
         f"diffusion: {steps} steps of {BATCH}, mean ± standard error of {len(seeds)} seeds",
-        ("optimizer", "lr", "failed", *measures.values()),
-        [(n, f"{r['lr']:.2g}", str(r["failed"]), *(shown(r[m]) for m in measures)) for n, r in results.items()],
+        ("optimizer", "lr", "failed", *MEASURES.values()),
+        [(n, f"{r['lr']:.2g}", str(r["failed"]), *(shown(r[m]) for m in MEASURES)) for n, r in results.items()],
     )
-    figure, axes = plots(2, width=5.5)
-    for axis, (measure, label) in zip(axes.flat, measures.items(), strict=True):
-        over_gamma(axis, {name: r[measure] for name, r in results.items()}, recipes, label)
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle(f"denoising diffusion on digits, {steps} steps, each at its best learning rate")
     settings = {"steps": steps, "batch": BATCH, "seeds": len(seeds), "tuning_seeds": len(tuning)}
     save(args.out / "diffusion.json", began, {**settings, "results": results})
-    finish(figure, args.out / "diffusion.png")
+    draw(results, recipes, f"denoising diffusion on digits, {steps} steps", args.out / "diffusion.png")
 
 
 if __name__ == "__main__":

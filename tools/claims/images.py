@@ -15,6 +15,7 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,11 @@ TUNING = (100, 101)
 """Seeds that choose the learning rate."""
 NOISE = 0.1
 FAILED = 2.0
+MEASURES = {
+    "test_accuracy": "test accuracy",
+    "train_loss": "training loss",
+    "rise_under_noise": "rise of the training loss under noise",
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def first_gradients(data: Images) -> list[Tensor]:
     return [torch.stack(g) for g in zip(*found, strict=True)]
 
 
-def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds: Sequence[int]) -> dict[str, object]:
+def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
     """Tune one optimizer, then measure it."""
     recipe, centre = recipe.fitted(first_gradients(data))
 
@@ -191,6 +197,18 @@ def study(recipe: Recipe, data: Images, steps: int, tuning: Sequence[int], seeds
     }
 
 
+def draw(results: dict[str, Any], recipes: Sequence[Recipe], title: str, path: Path) -> None:
+    """Every measure over γ."""
+    figure, axes = plots(3)
+    for axis, (measure, label) in zip(axes.flat, MEASURES.items(), strict=True):
+        over_gamma(axis, {name: r[measure] for name, r in results.items()}, recipes, label)
+        if measure != "test_accuracy":
+            axis.set_yscale("log")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(f"{title}, each at its best learning rate")
+    finish(figure, path)
+
+
 def main() -> None:
     parser = arguments(__doc__, "images-SET")
     parser.add_argument("--set", choices=("digits", "fashion"), default="digits")
@@ -206,27 +224,15 @@ def main() -> None:
     for recipe in recipes:
         results[recipe.name] = study(recipe, data, steps, tuning, seeds)
         print(recipe.name, shown(results[recipe.name]["test_accuracy"]), flush=True)
-    measures = {
-        "test_accuracy": "test accuracy",
-        "train_loss": "training loss",
-        "rise_under_noise": "rise of the training loss under noise",
-    }
     table(
         f"{args.set}: {steps} steps of {BATCH}, mean ± standard error of {len(seeds)} seeds",
-        ("optimizer", "lr", "failed", *measures.values()),
-        [(name, f"{r['lr']:.2g}", str(r["failed"]), *(shown(r[m]) for m in measures)) for name, r in results.items()],
+        ("optimizer", "lr", "failed", *MEASURES.values()),
+        [(name, f"{r['lr']:.2g}", str(r["failed"]), *(shown(r[m]) for m in MEASURES)) for name, r in results.items()],
     )
-    figure, axes = plots(3)
-    for axis, (measure, label) in zip(axes.flat, measures.items(), strict=True):
-        over_gamma(axis, {name: r[measure] for name, r in results.items()}, recipes, label)
-        if measure != "test_accuracy":
-            axis.set_yscale("log")
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle(f"{args.set}, small CNN, {steps} steps, each at its best learning rate")
     name = f"images-{args.set}"
     settings = {"steps": steps, "batch": BATCH, "seeds": len(seeds), "tuning_seeds": len(tuning)}
     save(args.out / f"{name}.json", began, {**settings, "results": results})
-    finish(figure, args.out / f"{name}.png")
+    draw(results, recipes, f"{args.set}, small CNN, {steps} steps", args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

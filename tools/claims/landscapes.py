@@ -124,7 +124,7 @@ def main() -> None:
     steps = 100 if args.quick else 1000
     recipes = [*map(anon, GAMMAS), *torch_recipes()]
     results: dict[str, dict[str, Any]] = {}
-    figure, axes = plots(2, 2, width=6.0, height=4.6)
+    figure, axes = plots(2, 2, width=5.2, height=4.4)
     for row, (kind, surface) in zip(axes, SURFACES.items(), strict=True):
         found = {recipe.name: study(recipe, surface, steps) for recipe in recipes}
         results[kind] = {name: result for name, (result, _) in found.items()}
