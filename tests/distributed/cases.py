@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed import PrefixStore
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
@@ -294,6 +294,34 @@ def case_a_replaced_optimizer_is_noticed():
     raises(
         EngineError, "torch.bfloat16", lambda: check_optimizer(Anon(half.parameters(), gamma=0.5), half, Anon, groups)
     )
+
+
+def case_ranks_with_their_own_gammas_are_noticed():
+    """Under zero1 a rank may keep only parameters that are behind, whose refreshes, and with them changes of γ, come later."""
+    forget_accelerate()
+    accelerator, name = start(wanted("zero1"))
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.rarely = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, t):
+            return self.always.sum() + (self.rarely.sum() if t % 2 else 0.0)
+
+    for rarely in (False, True):
+        model = Two()
+        engine = wrap(name, accelerator, model, Anon(model.parameters(), gamma=0.4, **LM))
+        for t in range(12):
+            with engine.whole_optimizer() as optimizer:
+                optimizer.param_groups[0]["gamma"] = 0.4 + 0.05 * t
+            engine.backward(engine.model(t if rarely else 1), last=True)
+            engine.step(1e-3, None)
+        if rarely:
+            raises(EngineError, "at different steps", lambda engine=engine: engine.save(Path(shared_folder(OUT))))
+        else:
+            engine.save(Path(shared_folder(OUT)))
 
 
 def case_contradicting_configurations_are_noticed():

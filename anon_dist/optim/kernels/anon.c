@@ -13,12 +13,14 @@
 
 #include <omp.h>
 
-#define ABI 2
+#define ABI 3
 #define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
 #define D_MIN 0x1p-126         /* as in update.py */
 #define D_MAX 0x1p127
+#define V_MIN 0x1.6a09e667f3bcdp-64 /* D_MAX^(-1/2) */
+#define V_MAX 0x1p63             /* D_MIN^(-1/2) */
 
 enum variant { PLAIN, ACCUMULATE, REFRESH };
 enum dtype { NONE = -1, FLOAT32, BFLOAT16, FLOAT16, INT8 };
@@ -41,6 +43,7 @@ struct step {
     double debias_s;     /* summed weight of what s holds */
     double keep_d;       /* beta3, or 0 at the first refresh */
     double gamma;
+    double gamma_ratio;  /* gamma over the one that v was made with; 1: the same */
     double eps;
     double bound;        /* of |v m|, or infinity */
     double scale;        /* lr / (1 - beta1^t) */
@@ -260,11 +263,11 @@ static update_function *const updates[3][3][3] = {CHOICE(update_0), CHOICE(updat
  */
 static void refresh(long n, float *restrict s, float *restrict v, const float *restrict g, const struct step *step) {
     const double keep_s = step->keep_s, add_s = step->add_s, weight = 1.0 / step->debias_s, eps = step->eps, gamma = step->gamma;
-    const double keep = step->keep_d, add = 1.0 - step->keep_d;
+    const double keep = step->keep_d, add = 1.0 - step->keep_d, ratio = step->gamma_ratio;
     const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
     const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
     const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
-    double d[BLOCK];
+    double d[BLOCK], old[BLOCK];
     for (long i = 0; i < n; i++) {
         const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
         s[i] = (float)sum;
@@ -280,9 +283,21 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
             d[i] = d[i] == d[i] ? power : no_power;
         }
     }
+    for (long i = 0; i < n; i++) old[i] = v[i] > 0.0f ? v[i] : no_old;
+    if (ratio != 1.0) { /* to the new gamma; rounded only where it stays as it is */
+        for (long i = 0; i < n; i++) {
+            const double log_power = ratio * natural_log(old[i]);
+            old[i] = old[i] > 0.0 ? log_power : NAN;
+        }
+        for (long i = 0; i < n; i++) {
+            const double power = exponential(clamp(old[i], -100.0, 100.0));
+            old[i] = old[i] == old[i] ? clamp(power, V_MIN, V_MAX) : NAN;
+            v[i] = (float)old[i];
+        }
+    }
     for (long i = 0; i < n; i++) { /* v / sqrt(keep + add d v^2) = 1 / sqrt(keep / v^2 + add d) */
-        const double old = v[i] > 0.0f ? v[i] : no_old, power = clamp(d[i], D_MIN, D_MAX);
-        const double fresh = old / sqrt(keep + add * power * (old * old));
+        const double power = clamp(d[i], D_MIN, D_MAX);
+        const double fresh = old[i] / sqrt(keep + add * power * (old[i] * old[i]));
         v[i] = s[i] <= silent ? v[i] : (float)fresh;
         s[i] = 0.0f;
     }
