@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp import load_state, save_state
+from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import opened, restore
@@ -45,9 +46,8 @@ class ZeroRedundancyEngine(TorchEngine):
             self.optimizer.init_state()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-    def _step_optimizer(self, lr: float) -> None:
-        for group in self._shared.param_groups:
-            group["lr"] = lr
+    def _step_optimizer(self, lr: float | Sequence[float]) -> None:
+        set_learning_rates(self._shared.param_groups, lr)
         self._shared.step()
 
     @contextmanager

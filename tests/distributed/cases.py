@@ -3,6 +3,7 @@
 Each `case_…` function runs on every rank, one after the other, in one process group over gloo.
 """
 
+import json
 import os
 import signal
 import sys
@@ -397,6 +398,29 @@ def case_a_signal_to_one_rank_stops_all():
     run(config)
     if dist.get_rank() == 0:
         assert metrics(folder) == metrics(whole)
+
+
+def case_runs_with_a_gamma_schedule_resume():
+    """Interrupted between refreshes, and matched by another run's checkpoint: the records of a run that was not; γ is that of t = 11."""
+    source = run(run_config(DATA, shared_folder(OUT), engine="ddp")) / "checkpoints" / "step-00000012"
+    for engine in ("fsdp2", "zero1"):
+        found = []
+        for interrupted in (False, True):
+            config = run_config(DATA, shared_folder(OUT), engine=engine)
+            config.optim.gamma_schedule, config.optim.gamma_by_name = {0: 0.4, 20: 1.4}, {"*wte*": 0.5}
+            config.optim.match, config.optim.refresh_ratio = str(source), 1.3
+            found.append(Path(config.run_dir))
+            patch = Patch()
+            if interrupted:
+                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                run(config)
+            patch.close()
+            run(config)
+        if dist.get_rank() == 0:
+            assert metrics(found[0]) == metrics(found[1])
+            lines = [json.loads(line) for line in (found[1] / "metrics.jsonl").read_text().splitlines()]
+            last = [r for r in lines if "loss" in r][-1]
+            assert [round(last[f"gamma/{i}"], 12) for i in range(3)] == [0.5, 0.95, 0.95], last
 
 
 def case_compact_runs_resume():

@@ -9,9 +9,9 @@ import yaml
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.cli import main
-from anon_dist.sweep.calibrate import spectrum_of
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.train.config import to_yaml
+from anon_dist.train.spectrum import load_spectra, spectra_of
 
 
 def table(page, title):
@@ -91,14 +91,51 @@ def test_a_checkpoint_of_adamw_has_the_spectrum_of_its_moments(tmp_path):
         (model(torch.randn(8, 40) * torch.logspace(-3, 0, 40)) ** 2).mean().backward()
         optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "adamw.pt")
-    spectrum = spectrum_of(tmp_path / "adamw.pt")
+    spectra = spectra_of(tmp_path / "adamw.pt")
+    spectrum = spectra.whole()
     states = [optimizer.state[p] for p in model.parameters()]
     m = torch.cat([s["exp_avg"].flatten() for s in states]).double() / (1 - 0.9**7)
     v = torch.cat([s["exp_avg_sq"].flatten() for s in states]).double() / (1 - 0.95**7)
     for gamma in (-0.5, 0.0, 1.0, 1.5):
         expected = float((m**2 * v**-gamma).mean()) ** 0.5
         assert spectrum.rms(gamma) == pytest.approx(expected, rel=0.02)
+    bias = optimizer.state[model.bias]
+    expected = float(((bias["exp_avg"].double() / (1 - 0.9**7)) ** 2).mean()) ** 0.5
+    assert spectra.of(["bias"]).rms(0.0) == pytest.approx(expected, rel=0.05)
+    (tmp_path / "spectrum.json").write_text(json.dumps(spectra.to_json()))
+    assert load_spectra(tmp_path / "spectrum.json").of(["bias"]).rms(0.5) == spectra.of(["bias"]).rms(0.5)
+    (tmp_path / "spectrum.json").write_text(json.dumps(spectrum.to_json()))  # as it was before there were names
+    assert load_spectra(tmp_path / "spectrum.json").of(["bias"]).rms(0.5) == spectrum.rms(0.5)
 
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="no optimizer"):
-        spectrum_of(tmp_path / "weights.pt")
+        spectra_of(tmp_path / "weights.pt")
+    for value in ("{", "[]", '{"elements": 1}'):
+        (tmp_path / "other.json").write_text(value)
+        with pytest.raises(CheckpointError, match=r"other\.json holds no spectrum"):
+            load_spectra(tmp_path / "other.json")
+
+
+def test_cells_whose_gamma_differs_by_parameter_and_step(base, tmp_path, capsys):
+    """--match-rms then gives each param group its factor, from the spectra that the calibration wrote by name."""
+    (tmp_path / "base.yaml").write_text(to_yaml(base(optim__update_clip=1.0)))
+    out = tmp_path / "sweep"
+    command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
+    command += ["--grid", "optim.gamma_schedule={0: 0.5, 8: 1.0},{0: 1.0}", "--optim.gamma-by-name", "*wte*", "0.0"]
+    main(command)
+    assert "learning rates are multiplied group by group" in capsys.readouterr().out
+    spectra = load_spectra(out / "calibration" / "spectrum.json")
+    factor = spectra.of(["transformer.wte.weight"]).lr_factor(0.0, 1.0)
+    cells = {str(f.cell.settings["optim.gamma_schedule"]): f for f in CellFolder.all(out)}
+    gammas = {}
+    for schedule, folder in cells.items():
+        last = [r for r in folder.metrics() if "update_rms" in r][-1]
+        assert last["lr_factor/0"] == pytest.approx(factor, rel=1e-6)
+        assert (last["gamma/0"], last["gamma/1"]) == (0.0, 1.0)
+        gammas[schedule] = [r["gamma/1"] for r in folder.metrics() if "update_rms" in r]
+    assert gammas["{'0': 1.0}"] == [1.0] * 12
+    assert gammas["{'0': 0.5, '8': 1.0}"] == [min(1.0, 0.5 + t / 16) for t in (*range(1, 12), 11)]
+    page = (out / "report.md").read_text()
+    assert "gamma_schedule={0: 0.5,8: 1}" in page.replace("\\", "")
+    main(command)  # nothing is run twice
+    assert "2 cells" in capsys.readouterr().out
