@@ -1,12 +1,19 @@
-"""Files and folders that are complete or absent, also after a power cut."""
+"""Files and folders that are complete or absent, also after a power cut; folders held for one process."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+class InUseError(Exception):
+    """Another process holds the folder."""
 
 
 def sync(path: Path) -> None:
@@ -58,3 +65,28 @@ def remove(folder: Path) -> None:
         shutil.rmtree(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[int]:
+    """Hold a folder against other processes that would hold it; the kernel lets go when the process ends, however it ends.
+
+    Some network file systems cannot lock a folder; there it is not held.
+
+    Yields:
+        The lock's descriptor. A child that inherits it holds the folder too.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(folder) from None
+        except OSError:
+            pass  # no such locks on this file system
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
+
+from anon_dist.machine import processor
 
 
 @dataclass
@@ -39,10 +39,5 @@ class Machine:
 
 def machine(device: torch.device) -> Machine:
     """This one, now."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return Machine(name, len(os.sched_getaffinity(0)), torch.get_num_threads(), torch.__version__, os.getloadavg()[0])
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())

@@ -55,6 +55,8 @@ class Job:
     """Compute in bfloat16, with float32 masters; else in float32."""
     checkpointing: bool = True
     """Recompute each block's activations in the backward pass."""
+    whole_gradients: bool = False
+    """FSDP: micro-batches' gradients are summed in full and reduced once a step (train.accumulate whole)."""
 
     @property
     def width(self) -> int:
@@ -178,7 +180,7 @@ def working_bytes(engine: EngineName, job: Job) -> float:
         sizes = sorted(
             units(job.shape.parameters(), *sharding(engine, job), fsdp2=engine in ("fsdp2", "hsdp")).values()
         )
-        kept = sum(sizes) if job.accumulation > 1 else 0  # gradients stay whole until the last micro-batch
+        kept = sum(sizes) if job.whole_gradients and job.accumulation > 1 else 0
         return w * sum(sizes[-2:]) + (w + 4.0) * sizes[-1] + 4.0 * kept
     if engine == "zero0":
         return float(w * min(BUCKET, whole))

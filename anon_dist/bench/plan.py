@@ -110,9 +110,10 @@ def traffic(engine: EngineName, job: Job) -> list[Message]:
     padded = units(parameters, 1 if engine == "fsdp1" else ranks, tensor, fsdp2=engine in ("fsdp2", "hsdp"))
     gathered = sum(size * gathers(unit) for unit, size in padded.items())
     reduced_size = 4.0 * sum(padded.values())
+    reductions = 1 if job.whole_gradients else rounds
     found = [
         Message("all-gather", float(w * gathered * rounds), ranks, tensor),
-        Message("reduce-scatter", reduced_size, ranks, tensor),
+        Message("reduce-scatter", reduced_size * reductions, ranks, tensor),
     ]
     if engine == "hsdp":
         found.append(Message("all-reduce", reduced_size / ranks, n // ranks, ranks))
@@ -258,6 +259,8 @@ class Options:
     """Sequences that a rank, or a tensor-parallel group, takes at once."""
     accumulation: int = 1
     """Micro-batches of a step."""
+    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
+    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
     seq_len: int | None = None
     """Tokens of a sequence. None: the model's context."""
     precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"
@@ -294,6 +297,8 @@ def job_of(options: Options) -> Job:
         raise ConfigError(f"--mfu is a share of the peak, in (0, 1], not {options.mfu}")
     if options.precision not in ("bf16", "fp32"):
         raise ConfigError(f"--precision is bf16 or fp32, not {options.precision}")
+    if options.accumulate not in ("sharded", "whole"):
+        raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
     shape = find_shape(options.model, options.vocab)
     return Job(
         shape,
@@ -305,6 +310,7 @@ def job_of(options: Options) -> Job:
         options.seq_len or shape.context,
         options.precision == "bf16",
         options.checkpointing,
+        options.accumulate == "whole",
     )
 
 

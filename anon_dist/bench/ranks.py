@@ -22,7 +22,7 @@ from anon_dist.bench.memory import Job, is_deepspeed
 from anon_dist.bench.shapes import Shape, config_of
 from anon_dist.bench.traffic import Traffic, bytes_written
 from anon_dist.engines.base import Engine
-from anon_dist.engines.start import Wanted, start, wrap
+from anon_dist.engines.start import FSDP, Accumulate, Wanted, start, wrap
 from anon_dist.optim import Anon, param_groups
 from anon_dist.train.config import shipped_configs
 from anon_dist.train.evaluate import token_loss
@@ -87,7 +87,9 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
     if job.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     accelerator, resolved = start(wanted)
-    return wrap(resolved, accelerator, model, make(param_groups(model, 0.1)), wanted.tensor_parallel or 1)
+    accumulate: Accumulate | None = ("whole" if job.whole_gradients else "sharded") if resolved in FSDP else None
+    optimizer = make(param_groups(model, 0.1))
+    return wrap(resolved, accelerator, model, optimizer, wanted.tensor_parallel or 1, accumulate=accumulate)
 
 
 def take_step(engine: Engine, batches: list[Tensor]) -> None:

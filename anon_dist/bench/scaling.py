@@ -50,6 +50,8 @@ class Options:
     """Sequences that a rank takes at once."""
     accumulation: int = 1
     """Micro-batches of a step."""
+    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
+    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
     seq_len: int = 64
     """Tokens of a sequence."""
     precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "fp32"
@@ -103,7 +105,7 @@ def job_of(options: Options, ranks: int) -> Job:
     shape, pair = find_shape(options.model, options.vocab), min(2, ranks)
     bf16 = options.precision == "bf16"
     sizes = (options.micro_batch, options.accumulation, options.seq_len)
-    return Job(shape, ranks, pair, pair, *sizes, bf16, options.checkpointing)
+    return Job(shape, ranks, pair, pair, *sizes, bf16, options.checkpointing, options.accumulate == "whole")
 
 
 def engines_on(ranks: int, engines: tuple[EngineName, ...]) -> list[EngineName]:

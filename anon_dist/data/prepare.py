@@ -18,7 +18,6 @@ from anon_dist.data.encode import EncodedChunk, Encoder, chunks, encode_chunks
 from anon_dist.data.errors import PreparationError
 from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
-from anon_dist.data.lock import exclusive
 from anon_dist.data.meter import Meter, say
 from anon_dist.data.sample import training_sample, validation_fraction
 from anon_dist.data.shards import TokenShards
@@ -26,7 +25,7 @@ from anon_dist.data.sources import LimitedSource, Source, TextUnit, open_source
 from anon_dist.data.statistics import compute_statistics
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
 from anon_dist.data.writer import SplitState, SplitWriter
-from anon_dist.files import sync, sync_tree, write_json
+from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
 COMMIT_BYTES = 64 << 20
 """Text between two commits: a killed preparation loses at most the work on so much."""
@@ -100,12 +99,17 @@ def prepare(config: PrepareConfig) -> Index:
     _check(config)
     source = _source(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    with exclusive(config.out):
-        if config.overwrite:
-            _clear(config.out)
-        if (config.out / INDEX_FILE).exists():
-            return _already_complete(config, source)
-        return _Preparation(config, source).run()
+    try:
+        with exclusive(config.out):
+            if config.overwrite:
+                _clear(config.out)
+            if (config.out / INDEX_FILE).exists():
+                return _already_complete(config, source)
+            return _Preparation(config, source).run()
+    except InUseError:
+        raise PreparationError(
+            f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
+        ) from None
 
 
 class _Preparation:

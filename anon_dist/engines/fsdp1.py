@@ -40,9 +40,12 @@ def fsdp1_plugin(bf16: bool) -> FullyShardedDataParallelPlugin:
 class Fsdp1Engine(TorchEngine):
     """See `base.Engine`. On a rank a parameter is the 1-D part of it that lies in the rank's share of the block, often none of it."""
 
-    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, sharded_sums: bool
+    ) -> None:
+        """`sharded_sums`: see `start.wrap`."""
         with _quiet():
-            super().__init__(name, accelerator, model, optimizer)
+            super().__init__(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
 
     def _norm(self) -> float:
         square = torch.tensor(global_norm(self._parameters) ** 2, dtype=torch.float64, device=self._accelerator.device)

@@ -32,6 +32,8 @@ from anon_dist.optim import Anon
 Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
 Precision = Literal["fp32", "bf16", "fp16", "bf16-true"]
 Offload = Literal["off", "serial", "overlap"]
+Accumulate = Literal["sharded", "whole"]
+FSDP: tuple[Name, ...] = ("fsdp2", "hsdp", "fsdp1")
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,26 @@ def wrap(
     optimizer: Optimizer,
     tensor_parallel: int = 1,
     overlap: bool = True,
+    accumulate: Accumulate | None = None,
 ) -> Engine:
     """Model and optimizer under the engine; the optimizer with its state allocated for the wrapped parameters.
 
     Args:
         tensor_parallel: what `splitting_ranks` said.
         overlap: step an Anon in the background where FSDP2 keeps the parameters on the host.
+        accumulate: fsdp1, fsdp2 and hsdp: the gradients' sum over micro-batches. "sharded": ranks reduce each micro-batch's and keep their
+            share; "whole": all of it on every rank, reduced once a step. None: sharded, but for parameters of bfloat16, whose shares are
+            summed in bfloat16, where whole gradients are summed in float32.
 
     Raises:
-        EngineError: the ranks' weights differ, or what came back is not what was asked for.
+        EngineError: the ranks' weights differ, what came back is not what was asked for, or another engine is to `accumulate`.
     """
+    if accumulate is not None and name not in FSDP:
+        raise EngineError(
+            f"train.accumulate is a choice under {', '.join(FSDP)} only, and the engine is {name}; leave it out"
+        )
+    rounded = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    sharded_sums = name in FSDP and (accumulate or ("whole" if rounded else "sharded")) == "sharded"
     check_same_start(model, accelerator.device)
     if any(
         state and int(state["step"])
@@ -161,12 +173,13 @@ def wrap(
     if name == "zero1":
         return ZeroRedundancyEngine(name, accelerator, model, optimizer)
     if tensor_parallel > 1:
-        return TensorParallelEngine(name, accelerator, model, optimizer, tensor_parallel)
+        return TensorParallelEngine(name, accelerator, model, optimizer, tensor_parallel, sharded_sums=sharded_sums)
     if name == "fsdp1":
-        return Fsdp1Engine(name, accelerator, model, optimizer)
+        return Fsdp1Engine(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
     plugin = accelerator.state.fsdp_plugin if name in ("fsdp2", "hsdp") else None
     offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    return TorchEngine(name, accelerator, model, optimizer, overlap and offloaded and isinstance(optimizer, Anon))
+    overlap = overlap and offloaded and isinstance(optimizer, Anon)
+    return TorchEngine(name, accelerator, model, optimizer, overlap=overlap, sharded_sums=sharded_sums)
 
 
 def limit_waits(timeout: timedelta) -> None:

@@ -38,8 +38,17 @@ BLOCK_PLAN: dict[str, type[ColwiseParallel] | type[RowwiseParallel]] = {
 class TensorParallelEngine(TorchEngine):
     """See `base.Engine`. The checkpoint is the one that `TorchEngine` writes."""
 
-    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, ranks: int) -> None:
-        """`ranks`: in a group that splits matrices.
+    def __init__(
+        self,
+        name: str,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        ranks: int,
+        *,
+        sharded_sums: bool,
+    ) -> None:
+        """`ranks`: in a group that splits matrices. `sharded_sums`: see `start.wrap`.
 
         Raises:
             EngineError: the model is no Llama, or its sizes do not divide by `ranks`.
@@ -48,6 +57,7 @@ class TensorParallelEngine(TorchEngine):
         names = {p: name for name, p in model.named_parameters()}
         members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         self.name, self._accelerator, self.model = f"{name}+tp{ranks}", accelerator, model.to(accelerator.device)
+        self._sharded_sums = sharded_sums
         world = accelerator.num_processes
         mesh = init_device_mesh(accelerator.device.type, (world // ranks, ranks), mesh_dim_names=("data", "tensor"))
         _split(model, mesh["tensor"])
@@ -67,7 +77,7 @@ class TensorParallelEngine(TorchEngine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`."""
-        self.model.set_requires_gradient_sync(last)
+        self.model.set_requires_gradient_sync(last or self._sharded_sums)
         loss.backward()
 
 

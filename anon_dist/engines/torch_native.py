@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint import load_sharded, save_sharded
@@ -27,13 +28,21 @@ class TorchEngine:
     """Model and optimizer as `Accelerator.prepare` wraps them. See `base.Engine`."""
 
     _overlapped: OverlappedStep | None = None
+    _sharded_sums = False
 
     def __init__(
-        self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, overlap: bool = False
+        self,
+        name: str,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        overlap: bool = False,
+        sharded_sums: bool = False,
     ) -> None:
-        """`overlap`: step in the background (see `overlap`)."""
+        """`overlap`: step in the background (see `overlap`). `sharded_sums`: of FSDP, see `start.wrap`."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        self.name, self._accelerator = name, accelerator
+        self.name, self._accelerator, self._sharded_sums = name, accelerator, sharded_sums
         self.model, prepared = accelerator.prepare(model, optimizer)
         check_optimizer(prepared, self.model, type(optimizer), groups)
         self.optimizer: Optimizer = prepared.optimizer
@@ -44,10 +53,12 @@ class TorchEngine:
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """See `base.Engine`. DDP decides in the forward pass whether the backward pass reduces gradients, FSDP in the backward pass."""
-        return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
+        return contextlib.nullcontext() if last or self._sharded_sums else self._accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `base.Engine`."""
+        if self._sharded_sums and isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(last)  # hsdp: the replicas' sums can wait, sharded as they are
         with self.micro_batch(last):
             loss.backward()
 

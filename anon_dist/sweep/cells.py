@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from anon_dist.files import write_json
+from anon_dist.files import InUseError, exclusive, write_json
 from anon_dist.sweep.early import Curve
 from anon_dist.sweep.grid import Cell
 from anon_dist.train.config import Config, ConfigError, to_yaml
@@ -142,14 +140,10 @@ def held(folder: Path) -> Iterator[int]:
     Raises:
         ConfigError: another process holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--out {folder}: another sweep, or a run that a killed one left behind, is at work there. Wait, or name another folder"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with exclusive(folder) as descriptor:
+            yield descriptor
+    except InUseError:
+        raise ConfigError(
+            f"--out {folder}: another sweep, or a run that a killed one left behind, is at work there. Wait, or name another folder"
+        ) from None

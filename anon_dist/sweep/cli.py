@@ -21,6 +21,7 @@ import yaml
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, TokenShards, verify_checksums
 from anon_dist.files import write_json
+from anon_dist.machine import processor
 from anon_dist.optim.matching import Spectra
 from anon_dist.sweep.calibrate import calibrate
 from anon_dist.sweep.cells import CellFolder, held
@@ -70,7 +71,7 @@ class Sweep:
 
 @dataclass
 class Report:
-    """Write report.md and its pictures for a sweep as it is now; it may be running."""
+    """Write report.md, its pictures and cells.csv for a sweep as it is now; it may be running."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """The sweep's --out."""
@@ -268,16 +269,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def machine() -> str:
     """What computes, in a few words."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.machine(),
-    )
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
-    return f"{len(os.sched_getaffinity(0))} cores of {model}" + (f", {len(gpus)} × {gpus[0]}" if gpus else "")
-
-
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else []
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}" + (f", {len(gpus)} × {gpus[0]}" if gpus else "")

@@ -1,7 +1,9 @@
-"""A sweep as a Markdown page with pictures; at any time, of what is there."""
+"""A sweep as a Markdown page with pictures, and as a table for other programs; at any time, of what is there."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ NAMES = {"anon": "Anon", "adamw": "AdamW"}
 
 
 def write_report(sweep: Path) -> Path:
-    """Write `report.md` and its pictures into the sweep's folder.
+    """Write `report.md`, its pictures and `cells.csv`, a row for each cell, into the sweep's folder.
 
     Returns:
         The page.
@@ -41,10 +43,35 @@ def write_report(sweep: Path) -> Path:
         _not_results(results),
         _how(record, results),
     ]
-    page, temporary = sweep / "report.md", sweep / ".report.md"
-    temporary.write_text("\n\n".join(part for part in parts if part) + "\n")
-    temporary.replace(page)
-    return page
+    _replace(sweep / "cells.csv", _rows(results))
+    _replace(sweep / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    return sweep / "report.md"
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def _rows(results: Results) -> str:
+    """A line for each cell. Settings are as the grid has them; `factor` is what the learning rate was multiplied by."""
+    fields = _fields(results)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["optimizer", *fields, "factor", "seed", "state", "step", "loss", "bits_per_byte"])
+    for folder in results.folders:
+        cell, outcome = folder.cell, folder.outcome
+        settings = [show(cell.settings[f]) if f in cell.settings else "" for f in fields]
+        loss, bits = (outcome.loss, outcome.bits_per_byte) if outcome else (None, None)
+        ended = [cell.seed, folder.state, outcome.step if outcome else _step(folder), loss, bits]
+        writer.writerow([cell.optimizer, *settings, f"{cell.factor:.6g}", *ended])
+    return text.getvalue()
+
+
+def _fields(results: Results) -> list[str]:
+    """What the grid sets."""
+    return list(dict.fromkeys(name for s in results.settings for name in s.cell.settings))
 
 
 def _state(results: Results) -> str:
@@ -117,8 +144,7 @@ def _rate(setting: Setting) -> str:
 
 def _all(results: Results) -> str:
     """Every setting."""
-    fields = list(dict.fromkeys(name for s in results.settings for name in s.cell.settings))
-    rows = []
+    fields, rows = _fields(results), []
     for s in results.settings:
         values = [_rate(s) if f == LR else show(s.cell.settings[f]) if f in s.cell.settings else "" for f in fields]
         loss = "" if s.loss is None else str(s.loss) if s.ranked else f"({s.loss})"

@@ -139,6 +139,10 @@ class TrainConfig:
     """fsdp2 and hsdp: parameters, gradients and optimizer state in host memory, where the CPU steps them; serial: the device waits for the
     step; overlap: it goes on with the next forward, whose modules wait for their own parameters (Anon only; the same bits, so this is what
     None comes to). None: offloaded if accelerate's configuration says so."""
+    accumulate: Literal["sharded", "whole"] | None = None
+    """fsdp2, hsdp, fsdp1: how gradients of several micro-batches are summed. sharded: reduced after each micro-batch, so that a rank keeps
+    its share only; whole: on every rank in full, 4 bytes a parameter more, and reduced once a step. None: sharded, but whole for bf16-true,
+    which would sum shares in bfloat16."""
     deepspeed_config: str | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
     precision: Literal["fp32", "bf16", "fp16", "bf16-true"] = "fp32"

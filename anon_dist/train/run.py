@@ -115,7 +115,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     except ValueError as error:
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
-    engine = wrap(name, accelerator, built, optimizer, split, overlap=config.train.offload != "serial")
+    overlap, accumulate = config.train.offload != "serial", config.train.accumulate
+    engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate)
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 

@@ -25,8 +25,8 @@ from anon_dist.data import (
     prepare,
 )
 from anon_dist.data.encode import is_validation
-from anon_dist.data.lock import exclusive
 from anon_dist.data.writer import SplitWriter
+from anon_dist.files import exclusive
 
 SPM = "spm-bpe:600"
 # The package has a function of that name.

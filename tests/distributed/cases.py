@@ -442,23 +442,41 @@ def case_compact_runs_resume():
             assert metrics(Path(found[0]))[-1]["final_loss"] < metrics(Path(found[0]))[0]["loss"]
 
 
-def case_gradients_are_exchanged_once_a_step():
-    """However many micro-batches it has."""
-    for name in ("ddp", "fsdp2"):
+def case_gradients_are_exchanged_as_often_as_asked():
+    """Once a step however many micro-batches it has, or under FSDP, so that no rank keeps whole gradients, with each."""
+    norms = []
+    for name, accumulate, reductions, scatters in (
+        ("ddp", None, 1, 0),
+        ("fsdp2", "whole", 0, 1),
+        ("fsdp2", "sharded", 0, 3),
+        ("fsdp1", "whole", 0, 1),
+        ("fsdp1", None, 0, 3),
+    ):
         counts = []
         for rounds in (1, 3):
             forget_accelerate()
             model = small_model()
-            engine = wrap(*reversed(start(wanted(name))), model, Anon(param_groups(model, 0.1), lr=1e-3))
-            tokens = torch.randint(0, 100, (2, 33))
+            groups = param_groups(model, 0.1)
+            engine = wrap(*reversed(start(wanted(name))), model, Anon(groups, lr=1e-3), accumulate=accumulate)
             for _ in range(2):  # the first step sets up buckets
+                torch.manual_seed(dist.get_rank())
                 with Traffic() as traffic:
                     for i in range(rounds):
-                        with engine.micro_batch(last=i + 1 == rounds):
-                            engine.backward(token_loss(engine.model, tokens, None).mean(), last=i + 1 == rounds)
+                        tokens, last = torch.randint(0, 100, (2, 33)), i + 1 == rounds
+                        with engine.micro_batch(last):
+                            engine.backward(token_loss(engine.model, tokens, None).mean(), last)
             counts.append((traffic.sent["all-reduce"], traffic.sent["reduce-scatter"]))
-        assert counts[0] == counts[1], (name, counts)
-        assert sum(counts[0]) > 0
+        (reduced, scattered), more = counts
+        assert more == (reductions * reduced, scatters * scattered), (name, accumulate, counts)
+        assert reduced + scattered > 0
+        norms.append(engine.step(1e-3, None))
+    assert all(abs(norm / norms[0] - 1) < 1e-5 for norm in norms), norms
+
+
+def case_how_gradients_are_summed_is_a_choice_under_fsdp_only():
+    config = run_config(DATA, shared_folder(OUT), engine="ddp")
+    config.train.accumulate = "whole"
+    raises(EngineError, "train.accumulate is a choice under fsdp2, hsdp, fsdp1 only", lambda: run(config))
 
 
 def case_8_bit_states_move_between_engines():

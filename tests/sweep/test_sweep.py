@@ -1,5 +1,6 @@
 """The real thing, small: the command, the loop, a calibration, the report."""
 
+import csv
 import json
 from itertools import product
 
@@ -50,6 +51,11 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
     for gamma, loss in best.items():
         assert float(loss) == min(round(f.outcome.loss, 4) for (g, _), f in folders.items() if g == gamma)
     assert yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["train"]["steps"] == 16
+    with (out / "cells.csv").open() as file:
+        found = {(float(r["optim.gamma"]), float(r["optim.lr"])): r for r in csv.DictReader(file)}
+    assert {k: (float(r["loss"]), int(r["seed"]), r["state"]) for k, r in found.items()} == {
+        k: (f.outcome.loss, 0, "finished") for k, f in folders.items()
+    }
 
     def step_size(gamma):
         """Root mean square of the steps of a cell, over its records but the first, divided by the schedule's learning rate at γ = 1."""
