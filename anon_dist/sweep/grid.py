@@ -40,6 +40,9 @@ ANON_ONLY = tuple(
 )
 """Fields that do nothing to AdamW. Its eps, outside the square root, has another unit, and stays at its own default."""
 
+OWN_GAMMAS = ("optim.gamma_by_name", "optim.gamma_schedule")
+"""Fields that make γ differ within a cell."""
+
 OWN = {
     "optim.name": "use --baseline adamw",
     "train.seed": "use --seeds",
@@ -270,9 +273,8 @@ class Grid:
 
     def has_own_gammas(self, base: Config) -> bool:
         """Whether γ differs within a cell, by parameter or by step; each param group then needs its own factor (`optim.match`)."""
-        names = {name for name, _ in self.axes}
         given = bool(base.optim.gamma_by_name or base.optim.gamma_schedule)
-        return given or not names.isdisjoint(("optim.gamma_by_name", "optim.gamma_schedule"))
+        return given or any(name in OWN_GAMMAS for name, _ in self.axes)
 
     def gammas(self, base: Config) -> list[float]:
         """Those of Anon's cells."""

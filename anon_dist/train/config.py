@@ -74,7 +74,7 @@ class OptimConfig:
     name: Literal["anon", "adamw"] = "anon"
     """Anon, or torch's AdamW as a baseline. The fields marked (Anon) do nothing to AdamW."""
     lr: float = 6e-4
-    """Peak learning rate. Its unit depends on γ: rescale it with gamma."""
+    """Peak learning rate. Its unit depends on γ: rescale it with gamma, or set match."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the gradient's mean and of the squared gradient's."""
     eps: float | None = None

@@ -68,8 +68,28 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
 
     main(command)  # nothing is run twice
     assert "4 cells" in capsys.readouterr().out
+    check_factors_by_group(tmp_path, out / "calibration" / "spectrum.json", capsys)
     main(["sweep", "report", str(out)])
     assert capsys.readouterr().out.startswith("Report: ")
+
+
+def check_factors_by_group(tmp_path, measured, capsys):
+    """Where γ differs by parameter and step, each param group has its factor, from the spectra that the calibration kept by name."""
+    out = tmp_path / "own"
+    command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-from", str(measured)]
+    command += ["--grid", "optim.gamma_schedule={0: 0.5, 8: 1.0}", "--optim.gamma-by-name", "*wte*", "0.0"]
+    main(command)
+    assert "learning rates are multiplied group by group" in capsys.readouterr().out
+    (folder,) = CellFolder.all(out)
+    records = [r for r in folder.metrics() if "update_rms" in r]
+    factor = load_spectra(measured).of(["transformer.wte.weight"]).lr_factor(0.0, 1.0)
+    assert {r["gamma/0"] for r in records} == {0.0}
+    assert [r["lr_factor/0"] for r in records] == pytest.approx([factor] * 12, rel=1e-6)
+    assert [r["gamma/1"] for r in records] == [min(1.0, 0.5 + t / 16) for t in (*range(1, 12), 11)]
+    assert records[-1]["lr_factor/1"] == 1.0
+    page = (out / "report.md").read_text()
+    assert "gamma_schedule={0: 0.5,8: 1}" in page
+    assert "Learning rates are multiplied by a factor for each param group" in page
 
 
 @pytest.mark.parametrize(
@@ -120,28 +140,3 @@ def test_a_checkpoint_of_adamw_has_the_spectrum_of_its_moments(tmp_path):
         (tmp_path / "other.json").write_text(value)
         with pytest.raises(CheckpointError, match=r"other\.json holds no spectrum"):
             load_spectra(tmp_path / "other.json")
-
-
-def test_cells_whose_gamma_differs_by_parameter_and_step(base, tmp_path, capsys):
-    """--match-rms then gives each param group its factor, from the spectra that the calibration wrote by name."""
-    (tmp_path / "base.yaml").write_text(to_yaml(base(optim__update_clip=1.0)))
-    out = tmp_path / "sweep"
-    command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
-    command += ["--grid", "optim.gamma_schedule={0: 0.5, 8: 1.0},{0: 1.0}", "--optim.gamma-by-name", "*wte*", "0.0"]
-    main(command)
-    assert "learning rates are multiplied group by group" in capsys.readouterr().out
-    spectra = load_spectra(out / "calibration" / "spectrum.json")
-    factor = spectra.of(["transformer.wte.weight"]).lr_factor(0.0, 1.0)
-    cells = {str(f.cell.settings["optim.gamma_schedule"]): f for f in CellFolder.all(out)}
-    gammas = {}
-    for schedule, folder in cells.items():
-        last = [r for r in folder.metrics() if "update_rms" in r][-1]
-        assert last["lr_factor/0"] == pytest.approx(factor, rel=1e-6)
-        assert (last["gamma/0"], last["gamma/1"]) == (0.0, 1.0)
-        gammas[schedule] = [r["gamma/1"] for r in folder.metrics() if "update_rms" in r]
-    assert gammas["{'0': 1.0}"] == [1.0] * 12
-    assert gammas["{'0': 0.5, '8': 1.0}"] == [min(1.0, 0.5 + t / 16) for t in (*range(1, 12), 11)]
-    page = (out / "report.md").read_text()
-    assert "gamma_schedule={0: 0.5,8: 1}" in page.replace("\\", "")
-    main(command)  # nothing is run twice
-    assert "2 cells" in capsys.readouterr().out
