@@ -4,9 +4,9 @@
     python tools/study.py run --corpus python=data/stdlib --out runs/study [--only screen] [-- --parallel 2]
     python tools/study.py table runs/study/python …
 
-A corpus is a folder made by `anon-dist data prepare`, with a name for the tables. Each sweep is a folder OUT/CORPUS/SWEEP with its own report;
-interrupted, the same command goes on. AdamW is run at its own learning rates, with Anon's preset in the first sweep of a part and beta2 in
-another; every difference is taken seed by seed from AdamW at the learning rate and beta2 that are best for it over all of them.
+A corpus is a folder made by `anon-dist data prepare`, with a name for the tables. Each sweep is a folder OUT/CORPUS/SWEEP with its own
+report; interrupted, the same command goes on. Differences are taken seed by seed from AdamW at the learning rate and the beta2 that are best
+for it over all sweeps of a part.
 """
 
 from __future__ import annotations
