@@ -4,14 +4,15 @@
     python tools/study.py run --corpus python=data/stdlib --out runs/study [--only screen] [-- --parallel 2]
     python tools/study.py table runs/study/python …
 
-A corpus is a folder made by `anon-dist data prepare`, with a name for the tables. Each sweep is a folder OUT/CORPUS/SWEEP with its own report;
-interrupted, the same command goes on. AdamW is run at its own learning rates, with Anon's preset in the first sweep of a part and beta2 in
-another; every difference is taken seed by seed from AdamW at the learning rate and beta2 that are best for it over all of them.
+A corpus is a folder made by `anon-dist data prepare`, with a name for the tables. Each sweep is a folder OUT/CORPUS/SWEEP with its own
+report; interrupted, the same command goes on. Differences are taken seed by seed from AdamW at the learning rate and the beta2 that are
+best for it over all sweeps of a part.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Sweep:
 
 
 RATES = "optim.lr=3e-3,6e-3"
+VECTORS = "'*.ln_*': 0, '*.bias': 0"
+GROUPS = f"{{'*wte*': 0.5}},{{{VECTORS}}},{{'*wte*': 0.5, {VECTORS}}},{{'*wte*': 1.25}}".replace("'", '"')
 PARTS: dict[str, tuple[str, list[Sweep]]] = {
     # One dial at a time around the preset, 700 steps.
     "screen": (
@@ -45,6 +48,7 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
                 "beta2",
                 f"--grid optim.betas=[0.9,0.99],[0.9,0.999] {RATES} --baseline adamw --baseline-lr 3e-3,6e-3,1.2e-2",
             ),
+            Sweep("groups", f"--grid 'optim.gamma_by_name={GROUPS}' {RATES} --match-rms"),
             Sweep("clip", f"--grid optim.update_clip=null,0.3,3.0 {RATES}"),
             Sweep("beta3", f"--grid optim.beta3=0.5,0.9 {RATES}"),
             Sweep("rho", f"--grid optim.refresh_ratio=1.03,1.3 {RATES}"),
@@ -64,8 +68,8 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
             for sweep in sweeps:
                 out = Path(args.out) / name / f"{part}-{sweep.name}"
                 command = [sys.executable, "-m", "anon_dist.cli", "sweep", "--config", str(CONFIG), "--out", str(out)]
-                command += ["--data.path", folder, *common.split(), *sweep.args.split(), *more]
-                print(" ".join(command), flush=True)
+                command += ["--data.path", folder, *shlex.split(common), *shlex.split(sweep.args), *more]
+                print(shlex.join(command), flush=True)
                 subprocess.run(command, check=True)
 
 

@@ -30,7 +30,7 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo, schedule_key
 from anon_dist.optim import Anon
-from anon_dist.optim.hyper import HISTORY, schedule_of
+from anon_dist.optim.hyper import HISTORY, gamma_in_force, schedule_of
 from anon_dist.optim.update import D_MAX, D_MIN
 
 BLOCK = 1 << 20
@@ -168,7 +168,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
     notes, groups = [], []
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
-        gamma = float(old["gamma"])
+        gamma = gamma_in_force(old)
         if gamma == 0.0:
             raise CheckpointError(
                 f"param group {index} has gamma = 0: its preconditioner is 1 and says nothing about the gradient's scale, which AdamW "

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anon_dist.engines.check import StateBytes
+
+
+def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[float]) -> None:
+    """`lr` in all param groups, or one in each."""
+    rates = [lr] * len(groups) if isinstance(lr, float) else lr
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 class Engine(Protocol):
@@ -27,8 +35,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
 
-    def step(self, lr: float, clip: float | None) -> float:
-        """Clip the gradients to a global norm, step with learning rate `lr`, and drop the gradients.
+    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
+        """Clip the gradients to a global norm, step with learning rate `lr`, or one for each param group, and drop the gradients.
 
         If the norm is not finite, no rank steps and no step count moves.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint import load_sharded, save_sharded
+from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
@@ -60,7 +62,7 @@ class TorchEngine:
         with self.micro_batch(last):
             loss.backward()
 
-    def step(self, lr: float, clip: float | None) -> float:
+    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
         """See `base.Engine`."""
         norm = self._norm()
         if math.isfinite(norm):
@@ -74,9 +76,8 @@ class TorchEngine:
     def _norm(self) -> float:
         return global_norm(self._parameters)
 
-    def _step_optimizer(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _step_optimizer(self, lr: float | Sequence[float]) -> None:
+        set_learning_rates(self.optimizer.param_groups, lr)
         (self._overlapped or self.optimizer).step()
 
     def _wait(self) -> None:

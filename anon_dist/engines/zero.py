@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines import zero_restore
+from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
@@ -126,10 +127,9 @@ class ZeroEngine:
         if self._watch is not None and (missing := self._watch.missing()):
             raise EngineError(explain(missing))
 
-    def step(self, lr: float, clip: float | None) -> float:
+    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
         """See `base.Engine`. DeepSpeed clips, by its configuration."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self.optimizer.param_groups, lr)
         unchecked = self._unchecked_gradients()
         norm = math.nan
         if unchecked:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -15,9 +16,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp import load_state, save_state
+from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
+from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
+from anon_dist.optim.hyper import HISTORY
 from anon_dist.optim.state import decoded_states
 
 
@@ -42,9 +46,8 @@ class ZeroRedundancyEngine(TorchEngine):
             self.optimizer.init_state()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-    def _step_optimizer(self, lr: float) -> None:
-        for group in self._shared.param_groups:
-            group["lr"] = lr
+    def _step_optimizer(self, lr: float | Sequence[float]) -> None:
+        set_learning_rates(self._shared.param_groups, lr)
         self._shared.step()
 
     @contextmanager
@@ -61,7 +64,9 @@ class ZeroRedundancyEngine(TorchEngine):
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""
         with decoded_states(self.optimizer):
-            save_state(folder, self._state())
+            state = self._state()
+            self._agree_on_histories(state["optimizer"]["param_groups"])
+            save_state(folder, state)
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""
@@ -90,6 +95,26 @@ class ZeroRedundancyEngine(TorchEngine):
         ]
         state = {names[p]: values for p, values in self.optimizer.state.items()}
         return {"model": get_model_state_dict(self.model), "optimizer": {"state": state, "param_groups": groups}}
+
+    def _agree_on_histories(self, groups: list[dict[str, Any]]) -> None:
+        """Give each group the record of a rank that steps parameters of it; the checkpoint has one for all ranks.
+
+        Raises:
+            EngineError: ranks have different ones.
+        """
+        pairs = zip(self.optimizer.param_groups, groups, strict=True)
+        mine = [group.get(HISTORY) if own["params"] else None for own, group in pairs]
+        by_rank: list[list[str | None]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(by_rank, mine)
+        for index, (group, found) in enumerate(zip(groups, zip(*by_rank, strict=True), strict=True)):
+            known = {history for history in found if history is not None}
+            if len(known) > 1:
+                raise EngineError(
+                    f"ranks changed γ or the refresh schedule of param group {index} at different steps, since parameters that a rank "
+                    "keeps got no gradient in some: no checkpoint can hold that. Take engine ddp or fsdp2 (train.engine)"
+                )
+            if known:
+                group[HISTORY] = known.pop()
 
     def _keys_of_other_ranks(self) -> set[str]:
         """Keys of the checkpoint that hold the state of parameters of other ranks."""

@@ -20,10 +20,13 @@ from anon_dist.optim.hyper import (
     append_history,
     check_drift,
     drifted,
-    last_record,
+    gamma_before,
+    gamma_in_force,
     new_history,
     normalise,
+    schedule_of,
     state_dtypes,
+    turned,
     validate,
 )
 from anon_dist.optim.kernels import choice
@@ -71,7 +74,8 @@ class Anon(Optimizer):
         lr: learning rate η ≥ 0; a float, or a tensor of one element. The step is η · v · m̂, and v's unit depends on γ: rescale η with γ.
         betas: decay of the gradient's mean and of the squared gradient's, each in [0, 1).
         eps: ε > 0, added to the second moment before it is raised to γ.
-        gamma: adaptivity γ, any real number (tested for |γ| ≤ 4).
+        gamma: adaptivity γ, any real number (tested for |γ| ≤ 4). Edited in `param_groups` between steps, as a scheduler edits lr, it
+            takes effect at a refresh; see `next_gammas`.
         weight_decay: decoupled weight decay λ ≥ 0.
         refresh_ratio: ρ > 1; refreshes are at a_0 = 1, a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉). 2 is the paper's.
         beta3: weight in [0, 1) of the old preconditioner at a refresh. 0.5 is the paper's.
@@ -186,7 +190,7 @@ class Anon(Optimizer):
         """Change, in the middle of a run, hyperparameters that the state depends on.
 
         The others (lr, weight_decay, eps, update_clip, β1, maximize, hold_silent) can be set in `param_groups` at any time and act at
-        once. These cannot, since the preconditioner and the second moment were made with the old values:
+        once; so can gamma, which acts from a refresh on (see `next_gammas`). Here:
 
         - gamma: the preconditioner is converted, d ← d^(γ'/γ), at once;
         - beta3: from the next refresh on;
@@ -217,22 +221,44 @@ class Anon(Optimizer):
                 new["betas"] = (old["betas"][0], beta2)
             normalise(new)
             validate(new)
-            taken, made_with = self._steps_taken(old), last_record(old)["gamma"]
+            taken, made_with = self._steps_taken(old), gamma_in_force(old)
             if taken:
                 index = next(i for i, g in enumerate(self.param_groups) if g is old)
-                check_drift(index, old, {*changes, *(["beta2"] if beta2 is not None else [])})
-            if taken and made_with == 0.0 and new["gamma"] != 0.0:
+                check_drift(index, old, {*changes, "gamma", *(["beta2"] if beta2 is not None else [])})
+            wanted = new["gamma"] if gamma is not None or not taken else made_with  # an edit waits for its refresh
+            if taken and made_with == 0.0 and wanted != 0.0:
                 raise ValueError(
-                    "Anon: gamma cannot be changed from 0 after steps were taken: v = 1 says nothing about the gradient's scale. Keep "
-                    "the weights and start a new optimizer"
+                    "Anon: gamma cannot be changed from 0 at once after steps were taken: v = 1 says nothing about the gradient's "
+                    "scale. Set it in param_groups: it takes effect at the next refresh"
                 )
-            new[HISTORY] = append_history({**new, HISTORY: old[HISTORY]}, taken)
-            changed.append((old, new, made_with if taken else new["gamma"]))
-        for old, new, made_with in changed:
-            if new["gamma"] != made_with:
-                states = [self.state[p] for p in old["params"] if p in self.state]
-                update.convert_exponent([local(s["precond"]) for s in states], new["gamma"] / made_with)
+            new[HISTORY] = append_history({**new, "gamma": wanted}, taken)
+            changed.append((old, new, wanted / made_with if taken and wanted != made_with else 1.0))
+        for old, new, ratio in changed:
+            if ratio != 1.0:
+                self._convert([self.state[p] for p in old["params"] if p in self.state], ratio)
             old.update(new)
+
+    def next_gammas(self) -> list[float]:
+        """For each group, the γ in force in the next step's update.
+
+        It is `group["gamma"]`, but where that has been edited: then the γ before stays until a step refreshes the group's foremost
+        parameters, those with the most steps. In that step their preconditioners are converted, d ← d^(γ'/γ), as a part of the refresh.
+        Parameters that are not refreshed in it, being behind for want of gradients, are converted alongside: a group has one γ. From
+        γ = 0, where v = 1 says nothing, refreshed preconditioners are d = σ^γ' alone, as at first, and others cannot be converted: the
+        step refuses that.
+
+        Everything whose unit depends on γ (lr, update_clip, weight_decay) is to follow this γ. Foremost parameters are taken to get
+        gradients.
+        """
+        return [group["gamma"] if self._turns_next(group) else gamma_in_force(group) for group in self.param_groups]
+
+    def _turns_next(self, group: dict[str, Any]) -> bool:
+        taken = self._steps_taken(group)
+        return taken == 0 or schedule_of(group).plan(taken + 1).refresh
+
+    @staticmethod
+    def _convert(states: list[dict[str, Tensor]], ratio: float) -> None:
+        update.convert_exponent([local(s["precond"]) for s in states], ratio)
 
     def _steps_taken(self, group: dict[str, Any]) -> int:
         """The largest step count of the group's parameters."""
@@ -349,7 +375,8 @@ class Anon(Optimizer):
 
         Raises:
             RuntimeError: sparse gradients, a gradient sharded otherwise than its parameter, a hyperparameter that the state depends on
-                was changed without `rebase`, or `fused=True` where it is not possible. Nothing has been updated then.
+                was changed without `rebase`, γ leaves 0 (see `next_gammas`), or `fused=True` where it is not possible. Nothing has been
+                updated then.
             ValueError: a hyperparameter was set out of its range.
         """
         loss = None
@@ -392,14 +419,57 @@ class Anon(Optimizer):
             return work
         self._ensure_state()
         part_of = {p: i for i, part in enumerate(parts) for p in part}
+        turns: list[tuple[dict[str, Any], list[dict[str, Tensor]], float, str]] = []
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
             now = {**group, "lr": lr.clone() if parts and isinstance(lr, Tensor) else lr}
-            for part, bucket in self._buckets(index, group, part_of):
+            buckets = self._buckets(index, group, part_of)
+            for part, bucket in buckets:
                 work[part].append((bucket, now, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed))))
+            if turn := self._set_gammas(index, group, [bucket for _, bucket in buckets]):
+                turns.append((group, *turn))
+        for group, left, ratio, history in turns:
+            self._convert(left, ratio)
+            group[HISTORY] = history
         return work
+
+    def _set_gammas(
+        self, index: int, group: dict[str, Any], buckets: list[Bucket]
+    ) -> tuple[list[dict[str, Tensor]], float, str] | None:
+        """Tell the buckets their γ, before and after a refresh in this step.
+
+        Returns:
+            If an edited γ comes into force in this step (see `next_gammas`): the states that are to be converted, not being refreshed, by
+            which power, and the group's new history. Otherwise None.
+        """
+        present, wanted = gamma_in_force(group), group["gamma"]
+        turning: list[Bucket] = []
+        if wanted != present:
+            foremost, schedule = self._steps_taken(group) + 1, schedule_of(group)
+            if any(b.step == foremost and schedule.plan(b.step).refresh for b in buckets):
+                turning = [b for b in buckets if schedule.plan(b.step).refresh]
+        for bucket in buckets:
+            bucket.gammas = (gamma_before(group, bucket.step), present)
+        if not turning:
+            return None
+        for bucket in turning:
+            bucket.gammas = (present, wanted)
+        refreshed = {id(counter) for bucket in turning for counter in bucket.counters}
+        states = [self.state[p] for p in group["params"] if p in self.state]
+        left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
+        ratio, others = update.gamma_ratio(present, wanted), self._has_absent_state()
+        if left and (ratio is None or others):
+            why = (
+                "v = 1 there says nothing of the gradient's scale" if ratio is None else "not all parameters are in it"
+            )
+            raise RuntimeError(
+                f"Anon: gamma of param group {index} was changed from {present!r} to {wanted!r}, and {len(left)} of its parameters have "
+                f"taken fewer steps than the others, for want of gradients: they cannot be converted, since {why}. Put them in a param "
+                f"group of their own, or set {present!r} again"
+            )
+        return left, 1.0 if ratio is None else ratio, turned(group, foremost, others)
 
     @torch.no_grad()
     def _update(self, work: list[Work]) -> None:
@@ -417,12 +487,13 @@ class Anon(Optimizer):
         return bool(parameters) and all(p.grad is None for p in parameters)
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
-        """Refuse values out of range and, once steps were taken, values that the state was not made with."""
+        """Refuse values out of range and, once steps were taken, values that the state was not made with; but see `_set_gammas`."""
         validate(group)
         if drifted(group):
             if self._steps_taken(group) or self._has_absent_state():
-                check_drift(index, group)
-            group[HISTORY] = new_history(group)
+                check_drift(index, group, {"gamma"})
+            else:
+                group[HISTORY] = new_history(group)
 
     def _buckets(self, index: int, group: dict[str, Any], part_of: dict[Tensor, int]) -> list[tuple[int, Bucket]]:
         """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part."""

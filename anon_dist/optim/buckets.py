@@ -23,6 +23,7 @@ from anon_dist.optim.rounding import (
     salt_of,
     to_bfloat16_stochastically,
 )
+from anon_dist.optim.schedule import Plan
 from anon_dist.optim.state import local
 
 MEANS = frozenset({"m", "s"})
@@ -38,6 +39,8 @@ class Bucket:
 
     step: int
     """The step that is taken; the counters go up to it when it has been."""
+    gammas: tuple[float, float] = (1.0, 1.0)
+    """γ that v was made with, and γ that a refresh in this step makes it with."""
     counters: list[Tensor] = field(default_factory=list)
     theta: list[Tensor] = field(default_factory=list)
     grad: list[Tensor] = field(default_factory=list)
@@ -67,7 +70,7 @@ class Bucket:
             elements += tensor.numel()
             if not together or elements >= BUCKET_ELEMENTS or i + 1 == len(self.theta):
                 lists = (x[start : i + 1] for x in (self.counters, *self.lists, self.exponents))
-                yield Bucket(self.step, *lists)
+                yield Bucket(self.step, self.gammas, *lists)
                 start, elements = i + 1, 0
 
 
@@ -93,14 +96,15 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
     if plan.accumulate:
         update.accumulate(s, grad, plan.beta2)
     if plan.refresh:
+        gamma, ratio, keep = at_refresh(bucket, group, plan)
         update.refresh(
             v,
             s,
-            gamma=group["gamma"],
-            beta3=group["beta3"],
+            gamma=gamma,
+            gamma_ratio=ratio,
+            keep=keep,
             eps=group["eps"],
             debias=plan.debias,
-            first=plan.first,
             hold_silent=group["hold_silent"],
         )
     update.apply_update(theta, v, m, lr=lr, debias=1.0 - beta1**bucket.step, clip=group["update_clip"])
@@ -122,9 +126,20 @@ def update_bucket_fused(bucket: Bucket, group: dict[str, Any]) -> None:
     torch._foreach_add_(bucket.counters, 1.0)
 
 
+def at_refresh(bucket: Bucket, group: dict[str, Any], plan: Plan) -> tuple[float, float, float]:
+    """γ of a refresh of the bucket, its ratio to the γ of the old preconditioner, and the weight of that.
+
+    At the first refresh there is none; one of γ = 0 says nothing at another γ, so that this refresh is as the first.
+    """
+    old, new = bucket.gammas
+    ratio = update.gamma_ratio(old, new)
+    return (new, 1.0, 0.0) if plan.first or ratio is None else (new, ratio, group["beta3"])
+
+
 def step_arguments(bucket: Bucket, group: dict[str, Any]) -> dict[str, Any]:
     """What a kernel is told about the bucket's step; see `cpu.run`."""
     plan, lr = schedule_of(group).plan(bucket.step), group["lr"]
+    gamma, ratio, keep = at_refresh(bucket, group, plan)
     on_gpu = isinstance(lr, Tensor) and bucket.theta[0].device.type == "cuda" and lr.device.type == "cuda"
     return {
         "lr": lr if on_gpu else float(lr),  # a learning rate that lives on the device stays there
@@ -134,8 +149,9 @@ def step_arguments(bucket: Bucket, group: dict[str, Any]) -> dict[str, Any]:
         "step": bucket.step,
         "variant": cpu.REFRESH if plan.refresh else cpu.ACCUMULATE if plan.accumulate else cpu.PLAIN,
         "debias_s": plan.debias,
-        "keep_d": 0.0 if plan.first else group["beta3"],
-        "gamma": group["gamma"],
+        "keep_d": keep,
+        "gamma": gamma,
+        "gamma_ratio": ratio,
         "eps": group["eps"],
         "clip": group["update_clip"],
         "hold_silent": group["hold_silent"],

@@ -1,8 +1,10 @@
 """Anon's hyperparameters: their allowed ranges, and the record of those that the state depends on.
 
 The preconditioner and the second moment are only meaningful together with the γ, ρ, β2, β3 and window that made them. Each param group
-therefore carries, under `HISTORY`, a record of the values its state was made with; a group whose values have drifted from their record was
-edited past `Anon.rebase`, and a step refuses it. The record is a JSON string: one leaf, which no checkpoint library takes apart.
+therefore carries, under `HISTORY`, a record of the values its state was made with. A group whose ρ, β2, β3 or window have drifted from
+their record was edited past `Anon.rebase`, and a step refuses it. A γ that has been edited takes effect at a refresh, and goes on record
+there: the last record's is the one *in force*, which made the preconditioners of all of the group's parameters. The record is a JSON
+string: one leaf, which no checkpoint library takes apart.
 """
 
 from __future__ import annotations
@@ -172,6 +174,30 @@ def check_drift(index: int, group: Group, allowed: Collection[str] = ()) -> None
                 f"Anon: {name} of param group {index} was changed from {recorded!r} to {present!r} after steps were taken. The state was "
                 f"made with {recorded!r}: call optimizer.rebase({name}={present!r}), which converts it, or set {recorded!r} again"
             )
+
+
+def gamma_in_force(group: Group) -> float:
+    """γ of the group's preconditioners, which is not yet `group["gamma"]` where that was edited since the last refresh."""
+    return float(last_record(group)["gamma"] if HISTORY in group else group["gamma"])
+
+
+def gamma_before(group: Group, step: int) -> float:
+    """γ of the preconditioner of a parameter that is about to take `step`; see `turned`."""
+    record = last_record(group)
+    return float(record["gamma_before"] if step <= record.get("turned_at", 0) else record["gamma"])
+
+
+def turned(group: Group, step: int, others: bool) -> str:
+    """The group's history once its edited γ has come into force, at the refresh in `step`.
+
+    Args:
+        others: whether the group has parameters that cannot be seen now, and whose turn in the same step comes next (DeepSpeed's stage 3
+            steps a group in parts): theirs are still of the γ before.
+    """
+    *entries, last = json.loads(group[HISTORY])
+    kept = {key: last[key] for key in recorded(group)}
+    turn = {"turned_at": step, "gamma_before": last["gamma"]} if others else {}
+    return json.dumps([*entries, {**kept, "gamma": float(group["gamma"]), **turn}])
 
 
 def last_record(group: Group) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Without a clip f = R(1) / R(γ). With one, the left side is √(1/N Σ min(f² m
 
 All of it follows from how σ and m̂² are distributed together, so one histogram of them, a `Spectrum`, serves every γ and c, and adds up over
 tensors, steps and ranks. Where m̂ is not known, gradients that are mostly noise have E[m̂²] = σ (1 − β1) / (1 + β1); the constant cancels
-without a clip, and f = E[σ^(1−γ)]^(−1/2).
+without a clip, and f = E[σ^(1−γ)]^(−1/2). Param groups of different γ need a factor each, so `Spectra` has a histogram per parameter.
 
 It is a snapshot: gradients shrink and spread in training, and steps of γ ≠ 1 with them. And v of another γ averages σ^γ over refreshes,
 where γ = 1 averages σ: while σ is made of few gradients, in the first hundred steps or so, steps at γ < 0 come out smaller than this
@@ -24,10 +24,11 @@ says (by a third at γ = −1, β3 = 0.8 and 8 gradients between refreshes).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BINS_PER_OCTAVE = 8
 LEAST, MOST = -256, 128
@@ -124,6 +125,102 @@ class Spectrum:
         made.elements = value["elements"]
         made._counts = {int(index): count for index, count in value["counts"].items()}
         return made
+
+
+class Spectra:
+    """A spectrum for each parameter name; or one for all parameters, whatever their names, as older files have it."""
+
+    def __init__(self, by_name: Mapping[str, Spectrum] | None = None, of_all: Spectrum | None = None) -> None:
+        self._by_name, self._of_all = dict(by_name or {}), of_all
+
+    def of(self, names: Iterable[str]) -> Spectrum:
+        """The parameters' together.
+
+        Raises:
+            KeyError: naming the first that there is none of.
+        """
+        return self._of_all or _merged(self._by_name[name] for name in names)
+
+    def whole(self) -> Spectrum:
+        """All parameters' together."""
+        return self._of_all or _merged(self._by_name.values())
+
+    def merge(self, other: Spectra) -> None:
+        """Count the other's elements too; both by name."""
+        for name, spectrum in other._by_name.items():
+            self._by_name.setdefault(name, Spectrum()).merge(spectrum)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        if self._of_all:
+            return self._of_all.to_json()
+        return {"parameters": {name: spectrum.to_json() for name, spectrum in self._by_name.items()}}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Spectra:
+        """What `to_json`, or a single spectrum's, gave.
+
+        Raises:
+            ValueError: it was made with other bins.
+            KeyError: it is something else.
+        """
+        if "parameters" not in value:
+            return cls(of_all=Spectrum.from_json(value))
+        return cls({name: Spectrum.from_json(x) for name, x in value["parameters"].items()})
+
+
+def matched(
+    groups: Sequence[dict[str, Any]],
+    model: nn.Module,
+    spectra: Spectra,
+    *,
+    lr: float,
+    update_clip: float | None = None,
+    gamma: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Param groups for `Anon` whose lr, update_clip and weight_decay are meant for γ = 1: multiplied, in each group, for its own γ.
+
+        groups = param_groups(model, 0.1, gamma={"*wte*": 0.5})
+        optimizer = Anon(matched(groups, model, spectra, lr=1e-3, update_clip=1.0))
+
+    Args:
+        groups: as `param_groups` makes them.
+        lr, update_clip, gamma: of groups that do not say.
+
+    Raises:
+        ValueError: a spectrum is missing, or says nothing, since no gradient was seen.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    made = []
+    for group in groups:
+        spectrum = group_spectrum(spectra, [names[p] for p in group["params"]])
+        clip = group.get("update_clip", update_clip)
+        f = spectrum.lr_factor(group.get("gamma", gamma), clip)
+        values = {"lr": group.get("lr", lr) * f, "update_clip": clip and clip / f}
+        made.append({**group, **values, "weight_decay": group.get("weight_decay", 0.0) / f})
+    return made
+
+
+def group_spectrum(spectra: Spectra, names: Sequence[str]) -> Spectrum:
+    """The spectrum of a param group's parameters.
+
+    Raises:
+        ValueError: there is none of a parameter, or no gradient was seen in any.
+    """
+    try:
+        spectrum = spectra.of(names)
+    except KeyError as error:
+        raise ValueError(f"there is no spectrum of parameter {error}: it was measured on another model") from None
+    if spectrum.rms(1.0) == 0.0:
+        raise ValueError(f"the spectrum of {', '.join(names[:3])}, … says nothing: no gradient was seen there")
+    return spectrum
+
+
+def _merged(spectra: Iterable[Spectrum]) -> Spectrum:
+    total = Spectrum()
+    for spectrum in spectra:
+        total.merge(spectrum)
+    return total
 
 
 def _bin(positive: Tensor) -> Tensor:

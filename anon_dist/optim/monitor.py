@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from anon_dist.optim.anon import Anon
-from anon_dist.optim.hyper import schedule_of
+from anon_dist.optim.hyper import gamma_in_force, schedule_of
 from anon_dist.optim.state import decoded, local
 
 
@@ -39,6 +39,8 @@ class GroupUpdate:
     """Σ (log2 v)²"""
     age: int = 0
     """Steps since v was last refreshed."""
+    gamma: float | None = None
+    """The γ in force; None where this rank has none of the group's parameters."""
 
 
 @torch.no_grad()
@@ -54,6 +56,8 @@ def group_updates(optimizer: Anon) -> list[GroupUpdate]:
             newest = max(newest, step)
             v, m = local(state["precond"]).float(), local(decoded(state)["exp_avg"]).float()
             _add(total, v, m / (1.0 - group["betas"][0] ** step), group["update_clip"], _copies(p))
+        if newest:
+            total.gamma = gamma_in_force(group)
         total.age = newest - max(schedule_of(group).refreshes(newest), default=0) if newest else 0
         found.append(total)
     return found

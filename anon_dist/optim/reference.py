@@ -17,6 +17,8 @@ class ReferenceAnon:
 
     Attributes:
         theta, m, s, v: float64 tensors of the parameter's shape.
+        gamma: to be set between steps; the next refresh takes it up.
+        v_gamma: the γ that v is of.
         t: steps taken.
         k: refreshes made.
     """
@@ -42,6 +44,7 @@ class ReferenceAnon:
         self.s = torch.zeros_like(self.theta)
         self.v = torch.ones_like(self.theta)
         self.lr, (self.beta1, self.beta2), self.eps, self.gamma = lr, betas, eps, gamma
+        self.v_gamma = gamma
         self.weight_decay, self.beta3, self.update_clip = weight_decay, beta3, update_clip
         self.hold_silent, self.maximize = hold_silent, maximize
         self.ratio = Fraction(str(refresh_ratio))
@@ -81,7 +84,14 @@ class ReferenceAnon:
         age = min(self.window, self.next_refresh - self.last_refresh)
         sigma = self.s / (1 - self.beta2**age) + self.eps
         fresh = (sigma**self.gamma).clamp(2.0**-126, 2.0**127)
-        d = fresh if self.k == 0 else self.beta3 * self.v**-2 + (1 - self.beta3) * fresh
+        old_says_something = self.k > 0
+        if self.gamma != self.v_gamma:
+            if self.v_gamma == 0 or abs(self.gamma / self.v_gamma) > 256:
+                old_says_something = False
+            elif self.k > 0:
+                self.v = (self.v ** (self.gamma / self.v_gamma)).clamp(2.0**-63.5, 2.0**63)
+            self.v_gamma = self.gamma
+        d = self.beta3 * self.v**-2 + (1 - self.beta3) * fresh if old_says_something else fresh
         v = d**-0.5
         self.v = torch.where(self.s == 0, self.v, v) if self.hold_silent else v
         self.s = torch.zeros_like(self.s)

@@ -7,7 +7,7 @@ For t = 1, 2, …, gradient g and learning rate η:
     s ← β2 s + (1 − β2) g²                           accumulate
     if t = a_k:                                      refresh
         σ = s / (1 − β2^age) + ε
-        d ← σ^γ  (k = 0)   or   β3 d + (1 − β3) σ^γ
+        d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ       γ° = γ at the last refresh
         v ← d^(−1/2);  s ← 0
     θ ← θ − η · clip(v · m / (1 − β1^t))             apply_update
 
@@ -26,6 +26,12 @@ Tensors = list[Tensor]
 
 D_MIN, D_MAX = 2.0**-126, 2.0**127
 """d = σ^γ is kept in float32's normal range: at ε = 1e-16, γ = 3 a silent coordinate would otherwise have v = ∞."""
+
+MOST_RATIO = 256.0
+"""A preconditioner is taken from γ to γ' where |γ'/γ| is no larger: the power multiplies its rounding, to 2^-16 in float32."""
+
+V_MIN, V_MAX = D_MAX**-0.5, D_MIN**-0.5
+"""The same range, of v."""
 
 REFRESH_ELEMENTS = 1 << 22
 """A refresh works in float64; it goes through a tensor in pieces of this many elements, so that it needs no more than 100 MB."""
@@ -52,13 +58,13 @@ def refresh(
     s: Tensors,
     *,
     gamma: float,
-    beta3: float,
+    gamma_ratio: float,
+    keep: float,
     eps: float,
     debias: float,
-    first: bool,
     hold_silent: bool,
 ) -> None:
-    """v ← (β3 v^(−2) + (1 − β3) σ^γ)^(−1/2) with σ = s / debias + ε, then s ← 0; both in place, computed in float64.
+    """v ← (keep · v^(−2 γ/γ°) + (1 − keep) σ^γ)^(−1/2) with σ = s / debias + ε, then s ← 0; both in place, computed in float64.
 
     float32 would not do: for σ = 1e-16 and γ = 2 its rounding of ln σ alone moves σ^γ by 40 units. σ^γ is exp(γ ln σ) because torch's
     vectorised `exp` and `log` treat the end of a tensor as they do its middle; its `pow` and `exp2` do not.
@@ -66,20 +72,21 @@ def refresh(
     Args:
         v: preconditioners; 1 before the first refresh.
         s: second moments since the last refresh.
+        gamma_ratio: γ/γ°, γ° having made v. 1: v is taken as it is.
+        keep: β3; or 0 where there is no older preconditioner, k = 0.
         debias: summed weight of what s holds, 1 − β2^age.
-        first: k = 0: there is no older preconditioner (`beta3` is not used).
-        hold_silent: elements with s = 0 keep their v.
+        hold_silent: elements with s = 0 keep their v, at the new γ: v^(γ/γ°).
     """
-    keep = 0.0 if first else beta3
     for whole_v, whole_s in zip(v, s, strict=True):
         for v_i, s_i in _pieces(whole_v, whole_s):
             sigma = s_i.double().div_(debias).add_(eps)
             d = sigma.log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX) if gamma else torch.ones_like(sigma)
+            old = v_i.double() if gamma_ratio == 1.0 else _power(v_i, gamma_ratio)
             if keep:
-                d.mul_(1.0 - keep).add_(v_i.double().square_().reciprocal_(), alpha=keep)
+                d.mul_(1.0 - keep).add_(old.square().reciprocal_(), alpha=keep)
             fresh = d.rsqrt_()
             if hold_silent:
-                fresh = torch.where(s_i == 0, v_i.double(), fresh)
+                fresh = torch.where(s_i == 0, old, fresh)
             v_i.copy_(fresh)
         whole_s.zero_()
 
@@ -103,11 +110,23 @@ def apply_update(
         torch._foreach_sub_(theta, update)
 
 
+def gamma_ratio(old: float, new: float) -> float | None:
+    """γ'/γ, the power that takes a preconditioner of γ = `old` to γ' = `new`; None where it says too little: γ is 0, or next to it."""
+    if old == new:
+        return 1.0
+    return new / old if abs(new) <= MOST_RATIO * abs(old) and old != 0.0 else None
+
+
 def convert_exponent(v: Tensors, ratio: float) -> None:
     """v ← v^ratio in place, in float64: d^(γ'/γ), with d = v^(−2) clamped to `D_MIN` and `D_MAX`."""
     for whole in v:
         for (v_i,) in _pieces(whole):
-            v_i.copy_(v_i.double().log_().mul_(ratio).exp_().clamp_(D_MAX**-0.5, D_MIN**-0.5))
+            v_i.copy_(_power(v_i, ratio))
+
+
+def _power(v: Tensor, ratio: float) -> Tensor:
+    """v^ratio, in float64."""
+    return v.double().log_().mul_(ratio).exp_().clamp_(V_MIN, V_MAX)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -22,13 +22,14 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, TokenShards, verify_checksums
 from anon_dist.files import write_json
 from anon_dist.machine import processor
-from anon_dist.optim.matching import Spectrum
-from anon_dist.sweep.calibrate import calibrate, spectrum_of
+from anon_dist.optim.matching import Spectra
+from anon_dist.sweep.calibrate import calibrate
 from anon_dist.sweep.cells import CellFolder, held
 from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
+from anon_dist.train.spectrum import load_spectra
 
 
 @dataclass
@@ -54,9 +55,10 @@ class Sweep:
     """Its learning rates, as in --grid. None: those of the grid."""
     match_rms: bool = False
     """Learning rates (and update_clip, and 1 / weight_decay) are meant for γ = 1, and multiplied for other γ so that steps keep their
-    root mean square: see anon_dist.optim.matching. Measured in a short run at γ = 1."""
+    root mean square: see anon_dist.optim.matching. Measured in a short run at γ = 1. One factor for a cell; with gamma_by_name or
+    gamma_schedule, one for each param group."""
     match_from: Path | None = None
-    """The same, measured from a checkpoint of Anon or AdamW."""
+    """The same, measured from a checkpoint of Anon or AdamW, or as another sweep's calibration/spectrum.json has it."""
     parallel: int | None = None
     """Runs at once. None: one per GPU, or one per core as far as free memory goes."""
     early_stop: bool = True
@@ -119,23 +121,29 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
     if args.parallel is not None and args.parallel < 1:
         raise ConfigError(f"--parallel {args.parallel}: at least 1")
     matched = args.match_rms or args.match_from is not None
-    if matched and base.optim.gamma_by_name:
-        raise ConfigError("--match-rms gives one factor for all parameters; remove optim.gamma_by_name")
+    if matched and base.optim.match is not None:
+        raise ConfigError("optim.match matches learning rates already; remove it, or --match-rms and --match-from")
+    kept, common = args.out / "calibration" / "spectrum.json", copy.deepcopy(base)
+    by_group = matched and grid.has_own_gammas(base)
+    if by_group:
+        base.optim.match = str(kept.resolve())
     grid.cells(base)  # for its errors
     index = _check_data(base)
     args.out.mkdir(parents=True, exist_ok=True)
     room = Room.of_this_machine(base, index.vocab_size, args.parallel)
     with held(args.out) as lock:
-        _record(args.out, base, index, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
+        _record(args.out, common, index, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
         if matched:
-            spectrum = _spectrum(args, base, grid, room, lock, trainer)
-            if spectrum is None:
+            spectra = _spectra(args, kept, base, grid, room, lock, trainer)
+            if spectra is None:
                 return False
-            grid = replace(grid, factor=spectrum.lr_factor)
-            for gamma in grid.gammas(base):
-                print(
-                    f"γ = {gamma:g}: learning rates are multiplied by {grid.factor_of(gamma, base.optim.update_clip):g}"
-                )
+            if by_group:
+                print("learning rates are multiplied group by group: lr_factor/0, … in the cells' metrics.jsonl")
+            else:
+                grid = replace(grid, factor=spectra.whole().lr_factor)
+                for gamma in grid.gammas(base):
+                    factor = grid.factor_of(gamma, base.optim.update_clip)
+                    print(f"γ = {gamma:g}: learning rates are multiplied by {factor:g}")
         cells = [CellFolder.of(args.out, cell) for cell in grid.cells(base)]
         _reopen(cells, args)
         for cell in cells:
@@ -195,20 +203,20 @@ def _check_data(base: Config) -> Index:
     return index
 
 
-def _spectrum(args: Sweep, base: Config, grid: Grid, room: Room, lock: int, trainer: Command) -> Spectrum | None:
-    """Measured once for a folder. None if a signal ended the run that measures it."""
-    folder = args.out / "calibration"
-    kept = folder / "spectrum.json"
+def _spectra(
+    args: Sweep, kept: Path, base: Config, grid: Grid, room: Room, lock: int, trainer: Command
+) -> Spectra | None:
+    """Measured once for a folder, and kept in a file of it. None if a signal ended the run that measures it."""
     if kept.exists():
-        return Spectrum.from_json(json.loads(kept.read_text()))
+        return load_spectra(kept)
     if args.match_from is not None:
-        spectrum: Spectrum | None = spectrum_of(args.match_from)
+        spectra: Spectra | None = load_spectra(args.match_from)
     else:
-        spectrum = calibrate(folder, base, grid, room, lock, trainer, lambda text: print(text, flush=True))
-    if spectrum is not None:
-        folder.mkdir(exist_ok=True)
-        write_json(kept, spectrum.to_json())
-    return spectrum
+        spectra = calibrate(kept.parent, base, grid, room, lock, trainer, lambda text: print(text, flush=True))
+    if spectra is not None:
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, spectra.to_json())
+    return spectra
 
 
 def _reopen(cells: list[CellFolder], args: Sweep) -> None:

@@ -28,6 +28,8 @@ ANON_ONLY = tuple(
     for key in (
         "gamma",
         "gamma_by_name",
+        "gamma_schedule",
+        "match",
         "refresh_ratio",
         "beta3",
         "update_clip",
@@ -37,6 +39,9 @@ ANON_ONLY = tuple(
     )
 )
 """Fields that do nothing to AdamW. Its eps, outside the square root, has another unit, and stays at its own default."""
+
+OWN_GAMMAS = ("optim.gamma_by_name", "optim.gamma_schedule")
+"""Fields that make γ differ within a cell."""
 
 OWN = {
     "optim.name": "use --baseline adamw",
@@ -83,6 +88,7 @@ class Cell:
         """The folder's: for a person, and unique by a hash of everything."""
         everything = json.dumps([self.optimizer, sorted(self.settings.items()), self.seed, self.factor])
         readable = f"{self.setting} seed={self.seed}".replace(" ", "_").replace("/", "-")
+        readable = readable.translate(dict.fromkeys(map(ord, "{}*?:'\"")))
         return f"{readable[:96]}_{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
 
     def config(self, base: Config) -> Config:
@@ -118,6 +124,8 @@ def show(value: Any) -> str:
     """A setting's value in few characters."""
     if isinstance(value, tuple | list):
         return "[" + ",".join(map(show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -125,7 +133,8 @@ def show(value: Any) -> str:
 
 
 def parse_axis(text: str, base: Config) -> Axis:
-    """`optim.gamma=-0.5:1.5:0.25`, `optim.lr=log:1e-3:1e-2:4`, `schedule.decay=cosine,wsd`, `optim.betas=[0.9,0.95],[0.9,0.99]`.
+    """`optim.gamma=-0.5:1.5:0.25`, `optim.lr=log:1e-3:1e-2:4`, `schedule.decay=cosine,wsd`, `optim.betas=[0.9,0.95],[0.9,0.99]`,
+    `optim.gamma_schedule={0: 0.5, 1000: 1.0},{0: 1.0}`.
 
     Values are separated by commas, and each may be a range: `a:b:step` with both ends, or `log:a:b:n`, n values spaced evenly by ratio.
     A value that comes twice counts once.
@@ -184,10 +193,10 @@ def _numeric(name: str) -> bool:
 
 
 def _split(values: str, where: str) -> list[str]:
-    """At commas outside of brackets."""
+    """At commas outside of brackets and braces."""
     items, depth = [""], 0
     for character in values:
-        depth += {"[": 1, "]": -1}.get(character, 0)
+        depth += {"[": 1, "]": -1, "{": 1, "}": -1}.get(character, 0)
         if character == "," and depth == 0:
             items.append("")
         else:
@@ -199,7 +208,7 @@ def _split(values: str, where: str) -> list[str]:
 
 def _item(item: str, where: str, numeric: bool) -> list[Any]:
     """One value, or the values of a range."""
-    if ":" not in item or item.startswith("[") or not numeric:
+    if ":" not in item or item.startswith(("[", "{")) or not numeric:
         return [_scalar(item, where)]
     parts = item.removeprefix("log:").split(":")
     try:
@@ -261,6 +270,11 @@ class Grid:
     """Its learning rates; None: those of the grid."""
     factor: Callable[[float, float | None], float] | None = None
     """(γ, clip) → factor on Anon's learning rate, as `Spectrum.lr_factor`; None: 1."""
+
+    def has_own_gammas(self, base: Config) -> bool:
+        """Whether γ differs within a cell, by parameter or by step; each param group then needs its own factor (`optim.match`)."""
+        given = bool(base.optim.gamma_by_name or base.optim.gamma_schedule)
+        return given or any(name in OWN_GAMMAS for name, _ in self.axes)
 
     def gammas(self, base: Config) -> list[float]:
         """Those of Anon's cells."""

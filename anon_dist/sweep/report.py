@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from anon_dist.sweep.cells import CellFolder
-from anon_dist.sweep.grid import short, show
+from anon_dist.sweep.grid import OWN_GAMMAS, short, show
 from anon_dist.sweep.plots import LR, draw_all
 from anon_dist.sweep.results import Results, Setting, paired
 from anon_dist.train.config import ConfigError
@@ -199,6 +199,9 @@ def _how(record: dict[str, Any], results: Results) -> str:
     if record["match_rms"]:
         factors = {s.cell.gamma: s.cell.factor for s in results.of("anon")}
         said = ", ".join(f"{f:g}" + (f" at γ = {show(g)}" if g is not None else "") for g, f in factors.items())
+        fields = {f"optim.{k}" for k, v in record["config"]["optim"].items() if v}
+        if not fields.union(*(s.cell.settings for s in results.settings)).isdisjoint(OWN_GAMMAS):
+            said = "a factor for each param group (lr_factor/i in metrics.jsonl)"
         lines += [
             "",
             f"Learning rates are multiplied by {said}, which keeps the root mean square of γ = 1's steps, measured in "

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from anon_dist.sweep.cells import CellFolder, Outcome
-from anon_dist.sweep.grid import Cell
+from anon_dist.sweep.grid import Cell, show
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def paired(a: Setting, b: Setting) -> Spread | None:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else show(value) if isinstance(value, dict) else value
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:

@@ -74,7 +74,7 @@ class OptimConfig:
     name: Literal["anon", "adamw"] = "anon"
     """Anon, or torch's AdamW as a baseline. The fields marked (Anon) do nothing to AdamW."""
     lr: float = 6e-4
-    """Peak learning rate. Its unit depends on γ: rescale it with gamma."""
+    """Peak learning rate. Its unit depends on γ: rescale it with gamma, or set match."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the gradient's mean and of the squared gradient's."""
     eps: float | None = None
@@ -84,7 +84,14 @@ class OptimConfig:
     gamma: float = 1.0
     """(Anon) Adaptivity γ: 0 is momentum SGD, 1 adapts like Adam."""
     gamma_by_name: dict[str, float] = field(default_factory=dict)
-    """(Anon) Parameter name pattern (shell-style) → its own γ."""
+    """(Anon) Parameter name pattern (shell-style) → its own γ. lr, weight_decay and update_clip are those of all: see match."""
+    gamma_schedule: dict[int, float] = field(default_factory=dict)
+    """(Anon) Step → γ, linear in between, in place of gamma; parameters that gamma_by_name names keep their own. It takes effect at
+    refreshes. {0: 0.5, 2000: 1.0} rises over the first 2000 steps. Needs match."""
+    match: str | None = None
+    """(Anon) lr, weight_decay and update_clip are meant for γ = 1, and multiplied in each param group for the γ in force there, so that its
+    steps keep their root mean square (see anon_dist.optim.matching). A file of spectra, such as a sweep's calibration/spectrum.json, or
+    the folder of a checkpoint of this model, of Anon or AdamW, to measure it on."""
     refresh_ratio: float = 1.1
     """(Anon) ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, … The paper's is 2."""
     beta3: float = 0.8
@@ -240,6 +247,14 @@ def check(config: Config) -> None:
     if s.warmup_steps >= t.steps:
         raise ConfigError(
             f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
+        )
+    schedule = config.optim.gamma_schedule
+    if any(step < 0 for step in schedule):
+        raise ConfigError(f"optim.gamma_schedule has γ at steps, counted from 1, not at {min(schedule)}")
+    if len(set(schedule.values())) > 1 and config.optim.match is None and config.optim.name == "anon":
+        raise ConfigError(
+            "optim.gamma_schedule changes γ, and with it the unit of the learning rate: set optim.match to a checkpoint of Anon or AdamW "
+            "on this model, or to a sweep's calibration/spectrum.json (anon-dist sweep: --match-rms), so that it follows"
         )
     if t.offload == "overlap" and config.optim.name != "anon":
         raise ConfigError(f"train.offload is overlap, which {config.optim.name} has not; set it to serial")
@@ -416,7 +431,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(items) == len(value):
             return tuple(_convert(item, v, where) for item, v in zip(items, value, strict=True))
     elif origin is dict and isinstance(value, dict):
-        return {_convert(inner[0], k, where): _convert(inner[1], v, where) for k, v in value.items()}
+        keys = [
+            int(k) if inner[0] is int and isinstance(k, str) and k.isdecimal() else k for k in value
+        ]  # JSON has no others
+        pairs = zip(keys, value.values(), strict=True)
+        return {_convert(inner[0], k, where): _convert(inner[1], v, where) for k, v in pairs}
     elif hint is type(None):
         if value is None:
             return None

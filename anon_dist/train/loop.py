@@ -136,6 +136,8 @@ class Step:
     grad_norm: float
     """Global gradient norm, before clipping."""
     lr: float
+    lr_factors: list[float]
+    """What each param group's is multiplied by."""
 
     @property
     def finite(self) -> bool:
@@ -152,13 +154,14 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     config = run.config
     loss = _gradients(run, batches, watch)
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
-    norm = run.engine.step(lr, config.train.grad_clip)
+    factors = run.gammas.factors(run.engine, run.step + 1)
+    norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip)
     watch.lap("optimizer")
     run.loader.advance()
     run.step += 1
     _count_skips(run, norm)
     watch.lap("other")
-    return Step(loss, norm, lr)
+    return Step(loss, norm, lr, factors)
 
 
 def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
@@ -210,6 +213,8 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         "grad_norm": done.grad_norm,
         "tokens_per_s": tokens / wall,
     }
+    if run.gammas.matched:
+        record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)

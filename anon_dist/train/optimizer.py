@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from anon_dist.optim import Anon, param_groups
 from anon_dist.train.config import OptimConfig
+from anon_dist.train.gamma import gamma_at
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -29,7 +30,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         lr=config.lr,
         betas=config.betas,
         eps=1e-16 if config.eps is None else config.eps,
-        gamma=config.gamma,
+        gamma=gamma_at(1, config.gamma_schedule) if config.gamma_schedule else config.gamma,
         refresh_ratio=config.refresh_ratio,
         beta3=config.beta3,
         update_clip=config.update_clip,
@@ -45,18 +46,22 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in g.items() if k not in ("params", "history")} for g in optimizer.param_groups]
 
 
-def apply_hyperparameters(optimizer: Optimizer, wanted: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+def apply_hyperparameters(
+    optimizer: Optimizer, wanted: list[dict[str, Any]], kept: list[Collection[str]], say: Callable[[str], None]
+) -> None:
     """Bring a resumed optimizer, which has the checkpoint's hyperparameters, to the present configuration's, saying each change.
 
     What Anon's state depends on goes through `Anon.rebase`.
 
+    Args:
+        kept: for each group, what stays as it is in the checkpoint, being set at each step (`GammaRules`).
+
     Raises:
         ValueError: `rebase` refuses the change.
     """
-    for index, (group, new) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
-        changed = {
-            k: v for k, v in new.items() if _plain(group.get(k)) != _plain(v) and k not in ("lr", "foreach", "fused")
-        }
+    for index, (group, new, left) in enumerate(zip(optimizer.param_groups, wanted, kept, strict=True)):
+        left = {"lr", "foreach", "fused", *left}
+        changed = {k: v for k, v in new.items() if k not in left and _plain(group.get(k)) != _plain(v)}
         for key, value in changed.items():
             say(f"resuming with {key} = {value!r} in param group {index}; the checkpoint had {group.get(key)!r}")
         if "state_dtype" in changed:

@@ -21,10 +21,13 @@ from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
+from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.gamma import GammaRules
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.watch import OptimizerWatch
 
 
@@ -50,6 +53,7 @@ class Run:
     parameters: int
     state: StateBytes
     watch: OptimizerWatch
+    gammas: GammaRules
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -104,8 +108,10 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
+    spectra = _spectra(config, accelerator)
     try:
         optimizer = build_optimizer(config.optim, built)
+        gammas = GammaRules(config.optim, optimizer, built, spectra)
     except ValueError as error:
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
@@ -140,6 +146,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         parameters=parameters,
         state=engine.state_bytes(),
         watch=OptimizerWatch(engine, accelerator.device),
+        gammas=gammas,
     )
     if accelerator.is_main_process:
         run.checkpoints.clean()
@@ -149,6 +156,22 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
     return run
+
+
+def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
+    """What `optim.match` names, read by one process."""
+    if config.optim.match is None or config.optim.name != "anon":
+        return None
+    found: Any = None
+    if accelerator.is_main_process:
+        try:
+            found = load_spectra(Path(config.optim.match)).to_json()
+        except (CheckpointError, OSError) as error:
+            found = str(error)
+    found = agree(found, accelerator)
+    if isinstance(found, str):
+        raise ConfigError(f"optim.match: {found}")
+    return Spectra.from_json(found)
 
 
 def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
@@ -198,7 +221,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     run.engine.load(source)
     say = print if run.accelerator.is_main_process else (lambda _: None)
     with run.engine.whole_optimizer() as optimizer:
-        apply_hyperparameters(optimizer, wanted, say)
+        apply_hyperparameters(optimizer, wanted, [rule.sets for rule in run.gammas.groups], say)
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, run.step)

@@ -31,15 +31,15 @@ class OptimizerWatch:
         self._quiet: dict[str, int] = {}
 
     def read(self) -> Record:
-        """update_rms, update_max, refreshes; for each param group i precond_spread/i (standard deviation of log2 v), precond_age/i and,
-        with a clip, clipped_share/i. Every rank must call it: the sums go over all ranks, in two small reductions.
+        """update_rms, update_max, refreshes; for each param group i gamma/i (the one in force), precond_spread/i (standard deviation of
+        log2 v), precond_age/i and, with a clip, clipped_share/i. Every rank must call it: the sums go over all ranks, in two small
+        reductions.
         """
         with self._engine.whole_optimizer() as optimizer:
             if not isinstance(optimizer, Anon):
                 return {}
             local, count = group_updates(optimizer), refreshes(optimizer)
             clips = [g["update_clip"] for g in optimizer.param_groups]
-            gammas = [g["gamma"] for g in optimizer.param_groups]
         groups = self._over_ranks(local)
         elements = sum(g.elements for g in groups)
         record: Record = {
@@ -49,11 +49,13 @@ class OptimizerWatch:
         }
         for i, (group, clip) in enumerate(zip(groups, clips, strict=True)):
             mean = group.log_sum / max(group.moving, 1.0)
+            if group.gamma is not None:
+                record[f"gamma/{i}"] = group.gamma
             record[f"precond_spread/{i}"] = math.sqrt(max(group.log_square_sum / max(group.moving, 1.0) - mean**2, 0.0))
             record[f"precond_age/{i}"] = group.age
             if clip is not None:
                 record[f"clipped_share/{i}"] = group.clipped / max(group.elements, 1.0)
-        for kind, text in troubles(groups, clips, gammas).items():
+        for kind, text in troubles(groups, clips).items():
             self._warn(kind, text)
         self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
         return record
@@ -62,14 +64,20 @@ class OptimizerWatch:
         """Sums added, largest values compared."""
         summed = ("elements", "square_sum", "size_sum", "clipped", "moving", "log_sum", "log_square_sum")
         sums = torch.tensor([[getattr(g, key) for key in summed] for g in groups], dtype=torch.float64)
-        most = torch.tensor([[g.largest, float(g.age)] for g in groups], dtype=torch.float64)
+        gammas = [-math.inf if g.gamma is None else g.gamma for g in groups]
+        most = torch.tensor([[g.largest, g.age, x] for g, x in zip(groups, gammas, strict=True)], dtype=torch.float64)
         sums, most = sums.to(self._device), most.to(self._device)
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return [
-            GroupUpdate(**dict(zip(summed, row, strict=True)), largest=largest, age=int(age))
-            for row, (largest, age) in zip(sums.tolist(), most.tolist(), strict=True)
+            GroupUpdate(
+                **dict(zip(summed, row, strict=True)),
+                largest=largest,
+                age=int(age),
+                gamma=gamma if math.isfinite(gamma) else None,
+            )
+            for row, (largest, age, gamma) in zip(sums.tolist(), most.tolist(), strict=True)
         ]
 
     def _warn(self, kind: str, text: str) -> None:
@@ -78,12 +86,12 @@ class OptimizerWatch:
         self._quiet.setdefault(kind, SILENCE)
 
 
-def troubles(groups: list[GroupUpdate], clips: list[float | None], gammas: list[float]) -> dict[str, str]:
+def troubles(groups: list[GroupUpdate], clips: list[float | None]) -> dict[str, str]:
     """What bodes ill, by kind, each with its remedy."""
     found = {}
-    for i, (group, clip, gamma) in enumerate(zip(groups, clips, gammas, strict=True)):
+    for i, (group, clip) in enumerate(zip(groups, clips, strict=True)):
         mean = group.size_sum / max(group.elements, 1.0)
-        if clip is None and gamma > 0.0 and group.largest > OUTLIER * mean > 0.0:
+        if clip is None and (group.gamma or 0.0) > 0.0 and group.largest > OUTLIER * mean > 0.0:
             found[f"outlier {i}"] = (
                 f"param group {i}: the largest element of the update is {group.largest:.3g}, {group.largest / mean:.0f} times the mean: "
                 f"a coordinate that was quiet when the preconditioner was refreshed, {group.age} steps ago, has woken up. Set "

@@ -180,6 +180,14 @@ def test_anon_to_adamw_loads_and_steps_alike():
     assert torch.nn.functional.cosine_similarity(flat(anon) - before, flat(adamw) - before, dim=0) > 0.97
 
 
+def test_a_gamma_that_waits_for_its_refresh_is_not_the_states():
+    anon = made(Anon, gamma=0.5)
+    take(anon, range(20))
+    plain = to_adamw(Live(anon)).read(Key("matrix", "exp_avg_sq"), 0, 407)
+    anon.param_groups[0]["gamma"] = 1.0
+    assert torch.equal(to_adamw(Live(anon)).read(Key("matrix", "exp_avg_sq"), 0, 407), plain)
+
+
 def test_a_checkpoint_of_that_optimizer_already_is_itself():
     anon, adamw = made(Anon), made(torch.optim.AdamW)
     take(anon, range(3))

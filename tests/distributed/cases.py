@@ -3,6 +3,7 @@
 Each `case_…` function runs on every rank, one after the other, in one process group over gloo.
 """
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed import PrefixStore
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
@@ -296,6 +297,34 @@ def case_a_replaced_optimizer_is_noticed():
     )
 
 
+def case_ranks_with_their_own_gammas_are_noticed():
+    """Under zero1 a rank may keep only parameters that are behind, whose refreshes, and with them changes of γ, come later."""
+    forget_accelerate()
+    accelerator, name = start(wanted("zero1"))
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.rarely = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, t):
+            return self.always.sum() + (self.rarely.sum() if t % 2 else 0.0)
+
+    for rarely in (False, True):
+        model = Two()
+        engine = wrap(name, accelerator, model, Anon(model.parameters(), gamma=0.4, **LM))
+        for t in range(12):
+            with engine.whole_optimizer() as optimizer:
+                optimizer.param_groups[0]["gamma"] = 0.4 + 0.05 * t
+            engine.backward(engine.model(t if rarely else 1), last=True)
+            engine.step(1e-3, None)
+        if rarely:
+            raises(EngineError, "at different steps", lambda engine=engine: engine.save(Path(shared_folder(OUT))))
+        else:
+            engine.save(Path(shared_folder(OUT)))
+
+
 def case_contradicting_configurations_are_noticed():
     forget_accelerate()
     os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = "true", "2"
@@ -369,6 +398,29 @@ def case_a_signal_to_one_rank_stops_all():
     run(config)
     if dist.get_rank() == 0:
         assert metrics(folder) == metrics(whole)
+
+
+def case_runs_with_a_gamma_schedule_resume():
+    """Interrupted between refreshes, and matched by another run's checkpoint: the records of a run that was not; γ is that of t = 11."""
+    source = run(run_config(DATA, shared_folder(OUT), engine="ddp")) / "checkpoints" / "step-00000012"
+    for engine in ("fsdp2", "zero1"):
+        found = []
+        for interrupted in (False, True):
+            config = run_config(DATA, shared_folder(OUT), engine=engine)
+            config.optim.gamma_schedule, config.optim.gamma_by_name = {0: 0.4, 20: 1.4}, {"*wte*": 0.5}
+            config.optim.match, config.optim.refresh_ratio = str(source), 1.3
+            found.append(Path(config.run_dir))
+            patch = Patch()
+            if interrupted:
+                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                run(config)
+            patch.close()
+            run(config)
+        if dist.get_rank() == 0:
+            assert metrics(found[0]) == metrics(found[1])
+            lines = [json.loads(line) for line in (found[1] / "metrics.jsonl").read_text().splitlines()]
+            last = [r for r in lines if "loss" in r][-1]
+            assert [round(last[f"gamma/{i}"], 12) for i in range(3)] == [0.5, 0.95, 0.95], last
 
 
 def case_compact_runs_resume():

@@ -3,6 +3,7 @@
 The oracle of whole runs is a run of one process without DeepSpeed, whose metrics the launcher leaves in argv[3].
 """
 
+import json
 import os
 import shutil
 import signal
@@ -282,6 +283,29 @@ def case_run_zero3_offload():
 
 def case_run_zero3_offload_params():
     check_run("zero3-offload-params")
+
+
+def case_runs_with_a_gamma_schedule():
+    """Begun under ZeRO 3, which steps a group in parts, and ended under ZeRO 2: as a run of FSDP2 that was not interrupted."""
+    folders = []
+    for names in (("fsdp2",), ("zero3", "zero2")):
+        config = run_config("zero2", shared_folder(OUT))
+        config.optim.gamma_schedule, config.optim.gamma_by_name = {0: 0.4, 20: 1.4}, {"*wte*": 0.5}
+        config.optim.match = str(Path(REFERENCE) / "checkpoints" / "step-00000012")
+        folders.append(Path(config.run_dir))
+        for name in names:
+            patch = Patch()
+            if name != names[-1]:
+                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            run(configured(config, name))
+            patch.close()
+    if dist.get_rank() == 0:
+        theirs, ours = ([json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            for key in ("loss", "val_loss", "gamma/0", "gamma/1", "lr_factor/0", "lr_factor/1", "update_rms"):
+                assert (key in a) == (key in b)
+                assert key not in a or abs(a[key] - b[key]) <= 1e-3 * abs(b[key]), (key, a, b)
 
 
 def configured(config, name):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_kernels import STEP, UNIT, clones, some_lists
-from test_reference import copy_state, hyperparameters
+from test_reference import copy_state, hyperparameters, new_gammas, set_gamma
 from torch import nn
 
 from anon_dist import Anon
@@ -71,14 +71,19 @@ def as_on_gpu():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_bits_are_those_of_the_cpu_kernel(variant):
-    for gamma, clip, hold, maximize, keep in (
-        (0.7, None, False, False, 0.8),
-        (1.0, 0.5, True, True, 0.0),
-        (0.0, 1e-3, False, True, 0.5),
-        (-2.0, None, True, False, 0.3),
-        (4.0, 1.0, False, False, 0.0),
+    for gamma, ratio, clip, hold, maximize, keep in (
+        (0.7, 1.0, None, False, False, 0.8),
+        (1.0, 1.0, 0.5, True, True, 0.0),
+        (0.0, 1.0, 1e-3, False, True, 0.5),
+        (-2.0, 1.0, None, True, False, 0.3),
+        (4.0, 1.0, 1.0, False, False, 0.0),
+        (0.7, 1.25, None, False, False, 0.8),
+        (1.0, -2.0, 0.5, True, False, 0.5),
+        (0.0, 0.0, None, True, False, 0.0),
+        (-2.0, 200.0, None, True, False, 0.3),
     ):
         options = {**STEP, "gamma": gamma, "clip": clip, "hold_silent": hold, "maximize": maximize, "keep_d": keep}
+        options["gamma_ratio"] = ratio
         lists = odd_lists()
         expected = clones(lists)
         cpu.run(expected, variant=variant, **options)
@@ -99,8 +104,8 @@ def test_the_bits_of_powers_over_the_whole_range(gamma):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(hyper=hyperparameters, seed=st.integers(0, 1 << 20))
-def test_each_step_is_within_its_bounds(as_on_gpu, hyper, seed):
+@given(hyper=hyperparameters, edits=new_gammas, seed=st.integers(0, 1 << 20))
+def test_each_step_is_within_its_bounds(as_on_gpu, hyper, edits, seed):
     """m, s and θ to 2 units of rounding (2^-23) of the summed magnitudes, and θ to what m brings besides; v to 4 in its last place."""
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(61, generator=generator))
@@ -109,8 +114,9 @@ def test_each_step_is_within_its_bounds(as_on_gpu, hyper, seed):
         warnings.simplefilter("ignore")
         optimizer = Anon([p], **hyper, fused=True)
     optimizer.init_state()
-    for _ in range(5):
+    for t in range(5):
         copy_state(optimizer, p, reference)
+        set_gamma(optimizer, reference, edits.get(t, reference.gamma))
         old = {k: v.double().clone() for k, v in optimizer.state[p].items()}
         theta = p.detach().double().abs()
         p.grad = torch.randn(61, generator=generator) * (torch.rand(61, generator=generator) > 0.2)
@@ -342,6 +348,7 @@ def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launch
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 / t
                 group["eps"] = 1e-8 if t > 12 else 1e-16
+            optimizer.param_groups[1]["gamma"] = 0.5 + 0.05 * t
         graphed.step() if t % 2 else optimizers[0].step()
         optimizers[1].step()
         assert_same_bits([models[0]], [models[1]])

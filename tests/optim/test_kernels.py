@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference import but_clipped, copy_state, hyperparameters
+from test_reference import but_clipped, copy_state, hyperparameters, new_gammas, set_gamma
 from torch import nn
 
 from anon_dist import Anon
@@ -64,8 +64,8 @@ def assert_same_bits(a, b):
 
 
 @settings(max_examples=150, deadline=None)
-@given(hyper=hyperparameters, length=st.sampled_from([1, 7, 8, 9, 250]), seed=st.integers(0, 1 << 20))
-def test_each_step_is_within_its_bounds(hyper, length, seed):
+@given(hyper=hyperparameters, edits=new_gammas, length=st.sampled_from([1, 7, 8, 9, 250]), seed=st.integers(0, 1 << 20))
+def test_each_step_is_within_its_bounds(hyper, edits, length, seed):
     """m and s to 4 · 2^-24 of the summed magnitudes, θ to as much and what m brings, v to 1 unit in its last place."""
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(length, generator=generator))
@@ -74,8 +74,9 @@ def test_each_step_is_within_its_bounds(hyper, length, seed):
         warnings.simplefilter("ignore")
         optimizer = Anon([p], **hyper, fused=True)
     optimizer.init_state()
-    for _ in range(20):
+    for t in range(20):
         copy_state(optimizer, p, reference)
+        set_gamma(optimizer, reference, edits.get(t, reference.gamma))
         old = {k: v.double().clone() for k, v in optimizer.state[p].items()}
         theta = p.detach().double().abs()
         p.grad = torch.randn(length, generator=generator) * (torch.rand(length, generator=generator) > 0.2)

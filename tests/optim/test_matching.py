@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from anon_dist.optim import Anon
-from anon_dist.optim.matching import Spectrum
+from anon_dist.optim import Anon, param_groups
+from anon_dist.optim.matching import Spectra, Spectrum, matched
 
 GAMMAS = (-1.0, -0.5, 0.0, 0.5, 1.5, 2.0)
 
@@ -106,3 +106,47 @@ def test_steps_of_anon_keep_their_rms(clip):
         assert not 0.2 < factor < 5.0, "a factor near 1 would show nothing"
         # γ = -1, unclipped, averages 1 / σ: 12% off while there are 128 gradients in σ; the others are within 5%.
         assert train(gamma, factor, clip)[0] == pytest.approx(wanted, rel=0.15 if gamma < 0 else 0.05), gamma
+
+
+class Two(torch.nn.Module):
+    """Two parameters whose gradients have other scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = (torch.nn.Parameter(torch.zeros(300, 100)) for _ in range(2))
+
+
+def steps_of(model, optimizer):
+    """Root mean square of each parameter's last step of 40, on noise; decay is looked at apart."""
+    before = {}
+    for t in range(40):
+        for i, (name, p) in enumerate(model.named_parameters()):
+            scale = 10.0 ** (3 * i - 4) * torch.logspace(-2, 0, p.numel()).view_as(p)
+            p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * t + i))
+            before[name] = p.detach().clone()
+        optimizer.step()
+    return {name: rms(p.detach() - before[name]) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_each_group_is_matched_by_its_own_parameters(clip):
+    """With one factor for both, the steps of one would be some 1000 times too small."""
+    hyper = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8}
+    plain = Two()
+    reference = Anon(param_groups(plain, 0.1), lr=1e-3, update_clip=clip, **hyper)
+    expected = steps_of(plain, reference)
+    by_name = {}
+    for name, p in plain.named_parameters():
+        by_name[name], state = Spectrum(), reference.state[p]
+        by_name[name].add(state["precond"].double() ** -2, state["exp_avg"] / (1 - 0.9**40))
+    model = Two()
+    groups = param_groups(model, 0.1, gamma={"small": 0.0, "large": 0.0})
+    groups = matched(groups, model, Spectra(by_name), lr=1e-3, update_clip=clip)
+    assert [g["lr"] * g["weight_decay"] for g in groups] == pytest.approx([1e-4] * 2)
+    assert [g["lr"] * (g["update_clip"] or 0.0) for g in groups] == pytest.approx([1e-3 * (clip or 0.0)] * 2)
+    assert groups[0]["lr"] / groups[1]["lr"] > 100  # 10^3: the unit of a gradient
+    assert steps_of(model, Anon(groups, **hyper)) == pytest.approx(expected, rel=0.15)
+    with pytest.raises(ValueError, match="no spectrum of parameter 'large'"):
+        matched(groups, model, Spectra({"small": by_name["small"]}), lr=1e-3)
+    with pytest.raises(ValueError, match="says nothing: no gradient was seen"):
+        matched(groups, model, Spectra({**by_name, "large": Spectrum()}), lr=1e-3)

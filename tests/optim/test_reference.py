@@ -30,6 +30,10 @@ hyperparameters = st.fixed_dictionaries(
         "maximize": st.booleans(),
     }
 )
+new_gammas = st.dictionaries(
+    st.integers(0, 19), st.one_of(st.floats(-3, 3), st.sampled_from([-1.0, 0.0, 1e-9, 0.5, 1.0])), max_size=4
+)
+"""Step → γ that is set before it."""
 shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
 
@@ -80,10 +84,22 @@ def assert_one_step_agrees(optimizer, p, reference, grad):
     assert_close(p.detach(), reference.theta, theta + reference.lr * step * (1 + v_units), "theta")
 
 
+def set_gamma(optimizer, reference, gamma):
+    optimizer.param_groups[0]["gamma"] = reference.gamma = gamma
+    if reference.t == 0:
+        reference.v_gamma = gamma
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @settings(max_examples=120, deadline=None)
-@given(hyper=hyperparameters, shape=shapes, seed=st.integers(0, 1 << 20), scale=st.sampled_from([1e-6, 1.0, 1e3]))
-def test_each_step_agrees(fused, hyper, shape, seed, scale):
+@given(
+    hyper=hyperparameters,
+    edits=new_gammas,
+    shape=shapes,
+    seed=st.integers(0, 1 << 20),
+    scale=st.sampled_from([1e-6, 1.0, 1e3]),
+)
+def test_each_step_agrees(fused, hyper, edits, shape, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(shape, generator=generator))
     reference = ReferenceAnon(p, **hyper)
@@ -94,24 +110,26 @@ def test_each_step_agrees(fused, hyper, shape, seed, scale):
     ):
         optimizer = Anon([p], **hyper, fused=fused)
     optimizer.init_state()
-    for _ in range(20):
+    for t in range(20):
         copy_state(optimizer, p, reference)
+        set_gamma(optimizer, reference, edits.get(t, reference.gamma))
         grad = scale * torch.randn(shape, generator=generator)
         grad[torch.rand(shape, generator=generator) < 0.2] = 0.0
         assert_one_step_agrees(optimizer, p, reference, grad)
 
 
 @settings(max_examples=40, deadline=None)
-@given(hyper=hyperparameters, seed=st.integers(0, 1 << 20), keep=st.floats(0.1, 1.0))
-def test_whole_run_agrees_in_float64(hyper, seed, keep):
+@given(hyper=hyperparameters, edits=new_gammas, seed=st.integers(0, 1 << 20), keep=st.floats(0.1, 1.0))
+def test_whole_run_agrees_in_float64(hyper, edits, seed, keep):
     """With float64 parameters and state nothing but the order of operations differs, over 80 steps and with gradients missing."""
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.randn(4, 5, generator=generator, dtype=torch.float64))
     reference = ReferenceAnon(p, **hyper)
     with _quiet(ignore=True):
         optimizer = Anon([p], **hyper, state_dtype=torch.float64)
-    for _ in range(80):
+    for t in range(80):
         p.grad = None
+        set_gamma(optimizer, reference, edits.get(t / 4, reference.gamma))  # spread over the run
         if torch.rand((), generator=generator) < keep:
             p.grad = torch.randn(4, 5, generator=generator, dtype=torch.float64)
             reference.step(p.grad)

@@ -47,6 +47,8 @@ def test_a_logarithmic_range_has_both_ends_and_equal_ratios(first, ratio, count)
         ("optim.hold_silent=true,false", [True, False]),
         ("schedule.decay=cosine,wsd", ["cosine", "wsd"]),
         ("train.steps=100:300:100", [100, 200, 300]),
+        ('optim.gamma_by_name={"*wte*": 0.5, "*ln_*": 0},{}', [{"*wte*": 0.5, "*ln_*": 0.0}, {}]),
+        ("optim.gamma_schedule={0: 0.5, 100: 1},{0: 1}", [{0: 0.5, 100: 1.0}, {0: 1.0}]),
     ],
 )
 def test_values(text, values):
@@ -72,6 +74,9 @@ def test_values(text, values):
         (["optim.gamma=0:1:1e-9"], "take a larger step"),
         (["optim.lr=log:0:1:3"], "a > 0"),
         (["optim.lr=log:1e-3:1:1"], "whole n from 2"),
+        (["optim.gamma_schedule={0: 0.5,{0: 1}"], "a bracket is open"),
+        (["optim.gamma_schedule={a: 1}"], "'optim.gamma_schedule' must be int, not 'a'"),
+        (["optim.gamma_schedule={0: 0.5, 100: 1}"], r"set optim\.match to a checkpoint"),
         (["train.steps=1.5"], "'train.steps' must be int"),
         (["schedule.decay=cosin"], "one of cosine, linear, wsd, constant"),
         (["train.seed=1,2"], "use --seeds"),

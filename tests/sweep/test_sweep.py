@@ -10,9 +10,9 @@ import yaml
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.cli import main
-from anon_dist.sweep.calibrate import spectrum_of
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.train.config import to_yaml
+from anon_dist.train.spectrum import load_spectra, spectra_of
 
 
 def table(page, title):
@@ -68,8 +68,28 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
 
     main(command)  # nothing is run twice
     assert "4 cells" in capsys.readouterr().out
+    check_factors_by_group(tmp_path, out / "calibration" / "spectrum.json", capsys)
     main(["sweep", "report", str(out)])
     assert capsys.readouterr().out.startswith("Report: ")
+
+
+def check_factors_by_group(tmp_path, measured, capsys):
+    """Where γ differs by parameter and step, each param group has its factor, from the spectra that the calibration kept by name."""
+    out = tmp_path / "own"
+    command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-from", str(measured)]
+    command += ["--grid", "optim.gamma_schedule={0: 0.5, 8: 1.0}", "--optim.gamma-by-name", "*wte*", "0.0"]
+    main(command)
+    assert "learning rates are multiplied group by group" in capsys.readouterr().out
+    (folder,) = CellFolder.all(out)
+    records = [r for r in folder.metrics() if "update_rms" in r]
+    factor = load_spectra(measured).of(["transformer.wte.weight"]).lr_factor(0.0, 1.0)
+    assert {r["gamma/0"] for r in records} == {0.0}
+    assert [r["lr_factor/0"] for r in records] == pytest.approx([factor] * 12, rel=1e-6)
+    assert [r["gamma/1"] for r in records] == [min(1.0, 0.5 + t / 16) for t in (*range(1, 12), 11)]
+    assert records[-1]["lr_factor/1"] == 1.0
+    page = (out / "report.md").read_text()
+    assert "gamma_schedule={0: 0.5,8: 1}" in page
+    assert "Learning rates are multiplied by a factor for each param group" in page
 
 
 @pytest.mark.parametrize(
@@ -97,14 +117,26 @@ def test_a_checkpoint_of_adamw_has_the_spectrum_of_its_moments(tmp_path):
         (model(torch.randn(8, 40) * torch.logspace(-3, 0, 40)) ** 2).mean().backward()
         optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "adamw.pt")
-    spectrum = spectrum_of(tmp_path / "adamw.pt")
+    spectra = spectra_of(tmp_path / "adamw.pt")
+    spectrum = spectra.whole()
     states = [optimizer.state[p] for p in model.parameters()]
     m = torch.cat([s["exp_avg"].flatten() for s in states]).double() / (1 - 0.9**7)
     v = torch.cat([s["exp_avg_sq"].flatten() for s in states]).double() / (1 - 0.95**7)
     for gamma in (-0.5, 0.0, 1.0, 1.5):
         expected = float((m**2 * v**-gamma).mean()) ** 0.5
         assert spectrum.rms(gamma) == pytest.approx(expected, rel=0.02)
+    bias = optimizer.state[model.bias]
+    expected = float(((bias["exp_avg"].double() / (1 - 0.9**7)) ** 2).mean()) ** 0.5
+    assert spectra.of(["bias"]).rms(0.0) == pytest.approx(expected, rel=0.05)
+    (tmp_path / "spectrum.json").write_text(json.dumps(spectra.to_json()))
+    assert load_spectra(tmp_path / "spectrum.json").of(["bias"]).rms(0.5) == spectra.of(["bias"]).rms(0.5)
+    (tmp_path / "spectrum.json").write_text(json.dumps(spectrum.to_json()))  # as it was before there were names
+    assert load_spectra(tmp_path / "spectrum.json").of(["bias"]).rms(0.5) == spectrum.rms(0.5)
 
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="no optimizer"):
-        spectrum_of(tmp_path / "weights.pt")
+        spectra_of(tmp_path / "weights.pt")
+    for value in ("{", "[]", '{"elements": 1}'):
+        (tmp_path / "other.json").write_text(value)
+        with pytest.raises(CheckpointError, match=r"other\.json holds no spectrum"):
+            load_spectra(tmp_path / "other.json")

@@ -73,6 +73,16 @@ def test_switches_take_a_value(text, value):
     assert parse_args(["--train.compile", text]).train.compile is value
 
 
+def test_mappings_in_a_file_and_on_the_command_line(tmp_path):
+    file = write(tmp_path, 'optim: {gamma_schedule: {0: 0.5, 2000: 1}, match: a.json, gamma_by_name: {"*wte*": 0}}')
+    given = ["--optim.gamma-schedule", "0", "0.5", "2000", "1", "--optim.match", "a.json"]
+    given += ["--optim.gamma-by-name", "*wte*", "0"]
+    for config in (load_config(file), parse_args(given)):
+        assert config.optim.gamma_schedule == {0: 0.5, 2000: 1.0}
+        assert config.optim.gamma_by_name == {"*wte*": 0.0}
+        assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
 def test_unknown_flag_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--optim.gama", "1"])
@@ -92,6 +102,7 @@ def test_unknown_configuration_lists_the_shipped_ones():
         (["--data.seq-len", "2048"], "data.seq_len = 2048 is longer than model.context = 1024"),
         (["--train.steps", "50"], "schedule.warmup_steps = 100 leaves nothing of train.steps = 50"),
         (["--schedule.min-ratio", "2"], "schedule.min_ratio must be in"),
+        (["--optim.gamma-schedule", "0", "0.5", "9", "1"], "set optim.match to a checkpoint"),
     ],
 )
 def test_fields_that_do_not_fit_each_other(args, message):

@@ -53,6 +53,9 @@ def test_metrics_are_what_they_say():
     assert record["update_max"] == pytest.approx(largest, rel=1e-5)
     assert (record["precond_age/0"], record["precond_age/1"]) == (0, 5)  # refreshed at 21, and at 16
     assert "clipped_share/1" not in record
+    assert (record["gamma/0"], record["gamma/1"]) == (1.0, 1.0)
+    optimizer.param_groups[1]["gamma"] = 0.5  # not in force before a refresh
+    assert OptimizerWatch(Whole(optimizer), torch.device("cpu")).read()["gamma/1"] == 1.0
     assert record["refreshes"] == 16
 
 

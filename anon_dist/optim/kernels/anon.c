@@ -13,12 +13,14 @@
 
 #include <omp.h>
 
-#define ABI 2
+#define ABI 3
 #define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
 #define D_MIN 0x1p-126         /* as in update.py */
 #define D_MAX 0x1p127
+#define V_MIN 0x1.6a09e667f3bcdp-64 /* D_MAX^(-1/2) */
+#define V_MAX 0x1p63             /* D_MIN^(-1/2) */
 
 enum variant { PLAIN, ACCUMULATE, REFRESH };
 enum dtype { NONE = -1, FLOAT32, BFLOAT16, FLOAT16, INT8 };
@@ -41,6 +43,7 @@ struct step {
     double debias_s;     /* summed weight of what s holds */
     double keep_d;       /* beta3, or 0 at the first refresh */
     double gamma;
+    double gamma_ratio;  /* gamma over the one that v was made with; 1: the same */
     double eps;
     double bound;        /* of |v m|, or infinity */
     double scale;        /* lr / (1 - beta1^t) */
@@ -254,13 +257,38 @@ UPDATES(update_2, BFLOAT16, BFLOAT16)
 /* By how many of theta and g are bfloat16 (g first), of v and m (v first), and by s. */
 static update_function *const updates[3][3][3] = {CHOICE(update_0), CHOICE(update_1), CHOICE(update_2)};
 
+/* v / sqrt(keep + (1 - keep) d v^2) = 1 / sqrt(keep / v^2 + (1 - keep) d) */
+static INLINE double mixed(double d, double v, double keep) {
+    return v / sqrt(keep + (1.0 - keep) * clamp(d, D_MIN, D_MAX) * (v * v));
+}
+
+/* The end of a refresh where gamma has changed: the old preconditioner to the new gamma, which is rounded only where it stays, and d. */
+static void convert_and_mix(long n, const double *restrict d, float *restrict s, float *restrict v, const struct step *step) {
+    const double keep = step->keep_d, ratio = step->gamma_ratio, no_old = step->keep_d == 0.0 ? 1.0 : NAN;
+    const float silent = step->hold_silent ? 0.0f : -1.0f;
+    double old[BLOCK];
+    for (long i = 0; i < n; i++) {
+        const double known = v[i] > 0.0f ? v[i] : no_old, log_power = ratio * natural_log(known);
+        old[i] = known > 0.0 ? log_power : NAN;
+    }
+    for (long i = 0; i < n; i++) {
+        const double power = clamp(exponential(clamp(old[i], -100.0, 100.0)), V_MIN, V_MAX);
+        old[i] = old[i] == old[i] ? power : NAN;
+    }
+    for (long i = 0; i < n; i++) {
+        const double fresh = mixed(d[i], old[i], keep);
+        v[i] = s[i] <= silent ? (float)old[i] : (float)fresh;
+        s[i] = 0.0f;
+    }
+}
+
 /* In double, and in loops of their own: each has a chain of operations short enough for the processor to overlap several elements'.
  *
  * What holds for all elements is a number to compare with or to take, not a condition, which would keep a loop from being vectorised.
  */
 static void refresh(long n, float *restrict s, float *restrict v, const float *restrict g, const struct step *step) {
     const double keep_s = step->keep_s, add_s = step->add_s, weight = 1.0 / step->debias_s, eps = step->eps, gamma = step->gamma;
-    const double keep = step->keep_d, add = 1.0 - step->keep_d;
+    const double keep = step->keep_d, ratio = step->gamma_ratio;
     const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
     const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
     const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
@@ -280,9 +308,12 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
             d[i] = d[i] == d[i] ? power : no_power;
         }
     }
-    for (long i = 0; i < n; i++) { /* v / sqrt(keep + add d v^2) = 1 / sqrt(keep / v^2 + add d) */
-        const double old = v[i] > 0.0f ? v[i] : no_old, power = clamp(d[i], D_MIN, D_MAX);
-        const double fresh = old / sqrt(keep + add * power * (old * old));
+    if (ratio != 1.0) {
+        convert_and_mix(n, d, s, v, step);
+        return;
+    }
+    for (long i = 0; i < n; i++) {
+        const double fresh = mixed(d[i], v[i] > 0.0f ? v[i] : no_old, keep);
         v[i] = s[i] <= silent ? v[i] : (float)fresh;
         s[i] = 0.0f;
     }

@@ -16,7 +16,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from anon_dist.optim.kernels.build import BuildError, load
 from anon_dist.optim.rounding import EXP_AVG, EXP_AVG_SQ, THETA, salt_of
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 PLAIN, ACCUMULATE, REFRESH = range(3)
 ROLES = ("theta", "grad", "m", "s", "v")
@@ -44,6 +44,7 @@ class StepArguments(ctypes.Structure):
         ("debias_s", ctypes.c_double),
         ("keep_d", ctypes.c_double),
         ("gamma", ctypes.c_double),
+        ("gamma_ratio", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("bound", ctypes.c_double),
         ("scale", ctypes.c_double),
@@ -107,6 +108,7 @@ def run(
     clip: float | None,
     hold_silent: bool,
     maximize: bool,
+    gamma_ratio: float = 1.0,
     stochastic: frozenset[str] = frozenset(),
     exponents: list[Tensor] | None = None,
 ) -> None:
@@ -116,7 +118,7 @@ def run(
         lists: θ, g, m, s, v of each parameter, as `ROLES`; on the CPU, of `DTYPES`, each list of one dtype, int8 for m alone. Any strides.
         step: t ≥ 1, the step that is taken.
         variant: whether s accumulates, and whether v is refreshed from it: PLAIN, ACCUMULATE or REFRESH.
-        debias_s, keep_d, gamma, eps, hold_silent: of a refresh; see `update.refresh`. `keep_d` is β3, or 0 at the first.
+        debias_s, keep_d, gamma, gamma_ratio, eps, hold_silent: of a refresh; see `update.refresh`. `keep_d` is β3, or 0 at the first.
         stochastic: which of θ, m and s (as `ROLES`), where they are bfloat16 or int8, are rounded as `rounding` says, and not to the
             nearest.
         exponents: of an int8 m's blocks (see `rounding.encode_blocks`).
@@ -149,6 +151,7 @@ def run(
         debias_s=debias_s,
         keep_d=keep_d,
         gamma=gamma,
+        gamma_ratio=gamma_ratio,
         eps=eps,
         bound=math.inf if clip is None else clip * debias_m,
         scale=lr / debias_m,

@@ -81,7 +81,14 @@ def agrees(variant: int, device: torch.device) -> bool:
     drawn = torch.randn(5, 3 * BLOCK + 7, generator=torch.Generator().manual_seed(0))
     theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
     mine = tuple([x.clone()] for x in (theta, g, m, s, v))
-    numbers: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "debias_s": 0.3, "keep_d": 0.5, "gamma": 0.5, "eps": 1e-16}
+    numbers: dict[str, Any] = {
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "debias_s": 0.3,
+        "keep_d": 0.5,
+        "gamma": 0.5,
+        "gamma_ratio": -0.5,
+    }
     run(
         mine,
         lr=0.1,
@@ -89,6 +96,7 @@ def agrees(variant: int, device: torch.device) -> bool:
         weight_decay=0.1,
         step=3,
         clip=1.0,
+        eps=1e-16,
         hold_silent=False,
         maximize=False,
         **numbers,
@@ -98,7 +106,8 @@ def agrees(variant: int, device: torch.device) -> bool:
     if variant != PLAIN:
         update.accumulate([s], [g], 0.95)
     if variant == REFRESH:
-        update.refresh([v], [s], gamma=0.5, beta3=0.5, eps=1e-16, debias=0.3, first=False, hold_silent=False)
+        how = {"gamma": 0.5, "gamma_ratio": -0.5, "keep": 0.5, "eps": 1e-16, "debias": 0.3}
+        update.refresh([v], [s], **how, hold_silent=False)
     update.apply_update([theta], [v], [m], lr=0.1, debias=1.0 - 0.9**3, clip=1.0)
     pairs = zip(mine, (theta, g, m, s, v), strict=True)
     return all(torch.allclose(x[0], y, rtol=1e-5, atol=1e-5) for x, y in pairs)
@@ -220,6 +229,7 @@ def step_values(
     clip: float | None,
     hold_silent: bool,
     maximize: bool,
+    gamma_ratio: float = 1.0,
 ) -> list[float]:
     """The numbers of a step (see `cpu.run`) in the order in which the kernel reads them."""
     debias_m = 1.0 - beta1**step
@@ -238,6 +248,7 @@ def step_values(
         math.inf if clip is None else clip * debias_m,
         0.0 if hold_silent else -1.0,  # a second moment up to here holds the preconditioner
         float(step),
+        gamma_ratio,
     ]
 
 

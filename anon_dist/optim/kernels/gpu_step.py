@@ -16,7 +16,7 @@ PLAIN, ACCUMULATE, REFRESH = (tl.constexpr(variant) for variant in (cpu.PLAIN, c
 ROW, BLOCK = tl.constexpr(gpu.ROW), tl.constexpr(gpu.BLOCK)
 # where a step's values lie, in the order of gpu.step_values
 LR, WEIGHT_DECAY, DEBIAS_M, KEEP_M, ADD_M, KEEP_S, ADD_S = (tl.constexpr(i) for i in range(7))
-DEBIAS_S, KEEP_D, GAMMA, EPS, BOUND, SILENT, STEP = (tl.constexpr(i) for i in range(7, 14))
+DEBIAS_S, KEEP_D, GAMMA, EPS, BOUND, SILENT, STEP, GAMMA_RATIO = (tl.constexpr(i) for i in range(7, 15))
 
 THETA, EXP_AVG, EXP_AVG_SQ = (tl.constexpr(r) for r in (rounding.THETA, rounding.EXP_AVG, rounding.EXP_AVG_SQ))
 SHARED = tl.constexpr(rounding.BLOCK)  # elements that share a scale
@@ -30,6 +30,7 @@ NAN, INFINITY, LARGEST = (
 )
 TINY, UP = tl.constexpr(2.0**-1000), tl.constexpr(2.0**54)
 D_MIN, D_MAX = tl.constexpr(2.0**-126), tl.constexpr(2.0**127)  # as in update.py
+V_MIN, V_MAX = tl.constexpr(2.0**-63.5), tl.constexpr(2.0**63)
 LN2, LOG2_E = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-1")), tl.constexpr(float.fromhex("0x1.71547652b82fep0"))
 LN2_HIGH, LN2_LOW = tl.constexpr(float.fromhex("0x1.62e42feep-1")), tl.constexpr(float.fromhex("0x1.a39ef35793c76p-33"))
 ONE_BITS, SQRT_HALF_BITS = tl.constexpr(0x3FF0000000000000), tl.constexpr(0x3FE6A09E667F3BCD)
@@ -131,7 +132,7 @@ def _clamped(x, low, high):
 @triton.jit
 def _refreshed(v, s, g, values):
     """The preconditioner made from the old one, s and g; float32."""
-    gamma, keep = tl.load(values + GAMMA), tl.load(values + KEEP_D)
+    gamma, keep, ratio = tl.load(values + GAMMA), tl.load(values + KEEP_D), tl.load(values + GAMMA_RATIO)
     wide_g, wide_v = g.to(tl.float64), v.to(tl.float64)
     total = tl.load(values + KEEP_S) * s.to(tl.float64) + tl.load(values + ADD_S) * (wide_g * wide_g)
     d = total * (1.0 / tl.load(values + DEBIAS_S)) + tl.load(values + EPS)
@@ -141,6 +142,11 @@ def _refreshed(v, s, g, values):
         d = tl.where(log_power == log_power, _exponential(_clamped(log_power, -100.0, 100.0)), no_power)
     no_old = tl.where(keep == 0.0, 1.0, NAN).to(tl.float64)  # in place of a preconditioner that is none
     old = tl.where(v > 0.0, wide_v, no_old)
+    if ratio != 1.0:  # to the new gamma; rounded only where it stays as it is
+        log_old = tl.where(old > 0.0, ratio * _natural_log(old), NAN)
+        power = _clamped(_exponential(_clamped(log_old, -100.0, 100.0)), V_MIN, V_MAX)
+        old = tl.where(log_old == log_old, power, NAN)
+        v = old.to(tl.float32)
     # 1 / sqrt(keep / v^2 + add d)
     fresh = old / tl.sqrt(keep + (1.0 - keep) * _clamped(d, D_MIN, D_MAX) * (old * old))
     return tl.where(total.to(tl.float32) <= _float32(values + SILENT), v, fresh.to(tl.float32))

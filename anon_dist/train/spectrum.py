@@ -1,0 +1,84 @@
+"""The spectra of second moments (see `optim.matching`) of a checkpoint, or of a file that holds some."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON
+from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
+from anon_dist.engines.restore import opened
+from anon_dist.optim.hyper import gamma_in_force
+from anon_dist.optim.matching import Spectra, Spectrum
+
+BLOCK = 1 << 20
+"""Elements read at once."""
+
+
+def load_spectra(path: Path) -> Spectra:
+    """Of a JSON file, such as a sweep's calibration/spectrum.json, or measured on a checkpoint.
+
+    Raises:
+        CheckpointError: it is neither; or see `spectra_of`.
+    """
+    if path.suffix != ".json":
+        return spectra_of(path)
+    try:
+        return Spectra.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no spectrum: {error}") from None
+
+
+def spectra_of(path: Path) -> Spectra:
+    """The spectra of a checkpoint of Anon (at γ ≠ 0) or AdamW, in any format, by parameter name.
+
+    Raises:
+        CheckpointError: it is another optimizer's, has γ = 0, has taken no step, or cannot be read.
+    """
+    with opened(path) as checkpoint:
+        return _read(path, checkpoint)
+
+
+def _read(path: Path, checkpoint: Checkpoint) -> Spectra:
+    optimizer = checkpoint.manifest.optimizer
+    if optimizer not in (ANON, ADAM, ADAMW):
+        raise CheckpointError(
+            f"{path} holds the state of {optimizer or 'no optimizer'}; second moments are read from Anon or AdamW"
+        )
+    by_name: dict[str, Spectrum] = {}
+    for group in checkpoint.manifest.groups:
+        if optimizer == ANON and gamma_in_force(group.hyperparameters) == 0.0:
+            raise CheckpointError(
+                f"{path} was made at γ = 0, where the preconditioner says nothing about the second moment"
+            )
+        for name in group.members:
+            if Key(name, "exp_avg") in checkpoint.tensors:
+                by_name[name] = _spectrum(checkpoint, group, name, optimizer == ANON)
+    spectra = Spectra(by_name)
+    if spectra.whole().rms(1.0) == 0.0:
+        raise CheckpointError(f"{path} has no optimizer state after a step")
+    return spectra
+
+
+def _spectrum(checkpoint: Checkpoint, group: ParamGroup, name: str, anon: bool) -> Spectrum:
+    spectrum = Spectrum()
+    h, step = group.hyperparameters, int(checkpoint.manifest.scalars[name]["step"])
+    if step == 0:
+        return spectrum
+    beta1, beta2 = map(float, h["betas"])
+    moment = Key(name, "precond" if anon else "exp_avg_sq")
+    numel = checkpoint.tensors[moment].numel
+    for start in range(0, numel, BLOCK):
+        stop = min(start + BLOCK, numel)
+        second = checkpoint.read(moment, start, stop).double()
+        sigma: Tensor = (
+            torch.exp(second.log() * (-2.0 / gamma_in_force(h)))
+            if anon
+            else second / (1.0 - beta2**step) + float(h["eps"]) ** 2
+        )
+        spectrum.add(sigma, checkpoint.read(Key(name, "exp_avg"), start, stop).double() / (1.0 - beta1**step))
+    return spectrum
