@@ -55,8 +55,8 @@ class Anon(Optimizer):
     """Anon: adaptivity as a dial γ, made safe by the incremental delayed update (IDU) of the preconditioner.
 
     arXiv 2605.02317, "Anon: Extrapolating Adaptivity Beyond SGD and Adam"; the recurrence is written out in `anon_dist.optim.update`.
-    γ = 1 adapts like Adam, γ = 0 is debiased momentum SGD exactly, γ < 0 prefers flat minima, γ > 1 goes beyond Adam. The defaults are the
-    paper's; every extension is off.
+    γ = 1 adapts like Adam, γ = 0 is debiased momentum SGD exactly, γ > 1 goes beyond Adam, and γ < 0 slows quiet coordinates down. The
+    defaults are the paper's; every extension is off.
 
     State of each parameter, made by `init_state()` and never at construction (engines swap the parameters after it):
 
@@ -79,7 +79,8 @@ class Anon(Optimizer):
         weight_decay: decoupled weight decay λ ≥ 0.
         refresh_ratio: ρ > 1; refreshes are at a_0 = 1, a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉). 2 is the paper's.
         beta3: weight in [0, 1) of the old preconditioner at a refresh. 0.5 is the paper's.
-        update_clip: c > 0: each element of v · m̂ is kept in [−c, c]. Like lr it depends on γ: 1 does next to nothing at γ = 0.
+        update_clip: c > 0: each element of v · m̂ is kept in [−c, c]. Like lr it depends on γ: 1 does next to nothing at γ = 0. A clip
+            that cuts off rare large gradients loses Anon's convergence where those alone say where to go (tools/claims).
         window: the second moment is read and written only in the last so many steps before a refresh; "auto" is the shortest window
             that leaves out less than 2^-24 of the weight. None: always, as in the paper. A coordinate that was active before a
             window and silent inside it gets a larger step than the paper's.
