@@ -18,10 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.sweep.grid import show
 from anon_dist.sweep.results import Results, Setting, paired
 
 CONFIG = Path(__file__).parents[1] / "configs" / "study" / "base.yaml"
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def table(folders: list[Path]) -> None:
-    """What the sweeps below each of the folders gave."""
+    """What the sweeps below each of the folders gave, in Markdown."""
     for folder in folders:
         sweeps = sorted(path.parent for path in folder.glob("*/sweep.json"))
         results = [(path.name, setting) for path in sweeps for setting in Results.read(path).settings]
@@ -90,7 +90,8 @@ def show_part(title: str, results: list[tuple[str, Setting]]) -> None:
         key=lambda s: s.loss.mean if s.loss else 0.0,
         default=None,
     )
-    shown = Table("sweep", "optimizer", "settings", "lr", "loss", "seeds", "minus the best AdamW", title=title)
+    print(f"\n{title}\n")
+    shown = Table("sweep", "optimizer", "settings", "lr", "loss", "seeds", "minus the best AdamW", box=MARKDOWN)
     for name, s in finished:
         difference = paired(s, adamw) if adamw else None
         error = f" ± {difference.error:.4f}" if difference and difference.error is not None else ""
@@ -98,12 +99,12 @@ def show_part(title: str, results: list[tuple[str, Setting]]) -> None:
             name.partition("-")[2],
             s.cell.optimizer,
             s.other("optim.lr"),
-            show(s.cell.lr * s.cell.factor) if s.cell.lr else "",
+            f"{s.cell.lr:g}" if s.cell.lr else "",
             str(s.loss),
             str(len(s.losses)),
             f"{difference.mean:+.4f}{error}" if difference else "",
         )
-    Console(width=150).print(shown)
+    Console(width=200).print(shown)
 
 
 def main() -> None:
