@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep("clip", f"--grid optim.update_clip=null,0.3,3.0 {RATES}"),
             Sweep("beta3", f"--grid optim.beta3=0.5,0.9 {RATES}"),
             Sweep("rho", f"--grid optim.refresh_ratio=1.03,1.3 {RATES}"),
-            Sweep("gamma", f"--grid optim.gamma=0.8,0.9,1.1 {RATES} --match-rms"),
+            Sweep("gamma", f"--grid optim.gamma=0.8,0.9,1.1,1.25,1.5 {RATES} --match-rms"),
             Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {RATES}"),
         ],
     ),
@@ -98,7 +98,7 @@ def show_part(title: str, results: list[tuple[str, Setting]]) -> None:
         shown.add_row(
             name.partition("-")[2],
             s.cell.optimizer,
-            s.other("optim.lr"),
+            f"`{other}`" if (other := s.other("optim.lr")) else "",
             f"{s.cell.lr:g}" if s.cell.lr else "",
             str(s.loss),
             str(len(s.losses)),
