@@ -57,7 +57,7 @@ def apply_hyperparameters(
         kept: for each group, what stays as it is in the checkpoint, being set at each step (`GammaRules`).
 
     Raises:
-        ValueError: `rebase` refuses the change.
+        ValueError: `rebase` refuses the change, or the states' dtype is another.
     """
     for index, (group, new, left) in enumerate(zip(optimizer.param_groups, wanted, kept, strict=True)):
         left = {"lr", "foreach", "fused", *left}
@@ -66,7 +66,7 @@ def apply_hyperparameters(
             say(f"resuming with {key} = {value!r} in param group {index}; the checkpoint had {group.get(key)!r}")
         if "state_dtype" in changed:
             raise ValueError(
-                f"optim.state_dtype was {group['state_dtype']} in the checkpoint; it cannot change during a run"
+                f"optim.state_dtype cannot change during a run; it was {group['state_dtype']!r}: set it to that, or choose another run_dir"
             )
         if isinstance(optimizer, Anon):
             rebased: dict[str, Any] = {

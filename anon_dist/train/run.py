@@ -221,7 +221,10 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     run.engine.load(source)
     say = print if run.accelerator.is_main_process else (lambda _: None)
     with run.engine.whole_optimizer() as optimizer:
-        apply_hyperparameters(optimizer, wanted, [rule.sets for rule in run.gammas.groups], say)
+        try:
+            apply_hyperparameters(optimizer, wanted, [rule.sets for rule in run.gammas.groups], say)
+        except ValueError as error:
+            raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, run.step)
