@@ -53,9 +53,8 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep("beta3", f"--grid optim.beta3=0.5,0.9 {RATES}"),
             Sweep("rho", f"--grid optim.refresh_ratio=1.03,1.3 {RATES}"),
             Sweep("gamma", f"--grid optim.gamma=0.8,0.9,1.1,1.25,1.5 {RATES} --match-rms"),
-            Sweep(
-                "gamma", "--grid optim.gamma=1.1,1.25 optim.lr=1.2e-2 --match-rms"
-            ),  # a rate more, in the same folder
+            # A higher rate, into the same folder.
+            Sweep("gamma", "--grid optim.gamma=1.1,1.25 optim.lr=1.2e-2 --match-rms"),
             Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {RATES}"),
         ],
     ),

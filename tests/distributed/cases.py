@@ -400,25 +400,29 @@ def case_a_signal_to_one_rank_stops_all():
         assert metrics(folder) == metrics(whole)
 
 
+def whole_and_resumed(whole, interrupted):
+    """Two runs of one configuration, the second ended at step 6 and resumed; their folders."""
+    run(whole)
+    patch = Patch()
+    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(interrupted)
+    patch.close()
+    run(interrupted)
+    return Path(whole.run_dir), Path(interrupted.run_dir)
+
+
 def case_runs_with_a_gamma_schedule_resume():
     """Interrupted between refreshes, and matched by another run's checkpoint: the records of a run that was not; γ is that of t = 11."""
     source = run(run_config(DATA, shared_folder(OUT), engine="ddp")) / "checkpoints" / "step-00000012"
     for engine in ("fsdp2", "zero1"):
-        found = []
-        for interrupted in (False, True):
-            config = run_config(DATA, shared_folder(OUT), engine=engine)
+        configs = [run_config(DATA, shared_folder(OUT), engine=engine) for _ in range(2)]
+        for config in configs:
             config.optim.gamma_schedule, config.optim.gamma_by_name = {0: 0.4, 20: 1.4}, {"*wte*": 0.5}
             config.optim.match, config.optim.refresh_ratio = str(source), 1.3
-            found.append(Path(config.run_dir))
-            patch = Patch()
-            if interrupted:
-                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-                run(config)
-            patch.close()
-            run(config)
+        whole, resumed = whole_and_resumed(*configs)
         if dist.get_rank() == 0:
-            assert metrics(found[0]) == metrics(found[1])
-            lines = [json.loads(line) for line in (found[1] / "metrics.jsonl").read_text().splitlines()]
+            assert metrics(whole) == metrics(resumed)
+            lines = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
             last = [r for r in lines if "loss" in r][-1]
             assert [round(last[f"gamma/{i}"], 12) for i in range(3)] == [0.5, 0.95, 0.95], last
 
@@ -426,20 +430,13 @@ def case_runs_with_a_gamma_schedule_resume():
 def case_compact_runs_resume():
     """bfloat16 parameters, 8-bit and bfloat16 states: interrupted and resumed, the losses of a run that was not."""
     for engine in ("ddp", "fsdp2"):
-        found = []
-        for interrupted in (False, True):
-            config = run_config(DATA, shared_folder(OUT), engine=engine)
+        configs = [run_config(DATA, shared_folder(OUT), engine=engine) for _ in range(2)]
+        for config in configs:
             config.train.precision, config.optim.state_dtype = "bf16-true", EIGHT_BITS
-            found.append(config.run_dir)
-            patch = Patch()
-            if interrupted:
-                at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-                run(config)
-            patch.close()
-            run(config)
+        whole, resumed = whole_and_resumed(*configs)
         if dist.get_rank() == 0:
-            assert metrics(Path(found[0])) == metrics(Path(found[1]))
-            assert metrics(Path(found[0]))[-1]["final_loss"] < metrics(Path(found[0]))[0]["loss"]
+            assert metrics(whole) == metrics(resumed)
+            assert metrics(whole)[-1]["final_loss"] < metrics(whole)[0]["loss"]
 
 
 def case_gradients_are_exchanged_as_often_as_asked():
