@@ -1,7 +1,9 @@
-"""The GPU kernel in Triton's interpreter, on CPU tensors. `test_gpu_kernel.py` runs this file with TRITON_INTERPRET=1."""
+"""The GPU kernel, on a GPU: `pytest tests/optim/gpu_cases.py`. Or in Triton's interpreter, on CPU tensors: with TRITON_INTERPRET=1, as
+`test_gpu_kernel.py` runs this file."""
 
 import dataclasses
 import itertools
+import os
 import warnings
 
 import pytest
@@ -19,12 +21,35 @@ from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH
 
 VARIANTS = (PLAIN, ACCUMULATE, REFRESH)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def run(lists, exponents=None, **options):
+    """`gpu.run` on CPU tensors: on a GPU, on copies there that lie as far from multiples of 16 bytes, and are copied back."""
+    there = tuple([on_device(t) for t in x] for x in lists)
+    scales = None if exponents is None else [on_device(e) for e in exponents]
+    gpu.run(there, exponents=scales, **options)
+    for theirs, mine in zip([*there, scales or ()], [*lists, exponents or ()], strict=True):
+        for source, target in zip(theirs, mine, strict=True):
+            if source is not target:
+                target.copy_(source)
+
+
+def on_device(t):
+    if INTERPRETED:
+        return t
+    shift = t.data_ptr() % gpu.ALIGNMENT // t.element_size()
+    storage = torch.empty(t.numel() + shift, dtype=t.dtype, device=DEVICE)
+    moved = storage.as_strided(t.shape, t.stride(), shift)
+    return moved.copy_(t)
 
 
 def assert_same_bits(a, b):
     """NaN is NaN, whatever its sign and payload."""
     for x, y in zip(a, b, strict=True):
         for t, u in zip(x, y, strict=True):
+            t, u = t.cpu(), u.cpu()
             bits = BITS[t.element_size()]
             same = t.contiguous().view(bits) == u.contiguous().view(bits)
             assert (same | (t.isnan() & u.isnan())).all()
@@ -56,7 +81,10 @@ def in_dtypes(lists, dtypes):
 
 @pytest.fixture(scope="module")
 def as_on_gpu():
-    """CPU tensors are taken for the GPU's."""
+    """In the interpreter, CPU tensors are taken for the GPU's."""
+    if not INTERPRETED:
+        yield
+        return
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "obstacle", lambda lists: None)
     patch.setattr(gpu, "check", lambda: None)
@@ -87,7 +115,7 @@ def test_the_bits_are_those_of_the_cpu_kernel(variant):
         lists = odd_lists()
         expected = clones(lists)
         cpu.run(expected, variant=variant, **options)
-        gpu.run(lists, variant=variant, **options)
+        run(lists, variant=variant, **options)
         assert_same_bits(lists, expected)
 
 
@@ -98,7 +126,7 @@ def test_the_bits_of_powers_over_the_whole_range(gamma):
         options = {**STEP, "beta2": 0.5, "debias_s": 0.5, "gamma": gamma, "eps": eps, "variant": REFRESH}
         lists = tuple([x] for x in (torch.ones_like(s), torch.zeros_like(s), torch.ones_like(s), s, torch.ones_like(s)))
         lists, expected = clones(lists), clones(lists)
-        gpu.run(lists, **options)
+        run(lists, **options)
         cpu.run(expected, **options)
         assert_same_bits(lists, expected)
 
@@ -108,7 +136,7 @@ def test_the_bits_of_powers_over_the_whole_range(gamma):
 def test_each_step_is_within_its_bounds(as_on_gpu, hyper, edits, seed):
     """m, s and θ to 2 units of rounding (2^-23) of the summed magnitudes, and θ to what m brings besides; v to 4 in its last place."""
     generator = torch.Generator().manual_seed(seed)
-    p = nn.Parameter(torch.randn(61, generator=generator))
+    p = nn.Parameter(torch.randn(61, generator=generator).to(DEVICE))
     reference = ReferenceAnon(p, **hyper)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +147,8 @@ def test_each_step_is_within_its_bounds(as_on_gpu, hyper, edits, seed):
         set_gamma(optimizer, reference, edits.get(t, reference.gamma))
         old = {k: v.double().clone() for k, v in optimizer.state[p].items()}
         theta = p.detach().double().abs()
-        p.grad = torch.randn(61, generator=generator) * (torch.rand(61, generator=generator) > 0.2)
+        grad = torch.randn(61, generator=generator) * (torch.rand(61, generator=generator) > 0.2)
+        p.grad = grad.to(DEVICE)
         optimizer.step()
         reference.step(p.grad)
         g, state, beta1, beta2 = p.grad.double().abs(), optimizer.state[p], reference.beta1, reference.beta2
@@ -145,7 +174,7 @@ def test_plain_steps_do_not_touch_the_second_moment():
         for s in lists[3]:
             s.view(BITS[s.element_size()]).sub_(1)  # another NaN than any arithmetic makes
         poisoned = clones(lists)[3]
-        gpu.run(lists, variant=PLAIN, **STEP)
+        run(lists, variant=PLAIN, **STEP)
         assert [s.data_ptr() for s in lists[3]] == addresses
         for s, p in zip(lists[3], poisoned, strict=True):
             assert torch.equal(s.view(BITS[s.element_size()]), p.view(BITS[s.element_size()]))
@@ -164,7 +193,7 @@ def test_pieces_give_the_bits_of_the_whole(variant):
             )
             whole = clones(lists)
             for tensors in (pieces, whole):
-                gpu.run(tensors, variant=variant, stochastic=frozenset({"theta", "m", "s"}), **STEP)
+                run(tensors, variant=variant, stochastic=frozenset({"theta", "m", "s"}), **STEP)
             assert_same_bits([[torch.cat(x)] for x in pieces], whole)
 
 
@@ -180,7 +209,7 @@ def test_every_combination_of_dtypes(variant):
         dtypes = (theta, g, *state)
         stored = in_dtypes(lists, dtypes)
         expected = clones(stored)
-        gpu.run(stored, variant=variant, **STEP)
+        run(stored, variant=variant, **STEP)
         cpu.run(expected, variant=variant, **STEP)
         assert_same_bits(stored, expected)
 
@@ -195,10 +224,10 @@ def test_conversions_are_torchs(dtype):
     values = torch.cat([edges, middles, middles * (1 + 2.0**-23), torch.tensor([65519.996, 65520.0, 3.4e38])])
     options = {**STEP, "lr": 1.0, "beta1": 0.0, "weight_decay": 0.0, "variant": PLAIN}
     theta, ones = torch.zeros(len(values), dtype=dtype), torch.ones(len(values))
-    gpu.run(([theta], [values.clone()], [ones.clone()], [ones], [ones]), **options)  # θ = 0 − g
+    run(([theta], [values.clone()], [ones.clone()], [ones], [ones]), **options)  # θ = 0 − g
     assert_same_bits([[theta]], [[(0.0 - values).to(dtype)]])
     theta, ones = torch.zeros(len(every)), torch.ones(len(every))
-    gpu.run(([theta], [every], [ones.clone()], [ones], [ones]), **options)
+    run(([theta], [every], [ones.clone()], [ones], [ones]), **options)
     assert_same_bits([[theta]], [[0.0 - edges]])
 
 
@@ -209,7 +238,7 @@ def test_stochastic_rounding_is_that_of_rounding_py(variant, step):
     for chosen in (set(roles), {"m"}, {"theta", "s"}):
         stored = in_dtypes(odd_lists(), [torch.bfloat16] * 5)
         expected = in_dtypes(stored, [torch.float32] * 5)
-        gpu.run(stored, variant=variant, stochastic=frozenset(chosen), **{**STEP, "step": step})
+        run(stored, variant=variant, stochastic=frozenset(chosen), **{**STEP, "step": step})
         cpu.run(expected, variant=variant, **{**STEP, "step": step})
         rounded = list(in_dtypes(expected, [torch.bfloat16] * 5))
         for i, role in (roles[name] for name in chosen):
@@ -230,7 +259,7 @@ def test_8_bit_momentum_is_that_of_rounding_py(variant, stochastic):
         wide = lists[0], g, [rounding.decode_blocks(*x) for x in zip(codes, exponents, strict=True)], *lists[3:]
         expected, stored = clones(wide), (*clones((lists[0], g)), codes, *clones(lists[3:]))
         cpu.run(expected, variant=variant, **STEP)
-        gpu.run(stored, variant=variant, stochastic=stochastic, exponents=exponents, **STEP)
+        run(stored, variant=variant, stochastic=stochastic, exponents=exponents, **STEP)
         salt = rounding.salt_of(STEP["step"], rounding.EXP_AVG) if stochastic else None
         encoded = [rounding.encode_blocks(t, salt) for t in expected[2]]
         assert_same_bits(stored, (*expected[:2], [x[0] for x in encoded], *expected[3:]))
@@ -246,7 +275,7 @@ def test_8_bit_blocks_are_in_row_major_order_whatever_the_strides():
     for layout in (torch.contiguous_format, torch.channels_last):
         own = tuple([t.clone(memory_format=layout)] for (t,) in (*lists[:2], [codes], *lists[3:]))
         scales = exponents.clone()
-        gpu.run(own, variant=ACCUMULATE, exponents=[scales], **STEP)
+        run(own, variant=ACCUMULATE, exponents=[scales], **STEP)
         results.append((*own, [scales]))
     assert_same_bits(*results)
 
@@ -254,15 +283,15 @@ def test_8_bit_blocks_are_in_row_major_order_whatever_the_strides():
 def test_any_strides(as_on_gpu):
     """Gradients laid out otherwise than the parameter, parameters with gaps between their elements, empty and 0-dimensional ones."""
     hyper = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "weight_decay": 0.1, "fused": True}
-    tensors = [torch.randn(6, 4), torch.randn(3, 0), torch.randn(2, 3, 5, 7), torch.randn(())]
-    base = torch.zeros(6, 8)
+    tensors = [torch.randn(shape, device=DEVICE) for shape in ((6, 4), (3, 0), (2, 3, 5, 7), ())]
+    base = torch.zeros(6, 8, device=DEVICE)
     base[:, ::2] = tensors[0]
     params = [base[:, ::2], tensors[1], tensors[2].to(memory_format=torch.channels_last), tensors[3].clone()]
     params, expected = [nn.Parameter(t) for t in params], [nn.Parameter(t.clone()) for t in tensors]
     optimizers = Anon(params, **hyper), Anon(expected, **hyper)
     for t in range(5):
         for i, (p, q) in enumerate(zip(params, expected, strict=True)):
-            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(100 * t + i))
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(100 * t + i)).to(DEVICE)
             p.grad = q.grad.mT.contiguous().mT if q.dim() == 2 else q.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -285,7 +314,7 @@ def launched(monkeypatch):
 
 
 def test_one_launch_a_bucket_and_tables_are_sent_once(as_on_gpu, launched):
-    params = [nn.Parameter(torch.ones(n)) for n in (3, 1500, 8)]
+    params = [nn.Parameter(torch.ones(n, device=DEVICE)) for n in (3, 1500, 8)]
     optimizer = Anon(params, window=2)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -302,12 +331,12 @@ def test_one_launch_a_bucket_and_tables_are_sent_once(as_on_gpu, launched):
 
 def test_a_learning_rate_in_memory_is_read_by_the_kernel():
     for dtype in (torch.float32, torch.float64):
-        rate = torch.tensor(0.0123, dtype=dtype)
-        lists = odd_lists()
+        rate = torch.tensor(0.0123, dtype=dtype, device=DEVICE)
+        lists = tuple([on_device(t) for t in x] for x in odd_lists())
         expected = clones(lists)
         _, launch = gpu.prepare(lists, lr=0.0, variant=PLAIN, stochastic=frozenset(), exponents=None)
         values = gpu.step_values(**{**STEP, "lr": 5.0})
-        dataclasses.replace(launch, lr=rate)(torch.tensor(values, dtype=torch.float64))
+        dataclasses.replace(launch, lr=rate)(torch.tensor(values, dtype=torch.float64, device=DEVICE))
         gpu.run(expected, variant=PLAIN, **{**STEP, "lr": float(rate)})
         assert_same_bits(lists, expected)
 
@@ -315,19 +344,24 @@ def test_a_learning_rate_in_memory_is_read_by_the_kernel():
 def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launched):
     """A captured launch is one whose arguments stay: what it does at a later step, it does by what it reads from memory."""
     captured, replayed = [], []
+    on_gpu = graphs._captured
 
     def capture(launches, values):
         captured.append([launch.variant for launch in launches])
+        graph = (lambda: graphs._launch_all(launches, values)) if INTERPRETED else on_gpu(launches, values)
 
         def replay():
             replayed.append(len(captured))
-            graphs._launch_all(launches, values)
+            graph()
 
         return replay
 
     monkeypatch.setattr(graphs, "_captured", capture)
     shapes = ((3, 5), (1100,))
-    models = [[nn.Parameter(torch.linspace(-1, 1, 15).view(3, 5)), nn.Parameter(torch.ones(1100))] for _ in range(2)]
+    models = [
+        [nn.Parameter(torch.linspace(-1, 1, 15).view(3, 5).to(DEVICE)), nn.Parameter(torch.ones(1100, device=DEVICE))]
+        for _ in range(2)
+    ]
     optimizers = [
         Anon(
             [{"params": [a]}, {"params": [b], "gamma": 0.5, "update_clip": 0.7}],
@@ -357,8 +391,8 @@ def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launch
             assert torch.equal(optimizers[0].state[p][k], optimizers[1].state[q][k])
     assert sorted(captured) == [[PLAIN] * 2, [ACCUMULATE] * 2, [REFRESH] * 2]
     assert len(replayed) == 24 - 3
-    models[0][0].grad = torch.ones(3, 5)
-    models[1][0].grad = torch.ones(3, 5)
+    models[0][0].grad = torch.ones(3, 5, device=DEVICE)
+    models[1][0].grad = torch.ones(3, 5, device=DEVICE)
     for optimizer in optimizers:
         optimizer.step()
     assert len(captured) == 4
@@ -368,7 +402,7 @@ def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launch
 @pytest.mark.parametrize("variant", [PLAIN, ACCUMULATE, REFRESH])
 def test_the_trial_notices_a_kernel_that_is_wrong(variant, monkeypatch):
     """Before it is chosen on a GPU, it is compared there with torch's operations."""
-    assert gpu.agrees(variant, torch.device("cpu"))
-    run = gpu.run
-    monkeypatch.setattr(gpu, "run", lambda lists, **x: run(lists, **{**x, "lr": 0.101}))
-    assert not gpu.agrees(variant, torch.device("cpu"))
+    assert gpu.agrees(variant, DEVICE)
+    right = gpu.run
+    monkeypatch.setattr(gpu, "run", lambda lists, **x: right(lists, **{**x, "lr": 0.101}))
+    assert not gpu.agrees(variant, DEVICE)
