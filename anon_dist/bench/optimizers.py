@@ -17,6 +17,7 @@ from anon_dist.bench.clock import Step
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.optim import Anon
 from anon_dist.optim.hyper import schedule_of
+from anon_dist.optim.kernels.graphs import GraphedStep
 from anon_dist.optim.schedule import Plan
 from anon_dist.train.config import OptimConfig, find_config, load_config
 
@@ -54,6 +55,10 @@ def contestants() -> list[Contestant]:
     """All, those of this package first; `BASE`, with which they are compared, is the first of torch's."""
     return [
         *(Contestant(f"Anon {label}", partial(_anon, states)) for label, states in STATES.items()),
+        *(
+            Contestant(f"Anon {label}, CUDA graphs", partial(_anon_graphed, STATES[label]), devices=("cuda",))
+            for label in ("float32", "precond, exp_avg_sq bf16")
+        ),
         Contestant(BASE, partial(torch.optim.AdamW, weight_decay=DECAY, fused=True)),
         Contestant("torch AdamW foreach", partial(torch.optim.AdamW, weight_decay=DECAY, foreach=True)),
         Contestant("DeepSpeedCPUAdam", _deepspeed_cpu, "deepspeed", ("cpu",)),
@@ -68,7 +73,8 @@ def contestants() -> list[Contestant]:
 
 
 def make(contestant: Contestant, tensors: Parameters) -> tuple[Optimizer, dict[str, Step]]:
-    """The optimizer and its steps by what they do (one, called "step", unless they differ), each taken once: state is there, code compiled.
+    """The optimizer and its steps by what they do (one, called "step", unless they differ), each taken often enough: state is there, code
+    compiled, graphs captured.
 
     Raises:
         UnavailableError: it is not installed, or cannot run on this device.
@@ -80,7 +86,7 @@ def make(contestant: Contestant, tensors: Parameters) -> tuple[Optimizer, dict[s
         optimizer = contestant.build(tensors)
         optimizer.step()
         steps = _steps(optimizer, sum(p.numel() for p in tensors))
-        for step in steps.values():
+        for step in [*steps.values()] * 2:
             step.prepare()
             step.run()
     except ImportError as error:
@@ -114,8 +120,14 @@ def anon_settings(config: OptimConfig) -> dict[str, Any]:
 
 
 def _anon(states: Any, tensors: Parameters) -> Optimizer:
-    fused = True if tensors[0].device.type == "cpu" else None
-    return Anon(tensors, **anon_settings(preset_settings()), state_dtype=states, fused=fused)
+    return Anon(tensors, **anon_settings(preset_settings()), state_dtype=states, fused=True)
+
+
+def _anon_graphed(states: Any, tensors: Parameters) -> Optimizer:
+    optimizer = _anon(states, tensors)
+    assert isinstance(optimizer, Anon)
+    GraphedStep(optimizer)
+    return optimizer
 
 
 def _deepspeed_cpu(tensors: Parameters) -> Optimizer:

@@ -83,6 +83,7 @@ def in_dtypes(lists, dtypes):
 def as_on_gpu():
     """In the interpreter, CPU tensors are taken for the GPU's."""
     if not INTERPRETED:
+        gpu.check()  # its launches are not a test's
         yield
         return
     patch = pytest.MonkeyPatch()

@@ -21,9 +21,9 @@ from anon_dist.optim import update
 from anon_dist.optim.kernels.build import BuildError
 from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH, ROLES, same_layout
 
-BLOCK, WARPS = 1024, 4
-"""Elements and warps of a program: 8 elements a thread, two loads of 16 bytes in flight for each float32 tensor. Chosen from what
-memory-bound kernels need on an H100; not tuned on one. A multiple of `rounding.BLOCK`."""
+BLOCK, WARPS = 512, 4
+"""Elements and warps of a program: 4 elements a thread, one load of 16 bytes for each float32 tensor. The fastest of eight choices on an
+H100, above all at refreshes, whose float64 arithmetic needs registers. BLOCK is a multiple of `rounding.BLOCK`."""
 ROW = 8
 """Numbers in a row of the table: six addresses, the number of elements, and whether all addresses are multiples of `ALIGNMENT`."""
 ALIGNMENT = 16
