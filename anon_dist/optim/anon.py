@@ -9,12 +9,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim import update
-from anon_dist.optim.buckets import Bucket, local_gradient, update_bucket, update_bucket_fused
+from anon_dist.optim.buckets import Bucket, update_bucket, update_bucket_fused
+from anon_dist.optim.gather import Gathered, Parts, gather
 from anon_dist.optim.hyper import (
     HISTORY,
     append_history,
@@ -32,8 +32,6 @@ from anon_dist.optim.hyper import (
 from anon_dist.optim.kernels import choice
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import (
-    EXPONENTS,
-    STATE_KEYS,
     AsIs,
     LazyState,
     checked_state,
@@ -42,8 +40,6 @@ from anon_dist.optim.state import (
     local,
     named_parameters,
 )
-
-LAST_STEP = 1 << 24
 
 _UNSET: Any = object()
 
@@ -107,6 +103,8 @@ class Anon(Optimizer):
 
     _kernel_agreed: bool | None = None
     """Whether all ranks can use the fused kernel; None before the first step."""
+    _last: Sequence[Gathered] = ()
+    """What the last step's buckets were made of, for each group."""
 
     def __init__(
         self,
@@ -411,22 +409,24 @@ class Anon(Optimizer):
         if self._kernel_agreed is None and (kinds := choice.kinds(self.param_groups)):
             self._kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
         work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
-        if self._has_no_gradient():
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
+        found = self._renewed(part_of)
+        if found is None and self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
                 "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
                 stacklevel=3,
             )
             return work
-        self._ensure_state()
-        part_of = {p: i for i, part in enumerate(parts) for p in part}
+        if found is None:
+            self._ensure_state()
         turns: list[tuple[dict[str, Any], list[dict[str, Tensor]], float, str]] = []
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        for index, group in enumerate(self.param_groups):
+        found = found or self._gathered(part_of)
+        for index, (group, buckets) in enumerate(zip(self.param_groups, found, strict=True)):
             lr = group["lr"]
             now = {**group, "lr": lr.clone() if parts and isinstance(lr, Tensor) else lr}
-            buckets = self._buckets(index, group, part_of)
             for part, bucket in buckets:
                 work[part].append((bucket, now, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed))))
             if turn := self._set_gammas(index, group, [bucket for _, bucket in buckets]):
@@ -435,6 +435,22 @@ class Anon(Optimizer):
             self._convert(left, ratio)
             group[HISTORY] = history
         return work
+
+    def _renewed(self, parts: Parts) -> list[list[tuple[int, Bucket]]] | None:
+        """The buckets of each group, if they can be had from those of the last step."""
+        groups = self.param_groups
+        if len(self._last) != len(groups):
+            return None
+        found = [known.renewed(group, self.state, parts) for known, group in zip(self._last, groups, strict=True)]
+        renewed = [buckets for buckets in found if buckets is not None]
+        return renewed if any(renewed) and len(renewed) == len(found) else None
+
+    def _gathered(self, parts: Parts) -> list[list[tuple[int, Bucket]]]:
+        """The buckets of each group."""
+        self._last = []
+        found = [gather(index, group, self.state, parts) for index, group in enumerate(self.param_groups)]
+        self._last = [known for _, known in found]
+        return [buckets for buckets, _ in found]
 
     def _set_gammas(
         self, index: int, group: dict[str, Any], buckets: list[Bucket]
@@ -495,29 +511,3 @@ class Anon(Optimizer):
                 check_drift(index, group, {"gamma"})
             else:
                 group[HISTORY] = new_history(group)
-
-    def _buckets(self, index: int, group: dict[str, Any], part_of: dict[Tensor, int]) -> list[tuple[int, Bucket]]:
-        """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part."""
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        for position, p in enumerate(group["params"]):
-            if p.grad is None and not _is_empty_shard(p):
-                continue
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    f"Anon: parameter {position} of param group {index} has a sparse gradient, which is not supported; make it dense "
-                    "(nn.Embedding(sparse=False))"
-                )
-            state = self.state[p]
-            step = int(state["step"]) + 1
-            if step >= LAST_STEP:
-                raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
-            tensors = [local(p), local_gradient(p), *(local(state[key]) for key in STATE_KEYS[1:])]
-            key = (part_of.get(p, -1), step, tensors[0].device, *(t.dtype for t in tensors))
-            buckets.setdefault(key, Bucket(step)).add(state["step"], tensors, state.get(EXPONENTS))
-        return [(key[0], bucket) for key, bucket in buckets.items()]
-
-
-def _is_empty_shard(p: Tensor) -> bool:
-    """Whether p is what FSDP1 leaves of a parameter on a rank that holds none of its elements. It never has a gradient there; its step
-    counts all the same, since FSDP1 saves one count for all ranks."""
-    return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)

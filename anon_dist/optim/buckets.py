@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -49,6 +50,8 @@ class Bucket:
     v: list[Tensor] = field(default_factory=list)
     exponents: list[Tensor] = field(default_factory=list)
     """Of m's blocks, where m is in 8 bits."""
+    counts: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    """The counters' memory, if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
 
     def add(self, counter: Tensor, tensors: list[Tensor], exponents: Tensor | None = None) -> None:
         """Add a parameter: its step counter, (θ, g, m, s, v), and the exponents of an 8-bit m."""
@@ -62,6 +65,14 @@ class Bucket:
         """θ, g, m, s, v."""
         return self.theta, self.grad, self.m, self.s, self.v
 
+    def count(self) -> None:
+        """Raise the step counters by one."""
+        if self.counts and not torch.compiler.is_compiling():
+            for count in self.counts:
+                count[()] += 1.0
+        else:
+            torch._foreach_add_(self.counters, 1.0)
+
     def parts(self, foreach: bool | None) -> Iterator[Bucket]:
         """The bucket in parts of bounded size, or of one tensor each (see `Anon`'s argument `foreach`)."""
         together = self.theta[0].device.type != "cpu" if foreach is None else foreach
@@ -70,7 +81,9 @@ class Bucket:
             elements += tensor.numel()
             if not together or elements >= BUCKET_ELEMENTS or i + 1 == len(self.theta):
                 lists = (x[start : i + 1] for x in (self.counters, *self.lists, self.exponents))
-                yield Bucket(self.step, self.gammas, *lists)
+                part = Bucket(self.step, self.gammas, *lists)  # type: ignore[arg-type]
+                part.counts = self.counts[start : i + 1]
+                yield part
                 start, elements = i + 1, 0
 
 
@@ -108,7 +121,7 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
             hold_silent=group["hold_silent"],
         )
     update.apply_update(theta, v, m, lr=lr, debias=1.0 - beta1**bucket.step, clip=group["update_clip"])
-    torch._foreach_add_(bucket.counters, 1.0)
+    bucket.count()
     _write_back(bucket.theta, theta, salt_of(bucket.step, THETA) if group["stochastic_rounding"] else None)
     if bucket.exponents:
         _encode(bucket.m, bucket.exponents, m, salt_of(bucket.step, EXP_AVG))
@@ -123,7 +136,7 @@ def update_bucket(bucket: Bucket, group: dict[str, Any]) -> None:
 def update_bucket_fused(bucket: Bucket, group: dict[str, Any]) -> None:
     """One Anon step of the bucket's tensors, by the kernel of their device."""
     kernel_for(bucket.theta[0].device).run(bucket.lists, **step_arguments(bucket, group))
-    torch._foreach_add_(bucket.counters, 1.0)
+    bucket.count()
 
 
 def at_refresh(bucket: Bucket, group: dict[str, Any], plan: Plan) -> tuple[float, float, float]:

@@ -7,10 +7,12 @@ import math
 import threading
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
+from operator import is_not
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from anon_dist.optim.kernels.build import BuildError, load
@@ -86,9 +88,10 @@ def obstacle(lists: Iterable[list[Tensor]]) -> str | None:
             return f"a tensor is on {tensors[0].device}"
         if tensors[0].dtype not in DTYPES:
             return f"a tensor is {str(tensors[0].dtype).removeprefix('torch.')}"
-        for t in tensors:
-            if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(t, AsyncCollectiveTensor):
-                return f"a tensor is a {type(t).__name__}"
+        kinds: set[type[Tensor]] = set(map(type, tensors))
+        for kind in kinds:
+            if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, AsyncCollectiveTensor):
+                return f"a tensor is a {kind.__name__}"
     return None
 
 
@@ -123,17 +126,12 @@ def run(
             nearest.
         exponents: of an int8 m's blocks (see `rounding.encode_blocks`).
     """
-    parameters = [same_layout(list(x)) for x in zip(*lists, strict=True) if x[0].numel()]
-    scales: list[int | None] = [None] * len(parameters)
-    if exponents is not None:
-        parameters = [
-            (given, [t.contiguous() for t in used]) for given, used in parameters
-        ]  # blocks are in row-major order
-        scales = [e.data_ptr() for e in exponents if e.numel()]
-    if not parameters:
+    copies, columns = laid_out(lists, row_major=exponents is not None)
+    if not columns[0]:
         return
+    scales = [None] * len(columns[0]) if exponents is None else [e.data_ptr() for e in exponents if e.numel()]
     debias_m = 1.0 - beta1**step
-    lengths = [used[0].numel() for _, used in parameters]
+    lengths = list(map(Tensor.numel, columns[0]))
     arguments = StepArguments(
         variant=variant,
         hold_silent=hold_silent,
@@ -156,20 +154,50 @@ def run(
         bound=math.inf if clip is None else clip * debias_m,
         scale=lr / debias_m,
     )
-    pointers = [
-        x for (_, used), scale in zip(parameters, scales, strict=True) for x in (*(t.data_ptr() for t in used), scale)
-    ]
+    addresses = [list(map(Tensor.data_ptr, members)) for members in columns]
+    pointers = list(chain.from_iterable(zip(*addresses, scales, strict=True)))
     library().anon_step(
         arguments,
         len(lengths),
         (ctypes.c_void_p * len(pointers))(*pointers),
         (ctypes.c_int64 * len(lengths))(*lengths),
     )
-    for given, used in parameters:
+    write_back(copies)
+    torch.autograd.graph.increment_version(lists[0])
+
+
+Copies = list[tuple[list[Tensor], list[Tensor]]]
+"""Of some parameters, θ, g, m, s, v and what was taken in their place."""
+
+
+def laid_out(lists: tuple[list[Tensor], ...], row_major: bool) -> tuple[Copies, list[list[Tensor]]]:
+    """The lists as a kernel can take them, without parameters that have no elements; and of which parameters these are copies.
+
+    Each parameter's tensors lie in memory in one order without gaps; in row-major order if that is asked for.
+    """
+    columns = list(lists)
+    if 0 in map(Tensor.numel, lists[0]):
+        columns = [[t for t in members if t.numel()] for members in lists]
+    every = [t for members in columns for t in members]
+    if (
+        set(map(type, every)) <= {Tensor, nn.Parameter}
+        and all(map(Tensor.is_contiguous, every))
+        and not any(map(Tensor.is_neg, every))
+    ):
+        return [], columns
+    pairs = [same_layout(list(tensors)) for tensors in zip(*columns, strict=True)]
+    if row_major:
+        pairs = [(given, [t.contiguous() for t in used]) for given, used in pairs]
+    copies = [(given, used) for given, used in pairs if any(map(is_not, given, used))]
+    return copies, [list(members) for members in zip(*(used for _, used in pairs), strict=True)]
+
+
+def write_back(copies: Copies) -> None:
+    """Copy what was computed to where it belongs."""
+    for given, used in copies:
         for role, stored, computed in zip(ROLES, given, used, strict=True):
             if computed is not stored and role != "grad":
                 stored.copy_(computed)
-    torch.autograd.graph.increment_version([given[0] for given, _ in parameters])
 
 
 def same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from anon_dist.optim import update
 from anon_dist.optim.kernels.build import BuildError
-from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH, ROLES, same_layout
+from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH, ROLES, Copies, laid_out, write_back
 
 BLOCK, WARPS = 512, 4
 """Elements and warps of a program: 4 elements a thread, one load of 16 bytes for each float32 tensor. The fastest of eight choices on an
@@ -42,9 +42,10 @@ def obstacle(lists: Iterable[list[Tensor]]) -> str | None:
             return f"a tensor is on {tensors[0].device}"
         if tensors[0].dtype not in DTYPES[role]:
             return f"a tensor is {str(tensors[0].dtype).removeprefix('torch.')}"
-        for t in tensors:
-            if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(t, AsyncCollectiveTensor):
-                return f"a tensor is a {type(t).__name__}"
+        kinds: set[type[Tensor]] = set(map(type, tensors))
+        for kind in kinds:
+            if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, AsyncCollectiveTensor):
+                return f"a tensor is a {kind.__name__}"
     return None
 
 
@@ -132,23 +133,20 @@ def run(
         exponents: of an int8 m, uint8, as `rounding.exponents_for` makes them.
         numbers: the further arguments of `cpu.run`.
     """
-    parameters, launch = prepare(lists, lr=lr, variant=variant, stochastic=stochastic, exponents=exponents)
+    copies, launch = prepare(lists, lr=lr, variant=variant, stochastic=stochastic, exponents=exponents)
     if launch is None:
         return
     launch(sent(step_values(lr=lr, **numbers), torch.float64, lists[0][0].device))
-    for given, used in parameters:
-        for role, stored, computed in zip(ROLES, given, used, strict=True):
-            if computed is not stored and role != "grad":
-                stored.copy_(computed)
-    torch.autograd.graph.increment_version([given[0] for given, _ in parameters])
+    write_back(copies)
+    torch.autograd.graph.increment_version(lists[0])
 
 
 @dataclass(frozen=True)
 class Launch:
     """A launch of the kernel on certain tensors, which must stay where they are, at any step that takes this variant."""
 
-    rows: tuple[tuple[int, ...], ...]
-    """What is in `table`."""
+    columns: tuple[tuple[int, ...], ...]
+    """What `table` was made of: addresses, elements."""
     table: Tensor
     chunks: Tensor
     lr: Tensor | None
@@ -160,7 +158,7 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that do the same."""
-        return self.rows, self.variant, self.dtypes, self.stochastic, None if self.lr is None else self.lr.data_ptr()
+        return self.columns, self.variant, self.dtypes, self.stochastic, None if self.lr is None else self.lr.data_ptr()
 
     def __call__(self, values: Tensor) -> None:
         """Launch it with the numbers of a step, `step_values` in device memory."""
@@ -186,28 +184,21 @@ def prepare(
     variant: int,
     stochastic: frozenset[str],
     exponents: list[Tensor] | None,
-) -> tuple[list[tuple[list[Tensor], list[Tensor]]], Launch | None]:
-    """For each parameter its tensors and the same or copies that the kernel can take; and the launch, None if there are no elements."""
-    parameters, rows = [], []
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        if not tensors[0].numel():
-            continue
-        given, used = same_layout(list(tensors))
-        if exponents is not None:
-            used = [t.contiguous() for t in used]  # blocks are in row-major order
-        addresses = [t.data_ptr() for t in used]
-        aligned = not any(address % ALIGNMENT for address in addresses)
-        scales = exponents[i].data_ptr() if exponents is not None else 0
-        parameters.append((given, used))
-        rows.append((*addresses, scales, used[0].numel(), int(aligned)))
-    if not rows:
-        return parameters, None
-    device = parameters[0][1][0].device
+) -> tuple[Copies, Launch | None]:
+    """The parameters that the kernel can only take as copies, and the launch; None if there are no elements."""
+    copies, columns = laid_out(lists, row_major=exponents is not None)
+    theta = columns[0]
+    if not theta:
+        return copies, None
+    addresses = [tuple(map(Tensor.data_ptr, members)) for members in columns]
+    scales = (0,) * len(theta) if exponents is None else tuple(e.data_ptr() for e in exponents if e.numel())
+    described = (*addresses, scales, tuple(map(Tensor.numel, theta)))
+    device = theta[0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return parameters, Launch(
-        rows=tuple(rows),
-        table=_table(tuple(rows), device, stream),
-        chunks=_chunks(tuple(row[6] for row in rows), device, stream),
+    return copies, Launch(
+        columns=described,
+        table=_table(described, device, stream),
+        chunks=_chunks(described[-1], device, stream),
         lr=lr.to(device) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None,
         variant=variant,
         dtypes=tuple(DTYPES[role][x[0].dtype] for role, x in zip(ROLES, lists, strict=True)),
@@ -263,8 +254,10 @@ def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    return sent(rows, torch.int64, device)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    rows = torch.tensor(columns).T
+    aligned = (rows[:, : len(ROLES)] % ALIGNMENT == 0).all(1, keepdim=True)
+    return sent(torch.cat([rows, aligned], 1), torch.int64, device)
 
 
 @lru_cache(maxsize=64)

@@ -61,12 +61,12 @@ class GraphedStep:
         if launches:
             self._replay(launches, numbers)
             for bucket in buckets:
-                torch._foreach_add_(bucket.counters, 1.0)
+                bucket.count()
                 torch.autograd.graph.increment_version(bucket.theta)
         self._without_graphs(others)
 
     def _replay(self, launches: list[gpu.Launch], numbers: list[list[float]]) -> None:
-        addresses = tuple(launch.rows for launch in launches)
+        addresses = tuple(launch.columns for launch in launches)
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses
@@ -92,16 +92,14 @@ def _launch(bucket: Bucket, group: dict[str, Any]) -> tuple[gpu.Launch | None, l
     if choice.kernel_for(bucket.theta[0].device) is not gpu:
         return None, []
     arguments = step_arguments(bucket, group)
-    parameters, launch = gpu.prepare(
+    copies, launch = gpu.prepare(
         bucket.lists,
         lr=arguments["lr"],
         variant=arguments.pop("variant"),
         stochastic=arguments.pop("stochastic", frozenset()),
         exponents=arguments.pop("exponents", None),
     )
-    if any(stored is not computed for given, used in parameters for stored, computed in zip(given, used, strict=True)):
-        return None, []
-    return launch, gpu.step_values(**arguments)
+    return (None, []) if copies else (launch, gpu.step_values(**arguments))
 
 
 def _captured(launches: list[gpu.Launch], values: Tensor) -> Callable[[], None]:
