@@ -37,6 +37,7 @@ LAUNCHES = {
     **{f"zero{stage}": ("deepspeed.yaml", f"configs/deepspeed/zero{stage}.json") for stage in range(4)},
     "zero2-offload": ("deepspeed.yaml", "configs/deepspeed/zero2-offload.json"),
 }
+LAUNCHER_OF = {**LAUNCHES, "zero2-fp16": ("deepspeed.yaml", "configs/deepspeed/zero2-fp16.json")}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def train(config, run_dir, launcher, *options):
 
 def launcher(engine, tmp_path):
     """accelerate, on one GPU; the shipped configuration, with the stage written into it."""
-    name, *stage = LAUNCHES[engine]
+    name, *stage = LAUNCHER_OF[engine]
     text = (ROOT / "configs" / "accelerate" / name).read_text()
     for path in stage:
         text = text.replace("configs/deepspeed/zero2.json", path)
@@ -82,6 +83,18 @@ def test_an_engine_trains_as_one_process_without_it(engine, config, single, tmp_
     for record, expected in zip(found, single, strict=True):
         for key in {"loss", "val_loss", "final_loss"} & expected.keys():
             assert abs(record[key] - expected[key]) < 2e-4, (record, expected)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "tolerance"),
+    [("zero2-fp16", "fp16", 0.15), ("zero2", "bf16", 0.05), ("fsdp2", "bf16", 0.05)],
+)
+def test_lower_precision_follows_float32(engine, precision, tolerance, config, single, tmp_path):
+    train(config, tmp_path / "run", launcher(engine, tmp_path), "--train.precision", precision)
+    found = metrics(tmp_path / "run")
+    pairs = [(r["val_loss"], s["val_loss"]) for r, s in zip(found, single, strict=True) if "val_loss" in s]
+    assert len(pairs) == 2
+    assert all(abs(loss - expected) < tolerance for loss, expected in pairs), pairs
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
