@@ -169,9 +169,11 @@ def shared(base: Config) -> Config:
     """What all cells have in common: one process each, no sample, one checkpoint; the corpus is verified once.
 
     Raises:
-        ConfigError: the configuration needs several processes.
+        ConfigError: the configuration needs several processes, or another optimizer.
     """
     base = copy.deepcopy(base)
+    if base.optim.name != "anon":
+        raise ConfigError(f"optim.name = {base.optim.name}: a sweep's cells are Anon's; --baseline adamw adds AdamW's")
     if (
         base.train.tensor_parallel not in (None, 1)
         or base.train.engine == "deepspeed"

@@ -190,6 +190,7 @@ def test_other_configurations_are_refused_in_the_same_folder(sweep, cells, tmp_p
         ({"match_rms": True}, {"optim__match": "spectrum.json"}, "matches learning rates already"),
         ({}, {"optim__gamma_schedule": {0: 0.5, 9: 1.0}}, "set optim.match"),
         ({}, {"train__tensor_parallel": 2}, "one process on one device"),
+        ({}, {"optim__name": "adamw"}, "--baseline adamw adds AdamW's"),
         ({}, {"data__seq_len": 32, "train__global_batch": 6}, "not a multiple"),
     ],
 )
