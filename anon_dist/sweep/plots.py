@@ -193,7 +193,7 @@ def _curves(results: Results, path: Path) -> str:
     if values:
         low, high = min(values), sorted(values)[int(0.85 * (len(values) - 1))]
         span = (high - low) or 0.1
-    loss.set_ylim(low - 0.05 * span, high + 0.15 * span)
+        loss.set_ylim(low - 0.05 * span, high + 0.15 * span)
     spread.set(title="preconditioner spread, matrices", xlabel="step", ylabel="standard deviation of log2 v")
     unit_of = "× factor of γ" if any(s.cell.factor != 1.0 for s in results.settings) else "(unit depends on γ)"
     largest.set(
