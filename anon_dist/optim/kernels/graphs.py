@@ -1,4 +1,4 @@
-"""Anon's step replayed from CUDA graphs. It has never been run on a GPU: only its choices are tested, on the CPU.
+"""Anon's step replayed from CUDA graphs.
 
 torch's capturable optimizers keep their counters on the GPU, so that one graph is right at every step. Anon's schedule is integers on the
 host, which choose one of three variants of the kernel. So there is a graph for each variant, and what else changes from step to step (the
