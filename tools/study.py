@@ -2,27 +2,32 @@
 """The study behind the language-model presets: the sweeps of configs/study/README.md, one after the other, and a table of what they gave.
 
     python tools/study.py run --corpus python=data/stdlib --out runs/study [--only screen] [-- --parallel 2]
-    python tools/study.py table runs/study/python …
+    python tools/study.py collect runs/study configs/study/results
+    python tools/study.py table configs/study/results
 
 A corpus is a folder made by `anon-dist data prepare`, with a name for the tables. Each sweep is a folder OUT/CORPUS/SWEEP with its own
 report; interrupted, the same command goes on. Differences are taken seed by seed from AdamW at the learning rate and the beta2 that are
-best for it over all sweeps of a part.
+best for it over all sweeps of a part on that corpus (the first part's, where a part has no AdamW).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.sweep.results import Results, Setting, paired
+from anon_dist.sweep.results import Spread
 
 CONFIG = Path(__file__).parents[1] / "configs" / "study" / "base.yaml"
 
@@ -37,7 +42,10 @@ class Sweep:
 
 RATES = "optim.lr=3e-3,6e-3"
 VECTORS = "'*.ln_*': 0, '*.bias': 0"
+QUOTED = VECTORS.replace("'", '"')
 GROUPS = f"{{'*wte*': 0.5}},{{{VECTORS}}},{{'*wte*': 0.5, {VECTORS}}},{{'*wte*': 1.25}}".replace("'", '"')
+NEW = "optim.refresh_ratio=1.03 optim.beta3=0.93"
+LONG = "--seeds 3 --train.steps 2000 --schedule.warmup-steps 100 --eval.every 500"
 PARTS: dict[str, tuple[str, list[Sweep]]] = {
     # One dial at a time around the preset, 700 steps.
     "screen": (
@@ -58,6 +66,85 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {RATES}"),
         ],
     ),
+    # Refreshes more often, the preconditioner's memory kept; and a longer warm-up.
+    "memory": (
+        "--seeds 2",
+        [
+            Sweep(
+                "refresh",
+                "--grid optim.gamma=1.0,1.1 optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3,6e-3,1.2e-2 --match-rms",
+            ),
+            Sweep(
+                "warmup",
+                "--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2 --baseline adamw",
+            ),
+            Sweep("warmup", "--grid schedule.warmup_steps=150 optim.gamma=1.1 optim.lr=3e-3,6e-3,1.2e-2 --match-rms"),
+        ],
+    ),
+    # The comparison, each at the learning rates around its best.
+    "final": (
+        LONG,
+        [
+            Sweep(
+                "preset",
+                "--grid optim.betas=[0.9,0.95] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3,6e-3",
+            ),
+            Sweep(
+                "beta2",
+                "--grid optim.betas=[0.9,0.99] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3 "
+                "--baseline adamw --baseline-lr 1.5e-3,3e-3",
+            ),
+        ],
+    ),
+    "size": (
+        "--seeds 2 --model.layers 6 --model.width 256 --model.heads 8",
+        [
+            Sweep("preset", "--grid optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=1.5e-3,3e-3"),
+            Sweep(
+                "beta2",
+                "--grid optim.betas=[0.9,0.99] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3 "
+                "--baseline adamw --baseline-lr 1e-3,1.5e-3,3e-3",
+            ),
+        ],
+    ),
+    "rest": (
+        "--seeds 2",
+        [
+            Sweep("eps", f"--grid optim.eps=1e-12,1e-8 {NEW} optim.lr=3e-3"),
+            Sweep("window", f"--grid optim.window=64,null {NEW} optim.lr=3e-3"),
+            Sweep("warmup", f"--grid schedule.warmup_steps=150 {NEW} optim.lr=3e-3,6e-3"),
+            Sweep(
+                "warmup",
+                f"--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw",
+            ),
+            Sweep("decay", f"--grid optim.weight_decay=0.03,0.3 {NEW} optim.lr=3e-3"),
+            Sweep("beta1", f"--grid optim.betas=[0.95,0.95] {NEW} optim.lr=3e-3"),
+            Sweep(
+                "schedule",
+                f"--grid 'optim.gamma_schedule={{0: 0.8, 100: 1.0}},{{0: 1.0, 350: 1.1}}' {NEW} optim.lr=3e-3 --match-rms",
+            ),
+        ],
+    ),
+    "untied": (
+        "--seeds 2 --model.tie-embeddings False",
+        [
+            Sweep("preset", f"--grid {NEW} optim.lr=3e-3,6e-3"),
+            Sweep(
+                "adamw", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 1.5e-3,3e-3"
+            ),
+        ],
+    ),
+    # What was best alone, together.
+    "combine": (
+        "--seeds 2 --match-rms",
+        [
+            Sweep(
+                "both",
+                "--grid optim.gamma=1.1,1.25 optim.refresh_ratio=1.03 optim.betas=[0.9,0.95],[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2",
+            ),
+            Sweep("both", "--grid optim.gamma=1.1,1.25 optim.betas=[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2"),
+        ],
+    ),
 }
 
 
@@ -75,38 +162,78 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
                 subprocess.run(command, check=True)
 
 
-def table(folders: list[Path]) -> None:
-    """What the sweeps below each of the folders gave, in Markdown."""
-    for folder in folders:
-        sweeps = sorted(path.parent for path in folder.glob("*/sweep.json"))
-        results = [(path.name, setting) for path in sweeps for setting in Results.read(path).settings]
-        for part in dict.fromkeys(name.partition("-")[0] for name, _ in results):
-            show_part(f"{folder.name}, {part}", [(n, s) for n, s in results if n.partition("-")[0] == part])
+def collect(out: Path, results: Path) -> None:
+    """Copy each sweep's cells to RESULTS/CORPUS-PART-SWEEP.csv."""
+    results.mkdir(parents=True, exist_ok=True)
+    for cells in sorted(out.glob("*/*/cells.csv")):
+        shutil.copyfile(cells, results / f"{cells.parent.parent.name}-{cells.parent.name}.csv")
 
 
-def show_part(title: str, results: list[tuple[str, Setting]]) -> None:
-    """One table; settings that have not finished are left out."""
-    finished = [(name, s) for name, s in results if s.ranked]
-    adamw = min(
-        (s for _, s in finished if s.cell.optimizer == "adamw"),
-        key=lambda s: s.loss.mean if s.loss else 0.0,
-        default=None,
+@dataclass
+class Line:
+    """What was measured at one setting; its losses by learning rate and seed, None where a run was stopped or failed."""
+
+    sweep: str
+    optimizer: str
+    settings: str
+    losses: dict[float, dict[int, float | None]] = field(default_factory=dict)
+
+
+def lines_of(files: list[Path], part: str) -> list[Line]:
+    """A line for each setting, in the order of the files."""
+    found: dict[tuple[str, ...], Line] = {}
+    for path in files:
+        sweep = path.stem.partition(f"-{part}-")[2]
+        for cell in csv.DictReader(path.open()):
+            own = {k: v for k, v in cell.items() if k.startswith(("optim.", "schedule.")) and k != "optim.lr" and v}
+            text = " ".join(f"{k.partition('.')[2]}={v}" for k, v in own.items())
+            line = found.setdefault((sweep, cell["optimizer"], text), Line(sweep, cell["optimizer"], text))
+            if cell["state"] in ("finished", "stopped", "failed"):
+                losses = line.losses.setdefault(float(cell["optim.lr"]), {})
+                losses[int(cell["seed"])] = float(cell["loss"]) if cell["state"] == "finished" else None
+    return list(found.values())
+
+
+def best_adamw(lines: list[Line]) -> dict[int, float]:
+    """The losses by seed of AdamW at the settings where their mean is lowest."""
+    whole = [x for line in lines if line.optimizer == "adamw" for x in line.losses.values() if None not in x.values()]
+    return min(
+        ({s: v for s, v in x.items() if v is not None} for x in whole), key=lambda x: mean(x.values()), default={}
     )
-    print(f"\n{title}\n")
-    shown = Table("sweep", "optimizer", "settings", "lr", "loss", "seeds", "minus the best AdamW", box=MARKDOWN)
-    for name, s in finished:
-        difference = paired(s, adamw) if adamw else None
-        error = f" ± {difference.error:.4f}" if difference and difference.error is not None else ""
-        shown.add_row(
-            name.partition("-")[2],
-            s.cell.optimizer,
-            f"`{other}`" if (other := s.other("optim.lr")) else "",
-            f"{s.cell.lr:g}" if s.cell.lr else "",
-            str(s.loss),
-            str(len(s.losses)),
-            f"{difference.mean:+.4f}{error}" if difference else "",
-        )
-    Console(width=200).print(shown)
+
+
+def table(results: Path, parts: list[str] | None) -> None:
+    """Tables of what was collected, in Markdown: losses, and in parentheses their difference from the best AdamW's, seed by seed."""
+    names = {
+        path.stem.partition(f"-{part}-")[0]
+        for path in results.glob("*.csv")
+        for part in PARTS
+        if f"-{part}-" in path.stem
+    }
+    for corpus, part in itertools.product(sorted(names), parts or PARTS):
+        lines = lines_of(sorted(results.glob(f"{corpus}-{part}-*.csv")), part)
+        if not lines:
+            continue
+        base = best_adamw(lines) or best_adamw(lines_of(sorted(results.glob(f"{corpus}-screen-*.csv")), "screen"))
+        rates = sorted({rate for line in lines for rate in line.losses})
+        print(f"\n{corpus}, {part}\n")
+        shown = Table("sweep", "optimizer", "settings", *(f"lr {rate:g}" for rate in rates), box=MARKDOWN)
+        for line in lines:
+            cells = [_cell(line.losses.get(rate, {}), base) for rate in rates]
+            shown.add_row(line.sweep, line.optimizer, f"`{line.settings}`" if line.settings else "", *cells)
+        Console(width=240).print(shown)
+
+
+def _cell(losses: dict[int, float | None], base: dict[int, float]) -> str:
+    finished = {seed: loss for seed, loss in losses.items() if loss is not None}
+    if len(finished) < len(losses):
+        return f"{len(losses) - len(finished)} of {len(losses)} stopped"
+    if not finished:
+        return ""
+    shared = finished.keys() & base.keys()
+    difference = Spread.of(finished[seed] - base[seed] for seed in shared) if shared else None
+    error = f" ± {difference.error:.3f}" if difference and difference.error is not None else ""
+    return f"{mean(finished.values()):.3f}" + (f" ({difference.mean:+.3f}{error})" if difference else "")
 
 
 def main() -> None:
@@ -116,15 +243,21 @@ def main() -> None:
     runs.add_argument("--corpus", action="append", required=True, metavar="NAME=FOLDER")
     runs.add_argument("--out", required=True)
     runs.add_argument("--only", action="append", choices=PARTS)
-    tables = commands.add_parser("table", help="print what they gave")
-    tables.add_argument("folder", nargs="+", type=Path)
+    collects = commands.add_parser("collect", help="copy the cells of each sweep's report")
+    collects.add_argument("out", type=Path)
+    collects.add_argument("results", type=Path)
+    tables = commands.add_parser("table", help="print what was collected")
+    tables.add_argument("results", type=Path)
+    tables.add_argument("--only", action="append", choices=PARTS)
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     args = arguments.parse_args(given[:cut])
     if args.command == "run":
         run(args, given[cut + 1 :])
+    elif args.command == "collect":
+        collect(args.out, args.results)
     else:
-        table(args.folder)
+        table(args.results, args.only)
 
 
 if __name__ == "__main__":

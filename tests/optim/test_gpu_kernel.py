@@ -15,12 +15,15 @@ from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH
 pytest.importorskip("triton")
 
 
-def test_in_the_interpreter():
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_in_the_interpreter_and_on_a_gpu(interpreted):
     """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
+    if interpreted == "0" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     cases = Path(__file__).with_name("gpu_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": interpreted},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
