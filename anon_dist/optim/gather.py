@@ -24,7 +24,7 @@ States = Mapping[Tensor, dict[str, Any]]
 Parts = Mapping[Tensor, int]
 """Parameter → the part of the step that it belongs to; those in none are in part -1."""
 
-_kind = attrgetter("dtype", "device", "layout")
+_kind = attrgetter("dtype", "device", "layout", "shape")
 
 
 class Gathered:
@@ -37,8 +37,11 @@ class Gathered:
         self._known = known
 
     def renewed(self, group: Mapping[str, Any], state: States, parts: Parts) -> list[tuple[int, Bucket]] | None:
-        """The buckets of the next step, each with its part. None if they must be gathered anew: parameters, states, dtypes, devices, parts
-        or which gradients are there have changed, or the step counts of a bucket are not one any more."""
+        """The buckets of the next step, each with its part.
+
+        None if they must be gathered anew: parameters, states, dtypes, devices, shapes, parts or which gradients are there have changed, or
+        the step counts of a bucket are not one any more.
+        """
         params = group["params"]
         if not _are(params, self._params) or [p.grad is not None for p in params] != self._has_gradient:
             return None
@@ -95,7 +98,8 @@ def gather(
     """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part.
 
     Raises:
-        RuntimeError: a gradient is sparse, or laid out otherwise than its parameter; or a step count has come to its end.
+        RuntimeError: a gradient is sparse, or laid out otherwise than its parameter; a parameter has been resized; or a step count has come
+            to its end.
     """
     buckets: dict[tuple[Any, ...], tuple[Bucket, list[Tensor]]] = {}
     for position, p in enumerate(group["params"]):
@@ -111,6 +115,11 @@ def gather(
         if step >= LAST_STEP:
             raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
         tensors = [local(p), local_gradient(p), *(local(own[key]) for key in STATE_KEYS[1:])]
+        if any(t.numel() != tensors[0].numel() for t in tensors):  # a kernel would write past the end
+            raise RuntimeError(
+                f"Anon: parameter {position} of param group {index} has {tensors[0].numel()} elements, its gradient {tensors[1].numel()} "
+                f"and its exp_avg {tensors[2].numel()}: it was resized after its state was made. del optimizer.state[p] starts it afresh"
+            )
         key = (parts.get(p, -1), step, tensors[0].device, *(t.dtype for t in tensors))
         bucket, params = buckets.setdefault(key, (Bucket(step), []))
         bucket.add(own["step"], tensors, own.get(EXPONENTS))

@@ -152,3 +152,24 @@ def test_an_error_in_a_remembered_step_changes_nothing():
         assert torch.equal(p, q)
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, before[1][i][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_resized_parameter_is_refused(steps):
+    params = model()
+    optimizer = Anon(params, **HYPER)
+    optimizer.init_state()
+    for t in range(steps):
+        give_gradients(params, t)
+        optimizer.step()
+    params[1].data = torch.ones(500)
+    give_gradients(params, 9)
+    before = params[0].detach().clone()
+    with pytest.raises(
+        RuntimeError, match="parameter 1 of param group 0 has 500 elements, its gradient 500 and its exp_avg 5"
+    ):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    del optimizer.state[params[1]]
+    optimizer.step()
+    assert optimizer.state[params[1]]["exp_avg"].shape == (500,)
