@@ -63,10 +63,20 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep("gamma", f"--grid optim.gamma=0.8,0.9,1.1,1.25,1.5 {RATES} --match-rms"),
             # A higher rate, into the same folder.
             Sweep("gamma", "--grid optim.gamma=1.1,1.25 optim.lr=1.2e-2 --match-rms"),
-            Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {RATES}"),
         ],
     ),
-    # Refreshes more often, the preconditioner's memory kept; and a longer warm-up.
+    # What was best alone, together.
+    "combine": (
+        "--seeds 2 --match-rms",
+        [
+            Sweep(
+                "both",
+                "--grid optim.gamma=1.1,1.25 optim.refresh_ratio=1.03 optim.betas=[0.9,0.95],[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2",
+            ),
+            Sweep("both", "--grid optim.gamma=1.1,1.25 optim.betas=[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2"),
+        ],
+    ),
+    # Refreshes more often, the preconditioner's memory kept.
     "memory": (
         "--seeds 2",
         [
@@ -74,36 +84,24 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
                 "refresh",
                 "--grid optim.gamma=1.0,1.1 optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3,6e-3,1.2e-2 --match-rms",
             ),
-            Sweep(
-                "warmup",
-                "--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2 --baseline adamw",
-            ),
-            Sweep("warmup", "--grid schedule.warmup_steps=150 optim.gamma=1.1 optim.lr=3e-3,6e-3,1.2e-2 --match-rms"),
         ],
     ),
     # The comparison, each at the learning rates around its best.
     "final": (
         LONG,
         [
+            Sweep("preset", f"--grid {NEW} optim.lr=3e-3,6e-3"),
             Sweep(
-                "preset",
-                "--grid optim.betas=[0.9,0.95] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3,6e-3",
-            ),
-            Sweep(
-                "beta2",
-                "--grid optim.betas=[0.9,0.99] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3 "
-                "--baseline adamw --baseline-lr 1.5e-3,3e-3",
+                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3"
             ),
         ],
     ),
     "size": (
         "--seeds 2 --model.layers 6 --model.width 256 --model.heads 8",
         [
-            Sweep("preset", "--grid optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=1.5e-3,3e-3"),
+            Sweep("preset", f"--grid {NEW} optim.lr=1.5e-3,3e-3"),
             Sweep(
-                "beta2",
-                "--grid optim.betas=[0.9,0.99] optim.refresh_ratio=1.03 optim.beta3=0.93 optim.lr=3e-3 "
-                "--baseline adamw --baseline-lr 1e-3,1.5e-3,3e-3",
+                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 1.5e-3,3e-3"
             ),
         ],
     ),
@@ -132,17 +130,6 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep(
                 "adamw", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 1.5e-3,3e-3"
             ),
-        ],
-    ),
-    # What was best alone, together.
-    "combine": (
-        "--seeds 2 --match-rms",
-        [
-            Sweep(
-                "both",
-                "--grid optim.gamma=1.1,1.25 optim.refresh_ratio=1.03 optim.betas=[0.9,0.95],[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2",
-            ),
-            Sweep("both", "--grid optim.gamma=1.1,1.25 optim.betas=[0.9,0.99] optim.lr=3e-3,6e-3,1.2e-2"),
         ],
     ),
 }

@@ -241,7 +241,7 @@ NAMED: dict[OptimizerName, Optimizer] = {
 
 
 @lru_cache
-def shares(steps: int, refresh_ratio: float = 1.1, beta2: float = 0.95) -> tuple[float, float]:
+def shares(steps: int, refresh_ratio: float = 1.03, beta2: float = 0.95) -> tuple[float, float]:
     """Shares of the first `steps` in which Anon accumulates and refreshes, with window="auto"."""
     schedule = Schedule((Regime(0, refresh_ratio, beta2, "auto"),))
     plans = [schedule.plan(t) for t in range(1, steps + 1)]

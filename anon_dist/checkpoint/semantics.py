@@ -47,9 +47,9 @@ class AnonOptions:
     """Adaptivity γ."""
     eps: float | None = None
     """ε; None: the square of AdamW's, which stands outside the square root."""
-    refresh_ratio: float = 1.1
+    refresh_ratio: float = 1.03
     """ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, …"""
-    beta3: float = 0.8
+    beta3: float = 0.93
     """Weight of the old preconditioner at a refresh."""
     update_clip: float | None = 1.0
     """Largest magnitude of an element of v · m̂."""

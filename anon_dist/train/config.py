@@ -92,9 +92,9 @@ class OptimConfig:
     """(Anon) lr, weight_decay and update_clip are meant for γ = 1, and multiplied in each param group for the γ in force there, so that its
     steps keep their root mean square (see anon_dist.optim.matching). A file of spectra, such as a sweep's calibration/spectrum.json, or
     the folder of a checkpoint of this model, of Anon or AdamW, to measure it on."""
-    refresh_ratio: float = 1.1
+    refresh_ratio: float = 1.03
     """(Anon) ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, … The paper's is 2."""
-    beta3: float = 0.8
+    beta3: float = 0.93
     """(Anon) Weight of the old preconditioner at a refresh. The paper's is 0.5."""
     update_clip: float | None = 1.0
     """(Anon) Largest magnitude of an element of v · m̂. Its unit depends on γ. None: unlimited, as in the paper."""
