@@ -92,7 +92,7 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
         [
             Sweep("preset", f"--grid {NEW} optim.lr=3e-3,6e-3"),
             Sweep(
-                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3"
+                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,4.2e-3"
             ),
         ],
     ),

@@ -23,7 +23,7 @@ SCRIPTS = ROOT / "launch" / "multinode"
 SMALL = """
 model: {layers: 2, width: 32, heads: 2, context: 32}
 data: {path: PATH, seq_len: 32}
-optim: {lr: 3.0e-3}
+optim: {lr: 3.0e-3, eps: 1.0e-8}  # or elements whose gradient is rounding alone, as key biases', would take steps of full size
 schedule: {warmup_steps: 3}
 train: {steps: 60, global_batch: 8, micro_batch: 2}
 eval: {every: 30, sequences: 16, final_sequences: 32}
