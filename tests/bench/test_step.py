@@ -21,7 +21,7 @@ from anon_dist.optim.reference import ReferenceAnon
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["rho = 2", "rho = 1.1"])
+@pytest.mark.parametrize("name", schedules())
 def test_weights_are_what_counting_finds(name):
     settings, steps = schedules()[name], 3000
     reference = ReferenceAnon(torch.zeros(()), **settings)

@@ -176,7 +176,7 @@ def test_gradients_that_are_not_finite_skip_the_step(run_config, train, tmp_path
 
     monkeypatch.setattr(loop, "token_loss", poisoned)
     poison = lambda: len(calls) in (5, 6)  # noqa: E731 - both micro-batches of step 3
-    folder = train(run_config(eval__every=0))
+    folder = train(run_config(eval__every=0, optim__refresh_ratio=1.1))
     records = {r["step"]: r for r in metrics(folder) if "loss" in r}
     assert records[3]["skipped"] == 1
     assert "skipped" not in records[4]
