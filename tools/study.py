@@ -86,16 +86,33 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             ),
         ],
     ),
-    # The comparison, each at the learning rates around its best.
+    # The comparison: the preset, the one before it, and AdamW at three or four learning rates.
     "final": (
         LONG,
         [
-            Sweep("preset", f"--grid {NEW} optim.lr=3e-3,6e-3"),
+            Sweep("preset", f"--grid {NEW} optim.lr=2.1e-3,3e-3,4.2e-3,6e-3"),
+            Sweep("before", "--grid optim.refresh_ratio=1.1 optim.beta3=0.8 optim.lr=2.1e-3,3e-3"),
             Sweep(
-                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,4.2e-3"
+                "beta2",
+                f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=2.1e-3,3e-3 "
+                "--baseline adamw --baseline-lr 1.5e-3,2.1e-3,3e-3,4.2e-3,6e-3",
             ),
+            Sweep("warmup", f"--grid schedule.warmup_steps=300 {NEW} optim.lr=3e-3"),
         ],
     ),
+    # 12M parameters: for a GPU.
+    "large": (
+        "--seeds 2 --model.layers 6 --model.width 384 --model.heads 6 --model.context 256 --data.seq-len 256 --train.global-batch 16 "
+        "--train.micro-batch 16 --train.steps 800 --schedule.warmup-steps 100 --eval.every 400",
+        [
+            Sweep(
+                "gamma",
+                "--grid optim.gamma=1.1 optim.betas=[0.9,0.99] optim.lr=5e-4,1e-3,2e-3 --match-rms "
+                "--baseline adamw --baseline-lr 5e-4,1e-3,2e-3",
+            )
+        ],
+    ),
+    # Not run yet.
     "size": (
         "--seeds 2 --model.layers 6 --model.width 256 --model.heads 8",
         [
