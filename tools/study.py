@@ -97,7 +97,6 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
                 f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=2.1e-3,3e-3 "
                 "--baseline adamw --baseline-lr 1.5e-3,2.1e-3,3e-3,4.2e-3,6e-3",
             ),
-            Sweep("warmup", f"--grid schedule.warmup_steps=300 {NEW} optim.lr=3e-3"),
         ],
     ),
     # 12M parameters: for a GPU.
