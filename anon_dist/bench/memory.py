@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from anon_dist.bench.shapes import Parameter, Shape
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.optim.schedule import Regime, Schedule
+from anon_dist.train.config import OptimConfig
 
 EngineName = Literal[
     "ddp",
@@ -241,7 +242,7 @@ NAMED: dict[OptimizerName, Optimizer] = {
 
 
 @lru_cache
-def shares(steps: int, refresh_ratio: float = 1.03, beta2: float = 0.95) -> tuple[float, float]:
+def shares(steps: int, refresh_ratio: float = OptimConfig.refresh_ratio, beta2: float = 0.95) -> tuple[float, float]:
     """Shares of the first `steps` in which Anon accumulates and refreshes, with window="auto"."""
     schedule = Schedule((Regime(0, refresh_ratio, beta2, "auto"),))
     plans = [schedule.plan(t) for t in range(1, steps + 1)]

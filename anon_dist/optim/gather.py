@@ -68,6 +68,7 @@ class _Known:
         self._counts = [c.numpy() for c in bucket.counters] if countable else []
 
     def renewed(self, state: States) -> Bucket | None:
+        """The bucket of the next step; None if something that it was made of has changed."""
         params = [p for p in (r() for r in self._params) if p is not None and p in state]
         if len(params) != len(self._params) or not self._counts:
             return None

@@ -6,6 +6,7 @@ The kernel's own tests on a GPU are `optim/gpu_cases.py`.
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,12 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(precision, config, 
     command = [sys.executable, "launch/pretrain.py", "--config", str(config), "--run-dir", str(tmp_path / "resumed")]
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=unbuffered)
+    limit = threading.Timer(400, process.kill)
+    limit.start()
     for line in process.stdout:
         if line.startswith("step=20 "):
             process.terminate()
+    limit.cancel()
     assert process.wait(timeout=100) == 0
     assert "Resuming" in train(config, tmp_path / "resumed", [sys.executable], *options)
     resumed, whole = metrics(tmp_path / "resumed"), metrics(tmp_path / "whole")
