@@ -1,6 +1,7 @@
-"""The studies of tools/claims import each other by name, as scripts of one folder do."""
+"""tools/ and tools/claims hold scripts, which import each other by name, as scripts of one folder do."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "claims"))
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path[:0] = [str(TOOLS / "claims"), str(TOOLS)]
