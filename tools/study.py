@@ -46,6 +46,7 @@ QUOTED = VECTORS.replace("'", '"')
 GROUPS = f"{{'*wte*': 0.5}},{{{VECTORS}}},{{'*wte*': 0.5, {VECTORS}}},{{'*wte*': 1.25}}".replace("'", '"')
 NEW = "optim.refresh_ratio=1.03 optim.beta3=0.93"
 LONG = "--seeds 3 --train.steps 2000 --schedule.warmup-steps 100 --eval.every 500"
+WARM = "--seeds 3 --train.steps 2000 --eval.every 500 --no-early-stop"
 PARTS: dict[str, tuple[str, list[Sweep]]] = {
     # One dial at a time around the preset, 700 steps.
     "screen": (
@@ -99,6 +100,18 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             ),
         ],
     ),
+    # The comparison again, with a longer warm-up.
+    "warm": (
+        WARM,
+        [
+            Sweep("preset", f"--grid {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,8.4e-3"),
+            Sweep(
+                "beta2",
+                f"--grid optim.betas=[0.9,0.99] {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,6e-3 "
+                "--baseline adamw --baseline-lr 3e-3,4.2e-3,6e-3",
+            ),
+        ],
+    ),
     # 12M parameters: for a GPU.
     "large": (
         "--seeds 2 --model.layers 6 --model.width 384 --model.heads 6 --model.context 256 --data.seq-len 256 --train.global-batch 16 "
@@ -111,32 +124,54 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             )
         ],
     ),
-    # Not run yet.
+    # 3.6M parameters.
     "size": (
-        "--seeds 2 --model.layers 6 --model.width 256 --model.heads 8",
+        "--seeds 2 --model.layers 6 --model.width 192 --model.heads 6 --schedule.warmup-steps 150",
         [
-            Sweep("preset", f"--grid {NEW} optim.lr=1.5e-3,3e-3"),
+            Sweep("preset", f"--grid {NEW} optim.lr=3e-3,6e-3"),
             Sweep(
-                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 1.5e-3,3e-3"
+                "beta2", f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3"
             ),
         ],
     ),
     "rest": (
         "--seeds 2",
         [
-            Sweep("eps", f"--grid optim.eps=1e-12,1e-8 {NEW} optim.lr=3e-3"),
-            Sweep("window", f"--grid optim.window=64,null {NEW} optim.lr=3e-3"),
+            Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {NEW} optim.lr=3e-3"),
+            Sweep("eps", f"--grid optim.eps=1e-8,1e-7,1e-6 {NEW} {RATES}"),
             Sweep("warmup", f"--grid schedule.warmup_steps=150 {NEW} optim.lr=3e-3,6e-3"),
             Sweep(
                 "warmup",
-                f"--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw",
+                f"--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw "
+                "--baseline-lr 3e-3,6e-3",
             ),
-            Sweep("decay", f"--grid optim.weight_decay=0.03,0.3 {NEW} optim.lr=3e-3"),
-            Sweep("beta1", f"--grid optim.betas=[0.95,0.95] {NEW} optim.lr=3e-3"),
+            Sweep(
+                "warmup",
+                f"--grid schedule.warmup_steps=150 {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3",
+            ),
+            Sweep("warmup", f"--grid schedule.warmup_steps=300 {NEW} optim.lr=6e-3,1.2e-2"),
+            Sweep(
+                "warmup",
+                f"--grid schedule.warmup_steps=300 optim.betas=[0.9,0.99] {NEW} optim.lr=6e-3 --baseline adamw "
+                "--baseline-lr 6e-3,1.2e-2",
+            ),
             Sweep(
                 "schedule",
                 f"--grid 'optim.gamma_schedule={{0: 0.8, 100: 1.0}},{{0: 1.0, 350: 1.1}}' {NEW} optim.lr=3e-3 --match-rms",
             ),
+        ],
+    ),
+    # The preset with a window so short that it counts within 2,000 steps.
+    "window": (
+        LONG,
+        [Sweep("short", f"--grid optim.window=8 {NEW} optim.lr=3e-3")],
+    ),
+    # Around the preset: the clip, and refreshes more often still.
+    "around": (
+        "--seeds 2",
+        [
+            Sweep("rho", f"--grid optim.refresh_ratio=1.01 optim.beta3=0.977 {RATES}"),
+            Sweep("clip", f"--grid optim.update_clip=0.5,2.0 {NEW} optim.lr=3e-3"),
         ],
     ),
     "untied": (

@@ -223,5 +223,5 @@ def weights(settings: dict[str, Any], steps: int) -> dict[str, float]:
 def schedules() -> dict[str, dict[str, Any]]:
     """Settings of the means: the shipped preset's, and the paper's refreshes with the same window."""
     preset = preset_settings()
-    paper = replace(preset, refresh_ratio=2.0, beta3=0.5, window="auto")
+    paper = replace(preset, refresh_ratio=2.0, beta3=0.5)
     return {"rho = 2": anon_settings(paper), f"rho = {preset.refresh_ratio}": anon_settings(preset)}

@@ -274,7 +274,7 @@ class Options:
     mfu: float = 0.4
     """Share of the peak that forward and backward passes reach."""
     steps: int = 100_000
-    """Length of the run, on which the mean traffic of Anon's step depends (refresh ratio 1.1, beta2 0.95, window auto)."""
+    """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
     engines: tuple[EngineName, ...] = ENGINES
     """Which to show."""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS

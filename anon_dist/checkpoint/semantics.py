@@ -53,7 +53,7 @@ class AnonOptions:
     """Weight of the old preconditioner at a refresh."""
     update_clip: float | None = 1.0
     """Largest magnitude of an element of v · m̂."""
-    window: int | Literal["auto"] | None = "auto"
+    window: int | Literal["auto"] | None = 64
     """Steps before a refresh in which the second moment is accumulated. None: all of them."""
     hold_silent: bool = False
     """Elements without gradient since the last refresh keep their preconditioner."""

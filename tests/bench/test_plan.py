@@ -60,7 +60,7 @@ def test_bytes_of_states_and_of_a_step():
     assert NAMED["adamw"].moved(1.0, 1.0) == 28
     assert [NAMED["anon"].moved(*x) for x in ((0, 0), (1, 0), (1, 1))] == [24, 32, 36]
     accumulating, refreshing = shares(
-        100_000, 2.0, 0.95
+        100_000, 2.0, 0.95, "auto"
     )  # 17 powers of 2; windows of 325 steps, or all where they are closer
     assert refreshing == 17e-5
     assert accumulating == pytest.approx((512 + 7 * 325 + 0) / 1e5, rel=0.2)
