@@ -92,6 +92,8 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
         LONG,
         [
             Sweep("preset", f"--grid {NEW} optim.lr=2.1e-3,3e-3,4.2e-3,6e-3"),
+            # A window so short that it leaves out most of the last steps.
+            Sweep("window", f"--grid optim.window=8 {NEW} optim.lr=3e-3"),
             Sweep("before", "--grid optim.refresh_ratio=1.1 optim.beta3=0.8 optim.lr=2.1e-3,3e-3"),
             Sweep(
                 "beta2",
@@ -104,11 +106,11 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
     "warm": (
         WARM,
         [
-            Sweep("preset", f"--grid {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,8.4e-3"),
+            Sweep("preset", f"--grid {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,6e-3,8.4e-3"),
             Sweep(
                 "beta2",
-                f"--grid optim.betas=[0.9,0.99] {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,6e-3 "
-                "--baseline adamw --baseline-lr 3e-3,4.2e-3,6e-3",
+                f"--grid optim.betas=[0.9,0.99] {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3 "
+                "--baseline adamw --baseline-lr 4.2e-3,6e-3",
             ),
         ],
     ),
@@ -139,32 +141,31 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
         [
             Sweep("eps", f"--grid optim.eps=1e-12,1e-10 {NEW} optim.lr=3e-3"),
             Sweep("eps", f"--grid optim.eps=1e-8,1e-7,1e-6 {NEW} {RATES}"),
-            Sweep("warmup", f"--grid schedule.warmup_steps=150 {NEW} optim.lr=3e-3,6e-3"),
-            Sweep(
-                "warmup",
-                f"--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw "
-                "--baseline-lr 3e-3,6e-3",
-            ),
-            Sweep(
-                "warmup",
-                f"--grid schedule.warmup_steps=150 {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3",
-            ),
-            Sweep("warmup", f"--grid schedule.warmup_steps=300 {NEW} optim.lr=6e-3,1.2e-2"),
-            Sweep(
-                "warmup",
-                f"--grid schedule.warmup_steps=300 optim.betas=[0.9,0.99] {NEW} optim.lr=6e-3 --baseline adamw "
-                "--baseline-lr 6e-3,1.2e-2",
-            ),
             Sweep(
                 "schedule",
                 f"--grid 'optim.gamma_schedule={{0: 0.8, 100: 1.0}},{{0: 1.0, 350: 1.1}}' {NEW} optim.lr=3e-3 --match-rms",
             ),
         ],
     ),
-    # The preset with a window so short that it counts within 2,000 steps.
-    "window": (
-        LONG,
-        [Sweep("short", f"--grid optim.window=8 {NEW} optim.lr=3e-3")],
+    # A longer warm-up, and gamma again with it.
+    "warmup": (
+        "--seeds 2",
+        [
+            Sweep("steps", f"--grid schedule.warmup_steps=150 {NEW} {RATES} --baseline adamw"),
+            Sweep(
+                "steps",
+                f"--grid schedule.warmup_steps=150 optim.betas=[0.9,0.99] {NEW} optim.lr=3e-3 --baseline adamw --baseline-lr 3e-3,6e-3",
+            ),
+            Sweep("steps", f"--grid schedule.warmup_steps=300 {NEW} optim.lr=6e-3,1.2e-2"),
+            Sweep(
+                "steps",
+                f"--grid schedule.warmup_steps=300 optim.betas=[0.9,0.99] {NEW} optim.lr=6e-3 --baseline adamw --baseline-lr 6e-3,1.2e-2",
+            ),
+            Sweep(
+                "gamma",
+                f"--schedule.warmup-steps 150 --grid optim.gamma=0.8,0.9,1.1,1.25 {NEW} optim.lr=6e-3 --match-rms",
+            ),
+        ],
     ),
     # Around the preset: the clip, and refreshes more often still.
     "around": (
@@ -218,7 +219,7 @@ class Line:
 
 
 def lines_of(files: list[Path], part: str) -> list[Line]:
-    """A line for each setting, in the order of the files."""
+    """A line for each setting of which a run has ended, in the order of the files."""
     found: dict[tuple[str, ...], Line] = {}
     for path in files:
         sweep = path.stem.partition(f"-{part}-")[2]
@@ -229,7 +230,7 @@ def lines_of(files: list[Path], part: str) -> list[Line]:
             if cell["state"] in ("finished", "stopped", "failed"):
                 losses = line.losses.setdefault(float(cell["optim.lr"]), {})
                 losses[int(cell["seed"])] = float(cell["loss"]) if cell["state"] == "finished" else None
-    return list(found.values())
+    return [line for line in found.values() if line.losses]
 
 
 def best_adamw(lines: list[Line]) -> dict[int, float]:
