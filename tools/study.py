@@ -126,7 +126,7 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             )
         ],
     ),
-    # 3.6M parameters.
+    # 3.5M parameters.
     "size": (
         "--seeds 2 --model.layers 6 --model.width 192 --model.heads 6 --schedule.warmup-steps 150",
         [
