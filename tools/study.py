@@ -42,7 +42,6 @@ class Sweep:
 
 RATES = "optim.lr=3e-3,6e-3"
 VECTORS = "'*.ln_*': 0, '*.bias': 0"
-QUOTED = VECTORS.replace("'", '"')
 GROUPS = f"{{'*wte*': 0.5}},{{{VECTORS}}},{{'*wte*': 0.5, {VECTORS}}},{{'*wte*': 1.25}}".replace("'", '"')
 NEW = "optim.refresh_ratio=1.03 optim.beta3=0.93"
 LONG = "--seeds 3 --train.steps 2000 --schedule.warmup-steps 100 --eval.every 500"
@@ -109,8 +108,8 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             Sweep("preset", f"--grid {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3,6e-3,8.4e-3"),
             Sweep(
                 "beta2",
-                f"--grid optim.betas=[0.9,0.99] {NEW} schedule.warmup_steps=300 optim.lr=4.2e-3 "
-                "--baseline adamw --baseline-lr 4.2e-3,6e-3",
+                f"--grid optim.betas=[0.9,0.99] {NEW} schedule.warmup_steps=300 optim.lr=3e-3,4.2e-3,6e-3 "
+                "--baseline adamw --baseline-lr 2.1e-3,3e-3,4.2e-3,6e-3",
             ),
         ],
     ),
@@ -167,12 +166,11 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             ),
         ],
     ),
-    # Around the preset: the clip, and refreshes more often still.
+    # Refreshes more often still.
     "around": (
         "--seeds 2",
         [
             Sweep("rho", f"--grid optim.refresh_ratio=1.01 optim.beta3=0.977 {RATES}"),
-            Sweep("clip", f"--grid optim.update_clip=0.5,2.0 {NEW} optim.lr=3e-3"),
         ],
     ),
     "untied": (

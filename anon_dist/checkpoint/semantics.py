@@ -54,7 +54,8 @@ class AnonOptions:
     update_clip: float | None = 1.0
     """Largest magnitude of an element of v · m̂."""
     window: int | Literal["auto"] | None = 64
-    """Steps before a refresh in which the second moment is accumulated. None: all of them."""
+    """Steps before a refresh in which the second moment is accumulated. auto: so many that what is left out weighs at most
+    2^-24. None: all of them."""
     hold_silent: bool = False
     """Elements without gradient since the last refresh keep their preconditioner."""
     keep_lr: bool = False

@@ -99,8 +99,8 @@ class OptimConfig:
     update_clip: float | None = 1.0
     """(Anon) Largest magnitude of an element of v · m̂. Its unit depends on γ. None: unlimited, as in the paper."""
     window: int | Literal["auto"] | None = 64
-    """(Anon) Steps before a refresh in which the second moment is accumulated; the others are faster. auto: those that β2 gives a weight of
-    at least 2^-24 together. None: all of them, as in the paper."""
+    """(Anon) Steps before a refresh in which the second moment is accumulated; the others are faster. auto: so many that
+    what is left out weighs at most 2^-24. None: all of them, as in the paper."""
     hold_silent: bool = False
     """(Anon) Elements without gradient since the last refresh keep their preconditioner; meant for γ < 0."""
     state_dtype: str = "float32"

@@ -11,6 +11,7 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.recognise import recognise
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo
 from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions, to_adamw, to_anon, to_optimizer
+from anon_dist.train.config import OptimConfig
 
 SHAPES = {"matrix": (37, 11), "vector": (130,), "one": (1,)}
 
@@ -330,3 +331,9 @@ def test_options_reach_the_groups():
     anon = made(Anon)
     take(anon, range(3))
     assert to_adamw(Live(anon), AdamWOptions(eps=1e-6)).manifest.groups[1].hyperparameters["eps"] == 1e-6
+
+
+def test_the_defaults_of_a_conversion_are_the_presets():
+    options, preset = AnonOptions(), OptimConfig()
+    for name in ("gamma", "refresh_ratio", "beta3", "update_clip", "window", "hold_silent"):
+        assert getattr(options, name) == getattr(preset, name), name
