@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from anon_dist.optim.kernels.build import load
+from anon_dist.optim.backends.build import load
 
 
 def nothing() -> None:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from anon_dist.bench.shapes import Parameter, Shape
 from anon_dist.optim.rounding import BLOCK
-from anon_dist.optim.schedule import Regime, Schedule, Window
+from anon_dist.optim.schedule import Phase, Schedule, Window
 from anon_dist.train.config import OptimConfig
 
 EngineName = Literal[
@@ -249,6 +249,6 @@ def shares(
     window: Window = OptimConfig.window,
 ) -> tuple[float, float]:
     """Shares of the first `steps` in which Anon accumulates and refreshes; the presets' without further arguments."""
-    schedule = Schedule((Regime(0, refresh_ratio, beta2, window),))
-    plans = [schedule.plan(t) for t in range(1, steps + 1)]
+    schedule = Schedule((Phase(0, refresh_ratio, beta2, window),))
+    plans = [schedule.at(t) for t in range(1, steps + 1)]
     return sum(p.accumulate for p in plans) / steps, sum(p.refresh for p in plans) / steps

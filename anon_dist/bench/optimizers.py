@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from anon_dist.bench.clock import Step
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.optim import Anon
-from anon_dist.optim.hyper import schedule_of
-from anon_dist.optim.kernels.graphs import GraphedStep
-from anon_dist.optim.schedule import Plan
+from anon_dist.optim.plan import Variant
+from anon_dist.optim.regime import Regime
 from anon_dist.train.config import OptimConfig, find_config, load_config
 
 PRESET = "gpt2-small"
@@ -55,10 +54,6 @@ def contestants() -> list[Contestant]:
     """All, those of this package first; `BASE`, with which they are compared, is the first of torch's."""
     return [
         *(Contestant(f"Anon {label}", partial(_anon, states)) for label, states in STATES.items()),
-        *(
-            Contestant(f"Anon {label}, CUDA graphs", partial(_anon_graphed, STATES[label]), devices=("cuda",))
-            for label in ("float32", "precond, exp_avg_sq bf16")
-        ),
         Contestant(BASE, partial(torch.optim.AdamW, weight_decay=DECAY, fused=True)),
         Contestant("torch AdamW foreach", partial(torch.optim.AdamW, weight_decay=DECAY, foreach=True)),
         Contestant("DeepSpeedCPUAdam", _deepspeed_cpu, "deepspeed", ("cpu",)),
@@ -123,13 +118,6 @@ def _anon(states: Any, tensors: Parameters) -> Optimizer:
     return Anon(tensors, **anon_settings(preset_settings()), state_dtype=states, fused=True)
 
 
-def _anon_graphed(states: Any, tensors: Parameters) -> Optimizer:
-    optimizer = _anon(states, tensors)
-    assert isinstance(optimizer, Anon)
-    GraphedStep(optimizer)
-    return optimizer
-
-
 def _deepspeed_cpu(tensors: Parameters) -> Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from torch.utils.cpp_extension import _get_build_directory
@@ -165,9 +153,8 @@ def _bitsandbytes(tensors: Parameters) -> Optimizer:
 # -- what a step is called, and must move ------------------------------------------------------------------------------
 
 
-def variant_of(plan: Plan) -> str:
-    """The name of what a step of Anon does."""
-    return "refreshing" if plan.refresh else "accumulating" if plan.accumulate else "plain"
+NAMES = {Variant.PLAIN: "plain", Variant.ACCUMULATE: "accumulating", Variant.REFRESH: "refreshing"}
+"""Of what a step of Anon does."""
 
 
 def _steps(optimizer: Optimizer, elements: int) -> dict[str, Step]:
@@ -180,9 +167,9 @@ def _steps(optimizer: Optimizer, elements: int) -> dict[str, Step]:
     s, v = size["exp_avg_sq"], size["precond"]
     plain = 12 + 2 * sum(size.values()) - 2 * s - v
     moved = {"plain": plain, "accumulating": plain + 2 * s, "refreshing": plain + 2 * s + v}
-    schedule, found = schedule_of(optimizer.param_groups[0]), dict[str, int]()
+    regime, found = Regime(optimizer.param_groups[0]), dict[str, int]()
     for t in range(20_000, 30_000):  # late enough to be none of the first
-        found.setdefault(variant_of(schedule.plan(t)), t)
+        found.setdefault(NAMES[regime.plan(t).variant], t)
     return {name: Step(optimizer.step, moved[name], partial(_count_to, optimizer, found[name] - 1)) for name in moved}
 
 
@@ -215,8 +202,8 @@ def _plain_tensors(value: Any) -> Iterator[Tensor]:
 
 def weights(settings: dict[str, Any], steps: int) -> dict[str, float]:
     """How often steps 1 … `steps` take each variant, as a share of all."""
-    schedule = schedule_of(Anon([torch.zeros(1)], **settings).param_groups[0])
-    counted = Counter(variant_of(schedule.plan(t)) for t in range(1, steps + 1))
+    regime = Regime(Anon([torch.zeros(1)], **settings).param_groups[0])
+    counted = Counter(NAMES[regime.plan(t).variant] for t in range(1, steps + 1))
     return {name: count / steps for name, count in counted.items()}
 
 

@@ -33,7 +33,7 @@ from anon_dist.bench.optimizers import (
 from anon_dist.bench.peak import in_fresh_process, working_bytes
 from anon_dist.bench.shape_lists import Shapes, default_sizes, few_large, model_shapes, parameters
 from anon_dist.optim import Anon
-from anon_dist.optim.kernels.build import BuildError
+from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config import ConfigError
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}

@@ -30,7 +30,7 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo, schedule_key
 from anon_dist.optim import Anon
-from anon_dist.optim.hyper import HISTORY, gamma_in_force, schedule_of
+from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.update import D_MAX, D_MIN
 
 BLOCK = 1 << 20
@@ -169,7 +169,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
     notes, groups = [], []
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
-        gamma = gamma_in_force(old)
+        gamma = Regime(old).gamma_in_force
         if gamma == 0.0:
             raise CheckpointError(
                 f"param group {index} has gamma = 0: its preconditioner is 1 and says nothing about the gradient's scale, which AdamW "
@@ -275,9 +275,9 @@ def _position(checkpoint: Checkpoint, group: ParamGroup, new: dict[str, Any], in
     steps = sorted({_step(checkpoint, name) for name in _with_state(checkpoint, group)})
     if not steps:
         return f"group {index}: no state"
-    schedule = schedule_of(new)
+    schedule = Regime(new).schedule
     last = max(schedule.refreshes(steps[-1]), default=0)
-    following = next(t for t in count(steps[-1] + 1) if schedule.plan(t).refresh)
+    following = next(t for t in count(steps[-1] + 1) if schedule.at(t).refresh)
     return f"group {index}: step {steps[-1]} kept; as if refreshed at step {last}, and next at {following}"
 
 
@@ -292,10 +292,10 @@ def _accumulated(group: Mapping[str, Any], step: int) -> tuple[float, float]:
 @lru_cache(maxsize=256)
 def _age(history: str, step: int) -> int:
     """Accumulating steps up to `step` since the refresh before or at it."""
-    schedule = schedule_of({HISTORY: history})
+    schedule = Regime({HISTORY: history}).schedule
     for age in range(step):
-        plan = schedule.plan(step - age)
-        if plan.refresh or not plan.accumulate:
+        due = schedule.at(step - age)
+        if due.refresh or not due.accumulate:
             return age
     return step
 

@@ -21,7 +21,7 @@ from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
-from anon_dist.optim.hyper import HISTORY
+from anon_dist.optim.regime import HISTORY
 from anon_dist.optim.state import decoded_states
 
 

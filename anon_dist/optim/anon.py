@@ -1,9 +1,13 @@
-"""Anon as a `torch.optim.Optimizer`: param groups, state, and the dispatch of a step to the arithmetic of `update.py`."""
+"""Anon as a `torch.optim.Optimizer`: torch's contract of param groups, state and `step`.
+
+What a step does is said by the group's `Regime`, on which tensors by `gather`; a backend does it.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
@@ -13,38 +17,30 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim import update
-from anon_dist.optim.buckets import Bucket, update_bucket, update_bucket_fused
-from anon_dist.optim.gather import Gathered, Parts, gather
-from anon_dist.optim.hyper import (
-    HISTORY,
-    append_history,
-    check_drift,
-    drifted,
-    gamma_before,
-    gamma_in_force,
-    new_history,
-    normalise,
-    schedule_of,
-    state_dtypes,
-    turned,
-    validate,
-)
-from anon_dist.optim.kernels import choice
+from anon_dist.optim.backends import choice
+from anon_dist.optim.gather import Bucket, Gathered, gather
+from anon_dist.optim.hyper import is_plain, normalise, state_dtypes, validate
+from anon_dist.optim.outcome import Outcome
+from anon_dist.optim.plan import StepPlan
+from anon_dist.optim.regime import HISTORY, Regime, Turn
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import (
-    AsIs,
-    LazyState,
-    checked_state,
-    decoded,
-    fresh_state,
-    local,
-    named_parameters,
-)
+from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, fresh_state, local, named_parameters
 
 _UNSET: Any = object()
 
-Work = tuple[Bucket, dict[str, Any], bool]
-"""A bucket, the hyperparameters of its group, and whether the kernel updates it."""
+
+@dataclass
+class _Work:
+    """The update of a bucket, to be run once."""
+
+    bucket: Bucket
+    plans: list[StepPlan]
+    backend: choice.Backend
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.backend(self.bucket.lists, self.plans, self.bucket.exponents)
+        self.bucket.count()
 
 
 class Anon(Optimizer):
@@ -87,7 +83,7 @@ class Anon(Optimizer):
             the other is kinder to a CPU's caches. The results are the same bits.
         fused: update in one pass over memory, by a kernel that is compiled for this machine at the first step (True; an error where it
             is not possible) or never (False): C on the CPU, Triton on NVIDIA GPUs. None: if `foreach` is None and all ranks can: at
-            its first step the optimizer waits up to a minute for the other ranks' (see `kernels.choice`). Within the same bounds of
+            its first step the optimizer waits up to a minute for the other ranks' (see `backends.choice`). Within the same bounds of
             rounding as the other path, but not the same bits.
         state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16; or by state, as in
             `{"exp_avg": "int8", "exp_avg_sq": "bfloat16", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg
@@ -101,10 +97,19 @@ class Anon(Optimizer):
         ValueError: an argument is out of its range.
     """
 
+    grad_scale: Tensor | None = None
+    """Gradients are divided by this number in the next step, inside its one pass over memory: a loss scale, or max(norm / limit, 1) to clip
+    gradients by their norm. On the parameters' device; torch's GradScaler sets it, as for torch's fused optimizers."""
+    found_inf: Tensor | None = None
+    """If this number is not 0, the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
+    _step_supports_amp_scaling = True  # tells torch's GradScaler of the two
+
     _kernel_agreed: bool | None = None
     """Whether all ranks can use the fused kernel; None before the first step."""
     _last: Sequence[Gathered] = ()
-    """What the last step's buckets were made of, for each group."""
+    """What each group's tensors were when they were last gathered."""
+    _outcome: Outcome | None = None
+    """Of the last step, where the host has not learnt it yet."""
 
     def __init__(
         self,
@@ -146,7 +151,7 @@ class Anon(Optimizer):
         normalise(defaults)
         validate(defaults)
         super().__init__(params, defaults)
-        self.state = LazyState(self)
+        self.state = LazyState()
 
     # -- param groups ------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class Anon(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group[HISTORY] = new_history(group)
+        group[HISTORY] = Regime(group).fresh()
         if group["gamma"] < 0 and not group["hold_silent"] and group["eps"] < 1e-10:
             warnings.warn(
                 f"Anon: at gamma = {group['gamma']} and eps = {group['eps']} a coordinate whose gradient is exactly zero up to a "
@@ -206,32 +211,24 @@ class Anon(Optimizer):
             RuntimeError: another of these hyperparameters was edited in `param_groups`, or the engine shows the optimizer only some of
                 its parameters at a time (DeepSpeed), so that not all state could be converted.
         """
-        groups = self.param_groups if group is None else [self.param_groups[group]]
+        self.settle()
+        if self._has_absent_state():
+            raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
         given = {"gamma": gamma, "refresh_ratio": refresh_ratio, "beta3": beta3}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if window is not _UNSET:
             changes["window"] = window
-        if self._has_absent_state():
-            raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
+        names = {*changes, *(["beta2"] if beta2 is not None else [])}
         changed = []
-        for old in groups:
+        for index in range(len(self.param_groups)) if group is None else [group]:
+            old = self.param_groups[index]
             new = {**old, **changes}
             if beta2 is not None:
                 new["betas"] = (old["betas"][0], beta2)
             normalise(new)
             validate(new)
-            taken, made_with = self._steps_taken(old), gamma_in_force(old)
-            if taken:
-                index = next(i for i, g in enumerate(self.param_groups) if g is old)
-                check_drift(index, old, {*changes, "gamma", *(["beta2"] if beta2 is not None else [])})
-            wanted = new["gamma"] if gamma is not None or not taken else made_with  # an edit waits for its refresh
-            if taken and made_with == 0.0 and wanted != 0.0:
-                raise ValueError(
-                    "Anon: gamma cannot be changed from 0 at once after steps were taken: v = 1 says nothing about the gradient's "
-                    "scale. Set it in param_groups: it takes effect at the next refresh"
-                )
-            new[HISTORY] = append_history({**new, "gamma": wanted}, taken)
-            changed.append((old, new, wanted / made_with if taken and wanted != made_with else 1.0))
+            new[HISTORY], ratio = Regime(old).rebased(index, new, self._steps_taken(old), names)
+            changed.append((old, new, ratio))
         for old, new, ratio in changed:
             if ratio != 1.0:
                 self._convert([self.state[p] for p in old["params"] if p in self.state], ratio)
@@ -249,11 +246,8 @@ class Anon(Optimizer):
         Everything whose unit depends on γ (lr, update_clip, weight_decay) is to follow this γ. Foremost parameters are taken to get
         gradients.
         """
-        return [group["gamma"] if self._turns_next(group) else gamma_in_force(group) for group in self.param_groups]
-
-    def _turns_next(self, group: dict[str, Any]) -> bool:
-        taken = self._steps_taken(group)
-        return taken == 0 or schedule_of(group).plan(taken + 1).refresh
+        self.settle()
+        return [Regime(group).next_gamma(self._steps_taken(group)) for group in self.param_groups]
 
     @staticmethod
     def _convert(states: list[dict[str, Tensor]], ratio: float) -> None:
@@ -307,6 +301,7 @@ class Anon(Optimizer):
 
         An 8-bit exp_avg is in it as bfloat16 (a copy, 2 bytes per parameter), so that any checkpoint library can reshard it.
         """
+        self.settle()
         self._ensure_state()
         found = super().state_dict()
         return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
@@ -326,6 +321,7 @@ class Anon(Optimizer):
             states = {p: {k: AsIs(v) for k, v in s.items()} for p, s in loaded["state"].items()}
             return {**loaded, "state": states}
 
+        self.settle()
         handle = self.register_load_state_dict_pre_hook(protect)
         try:
             super().load_state_dict(state_dict)
@@ -345,8 +341,8 @@ class Anon(Optimizer):
         for group in groups:
             normalise(group)
             validate(group)
-            group.setdefault(HISTORY, new_history(group))
-        checked = LazyState(self)
+            group.setdefault(HISTORY, Regime(group).fresh())
+        checked = LazyState()
         names = dict(named_parameters(groups))
         dtypes = {p: state_dtypes(g) for g in groups for p in g["params"]}
         for key, values in state.get("state", self.__dict__.get("state", {})).items():
@@ -382,8 +378,18 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._work(())[0])
+        for work in self._work(())[0]:
+            work.run()
         return loss
+
+    def settle(self) -> None:
+        """Know whether the last step was taken, where `found_inf` is on a GPU; until then it counts as taken.
+
+        Everything here that needs to know calls it. What reads `state[p]["step"]` itself should, before.
+        """
+        if self._outcome is not None:
+            outcome, self._outcome = self._outcome, None
+            outcome.settle()
 
     @torch.no_grad()
     def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
@@ -402,101 +408,97 @@ class Anon(Optimizer):
         Raises:
             RuntimeError, ValueError: as `step`.
         """
-        return [partial(self._update, work) for work in self._work(parts)]
+        return [partial(_run_all, work) for work in self._work(parts)]
 
-    def _work(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+    def _work(self, parts: Sequence[Iterable[Tensor]]) -> list[list[_Work]]:
         """The updates of a step, checked, of each part and of the parameters that are in none."""
+        _refuse_capture()
+        self.settle()
         if self._kernel_agreed is None and (kinds := choice.kinds(self.param_groups)):
             self._kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
-        work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
-        part_of = {p: i for i, part in enumerate(parts) for p in part}
-        found = self._renewed(part_of)
-        if found is None and self._has_no_gradient():
+        work: list[list[_Work]] = [[] for _ in range(len(parts) + 1)]
+        found = self._buckets()
+        if not any(found) and self._has_no_gradient():
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
                 "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
                 stacklevel=3,
             )
             return work
-        if found is None:
-            self._ensure_state()
-        turns: list[tuple[dict[str, Any], list[dict[str, Tensor]], float, str]] = []
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        found = found or self._gathered(part_of)
-        for index, (group, buckets) in enumerate(zip(self.param_groups, found, strict=True)):
-            lr = group["lr"]
-            now = {**group, "lr": lr.clone() if parts and isinstance(lr, Tensor) else lr}
-            for part, bucket in buckets:
-                work[part].append((bucket, now, choice.use_kernel(bucket.lists, group, bool(self._kernel_agreed))))
-            if turn := self._set_gammas(index, group, [bucket for _, bucket in buckets]):
-                turns.append((group, *turn))
-        for group, left, ratio, history in turns:
-            self._convert(left, ratio)
-            group[HISTORY] = history
+        if self.found_inf is not None and self.found_inf.device.type == "cpu" and bool(self.found_inf):
+            return work
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
+        turns = [self._turn(i, group, b) for i, (group, b) in enumerate(zip(self.param_groups, found, strict=True))]
+        if any(turns) and self.found_inf is not None and bool(self.found_inf):  # rare enough to wait for a GPU
+            return work
+        for group, buckets, turn in zip(self.param_groups, found, turns, strict=True):
+            for bucket in buckets:
+                backend = choice.choose(bucket.lists, group, bool(self._kernel_agreed))
+                plans = self._plans(group, bucket, turn[0] if turn else None, bool(parts))
+                for part, indices in _by_part(bucket, part_of).items():
+                    chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
+                    work[part].append(_Work(chosen, [plans[i] for i in indices], backend))
+        for group, turn in zip(self.param_groups, turns, strict=True):
+            if turn:
+                self._convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
+                group[HISTORY] = Regime(group).turned(turn[0], self._has_absent_state())
+        if self.found_inf is not None and self.found_inf.device.type != "cpu" and not any(turns):
+            self._outcome = Outcome(self.found_inf, partial(_take_back, [x.bucket for one in work for x in one]))
         return work
 
-    def _renewed(self, parts: Parts) -> list[list[tuple[int, Bucket]]] | None:
-        """The buckets of each group, if they can be had from those of the last step."""
-        groups = self.param_groups
-        if len(self._last) != len(groups):
-            return None
-        found = [known.renewed(group, self.state, parts) for known, group in zip(self._last, groups, strict=True)]
-        renewed = [buckets for buckets in found if buckets is not None]
-        return renewed if any(renewed) and len(renewed) == len(found) else None
-
-    def _gathered(self, parts: Parts) -> list[list[tuple[int, Bucket]]]:
+    def _buckets(self) -> list[list[Bucket]]:
         """The buckets of each group."""
-        self._last = []
-        found = [gather(index, group, self.state, parts) for index, group in enumerate(self.param_groups)]
-        self._last = [known for _, known in found]
-        return [buckets for buckets, _ in found]
+        groups = self.param_groups
+        known = self._last if len(self._last) == len(groups) else [None] * len(groups)
+        found = [k.buckets(group, self.state) if k else None for k, group in zip(known, groups, strict=True)]
+        renewed = [buckets for buckets in found if buckets is not None]
+        if any(renewed) and len(renewed) == len(groups):
+            return renewed
+        if self._has_no_gradient():
+            return [[] for _ in groups]
+        self._ensure_state()
+        gathered = [gather(index, group, self.state) for index, group in enumerate(groups)]
+        self._last = [remembered for _, remembered in gathered]
+        return [buckets for buckets, _ in gathered]
 
-    def _set_gammas(
+    def _plans(self, group: dict[str, Any], bucket: Bucket, turn: Turn | None, later: bool) -> list[StepPlan]:
+        """The plan of each parameter; `later`: when `lr` may have changed."""
+        regime, lr, device = Regime(group), group["lr"], bucket.lists[0][0].device
+        if isinstance(lr, Tensor):
+            on_gpu = device.type != "cpu" and lr.device.type != "cpu"
+            lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
+        scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
+        made = {step: regime.plan(step, turn, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
+        return [made[step] for step in bucket.steps]
+
+    def _turn(
         self, index: int, group: dict[str, Any], buckets: list[Bucket]
-    ) -> tuple[list[dict[str, Tensor]], float, str] | None:
-        """Tell the buckets their γ, before and after a refresh in this step.
-
-        Returns:
-            If an edited γ comes into force in this step (see `next_gammas`): the states that are to be converted, not being refreshed, by
-            which power, and the group's new history. Otherwise None.
-        """
-        present, wanted = gamma_in_force(group), group["gamma"]
-        turning: list[Bucket] = []
-        if wanted != present:
-            foremost, schedule = self._steps_taken(group) + 1, schedule_of(group)
-            if any(b.step == foremost and schedule.plan(b.step).refresh for b in buckets):
-                turning = [b for b in buckets if schedule.plan(b.step).refresh]
-        for bucket in buckets:
-            bucket.gammas = (gamma_before(group, bucket.step), present)
-        if not turning:
+    ) -> tuple[Turn, list[dict[str, Tensor]]] | None:
+        """If a pending γ comes into force in this step: the turn, and the states that are converted alongside, not being refreshed."""
+        regime = Regime(group)
+        steps = {step for bucket in buckets for step in bucket.steps}
+        turn = regime.turn(steps, self._steps_taken(group)) if regime.is_pending else None
+        if turn is None:
             return None
-        for bucket in turning:
-            bucket.gammas = (present, wanted)
-        refreshed = {id(counter) for bucket in turning for counter in bucket.counters}
+        refreshed = {
+            id(counter)
+            for bucket in buckets
+            for counter, step in zip(bucket.counters, bucket.steps, strict=True)
+            if regime.schedule.at(step).refresh
+        }
         states = [self.state[p] for p in group["params"] if p in self.state]
         left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
-        ratio, others = update.gamma_ratio(present, wanted), self._has_absent_state()
-        if left and (ratio is None or others):
-            why = (
-                "v = 1 there says nothing of the gradient's scale" if ratio is None else "not all parameters are in it"
-            )
+        absent = self._has_absent_state()
+        if left and (turn.ratio is None or absent):
             raise RuntimeError(
-                f"Anon: gamma of param group {index} was changed from {present!r} to {wanted!r}, and {len(left)} of its parameters have "
-                f"taken fewer steps than the others, for want of gradients: they cannot be converted, since {why}. Put them in a param "
-                f"group of their own, or set {present!r} again"
+                f"Anon: gamma of param group {index} was changed from {turn.old!r} to {turn.new!r}, and {len(left)} of its parameters have "
+                "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
+                f"{'not all parameters are in it' if absent else regime.why_not(turn)}. Put them in a param group of their own, or set "
+                f"{turn.old!r} again"
             )
-        return left, 1.0 if ratio is None else ratio, turned(group, foremost, others)
-
-    @torch.no_grad()
-    def _update(self, work: list[Work]) -> None:
-        """One Anon step of each bucket, in place."""
-        for bucket, group, fused in work:
-            if fused:
-                update_bucket_fused(bucket, group)
-                continue
-            for part in bucket.parts(group["foreach"]):
-                update_bucket(part, group)
+        return turn, left
 
     def _has_no_gradient(self) -> bool:
         """Whether there are parameters, and none of them has a gradient."""
@@ -504,10 +506,42 @@ class Anon(Optimizer):
         return bool(parameters) and all(p.grad is None for p in parameters)
 
     def _check_group(self, index: int, group: dict[str, Any]) -> None:
-        """Refuse values out of range and, once steps were taken, values that the state was not made with; but see `_set_gammas`."""
+        """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
+        if not is_plain(group):
+            normalise(group)
         validate(group)
-        if drifted(group):
+        regime = Regime(group)
+        if regime.drift():
             if self._steps_taken(group) or self._has_absent_state():
-                check_drift(index, group, {"gamma"})
+                regime.check_drift(index)
             else:
-                group[HISTORY] = new_history(group)
+                group[HISTORY] = regime.fresh()
+
+
+def _run_all(work: Iterable[_Work]) -> None:
+    for one in work:
+        one.run()
+
+
+def _take_back(buckets: list[Bucket]) -> None:
+    for bucket in buckets:
+        bucket.count(-1.0)
+
+
+def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:
+    """Indices of the bucket's parameters by the part of the step that they are in; -1 for those in none."""
+    if not part_of:
+        return {-1: range(len(bucket.params))}
+    found: dict[int, list[int]] = {}
+    for i, p in enumerate(bucket.params):
+        found.setdefault(part_of.get(p, -1), []).append(i)
+    return dict(found)
+
+
+def _refuse_capture() -> None:
+    """A CUDA graph would replay one step's variant and numbers for ever."""
+    if torch.cuda.is_available() and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Anon: step() cannot be captured in a CUDA graph, since the host chooses what each step does (refresh, window, counts). "
+            "Capture forward and backward, and call step() outside"
+        )

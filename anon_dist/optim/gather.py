@@ -1,132 +1,250 @@
-"""A param group's local tensors, gathered into buckets.
+"""A param group's local tensors, gathered into buckets: what a backend takes in one call.
 
-From one step to the next usually nothing changes but the gradients' tensors and the step counts. Then the buckets are renewed by passes
-over whole lists: Python's work on each of a hundred tensors takes a GPU's host longer than their update takes the GPU.
+From one step to the next usually nothing changes but the gradients' tensors, which of them are there, and the step counts. Then the buckets
+are made again by passes over whole lists: Python's work on each of a hundred tensors takes a GPU's host longer than their update takes the
+GPU.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from operator import attrgetter, is_
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from anon_dist.optim.buckets import Bucket, local_gradient
+from anon_dist.optim.backends.layout import Lists
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
 LAST_STEP = 1 << 24
 
+Group = Mapping[str, Any]
 States = Mapping[Tensor, dict[str, Any]]
 
-Parts = Mapping[Tensor, int]
-"""Parameter → the part of the step that it belongs to; those in none are in part -1."""
+_kind = attrgetter("dtype", "device", "layout")
 
-_kind = attrgetter("dtype", "device", "layout", "shape")
+
+@dataclass
+class Bucket:
+    """Local tensors of one param group and one device, whose dtypes agree role by role. All lists have a member for each parameter."""
+
+    params: list[Tensor]
+    lists: Lists
+    exponents: list[Tensor] | None
+    """Of m's blocks, where m is in 8 bits."""
+    steps: list[int]
+    """The step that each parameter takes."""
+    counters: list[Tensor]
+    """Step counts, which go up when the step has been taken."""
+    counts: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    """The counters' memory, if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
+
+    def count(self, by: float = 1.0) -> None:
+        """Raise the step counts."""
+        if self.counts and not torch.compiler.is_compiling():
+            for count in self.counts:
+                count[()] += by
+        else:
+            torch._foreach_add_(self.counters, by)
+
+    def of(self, indices: Sequence[int]) -> Bucket:
+        """A bucket of some of the parameters."""
+
+        def pick(members: list[Any]) -> list[Any]:
+            return [members[i] for i in indices]
+
+        return Bucket(
+            pick(self.params),
+            tuple(map(pick, self.lists)),
+            None if self.exponents is None else pick(self.exponents),
+            pick(self.steps),
+            pick(self.counters),
+            pick(self.counts) if self.counts else [],
+        )
 
 
 class Gathered:
-    """What a group's buckets were made of in its last step. It keeps no tensor alive."""
+    """What a group's tensors were when they were last gathered one by one. It keeps no tensor alive."""
 
-    def __init__(self, group: Mapping[str, Any], parts: Parts, known: list[_Known]) -> None:
+    def __init__(self, group: Group, kinds: Iterable[_Kind]) -> None:
         self._params = _references(group["params"])
-        self._has_gradient = [p.grad is not None for p in group["params"]]
-        self._parts = {weakref.ref(p): part for p, part in parts.items()}
-        self._known = known
+        self._kinds = list(kinds)
+        self._with_state = {position for kind in self._kinds for position in kind.positions}
 
-    def renewed(self, group: Mapping[str, Any], state: States, parts: Parts) -> list[tuple[int, Bucket]] | None:
-        """The buckets of the next step, each with its part.
+    def buckets(self, group: Group, state: States) -> list[Bucket] | None:
+        """The buckets of the next step; None if they must be gathered anew.
 
-        None if they must be gathered anew: parameters, states, dtypes, devices, shapes, parts or which gradients are there have changed, or
-        the step counts of a bucket are not one any more.
+        That is where parameters, states, dtypes, devices or shapes have changed, or a parameter has its first gradient.
         """
         params = group["params"]
-        if not _are(params, self._params) or [p.grad is not None for p in params] != self._has_gradient:
+        if len(params) != len(self._params) or not _are(params, self._params):
             return None
-        if parts != {p(): part for p, part in self._parts.items()}:
+        grads = [p.grad for p in params]
+        if any(i not in self._with_state for i, g in enumerate(grads) if g is not None):
             return None
-        found = [(known.part, known.renewed(state)) for known in self._known]
-        buckets = [(part, bucket) for part, bucket in found if bucket is not None]
-        return buckets if len(buckets) == len(found) else None
+        found = [kind.bucket(params, grads, state) for kind in self._kinds]
+        renewed = [bucket for bucket in found if bucket is not None]
+        return [bucket for bucket in renewed if bucket.params] if len(renewed) == len(found) else None
 
 
-class _Known:
-    """What one bucket was made of."""
+class _Kind:
+    """Parameters of a group that come into one bucket, at their last gathering."""
 
-    def __init__(self, part: int, bucket: Bucket, params: list[Tensor], state: States) -> None:
-        self.part = part
+    def __init__(self, positions: list[int], params: list[Tensor], lists: Lists, state: States) -> None:
         states = [state[p] for p in params]
-        self._params = _references(params)
-        self._states = [_references(s[key] for s in states) for key in STATE_KEYS]
-        self._exponents = _references(bucket.exponents)
-        self._kinds = [_kind(t) for members in bucket.lists for t in members]
-        self._is_plain = {type(t) for p in params for t in (p, p.grad, *state[p].values())} <= {nn.Parameter, Tensor}
-        self._places = list(map(Tensor.data_ptr, bucket.counters))
-        countable = all(type(c) is Tensor and c.device.type == "cpu" for c in bucket.counters)
-        self._counts = [c.numpy() for c in bucket.counters] if countable else []
-
-    def renewed(self, state: States) -> Bucket | None:
-        """The bucket of the next step; None if something that it was made of has changed."""
-        params = [p for p in (r() for r in self._params) if p is not None and p in state]
-        if len(params) != len(self._params) or not self._counts:
-            return None
-        states = [state[p] for p in params]
-        kept = [[s.get(key) for s in states] for key in STATE_KEYS]
+        self.positions = positions
+        self._references = [_references(s[key] for s in states) for key in STATE_KEYS]
         exponents = [s[EXPONENTS] for s in states if EXPONENTS in s]
-        if not all(map(_are, (*kept, exponents), (*self._states, self._exponents))):
+        self._exponents = _references(exponents)
+        theta, grad, *means = lists
+        # An object that is the same, at the same address, has the dtype, device and size that it had.
+        self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *means)]
+        self._grad_kind = _kind(grad[0])
+        self._numels = list(map(Tensor.numel, theta))
+        self._is_plain = {type(t) for p, s in zip(params, states, strict=True) for t in (p, *s.values())} <= {
+            nn.Parameter,
+            Tensor,
+        }
+        counters = [s["step"] for s in states]
+        self._counted_at = list(map(Tensor.data_ptr, counters))
+        countable = all(type(c) is Tensor and c.device.type == "cpu" for c in counters)
+        self._counts = [c.numpy() for c in counters] if countable else []
+
+    def bucket(self, params: list[Tensor], grads: list[Tensor | None], state: States) -> Bucket | None:
+        """The bucket of the parameters that have a gradient now; None if something else has changed."""
+        if not self._counts:
             return None
-        counters, *means = cast(list[list[Tensor]], kept)
-        if list(map(Tensor.data_ptr, counters)) != self._places:
+        there = [grads[i] is not None or is_empty_shard(params[i]) for i in self.positions]
+        present = list(compress(self.positions, there))
+        owners = [params[i] for i in present]
+        found = [state.get(p) for p in owners]
+        if not all(found):
             return None
-        steps = {float(count) for count in self._counts}
-        step = int(steps.pop()) + 1
-        if steps or step >= LAST_STEP:
+        states = cast(list[dict[str, Any]], found)
+        counters, *means = ([cast(Tensor, s.get(key)) for s in states] for key in STATE_KEYS)
+        references = [list(compress(r, there)) for r in self._references]
+        if not all(map(_are, (counters, *means), references)):
             return None
-        theta, grad = params, [p.grad for p in params]
-        if not self._is_plain or set(map(type, grad)) != {Tensor}:
-            theta, grad = list(map(local, params)), list(map(local_gradient, params))
+        exponents = [s[EXPONENTS] for s in states] if self._exponents else None
+        if exponents is not None and not _are(exponents, list(compress(self._exponents, there))):
+            return None
+        theta, grad = owners, [grads[i] for i in present]
+        if not self._is_plain or set(map(type, grad)) - {Tensor}:
+            theta, grad = list(map(local, owners)), list(map(local_gradient, owners))
             means = [list(map(local, members)) for members in means]
-        m, s, v = means
-        bucket = Bucket(step, (1.0, 1.0), counters, theta, cast(list[Tensor], grad), m, s, v, exponents, self._counts)
-        return bucket if [_kind(t) for members in bucket.lists for t in members] == self._kinds else None
+        lists = cast(Lists, (theta, grad, *means))
+        if not self._is_as_it_was(lists, counters, there):
+            return None
+        counts = list(compress(self._counts, there))
+        steps = [int(count) + 1 for count in counts]
+        if steps and max(steps) >= LAST_STEP:
+            return None
+        return Bucket(owners, lists, exponents, steps, counters, counts)
+
+    def _is_as_it_was(self, lists: Lists, counters: list[Tensor], there: list[bool]) -> bool:
+        theta, grad, *means = lists
+        for members, addresses in zip((theta, *means), self._addresses, strict=True):
+            if list(map(Tensor.data_ptr, members)) != list(compress(addresses, there)):
+                return False
+        if list(map(Tensor.data_ptr, counters)) != list(compress(self._counted_at, there)):
+            return False
+        numels = list(compress(self._numels, there))
+        if list(map(Tensor.numel, grad)) != numels or list(map(Tensor.numel, theta)) != numels:
+            return False
+        return set(map(_kind, grad)) <= {self._grad_kind}
 
 
-def gather(
-    index: int, group: Mapping[str, Any], state: States, parts: Parts
-) -> tuple[list[tuple[int, Bucket]], Gathered]:
-    """The group's local tensors, those together that share part, step count, device and dtypes; each bucket with its part.
+def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathered]:
+    """The group's local tensors, of all parameters that have a gradient; and what is to be remembered of it.
 
     Raises:
         RuntimeError: a gradient is sparse, or laid out otherwise than its parameter; a parameter has been resized; or a step count has come
             to its end.
     """
-    buckets: dict[tuple[Any, ...], tuple[Bucket, list[Tensor]]] = {}
+    kinds: dict[tuple[Any, ...], tuple[list[int], list[Tensor], Lists]] = {}
     for position, p in enumerate(group["params"]):
-        if p.grad is None and not _is_empty_shard(p):
+        if p not in state:
             continue
-        if p.grad is not None and p.grad.is_sparse:
-            raise RuntimeError(
-                f"Anon: parameter {position} of param group {index} has a sparse gradient, which is not supported; make it dense "
-                "(nn.Embedding(sparse=False))"
-            )
-        own = state[p]
-        step = int(own["step"]) + 1
-        if step >= LAST_STEP:
-            raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
-        tensors = [local(p), local_gradient(p), *(local(own[key]) for key in STATE_KEYS[1:])]
-        if any(t.numel() != tensors[0].numel() for t in tensors):  # a kernel would write past the end
-            raise RuntimeError(
-                f"Anon: parameter {position} of param group {index} has {tensors[0].numel()} elements, its gradient {tensors[1].numel()} "
-                f"and its exp_avg {tensors[2].numel()}: it was resized after its state was made. del optimizer.state[p] starts it afresh"
-            )
-        key = (parts.get(p, -1), step, tensors[0].device, *(t.dtype for t in tensors))
-        bucket, params = buckets.setdefault(key, (Bucket(step), []))
-        bucket.add(own["step"], tensors, own.get(EXPONENTS))
+        tensors = _tensors(p, state[p])
+        if p.grad is not None or is_empty_shard(p):
+            _check(index, position, p, state[p], tensors)
+        elif tensors[0].numel() != tensors[2].numel():
+            continue
+        key = (tensors[0].device, *(t.dtype for t in tensors))
+        positions, params, lists = kinds.setdefault(key, ([], [], tuple([] for _ in tensors)))
+        positions.append(position)
         params.append(p)
-    known = [_Known(key[0], bucket, params, state) for key, (bucket, params) in buckets.items()]
-    return [(key[0], bucket) for key, (bucket, _) in buckets.items()], Gathered(group, parts, known)
+        for members, tensor in zip(lists, tensors, strict=True):
+            members.append(tensor)
+    known = [_Kind(positions, params, lists, state) for positions, params, lists in kinds.values()]
+    buckets = []
+    for _, params, lists in kinds.values():
+        indices = [i for i, p in enumerate(params) if p.grad is not None or is_empty_shard(p)]
+        if indices:
+            buckets.append(_bucket(params, lists, state).of(indices))
+    return buckets, Gathered(group, known)
+
+
+def _bucket(params: list[Tensor], lists: Lists, state: States) -> Bucket:
+    states = [state[p] for p in params]
+    exponents = [s[EXPONENTS] for s in states] if EXPONENTS in states[0] else None
+    counters = [s["step"] for s in states]
+    return Bucket(params, lists, exponents, [int(c) + 1 for c in counters], counters)
+
+
+def _tensors(p: Tensor, own: dict[str, Any]) -> list[Tensor]:
+    """θ, g, m, s, v of a parameter; in place of a gradient that it has not, itself."""
+    return [local(p), local_gradient(p), *(local(own[key]) for key in STATE_KEYS[1:])]
+
+
+def _check(index: int, position: int, p: Tensor, own: dict[str, Any], tensors: list[Tensor]) -> None:
+    """Refuse a parameter that cannot be updated; see `gather`."""
+    where = f"parameter {position} of param group {index}"
+    if p.grad is not None and p.grad.is_sparse:
+        raise RuntimeError(
+            f"Anon: {where} has a sparse gradient, which is not supported; make it dense (nn.Embedding(sparse=False))"
+        )
+    if int(own["step"]) + 1 >= LAST_STEP:
+        raise RuntimeError(f"Anon: the step counter, a float32 as in torch, cannot count past {LAST_STEP}")
+    if any(t.numel() != tensors[0].numel() for t in tensors):  # a kernel would write past the end
+        raise RuntimeError(
+            f"Anon: {where} has {tensors[0].numel()} elements, its gradient {tensors[1].numel()} and its exp_avg {tensors[2].numel()}: it "
+            "was resized after its state was made. del optimizer.state[p] starts it afresh"
+        )
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """This rank's part of p's gradient; p's own numbers where it has none.
+
+    Raises:
+        RuntimeError: the gradient is laid out otherwise than the parameter (a pending sum over ranks, say).
+    """
+    grad = p.detach() if p.grad is None else p.grad
+    if isinstance(p, DTensor) != isinstance(grad, DTensor):
+        raise RuntimeError(
+            f"Anon: the parameter is a {type(p).__name__} and its gradient a {type(grad).__name__}; they must be sharded alike"
+        )
+    if (
+        isinstance(p, DTensor)
+        and isinstance(grad, DTensor)
+        and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh)
+    ):
+        raise RuntimeError(
+            f"Anon: gradient placements {grad.placements} differ from the parameter's {p.placements}; redistribute it before step()"
+        )
+    return local(grad)
+
+
+def is_empty_shard(p: Tensor) -> bool:
+    """Whether p is what FSDP1 leaves of a parameter on a rank that holds none of its elements. It never has a gradient there; its step
+    counts all the same, since FSDP1 saves one count for all ranks."""
+    return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)
 
 
 def _references(tensors: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
@@ -135,10 +253,4 @@ def _references(tensors: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
 
 def _are(tensors: list[Any], references: list[weakref.ref[Tensor]]) -> bool:
     """Whether the tensors are the ones that are referred to."""
-    return len(tensors) == len(references) and all(map(is_, tensors, [r() for r in references]))
-
-
-def _is_empty_shard(p: Tensor) -> bool:
-    """Whether p is what FSDP1 leaves of a parameter on a rank that holds none of its elements. It never has a gradient there; its step
-    counts all the same, since FSDP1 saves one count for all ranks."""
-    return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)
+    return all(map(is_, tensors, [r() for r in references]))

@@ -1,28 +1,18 @@
-"""Anon's hyperparameters: their allowed ranges, and the record of those that the state depends on.
-
-The preconditioner and the second moment are only meaningful together with the γ, ρ, β2, β3 and window that made them. Each param group
-therefore carries, under `HISTORY`, a record of the values its state was made with. A group whose ρ, β2, β3 or window have drifted from
-their record was edited past `Anon.rebase`, and a step refuses it. A γ that has been edited takes effect at a refresh, and goes on record
-there: the last record's is the one *in force*, which made the preconditioners of all of the group's parameters. The record is a JSON
-string: one leaf, which no checkpoint library takes apart.
-"""
+"""Anon's hyperparameters in a param group: their allowed ranges, and plain values for them."""
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anon_dist.optim.schedule import Regime, Schedule, schedule
 from anon_dist.optim.state import STATE_KEYS
 
-HISTORY = "history"
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 Group = Mapping[str, Any]
@@ -48,6 +38,13 @@ def normalise(group: dict[str, Any]) -> None:
         if type(group[name]).__name__ in ("bool", "bool_"):
             group[name] = bool(group[name])
     group["state_dtype"] = _state_dtype_text(group["state_dtype"])
+
+
+def is_plain(group: Group) -> bool:
+    """Whether `normalise` would find nothing to change, but for what `validate` refuses."""
+    numbers = (group["lr"], group["eps"], group["gamma"], group["weight_decay"], group["refresh_ratio"], group["beta3"])
+    values = (*numbers, group["update_clip"], group["window"], *group["betas"])
+    return type(group["state_dtype"]) is str and not any(type(value).__module__ == "numpy" for value in values)
 
 
 def _state_dtype_text(value: Any) -> str:
@@ -130,92 +127,3 @@ def validate(group: Group) -> None:
         _require(group[name] in (None, True, False), name, group[name], "None, True or False")
     _require(not (group["foreach"] and group["fused"]), "fused", group["fused"], "False or None with foreach=True")
     state_dtypes(group)
-
-
-def recorded(group: Group, since: int = 0) -> dict[str, Any]:
-    """The record of a group's present values, in force after step `since`."""
-    return {
-        "since": since,
-        "gamma": group["gamma"],
-        "refresh_ratio": group["refresh_ratio"],
-        "beta2": group["betas"][1],
-        "beta3": group["beta3"],
-        "window": group["window"],
-    }
-
-
-def new_history(group: Group) -> str:
-    """The history of a group that has taken no step."""
-    return json.dumps([recorded(group)])
-
-
-def append_history(group: Group, since: int) -> str:
-    """The group's history, followed by its present values from step `since` on (0: they replace it)."""
-    entries = [e for e in json.loads(group[HISTORY]) if e["since"] < since]
-    return json.dumps([*entries, recorded(group, since)])
-
-
-def drifted(group: Group) -> dict[str, tuple[Any, Any]]:
-    """Hyperparameters whose value is not the one on record: name → (recorded, present)."""
-    record = last_record(group)
-    present = recorded(group)
-    return {k: (record[k], v) for k, v in present.items() if k != "since" and record[k] != v}
-
-
-def check_drift(index: int, group: Group, allowed: Collection[str] = ()) -> None:
-    """Refuse values that are not the ones on record, except those named in `allowed`.
-
-    Raises:
-        RuntimeError: naming the first, and the remedy.
-    """
-    for name, (recorded, present) in drifted(group).items():
-        if name not in allowed:
-            raise RuntimeError(
-                f"Anon: {name} of param group {index} was changed from {recorded!r} to {present!r} after steps were taken. The state was "
-                f"made with {recorded!r}: call optimizer.rebase({name}={present!r}), which converts it, or set {recorded!r} again"
-            )
-
-
-def gamma_in_force(group: Group) -> float:
-    """γ of the group's preconditioners, which is not yet `group["gamma"]` where that was edited since the last refresh."""
-    return float(last_record(group)["gamma"] if HISTORY in group else group["gamma"])
-
-
-def gamma_before(group: Group, step: int) -> float:
-    """γ of the preconditioner of a parameter that is about to take `step`; see `turned`."""
-    record = last_record(group)
-    return float(record["gamma_before"] if step <= record.get("turned_at", 0) else record["gamma"])
-
-
-def turned(group: Group, step: int, others: bool) -> str:
-    """The group's history once its edited γ has come into force, at the refresh in `step`.
-
-    Args:
-        others: whether the group has parameters that cannot be seen now, and whose turn in the same step comes next (DeepSpeed's stage 3
-            steps a group in parts): theirs are still of the γ before.
-    """
-    *entries, last = json.loads(group[HISTORY])
-    kept = {key: last[key] for key in recorded(group)}
-    turn = {"turned_at": step, "gamma_before": last["gamma"]} if others else {}
-    return json.dumps([*entries, {**kept, "gamma": float(group["gamma"]), **turn}])
-
-
-def last_record(group: Group) -> dict[str, Any]:
-    """The values that the state of the group was last made with."""
-    return _last(group[HISTORY])
-
-
-@lru_cache(maxsize=256)
-def _last(history: str) -> dict[str, Any]:
-    entry: dict[str, Any] = json.loads(history)[-1]
-    return entry
-
-
-@lru_cache(maxsize=256)
-def _schedule(history: str) -> Schedule:
-    return schedule(*(Regime(e["since"], e["refresh_ratio"], e["beta2"], e["window"]) for e in json.loads(history)))
-
-
-def schedule_of(group: Group) -> Schedule:
-    """The refresh schedule of a group, past changes included."""
-    return _schedule(group[HISTORY])

@@ -93,7 +93,7 @@ class ReferenceAnon:
             self.v_gamma = self.gamma
         d = self.beta3 * self.v**-2 + (1 - self.beta3) * fresh if old_says_something else fresh
         v = d**-0.5
-        self.v = torch.where(self.s == 0, self.v, v) if self.hold_silent else v
+        self.v = torch.where(self.s == 0, self.v, v) if self.hold_silent and self.gamma < 0 else v
         self.s = torch.zeros_like(self.s)
         self._advance()
 

@@ -1,7 +1,8 @@
 """Rounding of states and parameters that are stored in fewer bits than they are computed in.
 
 Stochastic rounding goes up with a probability equal to the fraction that is cut off: increments much smaller than a unit of the stored
-number then count in the mean, where rounding to nearest loses them all. Its randomness is a hash of the unrounded number, the step, and
+number then count in the mean, where rounding to nearest loses them all. (In bfloat16 a preconditioner whose σ^γ moves by less than
+2^-7 / (1 − β3) would stand still.) Its randomness is a hash of the unrounded number, the step, and
 the state's role: no generator has to be saved or kept in step between ranks, replicas cannot drift apart, and the bits do not depend on
 how a parameter was cut into shards. A number that does not change meets another hash at each step.
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THETA, EXP_AVG, EXP_AVG_SQ = range(3)
-"""Roles, each with hashes of its own."""
+THETA, EXP_AVG, EXP_AVG_SQ, PRECOND = range(4)
+"""What is rounded: each has hashes of its own."""
 
 BLOCK = 32
 """Elements that share a scale in 8 bits."""
@@ -29,7 +30,7 @@ GOLDEN = 0x9E3779B1
 
 def salt_of(step: int, role: int) -> int:
     """The 32 bits that make the hashes of a step and role differ from another's."""
-    return ((3 * step + role + 1) * GOLDEN) & 0xFFFFFFFF
+    return ((4 * step + role + 1) * GOLDEN) & 0xFFFFFFFF
 
 
 def hashed(bits: Tensor, salt: int) -> Tensor:

@@ -38,8 +38,8 @@ def window_length(window: Window, beta2: float) -> int | None:
 
 
 @dataclass(frozen=True)
-class Regime:
-    """Schedule hyperparameters in force after step `since`, until the next regime's `since`."""
+class Phase:
+    """Schedule hyperparameters in force after step `since`, until the next phase's `since`."""
 
     since: int
     refresh_ratio: float
@@ -48,8 +48,8 @@ class Regime:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one step does beyond the momentum and the parameter update."""
+class ScheduledStep:
+    """What the schedule asks of one step, beyond the momentum and the parameter update."""
 
     accumulate: bool
     """Whether the squared gradient enters the second moment."""
@@ -65,16 +65,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Steps `first` to `last` on the way from the refresh at `previous` to the one at `target`, under one regime.
+    """Steps `first` to `last` on the way from the refresh at `previous` to the one at `target`, under one phase.
 
-    `last < target` only where a change of regime moved the target.
+    `last < target` only where a change of phase moved the target.
     """
 
     first: int
     last: int
     previous: int
     target: int
-    regime: Regime
+    phase: Phase
     log_decay: float
     """Σ ln β2 over the accumulating steps since `previous` that came before this stretch."""
     accumulated: int
@@ -83,7 +83,7 @@ class _Stretch:
     @property
     def window_start(self) -> int:
         """The first step of the stretch that accumulates (it may lie past `last`)."""
-        length = window_length(self.regime.window, self.regime.beta2)
+        length = window_length(self.phase.window, self.phase.beta2)
         return self.first if length is None else max(self.first, self.target - length + 1)
 
     @property
@@ -91,7 +91,7 @@ class _Stretch:
         count = self.accumulated_after - self.accumulated
         if count == 0:
             return self.log_decay
-        return self.log_decay + count * (math.log(self.regime.beta2) if self.regime.beta2 > 0.0 else -math.inf)
+        return self.log_decay + count * (math.log(self.phase.beta2) if self.phase.beta2 > 0.0 else -math.inf)
 
     @property
     def accumulated_after(self) -> int:
@@ -99,33 +99,33 @@ class _Stretch:
 
 
 class Schedule:
-    """The plan of every step t = 1, 2, … under a sequence of regimes.
+    """What is due in every step t = 1, 2, … under a sequence of phases.
 
-    A change of regime at step T keeps the age of the second moment: what was accumulated until T counts with the weight it has. The
+    A change of phase at step T keeps the age of the second moment: what was accumulated until T counts with the weight it has. The
     next refresh is then at max(T + 1, ⌈ρ' a⌉), a being the last one; but if a window had left steps out, not before the new
     window could be filled, since an average over fewer steps would be worse than the old preconditioner.
     """
 
-    def __init__(self, regimes: tuple[Regime, ...]) -> None:
-        if not regimes or regimes[0].since != 0 or any(a.since >= b.since for a, b in pairwise(regimes)):
-            raise ValueError(f"regimes must start at step 0 and follow each other, not {regimes}")
-        self._regimes = regimes
+    def __init__(self, phases: tuple[Phase, ...]) -> None:
+        if not phases or phases[0].since != 0 or any(a.since >= b.since for a, b in pairwise(phases)):
+            raise ValueError(f"phases must start at step 0 and follow each other, not {phases}")
+        self._phases = phases
         self._stretches = [self._stretch(1, 0, 1, 0, 0.0, 0)]
         self._lasts = [self._stretches[0].last]
 
-    def plan(self, step: int) -> Plan:
-        """The plan of `step` ≥ 1. Amortised O(log t): stretches are made as far as asked."""
+    def at(self, step: int) -> ScheduledStep:
+        """What is due in `step` ≥ 1. Amortised O(log t): stretches are made as far as asked."""
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
         while self._lasts[-1] < step:
             self._extend()
         stretch = self._stretches[bisect_left(self._lasts, step)]
         refresh = step == stretch.target
-        return Plan(
+        return ScheduledStep(
             accumulate=step >= stretch.window_start,
             refresh=refresh,
             first=refresh and stretch.previous == 0,
-            beta2=stretch.regime.beta2,
+            beta2=stretch.phase.beta2,
             debias=-math.expm1(stretch.log_decay_after) if refresh else 1.0,
         )
 
@@ -137,18 +137,18 @@ class Schedule:
 
     def _extend(self) -> None:
         done = self._stretches[-1]
-        index = self._regimes.index(done.regime)
-        if index + 1 < len(self._regimes) and self._regimes[index + 1].since == done.last:
+        index = self._phases.index(done.phase)
+        if index + 1 < len(self._phases) and self._phases[index + 1].since == done.last:
             index += 1
-        regime = self._regimes[index]
+        phase = self._phases[index]
         if done.last == done.target:
-            target = refresh_after(done.target, regime.refresh_ratio)
+            target = refresh_after(done.target, phase.refresh_ratio)
             stretch = self._stretch(done.last + 1, done.target, target, index, 0.0, 0)
         else:
-            target = max(done.last + 1, refresh_after(done.previous, regime.refresh_ratio) if done.previous else 1)
+            target = max(done.last + 1, refresh_after(done.previous, phase.refresh_ratio) if done.previous else 1)
             accumulated = done.accumulated_after
             if accumulated < done.last - done.previous:
-                length = window_length(regime.window, regime.beta2) or window_length("auto", regime.beta2) or 1
+                length = window_length(phase.window, phase.beta2) or window_length("auto", phase.beta2) or 1
                 target = max(target, done.last + length - accumulated)
             stretch = self._stretch(done.last + 1, done.previous, target, index, done.log_decay_after, accumulated)
         self._stretches.append(stretch)
@@ -157,11 +157,11 @@ class Schedule:
     def _stretch(
         self, first: int, previous: int, target: int, index: int, log_decay: float, accumulated: int
     ) -> _Stretch:
-        changes = self._regimes[index + 1].since if index + 1 < len(self._regimes) else target
-        return _Stretch(first, min(target, changes), previous, target, self._regimes[index], log_decay, accumulated)
+        changes = self._phases[index + 1].since if index + 1 < len(self._phases) else target
+        return _Stretch(first, min(target, changes), previous, target, self._phases[index], log_decay, accumulated)
 
 
 @lru_cache(maxsize=256)
-def schedule(*regimes: Regime) -> Schedule:
-    """The schedule of these regimes, shared by all groups that have them."""
-    return Schedule(regimes)
+def schedule(*phases: Phase) -> Schedule:
+    """The schedule of these phases, shared by all groups that have them."""
+    return Schedule(phases)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
-
-if TYPE_CHECKING:
-    from anon_dist.optim.anon import Anon
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
 EXPONENTS = "exp_avg_exponents"
@@ -26,21 +22,18 @@ Dtypes = Mapping[str, torch.dtype]
 
 
 class LazyState(defaultdict[Any, Any]):
-    """`Optimizer.state`, which allocates itself when it is asked whether it is empty.
+    """`Optimizer.state`, which is true from the start.
 
-    torch.distributed.checkpoint asks this (`_init_optim_state`) and, told yes, makes the state with a step on zero gradients. That step
-    would be Anon's first refresh, and nothing about it tells every rank alike that it is not a real one.
+    torch.distributed.checkpoint asks whether it is (`_init_optim_state`) and, told no, makes the state with a step on zero gradients. That
+    step would be Anon's first refresh, and nothing about it tells every rank alike that it is not a real one. `Anon.state_dict` allocates
+    what is missing.
     """
 
-    def __init__(self, owner: Anon) -> None:
-        super().__init__(dict)
-        self._owner = weakref.ref(owner)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(dict, *args)
 
     def __bool__(self) -> bool:
-        owner = self._owner()
-        if owner is not None and owner.__dict__.get("state") is self:
-            owner._ensure_state()
-        return len(self) > 0
+        return True
 
     def __reduce__(self) -> Any:  # copies and pickles are plain; Anon.__setstate__ makes them its own
         return defaultdict, (dict,), None, None, iter(self.items())

@@ -27,8 +27,9 @@ Tensors = list[Tensor]
 D_MIN, D_MAX = 2.0**-126, 2.0**127
 """d = σ^γ is kept in float32's normal range: at ε = 1e-16, γ = 3 a silent coordinate would otherwise have v = ∞."""
 
-MOST_RATIO = 256.0
-"""A preconditioner is taken from γ to γ' where |γ'/γ| is no larger: the power multiplies its rounding, to 2^-16 in float32."""
+MOST_RATIO = {torch.float64: 2.0**8, torch.float32: 2.0**8, torch.bfloat16: 2.0**2}
+"""A preconditioner of this dtype is taken from γ to γ' where |γ'/γ| is no larger. The power multiplies its rounding: to 2^-16 in float32,
+to 2^-5 in bfloat16."""
 
 V_MIN, V_MAX = D_MAX**-0.5, D_MIN**-0.5
 """The same range, of v."""
@@ -78,7 +79,7 @@ def refresh(
         hold_silent: elements with s = 0 keep their v, at the new γ: v^(γ/γ°).
     """
     for whole_v, whole_s in zip(v, s, strict=True):
-        for v_i, s_i in _pieces(whole_v, whole_s):
+        for v_i, s_i in pieces(whole_v, whole_s):
             sigma = s_i.double().div_(debias).add_(eps)
             d = sigma.log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX) if gamma else torch.ones_like(sigma)
             old = v_i.double() if gamma_ratio == 1.0 else _power(v_i, gamma_ratio)
@@ -110,17 +111,20 @@ def apply_update(
         torch._foreach_sub_(theta, update)
 
 
-def gamma_ratio(old: float, new: float) -> float | None:
-    """γ'/γ, the power that takes a preconditioner of γ = `old` to γ' = `new`; None where it says too little: γ is 0, or next to it."""
+def gamma_ratio(old: float, new: float, dtype: torch.dtype) -> float | None:
+    """γ'/γ, the power that takes a preconditioner of γ = `old`, stored in `dtype`, to γ' = `new`; None where it says too little.
+
+    That is where γ is 0, and v = 1 says nothing about the gradient's scale, or where γ'/γ is beyond `MOST_RATIO`.
+    """
     if old == new:
         return 1.0
-    return new / old if abs(new) <= MOST_RATIO * abs(old) and old != 0.0 else None
+    return new / old if old != 0.0 and abs(new) <= MOST_RATIO[dtype] * abs(old) else None
 
 
 def convert_exponent(v: Tensors, ratio: float) -> None:
     """v ← v^ratio in place, in float64: d^(γ'/γ), with d = v^(−2) clamped to `D_MIN` and `D_MAX`."""
     for whole in v:
-        for (v_i,) in _pieces(whole):
+        for (v_i,) in pieces(whole):
             v_i.copy_(_power(v_i, ratio))
 
 
@@ -129,14 +133,14 @@ def _power(v: Tensor, ratio: float) -> Tensor:
     return v.double().log_().mul_(ratio).exp_().clamp_(V_MIN, V_MAX)
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same rows of each tensor, of at most about `REFRESH_ELEMENTS` elements; whatever the strides."""
+def pieces(*tensors: Tensor, elements: int = REFRESH_ELEMENTS) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of each tensor, of at most about so many elements; whatever the strides."""
     first = tensors[0]
-    if first.numel() <= REFRESH_ELEMENTS or first.dim() == 0:
+    if first.numel() <= elements or first.dim() == 0:
         yield tensors
         return
     if all(t.is_contiguous() for t in tensors):
         tensors = tuple(t.view(-1) for t in tensors)
         first = tensors[0]
-    rows = max(1, REFRESH_ELEMENTS // (first.numel() // first.shape[0]))
+    rows = max(1, elements // (first.numel() // first.shape[0]))
     yield from zip(*(t.split(rows) for t in tensors), strict=True)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from anon_dist.engines.base import Engine
 from anon_dist.optim import Anon
-from anon_dist.optim.hyper import gamma_in_force
 from anon_dist.optim.matching import Spectra, Spectrum, group_spectrum
+from anon_dist.optim.regime import Regime
 from anon_dist.train.config import OptimConfig
 
 
@@ -100,6 +100,6 @@ class GammaRules:
                     group["gamma"] = gamma
             following = optimizer.next_gammas()
             factors = [r.match(group, g) for r, group, g in zip(self.groups, groups, following, strict=True)]
-            settled = all(gamma_in_force(group) == group["gamma"] for group in groups)
+            settled = not any(Regime(group).is_pending for group in groups)
         self._settled = (gamma, factors) if settled else None
         return factors

@@ -12,8 +12,8 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
 from anon_dist.engines.restore import opened
-from anon_dist.optim.hyper import gamma_in_force
 from anon_dist.optim.matching import Spectra, Spectrum
+from anon_dist.optim.regime import Regime
 
 BLOCK = 1 << 20
 """Elements read at once."""
@@ -51,7 +51,7 @@ def _read(path: Path, checkpoint: Checkpoint) -> Spectra:
         )
     by_name: dict[str, Spectrum] = {}
     for group in checkpoint.manifest.groups:
-        if optimizer == ANON and gamma_in_force(group.hyperparameters) == 0.0:
+        if optimizer == ANON and Regime(group.hyperparameters).gamma_in_force == 0.0:
             raise CheckpointError(
                 f"{path} was made at γ = 0, where the preconditioner says nothing about the second moment"
             )
@@ -76,7 +76,7 @@ def _spectrum(checkpoint: Checkpoint, group: ParamGroup, name: str, anon: bool) 
         stop = min(start + BLOCK, numel)
         second = checkpoint.read(moment, start, stop).double()
         sigma: Tensor = (
-            torch.exp(second.log() * (-2.0 / gamma_in_force(h)))
+            torch.exp(second.log() * (-2.0 / Regime(h).gamma_in_force))
             if anon
             else second / (1.0 - beta2**step) + float(h["eps"]) ** 2
         )

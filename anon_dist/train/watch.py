@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from anon_dist.engines.base import Engine
 from anon_dist.optim import Anon
-from anon_dist.optim.monitor import GroupUpdate, group_updates, refreshes
+from anon_dist.optim.monitor import Found, GroupUpdate, measure, read, refreshes
 from anon_dist.train.metrics import Record
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ class OptimizerWatch:
         with self._engine.whole_optimizer() as optimizer:
             if not isinstance(optimizer, Anon):
                 return {}
-            local, count = group_updates(optimizer), refreshes(optimizer)
+            found, count = measure(optimizer, self._device), refreshes(optimizer)
             clips = [g["update_clip"] for g in optimizer.param_groups]
-        groups = self._over_ranks(local)
+        groups = read(_over_ranks(found))
         elements = sum(g.elements for g in groups)
         record: Record = {
             "update_rms": math.sqrt(sum(g.square_sum for g in groups) / max(elements, 1.0)),
@@ -60,30 +60,18 @@ class OptimizerWatch:
         self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
         return record
 
-    def _over_ranks(self, groups: list[GroupUpdate]) -> list[GroupUpdate]:
-        """Sums added, largest values compared."""
-        summed = ("elements", "square_sum", "size_sum", "clipped", "moving", "log_sum", "log_square_sum")
-        sums = torch.tensor([[getattr(g, key) for key in summed] for g in groups], dtype=torch.float64)
-        gammas = [-math.inf if g.gamma is None else g.gamma for g in groups]
-        most = torch.tensor([[g.largest, g.age, x] for g, x in zip(groups, gammas, strict=True)], dtype=torch.float64)
-        sums, most = sums.to(self._device), most.to(self._device)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return [
-            GroupUpdate(
-                **dict(zip(summed, row, strict=True)),
-                largest=largest,
-                age=int(age),
-                gamma=gamma if math.isfinite(gamma) else None,
-            )
-            for row, (largest, age, gamma) in zip(sums.tolist(), most.tolist(), strict=True)
-        ]
-
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._quiet and (not dist.is_initialized() or dist.get_rank() == 0):
             log.warning(text)
         self._quiet.setdefault(kind, SILENCE)
+
+
+def _over_ranks(found: Found) -> Found:
+    """Sums added, largest values compared."""
+    if dist.is_initialized():
+        dist.all_reduce(found[0])
+        dist.all_reduce(found[1], op=dist.ReduceOp.MAX)
+    return found
 
 
 def troubles(groups: list[GroupUpdate], clips: list[float | None]) -> dict[str, str]:

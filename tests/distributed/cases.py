@@ -31,8 +31,8 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import STATE_KEYS, param_groups
-from anon_dist.optim.kernels import choice, cpu
-from anon_dist.optim.kernels.build import BuildError
+from anon_dist.optim.backends import choice, cpu
+from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.monitor import group_updates
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c

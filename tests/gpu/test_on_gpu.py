@@ -16,7 +16,7 @@ from torch import nn
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS
-from anon_dist.optim.kernels.graphs import GraphedStep
+from anon_dist.optim.backends.graphs import GraphedStep
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

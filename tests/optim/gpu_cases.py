@@ -10,16 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels import STEP, UNIT, clones, some_lists
+from test_kernels import STEP, UNIT, clones, cpu_run, some_lists
 from test_reference import copy_state, hyperparameters, new_gammas, set_gamma
 from torch import nn
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS, ReferenceAnon, rounding
-from anon_dist.optim.kernels import choice, cpu, gpu, graphs
-from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH
+from anon_dist.optim.backends import choice, cpu, gpu
+from anon_dist.optim.backends.gpu_layout import ALIGNMENT
+from anon_dist.optim.plan import ROLES, StepPlan, Variant
 
-VARIANTS = (PLAIN, ACCUMULATE, REFRESH)
+VARIANTS = PLAIN, ACCUMULATE, REFRESH = tuple(Variant)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -29,7 +30,7 @@ def run(lists, exponents=None, **options):
     """`gpu.run` on CPU tensors: on a GPU, on copies there that lie as far from multiples of 16 bytes, and are copied back."""
     there = tuple([on_device(t) for t in x] for x in lists)
     scales = None if exponents is None else [on_device(e) for e in exponents]
-    gpu.run(there, exponents=scales, **options)
+    gpu.run(there, [StepPlan(**options)] * len(there[0]), scales)
     for theirs, mine in zip([*there, scales or ()], [*lists, exponents or ()], strict=True):
         for source, target in zip(theirs, mine, strict=True):
             if source is not target:
@@ -39,7 +40,7 @@ def run(lists, exponents=None, **options):
 def on_device(t):
     if INTERPRETED:
         return t
-    shift = t.data_ptr() % gpu.ALIGNMENT // t.element_size()
+    shift = t.data_ptr() % ALIGNMENT // t.element_size()
     storage = torch.empty(t.numel() + shift, dtype=t.dtype, device=DEVICE)
     moved = storage.as_strided(t.shape, t.stride(), shift)
     return moved.copy_(t)
@@ -89,8 +90,7 @@ def as_on_gpu():
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu, "obstacle", lambda lists: None)
     patch.setattr(gpu, "check", lambda: None)
-    for module in (choice, __import__("anon_dist.optim.buckets", fromlist=["buckets"])):
-        patch.setattr(module, "kernel_for", lambda device: gpu)
+    patch.setattr(choice, "kernel_for", lambda device: gpu)
     yield
     patch.undo()
 
@@ -115,7 +115,7 @@ def test_the_bits_are_those_of_the_cpu_kernel(variant):
         options["gamma_ratio"] = ratio
         lists = odd_lists()
         expected = clones(lists)
-        cpu.run(expected, variant=variant, **options)
+        cpu_run(expected, variant=variant, **options)
         run(lists, variant=variant, **options)
         assert_same_bits(lists, expected)
 
@@ -128,7 +128,7 @@ def test_the_bits_of_powers_over_the_whole_range(gamma):
         lists = tuple([x] for x in (torch.ones_like(s), torch.zeros_like(s), torch.ones_like(s), s, torch.ones_like(s)))
         lists, expected = clones(lists), clones(lists)
         run(lists, **options)
-        cpu.run(expected, **options)
+        cpu_run(expected, **options)
         assert_same_bits(lists, expected)
 
 
@@ -211,7 +211,7 @@ def test_every_combination_of_dtypes(variant):
         stored = in_dtypes(lists, dtypes)
         expected = clones(stored)
         run(stored, variant=variant, **STEP)
-        cpu.run(expected, variant=variant, **STEP)
+        cpu_run(expected, variant=variant, **STEP)
         assert_same_bits(stored, expected)
 
 
@@ -235,15 +235,16 @@ def test_conversions_are_torchs(dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("step", [1, 77, (1 << 24) - 1])
 def test_stochastic_rounding_is_that_of_rounding_py(variant, step):
-    roles = {"theta": (0, rounding.THETA), "m": (2, rounding.EXP_AVG), "s": (3, rounding.EXP_AVG_SQ)}
-    for chosen in (set(roles), {"m"}, {"theta", "s"}):
+    kept = {"theta": rounding.THETA, "m": rounding.EXP_AVG, "s": rounding.EXP_AVG_SQ, "v": rounding.PRECOND}
+    roles = {name: (ROLES.index(name), role) for name, role in kept.items()}
+    for chosen in (set(roles), {"m"}, {"theta", "s"}, {"v"}):
         stored = in_dtypes(odd_lists(), [torch.bfloat16] * 5)
         expected = in_dtypes(stored, [torch.float32] * 5)
         run(stored, variant=variant, stochastic=frozenset(chosen), **{**STEP, "step": step})
-        cpu.run(expected, variant=variant, **{**STEP, "step": step})
+        cpu_run(expected, variant=variant, **{**STEP, "step": step})
         rounded = list(in_dtypes(expected, [torch.bfloat16] * 5))
         for i, role in (roles[name] for name in chosen):
-            if i != 3 or variant != PLAIN:
+            if variant == REFRESH or (i != 4 and (i != 3 or variant != PLAIN)):
                 salt = rounding.salt_of(step, role)
                 rounded[i] = [rounding.to_bfloat16_stochastically(t, salt) for t in expected[i]]
         assert_same_bits(stored, rounded)
@@ -259,7 +260,7 @@ def test_8_bit_momentum_is_that_of_rounding_py(variant, stochastic):
         codes, exponents = map(list, zip(*(rounding.encode_blocks(t) for t in m), strict=True))
         wide = lists[0], g, [rounding.decode_blocks(*x) for x in zip(codes, exponents, strict=True)], *lists[3:]
         expected, stored = clones(wide), (*clones((lists[0], g)), codes, *clones(lists[3:]))
-        cpu.run(expected, variant=variant, **STEP)
+        cpu_run(expected, variant=variant, **STEP)
         run(stored, variant=variant, stochastic=stochastic, exponents=exponents, **STEP)
         salt = rounding.salt_of(STEP["step"], rounding.EXP_AVG) if stochastic else None
         encoded = [rounding.encode_blocks(t, salt) for t in expected[2]]
@@ -307,10 +308,17 @@ def test_any_strides(as_on_gpu):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The launches that were made, and their values."""
+    """The launches that were made: variant, table, chunks."""
     seen = []
-    original = gpu.Launch.__call__
-    monkeypatch.setattr(gpu.Launch, "__call__", lambda self, x: (seen.append((self, x)), original(self, x))[1])
+    tables, chunks, launch = gpu._table, gpu._chunks, gpu._launch
+
+    def noted(lists, plans, exponents):
+        seen.append([plans[0].variant])
+        launch(lists, plans, exponents)
+
+    monkeypatch.setattr(gpu, "_table", lambda *args: (seen[-1].append(tables(*args)), seen[-1][-1])[1])
+    monkeypatch.setattr(gpu, "_chunks", lambda *args: (seen[-1].append(chunks(*args)), seen[-1][-1])[1])
+    monkeypatch.setattr(gpu, "_launch", noted)
     return seen
 
 
@@ -322,12 +330,24 @@ def test_one_launch_a_bucket_and_tables_are_sent_once(as_on_gpu, launched):
     for _ in range(16):
         optimizer.step()
     names = {PLAIN: ".", ACCUMULATE: "a", REFRESH: "R"}
-    assert "".join(names[launch.variant] for launch, _ in launched) == "RRaR..aR......aR"
-    assert len({id(launch.table) for launch, _ in launched}) == len({id(launch.chunks) for launch, _ in launched}) == 1
+    assert "".join(names[variant] for variant, *_ in launched) == "RRaR..aR......aR"
+    assert len({id(table) for _, _, table in launched}) == len({id(chunks) for _, chunks, _ in launched}) == 1
     params[1].grad = torch.ones_like(params[1])
     optimizer.step()
-    assert launched[-1][0].table is not launched[0][0].table
-    assert launched[-1][0].chunks is launched[0][0].chunks
+    assert launched[-1][2] is not launched[0][2]
+    assert launched[-1][1] is launched[0][1]
+
+
+def test_parameters_at_different_steps_are_taken_in_a_launch_for_each_variant(launched):
+    lists = odd_lists()
+    variants = [PLAIN, REFRESH, PLAIN, ACCUMULATE, PLAIN, REFRESH, PLAIN]
+    plans = [StepPlan(**{**STEP, "step": 3 * i + 1}, variant=variant) for i, variant in enumerate(variants)]
+    expected = clones(lists)
+    cpu.run(expected, plans)
+    there = tuple([on_device(t) for t in x] for x in lists)
+    gpu.run(there, plans)
+    assert_same_bits(there, expected)
+    assert [variant for variant, *_ in launched] == [PLAIN, ACCUMULATE, REFRESH]
 
 
 def test_a_learning_rate_in_memory_is_read_by_the_kernel():
@@ -335,69 +355,32 @@ def test_a_learning_rate_in_memory_is_read_by_the_kernel():
         rate = torch.tensor(0.0123, dtype=dtype, device=DEVICE)
         lists = tuple([on_device(t) for t in x] for x in odd_lists())
         expected = clones(lists)
-        _, launch = gpu.prepare(lists, lr=0.0, variant=PLAIN, stochastic=frozenset(), exponents=None)
-        values = gpu.step_values(**{**STEP, "lr": 5.0})
-        dataclasses.replace(launch, lr=rate)(torch.tensor(values, dtype=torch.float64, device=DEVICE))
-        gpu.run(expected, variant=PLAIN, **{**STEP, "lr": float(rate)})
+        gpu.run(lists, [StepPlan(**{**STEP, "lr": rate}, variant=PLAIN)] * len(lists[0]))
+        gpu.run(expected, [StepPlan(**{**STEP, "lr": float(rate)}, variant=PLAIN)] * len(lists[0]))
         assert_same_bits(lists, expected)
 
 
-def test_graphs_replay_what_steps_without_them_do(as_on_gpu, monkeypatch, launched):
-    """A captured launch is one whose arguments stay: what it does at a later step, it does by what it reads from memory."""
-    captured, replayed = [], []
-    on_gpu = graphs._captured
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_scale_and_a_flag_in_memory_are_read_by_the_kernel(variant):
+    for dtype in (torch.float32, torch.float64):
+        lists, scale = odd_lists(), torch.tensor(3.7, dtype=dtype)
+        expected, before = clones(lists), clones(lists)
+        cpu_run(expected, variant=variant, grad_scale=scale, **STEP)
+        for flag, result in ((1.0, before), (0.0, expected)):
+            found_inf = torch.tensor(flag, dtype=dtype, device=DEVICE)
+            run(lists, variant=variant, grad_scale=scale.to(DEVICE), found_inf=found_inf, **STEP)
+            assert_same_bits(lists, result)
 
-    def capture(launches, values):
-        captured.append([launch.variant for launch in launches])
-        graph = (lambda: graphs._launch_all(launches, values)) if INTERPRETED else on_gpu(launches, values)
 
-        def replay():
-            replayed.append(len(captured))
-            graph()
-
-        return replay
-
-    monkeypatch.setattr(graphs, "_captured", capture)
-    shapes = ((3, 5), (1100,))
-    models = [
-        [nn.Parameter(torch.linspace(-1, 1, 15).view(3, 5).to(DEVICE)), nn.Parameter(torch.ones(1100, device=DEVICE))]
-        for _ in range(2)
-    ]
-    optimizers = [
-        Anon(
-            [{"params": [a]}, {"params": [b], "gamma": 0.5, "update_clip": 0.7}],
-            window=3,
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
-        )
-        for a, b in models
-    ]
-    graphed = graphs.GraphedStep(optimizers[0])
-    for params in models:
-        for p in params:
-            p.grad = torch.zeros_like(p)
-    for t in range(1, 25):
-        for params, optimizer in zip(models, optimizers, strict=True):
-            for i, p in enumerate(params):
-                p.grad.copy_(torch.randn(shapes[i], generator=torch.Generator().manual_seed(10 * t + i)))
-            for group in optimizer.param_groups:
-                group["lr"] = 0.1 / t
-                group["eps"] = 1e-8 if t > 12 else 1e-16
-            optimizer.param_groups[1]["gamma"] = 0.5 + 0.05 * t
-        graphed.step() if t % 2 else optimizers[0].step()
-        optimizers[1].step()
-        assert_same_bits([models[0]], [models[1]])
-    for p, q in zip(*models, strict=True):
-        for k in STATE_KEYS:
-            assert torch.equal(optimizers[0].state[p][k], optimizers[1].state[q][k])
-    assert sorted(captured) == [[PLAIN] * 2, [ACCUMULATE] * 2, [REFRESH] * 2]
-    assert len(replayed) == 24 - 3
-    models[0][0].grad = torch.ones(3, 5, device=DEVICE)
-    models[1][0].grad = torch.ones(3, 5, device=DEVICE)
-    for optimizer in optimizers:
-        optimizer.step()
-    assert len(captured) == 4
-    assert_same_bits([models[0]], [models[1]])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_update_is_handed_back(variant):
+    lists = odd_lists(special=False)
+    plan = StepPlan(**{**STEP, "clip": 0.8}, variant=variant)
+    expected = clones(lists)
+    cpu.run(expected, [plan.handing_back()] * len(lists[0]))
+    there = tuple([on_device(t) for t in x] for x in lists)
+    gpu.run(there, [plan.handing_back()] * len(lists[0]))
+    assert_same_bits(there, expected)
 
 
 @pytest.mark.parametrize("variant", [PLAIN, ACCUMULATE, REFRESH])
@@ -405,5 +388,5 @@ def test_the_trial_notices_a_kernel_that_is_wrong(variant, monkeypatch):
     """Before it is chosen on a GPU, it is compared there with torch's operations."""
     assert gpu.agrees(variant, DEVICE)
     right = gpu.run
-    monkeypatch.setattr(gpu, "run", lambda lists, **x: right(lists, **{**x, "lr": 0.101}))
+    monkeypatch.setattr(gpu, "run", lambda lists, plans: right(lists, [dataclasses.replace(plans[0], lr=0.101)]))
     assert not gpu.agrees(variant, DEVICE)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anon_dist.optim.kernels import choice, gpu
-from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH
+from anon_dist.optim.backends import choice, gpu
+from anon_dist.optim.backends.gpu_layout import TILE, WARPS
+from anon_dist.optim.plan import Variant
 
 pytest.importorskip("triton")
+PLAIN, ACCUMULATE, REFRESH = Variant
 
 
 @pytest.mark.parametrize("interpreted", ["1", "0"])
@@ -53,14 +55,16 @@ def test_compiled_for_an_h100(variant, dtypes, stochastic, monkeypatch, tmp_path
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from anon_dist.optim.kernels import gpu_step
+    from anon_dist.optim.backends import gpu_step
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    signature = {"table": "*i64", "chunks": "*i32", "values": "*fp64", "lr": "*fp64"}
+    numbers = dict.fromkeys(("steps", "lr", "grad_scale", "found_inf"), "*fp64")
+    signature = {"table": "*i64", "chunks": "*i32", **numbers}
     constants = {
-        "VARIANT": variant,
+        "VARIANT": int(variant),
         "TYPES": tuple(getattr(tl, dtype) for dtype in dtypes),
-        "STOCHASTIC": (stochastic,) * 3,
+        "STOCHASTIC": (stochastic,) * 4,
+        "LR_APART": False,
     }
     source = ASTSource(
         gpu_step.step,
@@ -68,12 +72,12 @@ def test_compiled_for_an_h100(variant, dtypes, stochastic, monkeypatch, tmp_path
         constants,
         {(i,): [["tt.divisibility", 16]] for i in range(len(signature))},
     )
-    options = {"num_warps": gpu.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
     assert not re.search(r"\bfma\b|\.ftz|\.approx|\.full\b", ptx)
     read = [d for i, d in enumerate(dtypes) if i != 3 or variant != PLAIN]
-    read = [getattr(torch, d).itemsize * gpu.BLOCK // (gpu.WARPS * 32) for d in read]  # bytes, by a thread
+    read = [getattr(torch, d).itemsize * TILE // (WARPS * 32) for d in read]  # bytes, by a thread
     for size, load in ((16, "v4.b32"), (8, "v2.b32")):
         assert len(re.findall(rf"ld\.global\.{re.escape(load)}", ptx)) == read.count(size), load
 

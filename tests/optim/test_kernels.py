@@ -18,8 +18,8 @@ from torch import nn
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS, ReferenceAnon
-from anon_dist.optim.kernels import build, choice, cpu
-from anon_dist.optim.kernels.cpu import ACCUMULATE, PLAIN, REFRESH
+from anon_dist.optim.backends import build, choice, cpu
+from anon_dist.optim.plan import StepPlan, Variant
 from anon_dist.optim.rounding import EXP_AVG, EXP_AVG_SQ, salt_of, to_bfloat16_stochastically
 
 UNIT = 2.0**-24
@@ -38,6 +38,7 @@ STEP = {
     "hold_silent": False,
     "maximize": False,
 }
+PLAIN, ACCUMULATE, REFRESH = Variant
 BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -47,6 +48,11 @@ def some_lists(length, seed=0):
     theta, g, m, s, v = (torch.randn(length, generator=generator) for _ in range(5))
     g[::5], s[::10], g[3::11], s[7::13] = 0.0, 0.0, 1e-40, 1e-42
     return [theta], [g], [m], [s.abs()], [v.abs() + 0.01]
+
+
+def cpu_run(lists, exponents=None, **values):
+    """The kernel, with the same plan for all parameters."""
+    cpu.run(lists, [StepPlan(**values)] * len(lists[0]), exponents)
 
 
 def clones(lists):
@@ -101,7 +107,7 @@ def test_powers_over_the_whole_range(gamma, eps):
     """σ from the smallest to the largest, and infinite: as torch's in float64."""
     s = torch.cat([torch.logspace(-44, 38, 4001), torch.tensor([0.0, torch.inf, 3e38, 1.0, 0.5, 1e-45])])
     v, zero = torch.ones_like(s), torch.zeros_like(s)
-    cpu.run(
+    cpu_run(
         ([zero.clone()], [zero], [zero.clone()], [s.clone()], [v]),
         **{**STEP, "beta2": 0.5, "debias_s": 0.5, "keep_d": 0.0, "gamma": gamma, "eps": eps, "variant": REFRESH},
     )
@@ -130,8 +136,8 @@ def test_every_combination_of_dtypes(variant):
     for dtypes in itertools.product(wide, wide, narrow, narrow, narrow):
         stored = tuple([t.to(d, copy=True) for t in x] for x, d in zip(all_lists, dtypes, strict=True))
         expected = tuple([t.to(torch.float32, copy=True) for t in x] for x in stored)
-        cpu.run(stored, variant=variant, stochastic=frozenset({"m", "s"}), **STEP)
-        cpu.run(expected, variant=variant, **STEP)
+        cpu_run(stored, variant=variant, stochastic=frozenset({"m", "s"}), **STEP)
+        cpu_run(expected, variant=variant, **STEP)
         rounded = [[t.to(d) for t in x] for x, d in zip(expected, dtypes, strict=True)]
         for role, salt, changed in ((2, EXP_AVG, True), (3, EXP_AVG_SQ, variant != PLAIN)):
             if dtypes[role] == torch.bfloat16 and changed:
@@ -150,10 +156,10 @@ def test_conversions_are_torchs(dtype):
     options = {**STEP, "lr": 1.0, "beta1": 0.0, "weight_decay": 0.0, "variant": PLAIN}
     # θ = 0 − v m with v = 1 and m = g
     theta, ones = torch.zeros(len(values), dtype=dtype), torch.ones(len(values))
-    cpu.run(([theta], [values.clone()], [ones.clone()], [ones], [ones]), **options)
+    cpu_run(([theta], [values.clone()], [ones.clone()], [ones], [ones]), **options)
     assert_same_bits([[theta.nan_to_num(nan=-1.0)]], [[(0.0 - values).to(dtype).nan_to_num(nan=-1.0)]])
     theta, zeros, ones = torch.zeros(len(every)), torch.zeros(len(every)), torch.ones(len(every))
-    cpu.run(([theta], [every], [zeros], [ones], [ones]), **options)
+    cpu_run(([theta], [every], [zeros], [ones], [ones]), **options)
     assert torch.equal(theta.nan_to_num(nan=-1.0), (0.0 - edges).nan_to_num(nan=-1.0))
 
 
@@ -174,18 +180,18 @@ def test_threads_pieces_and_alignment(variant, length, threads):
     lists = some_lists(length)
     threads(1)
     expected = clones(lists)
-    cpu.run(expected, variant=variant, **STEP)
+    cpu_run(expected, variant=variant, **STEP)
     for count in (2, 3, 5):
         threads(count)
         whole = clones(lists)
-        cpu.run(whole, variant=variant, **STEP)
+        cpu_run(whole, variant=variant, **STEP)
         assert_same_bits(whole, expected)
     cuts = sorted({0, length, *(c for c in (1, 2, 5, 13, 64, 100, 1023, 1025, 70001) if c < length)})
     for shift in (0, 1, 3):  # each tensor at another offset from its allocation
         pieces = tuple(
             [_shifted(x[0][a:b], shift + i) for a, b in itertools.pairwise(cuts)] for i, x in enumerate(lists)
         )
-        cpu.run(pieces, variant=variant, **STEP)
+        cpu_run(pieces, variant=variant, **STEP)
         assert_same_bits([[torch.cat(x)] for x in pieces], expected)
 
 
@@ -198,11 +204,11 @@ def _shifted(t, by):
 def test_flush_to_zero_of_the_calling_thread_does_not_decide(threads):
     """It is set in one thread only: elements would depend on which thread takes them."""
     lists, expected = some_lists(4097), some_lists(4097)
-    cpu.run(expected, variant=ACCUMULATE, **STEP)
+    cpu_run(expected, variant=ACCUMULATE, **STEP)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot")
     try:
-        cpu.run(lists, variant=ACCUMULATE, **STEP)
+        cpu_run(lists, variant=ACCUMULATE, **STEP)
     finally:
         torch.set_flush_denormal(False)
     assert_same_bits(lists, expected)
@@ -271,10 +277,15 @@ def one_step(**hyper):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the kernel was called with."""
+    """The plans that the kernel was called with."""
     seen = []
     original = cpu.run
-    monkeypatch.setattr(cpu, "run", lambda lists, **options: (seen.append(options), original(lists, **options))[1])
+
+    def run(lists, plans, exponents):
+        seen.extend(plans)
+        original(lists, plans, exponents)
+
+    monkeypatch.setattr(cpu, "run", run)
     return seen
 
 
@@ -303,8 +314,8 @@ def test_the_variant_follows_the_schedule(calls):
         p.grad = torch.ones(3)
         optimizer.step()
     names = {PLAIN: ".", ACCUMULATE: "a", REFRESH: "R"}
-    assert "".join(names[c["variant"]] for c in calls) == "RRaR..aR......aR"
-    assert [c["step"] for c in calls] == list(range(1, 17))
+    assert "".join(names[c.variant] for c in calls) == "RRaR..aR......aR"
+    assert [c.step for c in calls] == list(range(1, 17))
 
 
 def test_what_is_not_possible_is_said_before_anything_changes():

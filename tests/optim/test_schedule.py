@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anon_dist.optim.schedule import Regime, Schedule, window_length
+from anon_dist.optim.schedule import Phase, Schedule, window_length
 
 
 def test_ratio_two_is_the_papers_powers_of_two():
-    assert Schedule((Regime(0, 2.0, 0.999, None),)).refreshes(1 << 20) == [1 << k for k in range(21)]
+    assert Schedule((Phase(0, 2.0, 0.999, None),)).refreshes(1 << 20) == [1 << k for k in range(21)]
 
 
 def test_ratio_is_taken_at_its_decimal_value():
     """170 · 1.1 is 187; in binary floating point it is a little more, and its ceiling 188."""
-    refreshes = Schedule((Regime(0, 1.1, 0.95, None),)).refreshes(200)
+    refreshes = Schedule((Phase(0, 1.1, 0.95, None),)).refreshes(200)
     assert refreshes[-3:] == [154, 170, 187]
 
 
@@ -34,7 +34,7 @@ def test_auto_window(beta2, steps):
     window=st.one_of(st.none(), st.just("auto"), st.integers(1, 50)),
 )
 def test_plans_follow_the_definition(ratio, beta2, window):
-    plan = Schedule((Regime(0, ratio, beta2, window),)).plan
+    plan = Schedule((Phase(0, ratio, beta2, window),)).at
     a, previous, k = 1, 0, 0
     length = window_length(window, beta2) or math.inf
     for t in range(1, 400):
@@ -54,9 +54,9 @@ def test_plans_follow_the_definition(ratio, beta2, window):
     second=st.tuples(st.sampled_from([1.05, 1.5, 3.0]), st.sampled_from([0.5, 0.95]), st.sampled_from([None, 3, 40])),
     since=st.integers(1, 120),
 )
-def test_change_of_regime_keeps_the_weight_of_what_was_accumulated(first, second, since):
+def test_change_of_phase_keeps_the_weight_of_what_was_accumulated(first, second, since):
     """The debiasing factor is the exact weight in s of the accumulated gradients: s of constant g² = 1, divided by it, is 1."""
-    plan = Schedule((Regime(0, *first), Regime(since, *second))).plan
+    plan = Schedule((Phase(0, *first), Phase(since, *second))).at
     s, refreshes = 0.0, []
     for t in range(1, 600):
         p = plan(t)
@@ -67,7 +67,7 @@ def test_change_of_regime_keeps_the_weight_of_what_was_accumulated(first, second
             assert s / p.debias == pytest.approx(1.0, rel=1e-9)
             s = 0.0
             refreshes.append(t)
-    before = Schedule((Regime(0, *first),)).refreshes(since)
+    before = Schedule((Phase(0, *first),)).refreshes(since)
     assert refreshes[: len(before)] == before
     ratio = Fraction(str(second[0]))
     after = refreshes[len(before) + 1 :]  # the first refresh after the change may wait for its window
@@ -76,20 +76,20 @@ def test_change_of_regime_keeps_the_weight_of_what_was_accumulated(first, second
 
 def test_denser_refreshes_start_at_once():
     """At step 600 of ρ = 2 the next refresh would be 1024; with ρ = 1.1 from the last one, 512, it is overdue."""
-    schedule = Schedule((Regime(0, 2.0, 0.9, None), Regime(600, 1.1, 0.9, None)))
+    schedule = Schedule((Phase(0, 2.0, 0.9, None), Phase(600, 1.1, 0.9, None)))
     assert schedule.refreshes(700)[-3:] == [512, 601, 662]
 
 
 def test_refresh_waits_for_the_window():
     """At step 600 nothing has been accumulated since 512 (the window of 100 opens at 925): 601 would refresh from one step."""
-    schedule = Schedule((Regime(0, 2.0, 0.9, 100), Regime(600, 1.1, 0.9, 100)))
+    schedule = Schedule((Phase(0, 2.0, 0.9, 100), Phase(600, 1.1, 0.9, 100)))
     assert schedule.refreshes(800)[-2:] == [700, 770]
-    assert not any(schedule.plan(t).accumulate for t in range(513, 601))
-    assert all(schedule.plan(t).accumulate for t in range(601, 701))
+    assert not any(schedule.at(t).accumulate for t in range(513, 601))
+    assert all(schedule.at(t).accumulate for t in range(601, 701))
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="count from 1"):
-        Schedule((Regime(0, 2.0, 0.9, None),)).plan(0)
+        Schedule((Phase(0, 2.0, 0.9, None),)).at(0)
     with pytest.raises(ValueError, match="start at step 0"):
-        Schedule((Regime(3, 2.0, 0.9, None),))
+        Schedule((Phase(3, 2.0, 0.9, None),))

@@ -6,7 +6,7 @@ import pytest
 from helpers import Crash, at_step, crash, metrics
 
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.optim.hyper import gamma_in_force
+from anon_dist.optim.regime import Regime
 from anon_dist.train import config as c
 from anon_dist.train.gamma import gamma_at
 from anon_dist.train.lr import lr_factor
@@ -54,7 +54,7 @@ def test_what_follows_gamma(measured, run_config, train):
             factors[i] = spectrum.lr_factor(gamma, 1.0)
             assert r[f"lr_factor/{i}"] == pytest.approx(factors[i], rel=1e-9)
         h = group.hyperparameters
-        assert gamma_in_force(h) == gamma
+        assert Regime(h).gamma_in_force == gamma
         lr = 3e-3 * lr_factor(14, 14, config.schedule)
         assert h["lr"] == pytest.approx(lr * factors[i])
         assert h["update_clip"] == pytest.approx(1.0 / factors[i])

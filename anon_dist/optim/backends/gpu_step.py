@@ -10,15 +10,35 @@ import triton
 import triton.language as tl
 
 from anon_dist.optim import rounding
-from anon_dist.optim.kernels import cpu, gpu
+from anon_dist.optim.backends.gpu_layout import ROW as ROW_LENGTH
+from anon_dist.optim.backends.gpu_layout import TILE as TILE_LENGTH
+from anon_dist.optim.backends.gpu_layout import VALUES
+from anon_dist.optim.plan import Variant
 
-PLAIN, ACCUMULATE, REFRESH = (tl.constexpr(variant) for variant in (cpu.PLAIN, cpu.ACCUMULATE, cpu.REFRESH))
-ROW, BLOCK = tl.constexpr(gpu.ROW), tl.constexpr(gpu.BLOCK)
-# where a step's values lie, in the order of gpu.step_values
-LR, WEIGHT_DECAY, DEBIAS_M, KEEP_M, ADD_M, KEEP_S, ADD_S = (tl.constexpr(i) for i in range(7))
-DEBIAS_S, KEEP_D, GAMMA, EPS, BOUND, SILENT, STEP, GAMMA_RATIO = (tl.constexpr(i) for i in range(7, 15))
+PLAIN, ACCUMULATE, REFRESH = (tl.constexpr(int(variant)) for variant in Variant)
+ROW, TILE, WIDTH = tl.constexpr(ROW_LENGTH), tl.constexpr(TILE_LENGTH), tl.constexpr(len(VALUES))
+# where a step's values lie
+(
+    LR,
+    WEIGHT_DECAY,
+    DEBIAS_M,
+    KEEP_M,
+    ADD_M,
+    KEEP_S,
+    ADD_S,
+    DEBIAS_S,
+    KEEP_D,
+    GAMMA,
+    EPS,
+    BOUND,
+    SILENT,
+    STEP,
+    GAMMA_RATIO,
+) = (tl.constexpr(i) for i in range(len(VALUES)))
 
-THETA, EXP_AVG, EXP_AVG_SQ = (tl.constexpr(r) for r in (rounding.THETA, rounding.EXP_AVG, rounding.EXP_AVG_SQ))
+THETA, EXP_AVG, EXP_AVG_SQ, PRECOND = (
+    tl.constexpr(r) for r in (rounding.THETA, rounding.EXP_AVG, rounding.EXP_AVG_SQ, rounding.PRECOND)
+)
 SHARED = tl.constexpr(rounding.BLOCK)  # elements that share a scale
 EXPONENT_BIAS, NOT_A_NUMBER = tl.constexpr(rounding.EXPONENT_BIAS), tl.constexpr(rounding.NOT_A_NUMBER)
 GOLDEN = tl.constexpr(rounding.GOLDEN)
@@ -40,32 +60,43 @@ TO_INTEGER, TO_INTEGER_32 = tl.constexpr(1.5 * 2.0**52), tl.constexpr(1.5 * 2.0*
 
 @triton.jit
 def step(
-    table,  # int64 [parameters, ROW]: addresses of θ, g, m, s, v and m's exponents; elements; whether all lie at multiples of 16 bytes
-    chunks,  # int32 [programs, 2]: the parameter, and which of its runs of BLOCK elements
-    values,  # float64: see gpu.step_values
-    lr,  # one number of any floating dtype
+    table,  # int64 [parameters, ROW]: see gpu_layout.ROW
+    chunks,  # int32 [programs, 2]: the parameter, and which of its runs of TILE elements
+    steps,  # float64 [steps, WIDTH]: see gpu_layout.VALUES
+    lr,  # one number of any floating dtype, read if LR_APART
+    grad_scale,  # one number: gradients are divided by it
+    found_inf,  # one number: if it is not 0, nothing is written
     VARIANT: tl.constexpr,
     TYPES: tl.constexpr,  # of θ, g, m, s, v
-    STOCHASTIC: tl.constexpr,  # whether θ, m, s are rounded so
+    STOCHASTIC: tl.constexpr,  # whether θ, m, s, v are rounded so
+    LR_APART: tl.constexpr,
 ):
     chunk = chunks + 2 * tl.program_id(0)
     row = table + ROW * tl.load(chunk)
-    start = tl.load(chunk + 1).to(tl.int64) * BLOCK
+    start = tl.load(chunk + 1).to(tl.int64) * TILE
     length, aligned = tl.load(row + 6), tl.load(row + 7)
-    # Without a mask and with known alignment a thread moves 16 bytes at once. The arithmetic is the same.
-    if (aligned != 0) & (start + BLOCK <= length):
-        _chunk(row, start, length, values, lr, VARIANT, TYPES, STOCHASTIC, True)
+    values = steps + WIDTH * tl.load(row + 8)
+    if LR_APART:
+        rate = tl.load(lr).to(tl.float64)
     else:
-        _chunk(row, start, length, values, lr, VARIANT, TYPES, STOCHASTIC, False)
+        rate = tl.load(values + LR)
+    inverse = 1.0 / tl.load(grad_scale).to(tl.float64)
+    if tl.load(found_inf) == 0.0:
+        # Without a mask and with known alignment a thread moves 16 bytes at once. The arithmetic is the same.
+        if (aligned != 0) & (start + TILE <= length):
+            _tile(row, start, length, values, rate, inverse, VARIANT, TYPES, STOCHASTIC, True)
+        else:
+            _tile(row, start, length, values, rate, inverse, VARIANT, TYPES, STOCHASTIC, False)
 
 
 @triton.jit
-def _chunk(
+def _tile(
     row,
     start,
     length,
     values,
-    lr,
+    rate,
+    inverse,
     VARIANT: tl.constexpr,
     TYPES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -87,22 +118,22 @@ def _chunk(
         m = _opened(m_at, start, length, TYPES[2], WHOLE)
     v = _opened(v_at, start, length, TYPES[4], WHOLE)
 
+    add_m, add_s = tl.load(values + ADD_M) * inverse, tl.load(values + ADD_S) * (inverse * inverse)
     if VARIANT != PLAIN:
         s = _opened(s_at, start, length, TYPES[3], WHOLE)
         if VARIANT == REFRESH:
-            v = _refreshed(v, s, g, values)
+            v = _refreshed(v, s, g, add_s, values)
             s = tl.zeros_like(s)
         else:
-            s = _float32(values + KEEP_S) * s + _float32(values + ADD_S) * (g * g)
-    m = _float32(values + KEEP_M) * m + _float32(values + ADD_M) * g
-    rate = tl.load(lr).to(tl.float64)
+            s = _float32(values + KEEP_S) * s + add_s.to(tl.float32) * (g * g)
+    m = _float32(values + KEEP_M) * m + add_m.to(tl.float32) * g
     decay = (1.0 - rate * tl.load(values + WEIGHT_DECAY)).to(tl.float32)
     scale = (rate / tl.load(values + DEBIAS_M)).to(tl.float32)
     bound = _float32(values + BOUND)
     theta = decay * theta - scale * _clamped(v * m, -bound, bound)
 
     # Stores come last: the compiler takes no load past them.
-    first = 3 * tl.load(values + STEP).to(tl.int64) + 1
+    first = 4 * tl.load(values + STEP).to(tl.int64) + 1
     _close(theta_at, start, length, theta, _salt(first, THETA), TYPES[0], STOCHASTIC[0], WHOLE)
     if TYPES[2] == tl.int8:
         _encode(m_at, exponents_at, start, length, m, _salt(first, EXP_AVG), STOCHASTIC[1], WHOLE)
@@ -111,7 +142,7 @@ def _chunk(
     if VARIANT != PLAIN:
         _close(s_at, start, length, s, _salt(first, EXP_AVG_SQ), TYPES[3], STOCHASTIC[2], WHOLE)
     if VARIANT == REFRESH:
-        _close(v_at, start, length, v, 0, TYPES[4], False, WHOLE)
+        _close(v_at, start, length, v, _salt(first, PRECOND), TYPES[4], STOCHASTIC[3], WHOLE)
 
 
 @triton.jit
@@ -130,11 +161,11 @@ def _clamped(x, low, high):
 
 
 @triton.jit
-def _refreshed(v, s, g, values):
+def _refreshed(v, s, g, add_s, values):
     """The preconditioner made from the old one, s and g; float32."""
     gamma, keep, ratio = tl.load(values + GAMMA), tl.load(values + KEEP_D), tl.load(values + GAMMA_RATIO)
     wide_g, wide_v = g.to(tl.float64), v.to(tl.float64)
-    total = tl.load(values + KEEP_S) * s.to(tl.float64) + tl.load(values + ADD_S) * (wide_g * wide_g)
+    total = tl.load(values + KEEP_S) * s.to(tl.float64) + add_s * (wide_g * wide_g)
     d = total * (1.0 / tl.load(values + DEBIAS_S)) + tl.load(values + EPS)
     if gamma != 1.0:  # sigma^1 is sigma
         log_power = tl.where(d > 0.0, gamma * _natural_log(d), NAN)
@@ -192,7 +223,7 @@ def _pointers(address, start, TYPE: tl.constexpr, WHOLE: tl.constexpr):
     first = address.to(tl.pointer_type(TYPE))
     if WHOLE:
         first = tl.multiple_of(first, 16)
-    return first + (start + tl.arange(0, BLOCK))
+    return first + (start + tl.arange(0, TILE))
 
 
 @triton.jit
@@ -201,7 +232,7 @@ def _loaded(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         x = tl.load(pointers)
     else:
-        x = tl.load(pointers, mask=start + tl.arange(0, BLOCK) < length, other=0)
+        x = tl.load(pointers, mask=start + tl.arange(0, TILE) < length, other=0)
     return x
 
 
@@ -211,12 +242,12 @@ def _store(address, start, length, x, TYPE: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         tl.store(pointers, x.to(TYPE))
     else:
-        tl.store(pointers, x.to(TYPE), mask=start + tl.arange(0, BLOCK) < length)
+        tl.store(pointers, x.to(TYPE), mask=start + tl.arange(0, TILE) < length)
 
 
 @triton.jit
 def _opened(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """BLOCK elements as float32; zeros past the end."""
+    """TILE elements as float32; zeros past the end."""
     if TYPE == tl.bfloat16:
         x = (_loaded(address, start, length, tl.uint16, WHOLE).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -241,7 +272,7 @@ def _close(address, start, length, x, salt, TYPE: tl.constexpr, STOCHASTIC: tl.c
 
 @triton.jit
 def _salt(first, ROLE: tl.constexpr):
-    """`rounding.salt_of` of a step whose `first` is 3 · step + 1."""
+    """`rounding.salt_of` of a step whose `first` is 4 · step + 1."""
     return ((first + ROLE) * GOLDEN).to(tl.uint32)
 
 
@@ -256,23 +287,23 @@ def _hashed(bits, salt):
 
 @triton.jit
 def _decoded(codes, exponents, start, length, WHOLE: tl.constexpr):
-    """`rounding.decode_blocks`, of BLOCK elements."""
-    x = tl.reshape(_loaded(codes, start, length, tl.int8, WHOLE), (BLOCK // SHARED, SHARED))
-    block = start // SHARED + tl.arange(0, BLOCK // SHARED)
+    """`rounding.decode_blocks`, of TILE elements."""
+    x = tl.reshape(_loaded(codes, start, length, tl.int8, WHOLE), (TILE // SHARED, SHARED))
+    block = start // SHARED + tl.arange(0, TILE // SHARED)
     stored = tl.load(exponents.to(tl.pointer_type(tl.uint8)) + block, mask=block * SHARED < length, other=0)
     scaled = _times_power_of_two(x.to(tl.float32), (stored.to(tl.int32) - EXPONENT_BIAS)[:, None])
-    return tl.reshape(tl.where(x == NOT_A_NUMBER, NAN, scaled), (BLOCK,))
+    return tl.reshape(tl.where(x == NOT_A_NUMBER, NAN, scaled), (TILE,))
 
 
 @triton.jit
 def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):
     """`rounding.encode_blocks`, stored."""
-    x = tl.reshape(x, (BLOCK // SHARED, SHARED))
+    x = tl.reshape(x, (TILE // SHARED, SHARED))
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
     largest = tl.max(tl.where(finite, magnitude, 0), 1)
     stored = tl.minimum((largest + 0x1FFFF) >> 23, 254)
-    block = start // SHARED + tl.arange(0, BLOCK // SHARED)
+    block = start // SHARED + tl.arange(0, TILE // SHARED)
     tl.store(exponents.to(tl.pointer_type(tl.uint8)) + block, stored.to(tl.uint8), mask=block * SHARED < length)
     scaled = _times_power_of_two(x, -(stored - EXPONENT_BIAS)[:, None])
     if STOCHASTIC:
@@ -281,7 +312,7 @@ def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, 
     else:
         scaled = _nearest_integer(scaled)
     code = tl.where(finite, _clamped(scaled, -127.0, 127.0), NOT_A_NUMBER).to(tl.int32)
-    _store(codes, start, length, tl.reshape(code, (BLOCK,)), tl.int8, WHOLE)
+    _store(codes, start, length, tl.reshape(code, (TILE,)), tl.int8, WHOLE)
 
 
 @triton.jit

@@ -13,9 +13,9 @@
 
 #include <omp.h>
 
-#define ABI 3
-#define BLOCK 1024             /* elements of one call of an update: its converted copies stay in the first-level cache */
-#define CHUNK (64 * BLOCK)     /* elements that a thread takes at a time */
+#define ABI 4
+#define TILE 1024              /* elements of one call of an update: its converted copies stay in the first-level cache */
+#define CHUNK (64 * TILE)      /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
 #define D_MIN 0x1p-126         /* as in update.py */
 #define D_MAX 0x1p127
@@ -27,21 +27,19 @@ enum dtype { NONE = -1, FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum role { THETA, GRAD, M, S, V, ROLES };
 enum { EXPONENTS = ROLES, POINTERS }; /* of a parameter: the roles' tensors, and the exponents of an 8-bit m or NULL */
 
-/* What all elements share. Mirrored in cpu.py. */
+/* What the elements of a tensor share in a step. Mirrored in cpu.py. */
 struct step {
     int32_t variant;
     int32_t hold_silent;
-    int32_t dtypes[ROLES];
-    int32_t stochastic[ROLES]; /* rounding, to bfloat16 and int8 */
-    uint32_t salts[ROLES];     /* of its hashes */
-    int32_t threads;
+    int32_t stochastic;  /* a bit for each role: how it is rounded to bfloat16 and int8 */
+    int32_t step;        /* t, which the hashes of the rounding are salted with */
     double decay;        /* 1 - lr * weight_decay */
     double keep_m;       /* beta1 */
-    double add_m;        /* 1 - beta1, negative where the sum is to be maximised */
+    double add_m;        /* 1 - beta1, over the scale of the gradient; negative where the sum is to be maximised */
     double keep_s;       /* beta2 */
-    double add_s;        /* 1 - beta2 */
+    double add_s;        /* 1 - beta2, over the square of that scale */
     double debias_s;     /* summed weight of what s holds */
-    double keep_d;       /* beta3, or 0 at the first refresh */
+    double keep_d;       /* beta3, or 0 where there is no old preconditioner */
     double gamma;
     double gamma_ratio;  /* gamma over the one that v was made with; 1: the same */
     double eps;
@@ -128,8 +126,10 @@ struct rounding {
     uint32_t salt;
 };
 
+/* The salt as `salt_of` of rounding.py, which counts theta, m, s and v. */
 static inline struct rounding rounding_of(const struct step *step, int role) {
-    return (struct rounding){step->stochastic[role] ? 0xffff : 0, step->salts[role]};
+    const uint32_t rounded = role == THETA ? 0 : (uint32_t)role - 1;
+    return (struct rounding){step->stochastic >> role & 1 ? 0xffff : 0, (4 * (uint32_t)step->step + rounded + 1) * 0x9e3779b1u};
 }
 
 /* To one of the two nearest, the nearer the likelier; or to the nearest, ties to even. Every NaN becomes torch's. */
@@ -202,7 +202,7 @@ static void encode(long n, const float *restrict x, int8_t *restrict codes, uint
     if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, stochastic, salt);
 }
 
-/* -- the step of one block ------------------------------------------------------------------------------------------------------ */
+/* -- the step of one tile ------------------------------------------------------------------------------------------------------- */
 
 /* Element i of a tensor that is stored as float or bfloat16; the dtype is a constant wherever this is inlined. */
 static INLINE float get(const void *tensor, int dtype, long i) {
@@ -266,7 +266,7 @@ static INLINE double mixed(double d, double v, double keep) {
 static void convert_and_mix(long n, const double *restrict d, float *restrict s, float *restrict v, const struct step *step) {
     const double keep = step->keep_d, ratio = step->gamma_ratio, no_old = step->keep_d == 0.0 ? 1.0 : NAN;
     const float silent = step->hold_silent ? 0.0f : -1.0f;
-    double old[BLOCK];
+    double old[TILE];
     for (long i = 0; i < n; i++) {
         const double known = v[i] > 0.0f ? v[i] : no_old, log_power = ratio * natural_log(known);
         old[i] = known > 0.0 ? log_power : NAN;
@@ -292,7 +292,7 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
     const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
     const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
     const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
-    double d[BLOCK];
+    double d[TILE];
     for (long i = 0; i < n; i++) {
         const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
         s[i] = (float)sum;
@@ -339,49 +339,57 @@ static void closed(void *tensor, int dtype, struct rounding how, int64_t start, 
         for (long i = 0; i < n; i++) stored[i] = to_float16(buffer[i]);
 }
 
-/* The dtypes that the step of a block takes as they are stored; the others are converted before and after it. */
-static void taken_as_stored(const struct step *step, int as[ROLES]) {
+/* The dtypes that the step of a tile takes as they are stored; the others are converted before and after it. */
+static void taken_as_stored(const struct step *step, const int32_t *dtypes, int as[ROLES]) {
     for (int role = 0; role < ROLES; role++)
-        as[role] = step->variant != REFRESH && step->dtypes[role] == BFLOAT16 ? BFLOAT16 : FLOAT32;
+        as[role] = step->variant != REFRESH && dtypes[role] == BFLOAT16 ? BFLOAT16 : FLOAT32;
     if (as[GRAD] == FLOAT32) as[THETA] = FLOAT32;
     if (as[V] == FLOAT32) as[M] = FLOAT32;
 }
 
-/* One step of n <= BLOCK elements from `start` on, a multiple of BLOCK. */
-static void update_block(void *const *tensors, int64_t start, long n, const struct step *step) {
-    float buffers[ROLES][BLOCK];
+/* One step of n <= TILE elements from `start` on, a multiple of TILE. */
+static void update_tile(void *const *tensors, const int32_t *dtypes, int64_t start, long n, const struct step *step) {
+    float buffers[ROLES][TILE];
     void *x[ROLES];
     int as[ROLES];
-    const int with_s = step->variant != PLAIN, refreshing = step->variant == REFRESH, in_blocks = step->dtypes[M] == INT8;
+    const int with_s = step->variant != PLAIN, refreshing = step->variant == REFRESH, in_blocks = dtypes[M] == INT8;
     int8_t *codes = (int8_t *)tensors[M] + start;
     uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
-    taken_as_stored(step, as);
+    taken_as_stored(step, dtypes, as);
     for (int role = 0; role < ROLES; role++) {
         x[role] = buffers[role];
         if (role == M && in_blocks)
             decode(n, codes, exponents, buffers[M]);
         else if (role != S || with_s)
-            x[role] = opened(tensors[role], step->dtypes[role], as[role], start, n, buffers[role]);
+            x[role] = opened(tensors[role], dtypes[role], as[role], start, n, buffers[role]);
     }
     if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
     const int s = step->variant != ACCUMULATE ? 0 : as[S] == FLOAT32 ? 1 : 2;
     updates[(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s](
         n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
-    if (in_blocks) encode(n, x[M], codes, exponents, step->stochastic[M], step->salts[M]);
+    if (in_blocks) {
+        const struct rounding how = rounding_of(step, M);
+        encode(n, x[M], codes, exponents, how.stochastic != 0, how.salt);
+    }
     for (int role = 0; role < ROLES; role++) {
         const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
-        if (changed && as[role] != step->dtypes[role])
-            closed(tensors[role], step->dtypes[role], rounding_of(step, role), start, n, x[role]);
+        if (changed && as[role] != dtypes[role])
+            closed(tensors[role], dtypes[role], rounding_of(step, role), start, n, x[role]);
     }
 }
 
-/* One step of `count` parameters: `tensors` holds theirs one after the other, POINTERS each; `lengths` their numbers of elements.
+/* One step of `count` parameters.
+ *
+ * dtypes: of each role, the same for all parameters.
+ * steps, which: parameter i takes steps[which[i]].
+ * tensors: of each parameter POINTERS addresses, one parameter after the other; lengths: their numbers of elements.
  *
  * Threads take chunks in the order of memory, whoever is free: on a machine with other work a fixed share would wait for the slowest.
  */
-void anon_step(const struct step *step, int64_t count, void *const *tensors, const int64_t *lengths) {
+void anon_step(const int32_t *dtypes, int32_t threads, const struct step *steps, const int32_t *which, int64_t count,
+               void *const *tensors, const int64_t *lengths) {
     int64_t next = 0;
-#pragma omp parallel num_threads(step->threads)
+#pragma omp parallel num_threads(threads)
     {
         fenv_t environment; /* the caller's flush-to-zero, which the other threads lack, must not decide */
         fegetenv(&environment);
@@ -397,8 +405,8 @@ void anon_step(const struct step *step, int64_t count, void *const *tensors, con
                 continue;
             }
             const int64_t begin = (mine - passed) * CHUNK, rest = lengths[i] - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
-            for (int64_t start = begin; start < end; start += BLOCK)
-                update_block(tensors + POINTERS * i, start, end - start < BLOCK ? end - start : BLOCK, step);
+            for (int64_t start = begin; start < end; start += TILE)
+                update_tile(tensors + POINTERS * i, dtypes, start, end - start < TILE ? end - start : TILE, steps + which[i]);
 #pragma omp atomic capture
             mine = next++;
         }

@@ -1,7 +1,7 @@
-"""Whether a step goes through the kernel: what the group asks for, what the tensors allow, and what all ranks can do.
+"""Which backend takes a step: what the group asks for, what the tensors allow, and what all ranks can do.
 
-Replicas must not drift apart, so either all ranks take the kernel or none: its bits are not those of the foreach path. What could differ
-between ranks is only whether it can be built. At its first step each optimizer asks the others, not with a collective, which would wait for
+Replicas must not drift apart, so either all ranks take a kernel or none: its bits are not those of `foreach`. What could differ between
+ranks is only whether it can be built. At its first step each optimizer asks the others, not with a collective, which would wait for
 ever if some rank never steps, but through the key-value store that the process group was set up with: each rank says once that it is
 there and able; the last to come writes "fused"; one that is not able, or has waited too long, writes "foreach". The first word written
 stands, and all follow it. No later step asks again.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -22,13 +22,18 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from anon_dist.optim.kernels import cpu, gpu
-from anon_dist.optim.kernels.build import BuildError
+from anon_dist.optim.backends import cpu, foreach, gpu
+from anon_dist.optim.backends.build import BuildError
+from anon_dist.optim.backends.layout import Lists
+from anon_dist.optim.plan import StepPlan
 
 AGREEMENT_SECONDS = 60.0
 """How long the first step waits for the other ranks' first step."""
 
 Group = Mapping[str, Any]
+
+Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None], None]
+"""What takes a step of some parameters, in place: lists by role, a plan for each parameter, and the exponents of an int8 m's blocks."""
 
 
 def is_automatic(group: Group) -> bool:
@@ -51,8 +56,8 @@ def kinds(groups: Iterable[Group]) -> set[str]:
     return found & {"cpu", "cuda"}
 
 
-def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> bool:
-    """Whether lists of tensors (θ, g, m, s, v), each of one device and dtype, are updated by the kernel.
+def choose(lists: Lists, group: Group, agreed: bool) -> Backend:
+    """The backend that takes these lists.
 
     Args:
         agreed: what `agree()` said, for groups that leave the choice to us.
@@ -60,11 +65,12 @@ def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> boo
     Raises:
         RuntimeError: the group has `fused=True` and it is not possible.
     """
+    torch_alone: Backend = partial(foreach.run, together=group["foreach"])
     if not group["fused"] and not (agreed and is_automatic(group)):
-        return False
-    lists = list(lists)
+        return torch_alone
     device = lists[0][0].device
-    reason = "torch.compile traces this step" if torch.compiler.is_compiling() else kernel_for(device).obstacle(lists)
+    kernel = kernel_for(device)
+    reason = "torch.compile traces this step" if torch.compiler.is_compiling() else kernel.obstacle(lists)
     if group["fused"] and reason is None:
         reason = _why_not_built({device.type})
     if group["fused"] and reason is not None:
@@ -72,7 +78,7 @@ def use_kernel(lists: Iterable[list[Tensor]], group: Group, agreed: bool) -> boo
             f"Anon: fused=True is not possible: {reason}. It takes float32, bfloat16 and float16, on the CPU, where it needs a C "
             "compiler, and on NVIDIA GPUs, where it needs Triton; fused=None uses it where it can"
         )
-    return reason is None
+    return torch_alone if reason is not None else kernel.run
 
 
 def agree(kinds: set[str]) -> bool:
@@ -113,7 +119,7 @@ def _ask_store(store: Store, rank: int, ranks: int, able: bool) -> bool:
 def _why_not_built(kinds: Iterable[str]) -> str | None:
     try:
         for kind in kinds:
-            gpu.check() if kind == "cuda" else cpu.library()
+            (gpu if kind == "cuda" else cpu).check()
     except BuildError as error:
         return str(error)
     return None

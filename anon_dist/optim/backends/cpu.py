@@ -1,0 +1,151 @@
+"""The backend `anon.c`: one pass over memory on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from array import array
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anon_dist.optim.backends.build import BuildError, load
+from anon_dist.optim.backends.layout import Lists, laid_out, unfit, write_back
+from anon_dist.optim.plan import ROLES, StepPlan
+
+ABI = 4
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, tuple(CODES), _WIDE, _WIDE), strict=True))
+CHUNK = 1 << 16
+"""The kernel hands out work in pieces of this many elements."""
+
+STEP = np.dtype(
+    [
+        *((name, np.int32) for name in ("variant", "hold_silent", "stochastic", "step")),
+        *((name, np.float64) for name in ("decay", "keep_m", "add_m", "keep_s", "add_s", "debias_s", "keep_d")),
+        *((name, np.float64) for name in ("gamma", "gamma_ratio", "eps", "bound", "scale")),
+    ]
+)
+"""`struct step` of anon.c, which says what each field is."""
+
+_building = threading.Lock()
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernel; built at the first call in a process.
+
+    Raises:
+        BuildError: naming what is in the way, each time.
+    """
+    with _building:
+        found = _library()
+    if isinstance(found, BuildError):
+        raise found
+    return found
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | BuildError:
+    try:
+        found = load(Path(__file__).with_name("anon.c"))
+        found.anon_abi.restype = ctypes.c_int
+        if found.anon_abi() != ABI:
+            raise BuildError(f"the kernel has version {found.anon_abi()} where {ABI} is needed")
+        pointer = ctypes.c_void_p
+        found.anon_step.argtypes = [pointer, ctypes.c_int32, pointer, pointer, ctypes.c_int64, pointer, pointer]
+        found.anon_step.restype = None
+    except (BuildError, AttributeError) as error:
+        return error if isinstance(error, BuildError) else BuildError(str(error))
+    return found
+
+
+def check() -> None:
+    """Build the kernel, if that has not been done.
+
+    Raises:
+        BuildError: naming what is in the way.
+    """
+    library()
+
+
+def obstacle(lists: Lists) -> str | None:
+    """Why the kernel cannot take these lists; see `layout.unfit`."""
+    return unfit(lists, "cpu", DTYPES)
+
+
+def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None) -> None:
+    """One step of each parameter, in place.
+
+    Args:
+        lists: see `layout.Lists`; on the CPU, of `DTYPES`. Any strides.
+        plans: of each parameter; the same object where it is the same.
+        exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
+    """
+    if 0 in (lengths := list(map(Tensor.numel, lists[0]))):
+        kept = [i for i, length in enumerate(lengths) if length]
+        pick: Callable[[list[Any]], list[Any]] = lambda members: [members[i] for i in kept]  # noqa: E731
+        lists, plans, lengths = tuple(map(pick, lists)), pick(plans), pick(lengths)
+        exponents = None if exponents is None else pick(exponents)
+    if not lengths or (plans[0].found_inf is not None and bool(plans[0].found_inf)):
+        return
+    copies, columns = laid_out(lists, row_major=exponents is not None)
+    steps, which = _table(plans)
+    scales = [0] * len(lengths) if exponents is None else list(map(Tensor.data_ptr, exponents))
+    addresses = [list(map(Tensor.data_ptr, members)) for members in columns]
+    pointers = array("Q", chain.from_iterable(zip(*addresses, scales, strict=True)))
+    dtypes = array("i", [CODES[members[0].dtype] for members in lists])
+    threads = min(torch.get_num_threads(), sum([-(-n // CHUNK) for n in lengths]))
+    library().anon_step(
+        dtypes.buffer_info()[0],
+        threads,
+        steps.ctypes.data,
+        which.buffer_info()[0],
+        len(lengths),
+        pointers.buffer_info()[0],
+        (sizes := array("q", lengths)).buffer_info()[0],
+    )
+    del sizes
+    write_back(copies)
+    torch.autograd.graph.increment_version(lists[0])
+
+
+def _table(plans: list[StepPlan]) -> tuple[np.ndarray[Any, Any], array[int]]:
+    """The different plans as `STEP`, and which of them each parameter follows."""
+    places: dict[int, int] = {}
+    rows: list[tuple[float, ...]] = []
+    for plan in plans:
+        if id(plan) not in places:
+            places[id(plan)] = len(rows)
+            rows.append(_row(plan))
+    return np.array(rows, STEP), array("i", [places[id(plan)] for plan in plans])
+
+
+def _row(plan: StepPlan) -> tuple[float, ...]:
+    lr, inverse = float(plan.lr), 1.0 if plan.grad_scale is None else 1.0 / float(plan.grad_scale)
+    add_m = (1.0 - plan.beta1) * inverse
+    debias_m = plan.debias_m
+    return (
+        plan.variant,
+        plan.hold_silent,
+        sum(1 << i for i, role in enumerate(ROLES) if role in plan.stochastic),
+        plan.step,
+        1.0 - lr * plan.weight_decay,
+        plan.beta1,
+        -add_m if plan.maximize else add_m,
+        plan.beta2,
+        (1.0 - plan.beta2) * (inverse * inverse),
+        plan.debias_s,
+        plan.keep_d,
+        plan.gamma,
+        plan.gamma_ratio,
+        plan.eps,
+        plan.bound,
+        lr / debias_m,
+    )

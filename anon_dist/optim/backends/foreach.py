@@ -1,0 +1,128 @@
+"""The backend of torch's own operations: every device and dtype, several passes over memory. It reads like `update.py`, which it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from anon_dist.optim import update
+from anon_dist.optim.backends.layout import Lists, by_plan
+from anon_dist.optim.plan import StepPlan, Variant
+from anon_dist.optim.rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    PRECOND,
+    THETA,
+    decode_blocks,
+    encode_blocks,
+    salt_of,
+    to_bfloat16_stochastically,
+)
+
+MOST_ELEMENTS = 1 << 26
+"""Temporaries are as large as the tensors that are taken at once; no more than this many elements are."""
+
+
+def run(
+    lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None, *, together: bool | None = None
+) -> None:
+    """One step of each parameter, in place.
+
+    Args:
+        lists: see `layout.Lists`; any dtypes, any strides.
+        plans: of each parameter; the same object where it is the same.
+        exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
+        together: take all tensors at once (True), or one after the other (False); None: at once on accelerators only, since one after the
+            other is kinder to a CPU's caches. The results are the same bits.
+    """
+    at_once = lists[0][0].device.type != "cpu" if together is None else together
+    for indices in by_plan(plans).values():
+        for some in _portions(indices, lists[0], at_once):
+            chosen = tuple([members[i] for i in some] for members in lists)
+            _step(chosen, plans[some[0]], [] if exponents is None else [exponents[i] for i in some])
+
+
+def _portions(indices: list[int], theta: list[Tensor], together: bool) -> Iterator[list[int]]:
+    """Indices that are taken at once: one, or up to a number of elements."""
+    portion: list[int] = []
+    elements = 0
+    for i in indices:
+        portion.append(i)
+        elements += theta[i].numel()
+        if not together or elements >= MOST_ELEMENTS or i == indices[-1]:
+            yield portion
+            portion, elements = [], 0
+
+
+def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
+    if plan.found_inf is not None and bool(plan.found_inf):  # torch's operations cannot be told on the device
+        return
+    compute = torch.float32
+    for stored in lists:
+        compute = torch.promote_types(compute, stored[0].dtype)
+    stored_theta, stored_grad, stored_m, stored_s, stored_v = lists
+    lr = plan.lr.reshape(()) if isinstance(plan.lr, Tensor) else plan.lr
+
+    grad = _in(compute, stored_grad)
+    if plan.grad_scale is not None:
+        grad = list(torch._foreach_div(grad, plan.grad_scale.to(compute)))
+    if plan.maximize:
+        grad = list(torch._foreach_neg(grad))
+    theta, s, v = (_in(compute, x) for x in (stored_theta, stored_s, stored_v))
+    m = _in(compute, _decoded(stored_m, exponents))
+    if plan.weight_decay:
+        update.decay_weights(theta, 1.0 - lr * plan.weight_decay)
+    update.update_momentum(m, grad, plan.beta1)
+    if plan.variant >= Variant.ACCUMULATE:
+        update.accumulate(s, grad, plan.beta2)
+    if plan.variant == Variant.REFRESH:
+        update.refresh(
+            v,
+            s,
+            gamma=plan.gamma,
+            gamma_ratio=plan.gamma_ratio,
+            keep=plan.keep_d,
+            eps=plan.eps,
+            debias=plan.debias_s,
+            hold_silent=plan.hold_silent,
+        )
+        _round(v, stored_v, _salt(plan, "v", PRECOND))
+    update.apply_update(theta, v, m, lr=lr, debias=plan.debias_m, clip=plan.clip)
+    _round(theta, stored_theta, _salt(plan, "theta", THETA))
+    if exponents:
+        _encode(stored_m, exponents, m, _salt(plan, "m", EXP_AVG))
+    else:
+        _round(m, stored_m, _salt(plan, "m", EXP_AVG))
+    if plan.variant >= Variant.ACCUMULATE:
+        _round(s, stored_s, _salt(plan, "s", EXP_AVG_SQ))
+
+
+def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors themselves if they have this dtype, converted copies if not."""
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+
+
+def _salt(plan: StepPlan, role: str, salted: int) -> int | None:
+    """What a role's stochastic rounding is salted with; None: it is rounded to the nearest."""
+    return salt_of(plan.step, salted) if role in plan.stochastic else None
+
+
+def _round(computed: list[Tensor], stored: list[Tensor], salt: int | None) -> None:
+    """Copy to where it is stored; with a salt, stochastically rounded where that is bfloat16."""
+    if stored is computed:
+        return
+    if salt is not None and stored[0].dtype == torch.bfloat16:
+        computed = [to_bfloat16_stochastically(x.float(), salt) for x in computed]
+    torch._foreach_copy_(stored, computed)
+
+
+def _decoded(m: list[Tensor], exponents: list[Tensor]) -> list[Tensor]:
+    return [decode_blocks(codes, e) for codes, e in zip(m, exponents, strict=True)] if exponents else m
+
+
+def _encode(m: list[Tensor], exponents: list[Tensor], computed: list[Tensor], salt: int | None) -> None:
+    for codes, stored, x in zip(m, exponents, computed, strict=True):
+        for target, value in zip((codes, stored), encode_blocks(x.float(), salt), strict=True):
+            target.copy_(value)

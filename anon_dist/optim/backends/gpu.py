@@ -1,0 +1,185 @@
+"""The backend `gpu_step.py`: one pass over memory on an NVIDIA GPU. Nothing here waits for the GPU.
+
+A launch takes all parameters whose steps are of one variant. It finds the tensors through a table of addresses in device memory, their
+steps' numbers in another table, and its share of the work through a table of chunks; the first and the last are sent again only when they
+change.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from anon_dist.optim import update
+from anon_dist.optim.backends.build import BuildError
+from anon_dist.optim.backends.gpu_layout import ALIGNMENT, TILE, WARPS
+from anon_dist.optim.backends.layout import Lists, laid_out, unfit, write_back
+from anon_dist.optim.plan import ROLES, StepPlan, Variant
+
+ROUNDED = ("theta", "m", "s", "v")
+"""What can be rounded stochastically."""
+
+_WIDE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_STATE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, {**_STATE, torch.int8: "int8"}, _STATE, _STATE), strict=True))
+
+
+def obstacle(lists: Lists) -> str | None:
+    """Why the kernel cannot take these lists; see `layout.unfit`."""
+    return unfit(lists, "cuda", DTYPES)
+
+
+def check() -> None:
+    """Compile the kernel, and compare it on this GPU with torch's operations: once in this process.
+
+    Raises:
+        BuildError: naming what is in the way, each time.
+    """
+    found = _trial()
+    if found is not None:
+        raise BuildError(found)
+
+
+@lru_cache(maxsize=1)
+def _trial() -> str | None:
+    if torch.version.hip is not None:
+        return "the kernel has only been written for NVIDIA GPUs"
+    try:
+        return next(
+            (
+                f"its {name} step differs from torch's operations on {torch.cuda.get_device_name()}; please report it"
+                for name, variant in ((v.name.lower(), v) for v in Variant)
+                if not agrees(variant, torch.device("cuda"))
+            ),
+            None,
+        )
+    except Exception as error:  # no triton, no C compiler for its launcher, a GPU too old for it, ...
+        return f"{type(error).__name__}: {error}"[:1000]
+
+
+def agrees(variant: Variant, device: torch.device) -> bool:
+    """Whether a step of a few numbers is torch's, but for rounding. It waits for the device."""
+    drawn = torch.randn(5, 3 * TILE + 7, generator=torch.Generator().manual_seed(0))
+    theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
+    mine = tuple([x.clone()] for x in (theta, g, m, s, v))
+    plan = StepPlan(3, variant, 0.1, 0.1, 0.9, 0.95, 1.0, debias_s=0.3, keep_d=0.5, gamma=0.5, gamma_ratio=-0.5)
+    run(mine, [plan])
+    update.decay_weights([theta], 1.0 - 0.1 * 0.1)
+    update.update_momentum([m], [g], 0.9)
+    if variant != Variant.PLAIN:
+        update.accumulate([s], [g], 0.95)
+    if variant == Variant.REFRESH:
+        how = {"gamma": 0.5, "gamma_ratio": -0.5, "keep": 0.5, "eps": 1e-16, "debias": 0.3}
+        update.refresh([v], [s], **how, hold_silent=False)
+    update.apply_update([theta], [v], [m], lr=0.1, debias=1.0 - 0.9**3, clip=1.0)
+    pairs = zip(mine, (theta, g, m, s, v), strict=True)
+    return all(torch.allclose(x[0], y, rtol=1e-5, atol=1e-5) for x, y in pairs)
+
+
+def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None) -> None:
+    """One step of each parameter, in place.
+
+    Args:
+        lists: see `layout.Lists`; on one GPU, of `DTYPES`. Any strides.
+        plans: of each parameter; the same object where it is the same. All have the same lr, if that is a tensor on the GPU, and the same
+            `grad_scale` and `found_inf`.
+        exponents: of an int8 m, uint8, as `rounding.exponents_for` makes them, of each parameter.
+    """
+    for variant in Variant:
+        chosen = [i for i, plan in enumerate(plans) if plan.variant == variant and lists[0][i].numel()]
+        if chosen:
+            some = tuple([members[i] for i in chosen] for members in lists)
+            _launch(some, [plans[i] for i in chosen], None if exponents is None else [exponents[i] for i in chosen])
+
+
+def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None) -> None:
+    import triton.language as tl
+
+    from anon_dist.optim.backends import gpu_step
+
+    copies, columns = laid_out(lists, row_major=exponents is not None)
+    theta, first = columns[0], plans[0]
+    device = theta[0].device
+    places: dict[int, int] = {}
+    for plan in plans:
+        places.setdefault(id(plan), len(places))
+    different = {id(plan): plan for plan in plans}
+    values = sent([_values(different[key]) for key in places], torch.float64, device)
+    addresses = [tuple(map(Tensor.data_ptr, members)) for members in columns]
+    scales = (0,) * len(theta) if exponents is None else tuple(map(Tensor.data_ptr, exponents))
+    lengths = tuple(map(Tensor.numel, theta))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    chunks = _chunks(lengths, device, stream)
+    one, zero = _constants(device, stream)
+    with torch.cuda.device_of(theta[0]):
+        gpu_step.step[(len(chunks),)](
+            _table((*addresses, scales, lengths, tuple(places[id(plan)] for plan in plans)), device, stream),
+            chunks,
+            values,
+            first.lr if isinstance(first.lr, Tensor) and first.lr.device.type == device.type else values,
+            one if first.grad_scale is None else first.grad_scale,
+            zero if first.found_inf is None else first.found_inf,
+            VARIANT=int(first.variant),
+            TYPES=tuple(getattr(tl, DTYPES[role][x[0].dtype]) for role, x in zip(ROLES, lists, strict=True)),
+            STOCHASTIC=tuple(role in first.stochastic for role in ROUNDED),
+            LR_APART=isinstance(first.lr, Tensor),
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    write_back(copies)
+    torch.autograd.graph.increment_version(lists[0])
+
+
+def _values(plan: StepPlan) -> list[float]:
+    """Of a step: `gpu_layout.VALUES`."""
+    return [
+        0.0 if isinstance(plan.lr, Tensor) else plan.lr,
+        plan.weight_decay,
+        plan.debias_m,
+        plan.beta1,
+        plan.beta1 - 1.0 if plan.maximize else 1.0 - plan.beta1,
+        plan.beta2,
+        1.0 - plan.beta2,
+        plan.debias_s,
+        plan.keep_d,
+        plan.gamma,
+        plan.eps,
+        plan.bound,
+        0.0 if plan.hold_silent else -1.0,  # a second moment up to here holds the preconditioner
+        float(plan.step),
+        plan.gamma_ratio,
+    ]
+
+
+def sent(numbers: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers in device memory, behind what the current stream has been given. The pinned copy is not used again before it has been read:
+    torch's allocator sees to it."""
+    here = torch.as_tensor(numbers, dtype=dtype)
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
+
+
+# Tables belong to the stream that they were sent on: another could run ahead of the copy, or use the memory after it was given back.
+
+
+@lru_cache(maxsize=64)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    rows = torch.tensor(columns).T
+    aligned = (rows[:, : len(ROLES)] % ALIGNMENT == 0).all(1, keepdim=True)
+    return sent(torch.cat([rows[:, :-1], aligned, rows[:, -1:]], 1), torch.int64, device)
+
+
+@lru_cache(maxsize=16)
+def _constants(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """1 and 0, for a scale and a flag that are not given."""
+    numbers = sent([1.0, 0.0], torch.float64, device)
+    return numbers[:1], numbers[1:]
+
+
+@lru_cache(maxsize=64)
+def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    counts = torch.tensor([-(-length // TILE) for length in lengths])
+    rows = torch.repeat_interleave(counts)
+    numbers = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    return sent(torch.stack([rows, numbers], 1), torch.int32, device)

@@ -1,0 +1,71 @@
+"""What one step does to the elements of a tensor: the plan that a backend carries out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from torch import Tensor
+
+ROLES = ("theta", "grad", "m", "s", "v")
+"""What an element consists of, in the order of a backend's lists: θ, g, m, s, v."""
+MEANS = frozenset({"m", "s"})
+
+
+class Variant(IntEnum):
+    """What a step does beyond m and θ."""
+
+    PLAIN = 0
+    ACCUMULATE = 1
+    """g² enters s."""
+    REFRESH = 2
+    """g² enters s; then v is made anew from s, and s starts from 0."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Everything that the elements of a tensor share in one step; not to be changed once it is made."""
+
+    step: int
+    """t ≥ 1, the step that is taken."""
+    variant: Variant
+    lr: float | Tensor
+    """η; a tensor of one element where it lives on the tensors' GPU."""
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip: float | None
+    """|v · m̂| is kept below it."""
+    maximize: bool = False
+    debias_s: float = 1.0
+    """At a refresh: the summed weight of what s holds, 1 − β2^age."""
+    keep_d: float = 0.0
+    """At a refresh: β3, the weight of the old d; 0 where there is none."""
+    gamma: float = 1.0
+    """At a refresh: the γ of the new preconditioner."""
+    gamma_ratio: float = 1.0
+    """At a refresh: `gamma` over the γ of the old preconditioner, which is raised to this power."""
+    eps: float = 1e-16
+    hold_silent: bool = False
+    """At a refresh: elements with s = 0 keep their v."""
+    stochastic: frozenset[str] = frozenset()
+    """Which of θ, m, s and v (as `ROLES`) are rounded stochastically where they are stored in bfloat16 or int8 (see `rounding`)."""
+    grad_scale: Tensor | None = None
+    """Gradients are divided by it; of one element, on the tensors' device. None: 1."""
+    found_inf: Tensor | None = None
+    """Nothing is written where this is not 0; of one element, on the tensors' device. None: 0."""
+
+    @property
+    def debias_m(self) -> float:
+        """1 − β1^t, the summed weight of what m holds."""
+        return float(1.0 - self.beta1**self.step)
+
+    @property
+    def bound(self) -> float:
+        """Of |v · m|."""
+        return math.inf if self.clip is None else self.clip * self.debias_m
+
+    def handing_back(self) -> StepPlan:
+        """The plan under which θ becomes the update clip(v · m̂) itself, whatever (finite) it was: (1 − η λ) θ − η u with η = λ = −1."""
+        return replace(self, lr=-1.0, weight_decay=-1.0)

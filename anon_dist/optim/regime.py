@@ -1,0 +1,259 @@
+"""A param group's regime: what its state was made with, and what follows from that for the next step.
+
+The preconditioner and the second moment mean something only together with the γ, ρ, β2, β3 and window that made them. Each group therefore
+carries its *history* under the key `HISTORY`: a record for each stretch of steps in which these values were the same. It is a JSON string,
+one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2, β3 or the
+window in the middle of a run goes through it:
+
+- `rebase`: new values act at once, and the preconditioner is converted to the new γ, d ← d^(γ'/γ).
+- an edit of `group["gamma"]`: the γ *in force*, which made the group's preconditioners, stays. The new one is *pending* until a step
+  refreshes the group's foremost parameters, those with the most steps: the *turn*. Preconditioners that are refreshed in it are converted
+  as a part of the refresh, the others alongside, since a group has one γ.
+- an edit of ρ, β2, β3 or the window: refused by the next step.
+
+What can be converted is decided in one place, `update.gamma_ratio`, by the two γ and the dtype of the preconditioner.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.optim import update
+from anon_dist.optim.hyper import state_dtypes
+from anon_dist.optim.plan import MEANS, StepPlan, Variant
+from anon_dist.optim.schedule import Phase, Schedule, Window, schedule
+
+HISTORY = "history"
+"""The key of a group's history among its hyperparameters."""
+
+ROUNDED = MEANS | {"v"}
+ROUNDED_WITH_THETA = ROUNDED | {"theta"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The values that a group's state is made with after step `since`."""
+
+    since: int
+    gamma: float
+    refresh_ratio: float
+    beta2: float
+    beta3: float
+    window: Window
+    turned_at: int = 0
+    """The step in which `gamma` came into force, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
+    in parts): until they take that step, their preconditioners are of `gamma_before`."""
+    gamma_before: float = 1.0
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], since: int = 0) -> Record:
+        """Of a group's present values."""
+        values = {key: group[key] for key in ("gamma", "refresh_ratio", "beta3", "window")}
+        return cls(since=since, beta2=group["betas"][1], **values)
+
+    def values(self) -> dict[str, Any]:
+        """The hyperparameters in it."""
+        return {key: getattr(self, key) for key in ("gamma", "refresh_ratio", "beta2", "beta3", "window")}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The step in which a pending γ comes into force."""
+
+    step: int
+    """Of the parameters that are refreshed in it, among which are the foremost."""
+    old: float
+    new: float
+    ratio: float | None
+    """The power that converts a preconditioner; None where the old one says too little about the new."""
+
+
+class Regime:
+    """A view of one param group; cheap to make, and right until the group or its history changes."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._group = group
+
+    @cached_property
+    def history(self) -> tuple[Record, ...]:
+        """Its records, oldest first; a group without has its present values."""
+        return _parsed(self._group[HISTORY]) if HISTORY in self._group else (Record.of(self._group),)
+
+    # -- what was, and is --------------------------------------------------------------------------
+
+    @property
+    def gamma_in_force(self) -> float:
+        """The γ that made the group's preconditioners."""
+        return float(self.history[-1].gamma if HISTORY in self._group else self._group["gamma"])
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether `group["gamma"]` has been edited, and waits for its turn."""
+        return bool(self._group["gamma"] != self.gamma_in_force)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """When the preconditioner is refreshed, past changes included."""
+        return schedule(*(Phase(r.since, r.refresh_ratio, r.beta2, r.window) for r in self.history))
+
+    @property
+    def precond_dtype(self) -> torch.dtype:
+        """The dtype in which the group's preconditioners are stored."""
+        return state_dtypes(self._group)["precond"]
+
+    def drift(self) -> dict[str, tuple[Any, Any]]:
+        """Hyperparameters whose value is not the one on record: name → (recorded, present)."""
+        if self.history[-1] == (present := Record.of(self._group, self.history[-1].since)):
+            return {}
+        recorded = self.history[-1].values()
+        return {name: (recorded[name], value) for name, value in present.values().items() if recorded[name] != value}
+
+    def check_drift(self, index: int, allowed: Collection[str] = ("gamma",)) -> None:
+        """Refuse values that are not the ones on record, except those named in `allowed`.
+
+        Raises:
+            RuntimeError: naming the first, and the remedy.
+        """
+        for name, (recorded, present) in self.drift().items():
+            if name not in allowed:
+                raise RuntimeError(
+                    f"Anon: {name} of param group {index} was changed from {recorded!r} to {present!r} after steps were taken. The state "
+                    f"was made with {recorded!r}: call optimizer.rebase({name}={present!r}), which converts it, or set {recorded!r} again"
+                )
+
+    # -- what is next ------------------------------------------------------------------------------
+
+    def next_gamma(self, taken: int) -> float:
+        """The γ in force in the next step's update, `taken` being the foremost parameters' step count."""
+        turns = taken == 0 or (self.is_pending and self.schedule.at(taken + 1).refresh)
+        return float(self._group["gamma"]) if turns else self.gamma_in_force
+
+    def turn(self, steps: Collection[int], taken: int) -> Turn | None:
+        """The turn, if the pending γ comes into force in the step that is about to be taken.
+
+        Args:
+            steps: what the counts of the parameters that step now will be.
+            taken: the foremost parameters' step count.
+        """
+        if not self.is_pending or taken + 1 not in steps or not self.schedule.at(taken + 1).refresh:
+            return None
+        old, new = self.gamma_in_force, float(self._group["gamma"])
+        return Turn(taken + 1, old, new, update.gamma_ratio(old, new, self.precond_dtype))
+
+    def why_not(self, turn: Turn) -> str:
+        """Why preconditioners cannot be converted in a turn whose `ratio` is None."""
+        if turn.old == 0.0:
+            return "v = 1 says nothing about the gradient's scale"
+        name = str(self.precond_dtype).removeprefix("torch.")
+        most = f"{update.MOST_RATIO[self.precond_dtype]:g}"
+        return f"a preconditioner in {name} carries a change of gamma by a factor of {most} at most"
+
+    def plan(
+        self,
+        step: int,
+        turn: Turn | None = None,
+        *,
+        lr: float | Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> StepPlan:
+        """What `step` does to a parameter that takes it.
+
+        Args:
+            turn: of the same step of the optimizer.
+            lr: if it is another object than the group's.
+            grad_scale, found_inf: see `StepPlan`.
+        """
+        group, due = self._group, self.schedule.at(step)
+        keep, ratio, gamma = 0.0, 1.0, self.gamma_in_force
+        if due.refresh:
+            last = self.history[-1]
+            old = last.gamma_before if step <= last.turned_at else last.gamma
+            gamma = turn.new if turn else last.gamma
+            known = update.gamma_ratio(old, gamma, self.precond_dtype)
+            if not due.first and known is not None:  # else the refresh is as the first
+                keep, ratio = group["beta3"], known
+        return StepPlan(
+            step,
+            Variant.REFRESH if due.refresh else Variant.ACCUMULATE if due.accumulate else Variant.PLAIN,
+            lr if lr is not None else group["lr"],
+            group["weight_decay"],
+            group["betas"][0],
+            due.beta2,
+            group["update_clip"],
+            group["maximize"],
+            due.debias,
+            keep,
+            gamma,
+            ratio,
+            group["eps"],
+            group["hold_silent"] and gamma < 0.0,
+            ROUNDED_WITH_THETA if group["stochastic_rounding"] else ROUNDED,
+            grad_scale,
+            found_inf,
+        )
+
+    # -- changes: each gives a new history ---------------------------------------------------------
+
+    def fresh(self) -> str:
+        """The history of a group that has taken no step: its present values."""
+        return _text((Record.of(self._group),))
+
+    def turned(self, turn: Turn, others: bool) -> str:
+        """The history after a turn.
+
+        Args:
+            others: whether the group has parameters that cannot be seen now, and whose turn in the same step comes next.
+        """
+        last = replace(self.history[-1], gamma=turn.new, turned_at=0, gamma_before=1.0)
+        if others:
+            last = replace(last, turned_at=turn.step, gamma_before=turn.old)
+        return _text((*self.history[:-1], last))
+
+    def rebased(self, index: int, changed: Mapping[str, Any], taken: int, names: Collection[str]) -> tuple[str, float]:
+        """Go over to the values of `changed`, this group's with some replaced, after `taken` steps of its foremost parameters.
+
+        Args:
+            names: what is replaced. An edited γ that is not among them goes on waiting for its turn.
+
+        Returns:
+            The new history, and the power that converts the preconditioners (1: as they are).
+
+        Raises:
+            RuntimeError: another value was edited.
+            ValueError: the preconditioners cannot be converted to the new γ.
+        """
+        if not taken:
+            return _text((Record.of(changed),)), 1.0
+        self.check_drift(index, {*names, "gamma"})
+        present = self.gamma_in_force
+        wanted = float(changed["gamma"]) if "gamma" in names else present
+        ratio = update.gamma_ratio(present, wanted, self.precond_dtype)
+        if ratio is None:
+            why = self.why_not(Turn(taken, present, wanted, None))
+            raise ValueError(
+                f"Anon: gamma cannot be changed from {present!r} to {wanted!r} at once after steps were taken, since {why}. Set it in "
+                "param_groups: it takes effect at the next refresh"
+            )
+        earlier = tuple(record for record in self.history if record.since < taken)
+        return _text((*earlier, Record.of({**changed, "gamma": wanted}, taken))), ratio
+
+
+def _text(history: tuple[Record, ...]) -> str:
+    kept = [asdict(record) for record in history]
+    for entry in kept:
+        if not entry["turned_at"]:
+            del entry["turned_at"], entry["gamma_before"]
+    return json.dumps(kept)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> tuple[Record, ...]:
+    return tuple(Record(**entry) for entry in json.loads(text))
