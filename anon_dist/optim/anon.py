@@ -20,7 +20,7 @@ from anon_dist.optim import update
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.hyper import is_plain, normalise, state_dtypes, validate
-from anon_dist.optim.outcome import Outcome
+from anon_dist.optim.outcome import Outcome, known_to_the_host
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime, Turn
 from anon_dist.optim.schedule import Window
@@ -39,7 +39,7 @@ class _Work:
 
     @torch.no_grad()
     def run(self) -> None:
-        self.backend(self.bucket.lists, self.plans, self.bucket.exponents)
+        self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
         self.bucket.count()
 
 
@@ -97,11 +97,11 @@ class Anon(Optimizer):
         ValueError: an argument is out of its range.
     """
 
-    grad_scale: Tensor | None = None
-    """Gradients are divided by this number in the next step, inside its one pass over memory: a loss scale, or max(norm / limit, 1) to clip
-    gradients by their norm. On the parameters' device; torch's GradScaler sets it, as for torch's fused optimizers."""
-    found_inf: Tensor | None = None
-    """If this number is not 0, the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
+    grad_scale: Tensor
+    """If it is set: gradients are divided by this number in the next step, inside its one pass over memory. A loss scale, or
+    max(norm / limit, 1) to clip gradients by their norm; on the parameters' device. torch's GradScaler sets it, as for fused optimizers."""
+    found_inf: Tensor
+    """If it is set and not 0, the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
     _step_supports_amp_scaling = True  # tells torch's GradScaler of the two
 
     _kernel_agreed: bool | None = None
@@ -427,11 +427,12 @@ class Anon(Optimizer):
             return work
         for index, group in enumerate(self.param_groups):
             self._check_group(index, group)
-        if self.found_inf is not None and self.found_inf.device.type == "cpu" and bool(self.found_inf):
+        flag = getattr(self, "found_inf", None)
+        if flag is not None and known_to_the_host(flag) and bool(flag):
             return work
         part_of = {p: i for i, part in enumerate(parts) for p in part}
         turns = [self._turn(i, group, b) for i, (group, b) in enumerate(zip(self.param_groups, found, strict=True))]
-        if any(turns) and self.found_inf is not None and bool(self.found_inf):  # rare enough to wait for a GPU
+        if any(turns) and flag is not None and bool(flag):  # rare enough to wait for a GPU
             return work
         for group, buckets, turn in zip(self.param_groups, found, turns, strict=True):
             for bucket in buckets:
@@ -444,8 +445,8 @@ class Anon(Optimizer):
             if turn:
                 self._convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
                 group[HISTORY] = Regime(group).turned(turn[0], self._has_absent_state())
-        if self.found_inf is not None and self.found_inf.device.type != "cpu" and not any(turns):
-            self._outcome = Outcome(self.found_inf, partial(_take_back, [x.bucket for one in work for x in one]))
+        if flag is not None and not known_to_the_host(flag) and not any(turns):
+            self._outcome = Outcome(flag, partial(_take_back, [x.bucket for one in work for x in one]))
         return work
 
     def _buckets(self) -> list[list[Bucket]]:
@@ -469,7 +470,8 @@ class Anon(Optimizer):
         if isinstance(lr, Tensor):
             on_gpu = device.type != "cpu" and lr.device.type != "cpu"
             lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
-        scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
+        scale, flag = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        scale, flag = (None if x is None else x.to(device) for x in (scale, flag))
         made = {step: regime.plan(step, turn, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
         return [made[step] for step in bucket.steps]
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from anon_dist.optim.backends.layout import Lists
+from anon_dist.optim.backends.layout import Addresses, Lists, addresses_of
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
 LAST_STEP = 1 << 24
@@ -27,7 +27,8 @@ LAST_STEP = 1 << 24
 Group = Mapping[str, Any]
 States = Mapping[Tensor, dict[str, Any]]
 
-_kind = attrgetter("dtype", "device", "layout")
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+_values = itemgetter(*STATE_KEYS)
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Bucket:
     """Step counts, which go up when the step has been taken."""
     counts: list[np.ndarray[Any, Any]] = field(default_factory=list)
     """The counters' memory, if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
+    addresses: Addresses | None = None
+    """Of the lists' tensors, where they are known (see `layout.Addresses`)."""
 
     def count(self, by: float = 1.0) -> None:
         """Raise the step counts."""
@@ -66,6 +69,7 @@ class Bucket:
             pick(self.steps),
             pick(self.counters),
             pick(self.counts) if self.counts else [],
+            None if self.addresses is None else tuple(map(pick, self.addresses)),
         )
 
 
@@ -75,7 +79,8 @@ class Gathered:
     def __init__(self, group: Group, kinds: Iterable[_Kind]) -> None:
         self._params = _references(group["params"])
         self._kinds = list(kinds)
-        self._with_state = {position for kind in self._kinds for position in kind.positions}
+        known = {position for kind in self._kinds for position in kind.positions}
+        self._without_state = [i for i in range(len(self._params)) if i not in known]
 
     def buckets(self, group: Group, state: States) -> list[Bucket] | None:
         """The buckets of the next step; None if they must be gathered anew.
@@ -86,7 +91,7 @@ class Gathered:
         if len(params) != len(self._params) or not _are(params, self._params):
             return None
         grads = [p.grad for p in params]
-        if any(i not in self._with_state for i, g in enumerate(grads) if g is not None):
+        if any(grads[i] is not None for i in self._without_state):
             return None
         found = [kind.bucket(params, grads, state) for kind in self._kinds]
         renewed = [bucket for bucket in found if bucket is not None]
@@ -94,27 +99,26 @@ class Gathered:
 
 
 class _Kind:
-    """Parameters of a group that come into one bucket, at their last gathering."""
+    """Parameters of a group that come into one bucket, as they were at their last gathering."""
 
     def __init__(self, positions: list[int], params: list[Tensor], lists: Lists, state: States) -> None:
         states = [state[p] for p in params]
         self.positions = positions
-        self._references = [_references(s[key] for s in states) for key in STATE_KEYS]
-        exponents = [s[EXPONENTS] for s in states if EXPONENTS in s]
-        self._exponents = _references(exponents)
+        self._references = [_references(members) for members in zip(*map(_values, states), strict=True)]
+        self._exponents = _references(s[EXPONENTS] for s in states if EXPONENTS in s)
         theta, grad, *means = lists
         # An object that is the same, at the same address, has the dtype, device and size that it had.
         self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *means)]
-        self._grad_kind = _kind(grad[0])
+        self._grad_kind = _kind(grad[:1])
         self._numels = list(map(Tensor.numel, theta))
-        self._is_plain = {type(t) for p, s in zip(params, states, strict=True) for t in (p, *s.values())} <= {
-            nn.Parameter,
-            Tensor,
-        }
         counters = [s["step"] for s in states]
         self._counted_at = list(map(Tensor.data_ptr, counters))
         countable = all(type(c) is Tensor and c.device.type == "cpu" for c in counters)
         self._counts = [c.numpy() for c in counters] if countable else []
+        self._is_plain = {type(t) for p, s in zip(params, states, strict=True) for t in (p, *s.values())} <= {
+            nn.Parameter,
+            Tensor,
+        }
 
     def bucket(self, params: list[Tensor], grads: list[Tensor | None], state: States) -> Bucket | None:
         """The bucket of the parameters that have a gradient now; None if something else has changed."""
@@ -122,17 +126,19 @@ class _Kind:
             return None
         there = [grads[i] is not None or is_empty_shard(params[i]) for i in self.positions]
         present = list(compress(self.positions, there))
+        if not present:
+            return Bucket([], ([], [], [], [], []), None, [], [])
         owners = [params[i] for i in present]
-        found = [state.get(p) for p in owners]
-        if not all(found):
+        try:
+            states = [state[p] for p in owners]
+            counters, *means = map(list, zip(*map(_values, states), strict=True))
+            exponents = [s[EXPONENTS] for s in states] if self._exponents else None
+        except KeyError:
             return None
-        states = cast(list[dict[str, Any]], found)
-        counters, *means = ([cast(Tensor, s.get(key)) for s in states] for key in STATE_KEYS)
-        references = [list(compress(r, there)) for r in self._references]
+        references = (compress(r, there) for r in self._references)
         if not all(map(_are, (counters, *means), references)):
             return None
-        exponents = [s[EXPONENTS] for s in states] if self._exponents else None
-        if exponents is not None and not _are(exponents, list(compress(self._exponents, there))):
+        if exponents is not None and not _are(exponents, compress(self._exponents, there)):
             return None
         theta, grad = owners, [grads[i] for i in present]
         if not self._is_plain or set(map(type, grad)) - {Tensor}:
@@ -142,22 +148,27 @@ class _Kind:
         if not self._is_as_it_was(lists, counters, there):
             return None
         counts = list(compress(self._counts, there))
-        steps = [int(count) + 1 for count in counts]
-        if steps and max(steps) >= LAST_STEP:
+        steps = [count + 1 for count in map(int, counts)]
+        if max(steps) >= LAST_STEP:
             return None
-        return Bucket(owners, lists, exponents, steps, counters, counts)
+        return Bucket(owners, lists, exponents, steps, counters, counts, self._known_addresses(lists, there))
 
     def _is_as_it_was(self, lists: Lists, counters: list[Tensor], there: list[bool]) -> bool:
         theta, grad, *means = lists
-        for members, addresses in zip((theta, *means), self._addresses, strict=True):
+        for members, addresses in zip((theta, *means, counters), (*self._addresses, self._counted_at), strict=True):
             if list(map(Tensor.data_ptr, members)) != list(compress(addresses, there)):
                 return False
-        if list(map(Tensor.data_ptr, counters)) != list(compress(self._counted_at, there)):
-            return False
         numels = list(compress(self._numels, there))
-        if list(map(Tensor.numel, grad)) != numels or list(map(Tensor.numel, theta)) != numels:
-            return False
-        return set(map(_kind, grad)) <= {self._grad_kind}
+        return list(map(Tensor.numel, grad)) == numels and _kind(grad) == self._grad_kind
+
+    def _known_addresses(self, lists: Lists, there: list[bool]) -> Addresses | None:
+        """What `_is_as_it_was` has compared, and the gradients'; None where a tensor has gaps or another order."""
+        theta, grad, *means = lists
+        found = addresses_of(grad) if self._is_plain else None
+        if found is None or not all(all(map(Tensor.is_contiguous, members)) for members in (theta, *means)):
+            return None
+        first, *others = ([*compress(addresses, there)] for addresses in self._addresses)
+        return (first, found, *others)
 
 
 def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathered]:
@@ -247,10 +258,15 @@ def is_empty_shard(p: Tensor) -> bool:
     return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)
 
 
+def _kind(tensors: list[Tensor]) -> tuple[set[Any], ...]:
+    """What a backend needs to be alike in a list."""
+    return set(map(_dtype, tensors)), set(map(Tensor.get_device, tensors)), set(map(_layout, tensors))
+
+
 def _references(tensors: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
     return [weakref.ref(t) for t in tensors]
 
 
-def _are(tensors: list[Any], references: list[weakref.ref[Tensor]]) -> bool:
+def _are(tensors: list[Any], references: Iterable[weakref.ref[Tensor]]) -> bool:
     """Whether the tensors are the ones that are referred to."""
     return all(map(is_, tensors, [r() for r in references]))

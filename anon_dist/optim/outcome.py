@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def known_to_the_host(flag: Tensor) -> bool:
+    """Whether reading the flag waits for nothing."""
+    return flag.device.type == "cpu"
+
+
 class Outcome:
     """Of a step that a GPU takes or not, by a flag in its memory. The host counts it as taken, and learns of the flag later without waiting
     longer than the GPU has been at work on that step."""

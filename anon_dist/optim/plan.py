@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -60,11 +59,6 @@ class StepPlan:
     def debias_m(self) -> float:
         """1 − β1^t, the summed weight of what m holds."""
         return float(1.0 - self.beta1**self.step)
-
-    @property
-    def bound(self) -> float:
-        """Of |v · m|."""
-        return math.inf if self.clip is None else self.clip * self.debias_m
 
     def handing_back(self) -> StepPlan:
         """The plan under which θ becomes the update clip(v · m̂) itself, whatever (finite) it was: (1 − η λ) θ − η u with η = λ = −1."""

@@ -14,6 +14,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
+KNOWN_STEPS = 1024
+"""So many steps are remembered: each parameter of a group asks for one, and most for the same."""
+
 Window = int | Literal["auto"] | None
 
 WINDOW_BITS = 24
@@ -112,9 +115,17 @@ class Schedule:
         self._phases = phases
         self._stretches = [self._stretch(1, 0, 1, 0, 0.0, 0)]
         self._lasts = [self._stretches[0].last]
+        self._known: dict[int, ScheduledStep] = {}
 
     def at(self, step: int) -> ScheduledStep:
         """What is due in `step` ≥ 1. Amortised O(log t): stretches are made as far as asked."""
+        if known := self._known.get(step):
+            return known
+        if len(self._known) >= KNOWN_STEPS:
+            self._known.clear()
+        return self._known.setdefault(step, self._find(step))
+
+    def _find(self, step: int) -> ScheduledStep:
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
         while self._lasts[-1] < step:

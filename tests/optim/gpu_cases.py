@@ -312,9 +312,9 @@ def launched(monkeypatch):
     seen = []
     tables, chunks, launch = gpu._table, gpu._chunks, gpu._launch
 
-    def noted(lists, plans, exponents):
+    def noted(lists, plans, *rest):
         seen.append([plans[0].variant])
-        launch(lists, plans, exponents)
+        launch(lists, plans, *rest)
 
     monkeypatch.setattr(gpu, "_table", lambda *args: (seen[-1].append(tables(*args)), seen[-1][-1])[1])
     monkeypatch.setattr(gpu, "_chunks", lambda *args: (seen[-1].append(chunks(*args)), seen[-1][-1])[1])

@@ -281,9 +281,9 @@ def calls(monkeypatch):
     seen = []
     original = cpu.run
 
-    def run(lists, plans, exponents):
+    def run(lists, plans, *rest):
         seen.extend(plans)
-        original(lists, plans, exponents)
+        original(lists, plans, *rest)
 
     monkeypatch.setattr(cpu, "run", run)
     return seen

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from anon_dist.optim.backends import cpu, foreach, gpu
 from anon_dist.optim.backends.build import BuildError
-from anon_dist.optim.backends.layout import Lists
+from anon_dist.optim.backends.layout import Addresses, Lists
 from anon_dist.optim.plan import StepPlan
 
 AGREEMENT_SECONDS = 60.0
@@ -32,8 +32,9 @@ AGREEMENT_SECONDS = 60.0
 
 Group = Mapping[str, Any]
 
-Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None], None]
-"""What takes a step of some parameters, in place: lists by role, a plan for each parameter, and the exponents of an int8 m's blocks."""
+Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None, Addresses | None], None]
+"""What takes a step of some parameters, in place: lists by role, a plan for each parameter, the exponents of an int8 m's blocks, and the
+tensors' addresses where they are known."""
 
 
 def is_automatic(group: Group) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from array import array
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.optim.backends.build import BuildError, load
-from anon_dist.optim.backends.layout import Lists, laid_out, unfit, write_back
+from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan
 
 ABI = 4
@@ -35,6 +36,7 @@ STEP = np.dtype(
 )
 """`struct step` of anon.c, which says what each field is."""
 
+_BITS = {role: 1 << i for i, role in enumerate(ROLES)}
 _building = threading.Lock()
 
 
@@ -80,25 +82,33 @@ def obstacle(lists: Lists) -> str | None:
     return unfit(lists, "cpu", DTYPES)
 
 
-def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None) -> None:
+def run(
+    lists: Lists,
+    plans: list[StepPlan],
+    exponents: list[Tensor] | None = None,
+    addresses: Addresses | None = None,
+) -> None:
     """One step of each parameter, in place.
 
     Args:
         lists: see `layout.Lists`; on the CPU, of `DTYPES`. Any strides.
         plans: of each parameter; the same object where it is the same.
         exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
+        addresses: of the tensors in `lists`, if they are known.
     """
     if 0 in (lengths := list(map(Tensor.numel, lists[0]))):
         kept = [i for i, length in enumerate(lengths) if length]
         pick: Callable[[list[Any]], list[Any]] = lambda members: [members[i] for i in kept]  # noqa: E731
         lists, plans, lengths = tuple(map(pick, lists)), pick(plans), pick(lengths)
         exponents = None if exponents is None else pick(exponents)
+        addresses = None if addresses is None else tuple(map(pick, addresses))
     if not lengths or (plans[0].found_inf is not None and bool(plans[0].found_inf)):
         return
-    copies, columns = laid_out(lists, row_major=exponents is not None)
+    copies, kept_alive = Copies(), lists
+    if addresses is None:
+        copies, addresses, kept_alive = laid_out(lists, row_major=exponents is not None)
     steps, which = _table(plans)
     scales = [0] * len(lengths) if exponents is None else list(map(Tensor.data_ptr, exponents))
-    addresses = [list(map(Tensor.data_ptr, members)) for members in columns]
     pointers = array("Q", chain.from_iterable(zip(*addresses, scales, strict=True)))
     dtypes = array("i", [CODES[members[0].dtype] for members in lists])
     threads = min(torch.get_num_threads(), sum([-(-n // CHUNK) for n in lengths]))
@@ -111,30 +121,26 @@ def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = No
         pointers.buffer_info()[0],
         (sizes := array("q", lengths)).buffer_info()[0],
     )
-    del sizes
+    del sizes, kept_alive
     write_back(copies)
     torch.autograd.graph.increment_version(lists[0])
 
 
 def _table(plans: list[StepPlan]) -> tuple[np.ndarray[Any, Any], array[int]]:
     """The different plans as `STEP`, and which of them each parameter follows."""
-    places: dict[int, int] = {}
-    rows: list[tuple[float, ...]] = []
-    for plan in plans:
-        if id(plan) not in places:
-            places[id(plan)] = len(rows)
-            rows.append(_row(plan))
-    return np.array(rows, STEP), array("i", [places[id(plan)] for plan in plans])
+    keys = list(map(id, plans))
+    different = dict(zip(keys, plans, strict=True))
+    places = {key: i for i, key in enumerate(different)}
+    return np.array(list(map(_row, different.values())), STEP), array("i", [places[key] for key in keys])
 
 
 def _row(plan: StepPlan) -> tuple[float, ...]:
     lr, inverse = float(plan.lr), 1.0 if plan.grad_scale is None else 1.0 / float(plan.grad_scale)
-    add_m = (1.0 - plan.beta1) * inverse
-    debias_m = plan.debias_m
+    add_m, debias_m = (1.0 - plan.beta1) * inverse, plan.debias_m
     return (
         plan.variant,
         plan.hold_silent,
-        sum(1 << i for i, role in enumerate(ROLES) if role in plan.stochastic),
+        _mask(plan.stochastic),
         plan.step,
         1.0 - lr * plan.weight_decay,
         plan.beta1,
@@ -146,6 +152,11 @@ def _row(plan: StepPlan) -> tuple[float, ...]:
         plan.gamma,
         plan.gamma_ratio,
         plan.eps,
-        plan.bound,
+        math.inf if plan.clip is None else plan.clip * debias_m,
         lr / debias_m,
     )
+
+
+@lru_cache(maxsize=16)
+def _mask(roles: frozenset[str]) -> int:
+    return sum(_BITS[role] for role in roles)

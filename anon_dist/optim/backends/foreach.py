@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.optim import update
-from anon_dist.optim.backends.layout import Lists, by_plan
+from anon_dist.optim.backends.layout import Addresses, Lists, by_plan
 from anon_dist.optim.plan import StepPlan, Variant
 from anon_dist.optim.rounding import (
     EXP_AVG,
@@ -26,7 +26,12 @@ MOST_ELEMENTS = 1 << 26
 
 
 def run(
-    lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None, *, together: bool | None = None
+    lists: Lists,
+    plans: list[StepPlan],
+    exponents: list[Tensor] | None = None,
+    addresses: Addresses | None = None,
+    *,
+    together: bool | None = None,
 ) -> None:
     """One step of each parameter, in place.
 
@@ -34,6 +39,7 @@ def run(
         lists: see `layout.Lists`; any dtypes, any strides.
         plans: of each parameter; the same object where it is the same.
         exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
+        addresses: not needed here.
         together: take all tensors at once (True), or one after the other (False); None: at once on accelerators only, since one after the
             other is kinder to a CPU's caches. The results are the same bits.
     """

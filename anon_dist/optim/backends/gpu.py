@@ -7,6 +7,7 @@ change.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from anon_dist.optim import update
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.backends.gpu_layout import ALIGNMENT, TILE, WARPS
-from anon_dist.optim.backends.layout import Lists, laid_out, unfit, write_back
+from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan, Variant
 
 ROUNDED = ("theta", "m", "s", "v")
@@ -78,7 +79,12 @@ def agrees(variant: Variant, device: torch.device) -> bool:
     return all(torch.allclose(x[0], y, rtol=1e-5, atol=1e-5) for x, y in pairs)
 
 
-def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = None) -> None:
+def run(
+    lists: Lists,
+    plans: list[StepPlan],
+    exponents: list[Tensor] | None = None,
+    addresses: Addresses | None = None,
+) -> None:
     """One step of each parameter, in place.
 
     Args:
@@ -86,28 +92,32 @@ def run(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None = No
         plans: of each parameter; the same object where it is the same. All have the same lr, if that is a tensor on the GPU, and the same
             `grad_scale` and `found_inf`.
         exponents: of an int8 m, uint8, as `rounding.exponents_for` makes them, of each parameter.
+        addresses: of the tensors in `lists`, if they are known.
     """
     for variant in Variant:
         chosen = [i for i, plan in enumerate(plans) if plan.variant == variant and lists[0][i].numel()]
         if chosen:
             some = tuple([members[i] for i in chosen] for members in lists)
-            _launch(some, [plans[i] for i in chosen], None if exponents is None else [exponents[i] for i in chosen])
+            at = None if addresses is None else tuple([members[i] for i in chosen] for members in addresses)
+            scales = None if exponents is None else [exponents[i] for i in chosen]
+            _launch(some, [plans[i] for i in chosen], scales, at)
 
 
-def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None) -> None:
+def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None, addresses: Addresses | None) -> None:
     import triton.language as tl
 
     from anon_dist.optim.backends import gpu_step
 
-    copies, columns = laid_out(lists, row_major=exponents is not None)
-    theta, first = columns[0], plans[0]
+    copies, kept_alive = Copies(), lists
+    if addresses is None:
+        copies, addresses, kept_alive = laid_out(lists, row_major=exponents is not None)
+    theta, first = lists[0], plans[0]
     device = theta[0].device
     places: dict[int, int] = {}
     for plan in plans:
         places.setdefault(id(plan), len(places))
     different = {id(plan): plan for plan in plans}
     values = sent([_values(different[key]) for key in places], torch.float64, device)
-    addresses = [tuple(map(Tensor.data_ptr, members)) for members in columns]
     scales = (0,) * len(theta) if exponents is None else tuple(map(Tensor.data_ptr, exponents))
     lengths = tuple(map(Tensor.numel, theta))
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -115,7 +125,9 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None)
     one, zero = _constants(device, stream)
     with torch.cuda.device_of(theta[0]):
         gpu_step.step[(len(chunks),)](
-            _table((*addresses, scales, lengths, tuple(places[id(plan)] for plan in plans)), device, stream),
+            _table(
+                (*map(tuple, addresses), scales, lengths, tuple(places[id(plan)] for plan in plans)), device, stream
+            ),
             chunks,
             values,
             first.lr if isinstance(first.lr, Tensor) and first.lr.device.type == device.type else values,
@@ -128,6 +140,7 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None)
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+    del kept_alive  # the stream's later work comes after the launch
     write_back(copies)
     torch.autograd.graph.increment_version(lists[0])
 
@@ -146,7 +159,7 @@ def _values(plan: StepPlan) -> list[float]:
         plan.keep_d,
         plan.gamma,
         plan.eps,
-        plan.bound,
+        math.inf if plan.clip is None else plan.clip * plan.debias_m,
         0.0 if plan.hold_silent else -1.0,  # a second moment up to here holds the preconditioner
         float(plan.step),
         plan.gamma_ratio,

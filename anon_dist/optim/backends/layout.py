@@ -15,6 +15,9 @@ Lists = tuple[list[Tensor], ...]
 """θ, g, m, s, v (`ROLES`): the i-th members belong to one parameter, or to one piece of one; all are local tensors of one device, and each
 list has one dtype. g need not be the parameter's own gradient, nor θ the parameter (see `StepPlan.handing_back`)."""
 
+Addresses = tuple[list[int], ...]
+"""Of the tensors in `Lists`, where each parameter's are known to lie in memory in row-major order without gaps."""
+
 Copies = list[tuple[list[Tensor], list[Tensor]]]
 """Of some parameters, θ, g, m, s, v and what was taken in their place."""
 
@@ -41,23 +44,29 @@ def unfit(lists: Lists, device_type: str, dtypes: Mapping[str, Iterable[torch.dt
     return None
 
 
-def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Lists]:
-    """The lists as a kernel can take them, and of which parameters these are copies.
+def addresses_of(tensors: list[Tensor]) -> list[int] | None:
+    """Their addresses, if they are plain tensors in row-major order without gaps."""
+    plain = set(map(type, tensors)) <= {Tensor, nn.Parameter} and all(map(Tensor.is_contiguous, tensors))
+    return list(map(Tensor.data_ptr, tensors)) if plain and not any(map(Tensor.is_neg, tensors)) else None
+
+
+def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
+    """Addresses of the lists as a kernel can take them, and of which parameters these are copies.
 
     Each parameter's tensors lie in memory in one order without gaps; in row-major order if that is asked for.
+
+    Returns:
+        Copies, addresses, and the tensors at these addresses, to be kept as long as they are used.
     """
-    every = [t for members in lists for t in members]
-    if (
-        set(map(type, every)) <= {Tensor, nn.Parameter}
-        and all(map(Tensor.is_contiguous, every))
-        and not any(map(Tensor.is_neg, every))
-    ):
-        return [], lists
+    addresses = [found for members in lists if (found := addresses_of(members)) is not None]
+    if len(addresses) == len(lists):
+        return [], tuple(addresses), lists
     pairs = [same_layout(list(tensors)) for tensors in zip(*lists, strict=True)]
     if row_major:
         pairs = [(given, [t.contiguous() for t in used]) for given, used in pairs]
     copies = [(given, used) for given, used in pairs if any(map(is_not, given, used))]
-    return copies, tuple(list(members) for members in zip(*(used for _, used in pairs), strict=True))
+    columns = tuple(list(members) for members in zip(*(used for _, used in pairs), strict=True))
+    return copies, tuple([t.data_ptr() for t in members] for members in columns), columns
 
 
 def write_back(copies: Copies) -> None:

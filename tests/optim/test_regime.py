@@ -1,0 +1,118 @@
+"""A group's regime: one conversion of γ for rebase, edits and loads, which knows what the preconditioner's dtype can carry."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anon_dist import Anon
+from anon_dist.optim import ReferenceAnon
+from anon_dist.optim.plan import Variant
+from anon_dist.optim.regime import HISTORY, Regime
+
+HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "refresh_ratio": 1.5, "update_clip": 1.0}
+
+
+def stepped(steps=6, n=400, **hyper):
+    p = nn.Parameter(torch.linspace(-1, 1, n))
+    optimizer = Anon([p], **{**HYPER, **hyper})
+    for t in range(steps):
+        p.grad = torch.randn(n, generator=torch.Generator().manual_seed(t)) * torch.logspace(-3, 3, n)
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize(("state_dtype", "most"), [("float32", 256.0), ("bfloat16", 4.0)])
+def test_rebase_converts_what_the_dtype_can_carry_and_refuses_the_rest(state_dtype, most):
+    """Against the same powers in float64: v' = v^(γ'/γ), off by no more than the rounding of v times γ'/γ."""
+    for new in (0.004, 0.001 * most, -0.001 * most):
+        p, optimizer = stepped(gamma=0.001, state_dtype=state_dtype)
+        exact = stepped(gamma=0.001, state_dtype="float64")[1].state.popitem()[1]["precond"]
+        optimizer.rebase(gamma=new)
+        unit = {"float32": 2.0**-23, "bfloat16": 2.0**-7}[state_dtype]
+        v = optimizer.state[p]["precond"].double()
+        torch.testing.assert_close(v, exact ** (new / 0.001), rtol=2.5 * unit * max(1.0, abs(new) / 0.001), atol=0.0)
+    p, optimizer = stepped(gamma=0.001, state_dtype=state_dtype)
+    before = optimizer.state[p]["precond"].clone(), dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=rf"at once .* a preconditioner in {state_dtype} carries .* factor of {most:g}"):
+        optimizer.rebase(gamma=1.0)
+    assert torch.equal(optimizer.state[p]["precond"], before[0])
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in before[1].items() if k != "params"
+    }
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_edit_beyond_what_bfloat16_carries_starts_from_the_gradients(fused):
+    """The refresh of the turn is then as the first: d = σ^γ'."""
+    (p, optimizer), (q, other) = (
+        stepped(5, gamma=gamma, beta3=beta3, state_dtype="bfloat16", fused=fused)
+        for gamma, beta3 in ((0.001, 0.5), (1.0, 0.0))
+    )
+    optimizer.param_groups[0]["gamma"] = 1.0
+    for t in range(5, 12):
+        for x, o in ((p, optimizer), (q, other)):
+            x.grad = torch.randn(400, generator=torch.Generator().manual_seed(t))
+            o.step()
+        if Regime(optimizer.param_groups[0]).gamma_in_force == 1.0:
+            break
+    assert t < 11
+    assert torch.equal(optimizer.state[p]["precond"], other.state[q]["precond"])
+
+
+def test_a_bfloat16_preconditioner_follows_small_changes():
+    """σ creeps up by 0.5% a refresh at β3 = 0.9: to the nearest, d would stand still. Over many elements the mean follows float64's."""
+    n = 4096
+    p = nn.Parameter(torch.zeros(n))
+    hyper = {"lr": 0.0, "betas": (0.9, 0.0), "refresh_ratio": 1.0001, "beta3": 0.9}
+    optimizer, reference = Anon([p], **hyper, state_dtype={"precond": "bfloat16"}), ReferenceAnon(p, **hyper)
+    spread = torch.logspace(-1, 1, n)
+    for t in range(120):
+        p.grad = spread * 1.0025**t
+        optimizer.step()
+        reference.step(p.grad)
+    moved = (reference.v * spread.double()).mean()
+    assert float(moved) < 0.8
+    assert float((optimizer.state[p]["precond"].double() / reference.v).mean()) == pytest.approx(1.0, abs=0.005)
+
+
+def test_a_plan_says_all_of_a_step():
+    p, optimizer = stepped(0, gamma=0.7, beta3=0.8, weight_decay=0.1, refresh_ratio=2.0, window=2, hold_silent=True)
+    regime = Regime(optimizer.param_groups[0])
+    plans = [regime.plan(t) for t in range(1, 9)]
+    kinds = {Variant.PLAIN: ".", Variant.ACCUMULATE: "a", Variant.REFRESH: "R"}
+    assert "".join(kinds[plan.variant] for plan in plans) == "RRaR..aR"
+    assert [plan.keep_d for plan in plans if plan.variant == Variant.REFRESH] == [0.0, 0.8, 0.8, 0.8]
+    last = plans[-1]
+    assert (last.step, last.gamma, last.gamma_ratio, last.clip, last.hold_silent) == (8, 0.7, 1.0, 1.0, False)
+    assert last.debias_s == pytest.approx(1 - 0.95**2)
+    assert last.debias_m == 1 - 0.9**8
+
+
+def test_histories_of_earlier_versions_are_read():
+    """Written before there was a `Regime`; with a turn of which a part was still to come."""
+    p, optimizer = stepped(4, gamma=0.5)
+    state = optimizer.state_dict()
+    (record,) = json.loads(state["param_groups"][0][HISTORY])
+    assert record == {"since": 0, "gamma": 0.5, "refresh_ratio": 1.5, "beta2": 0.95, "beta3": 0.5, "window": None}
+    state["param_groups"][0][HISTORY] = json.dumps([{**record, "turned_at": 5, "gamma_before": 0.25}])
+    optimizer.load_state_dict(state)
+    plan = Regime(optimizer.param_groups[0]).plan(5)
+    assert (plan.variant, plan.gamma, plan.gamma_ratio) == (Variant.REFRESH, 0.5, 2.0)
+
+
+def test_numpy_scalars_in_param_groups_are_numbers():
+    """As a scheduler of one's own sets them; a checkpoint then has plain ones."""
+    p, optimizer = stepped(3, weight_decay=0.1)
+    q, other = stepped(3, weight_decay=0.1)
+    optimizer.param_groups[0].update(lr=np.float32(0.02), gamma=np.float64(0.5), weight_decay=np.float16(0.25))
+    optimizer.param_groups[0].update(update_clip=np.int64(2), window=np.int64(4) and None)
+    other.param_groups[0].update(lr=0.02, gamma=0.5, weight_decay=0.25, update_clip=2)
+    for t in range(9):
+        for x, o in ((p, optimizer), (q, other)):
+            x.grad = torch.randn(400, generator=torch.Generator().manual_seed(t))
+            o.step()
+    assert torch.equal(p, q)
+    assert {type(v).__module__ for v in optimizer.state_dict()["param_groups"][0].values()} == {"builtins"}
