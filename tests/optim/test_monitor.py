@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anon_dist import Anon
 from anon_dist.optim import monitor
@@ -38,7 +39,7 @@ def test_sums_are_those_of_the_definition(state_dtype, clip, monkeypatch):
     assert found.elements == len(m) == sum(p.numel() for p in params)
     assert found.largest == pytest.approx(float(size.max()), rel=1e-6)
     assert found.size_sum == pytest.approx(float(size.sum()), rel=1e-5)
-    assert found.square_sum == pytest.approx(float(size.clamp(max=clip).square().sum()), rel=1e-5)
+    assert found.square_sum == pytest.approx(float(size.clamp(max=clip or math.inf).square().sum()), rel=1e-5)
     assert found.clipped == (0 if clip is None else int((size > clip).sum()))
     assert found.moving == len(logs)
     assert found.log_sum == pytest.approx(float(logs.sum()), rel=1e-5)
@@ -62,9 +63,12 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.asked += func is torch.ops.aten._local_scalar_dense.default
-        made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        owned = [t for t in made if not t._is_view() and func is not torch.ops.aten.set_.source_Storage]
-        self.largest = max([self.largest, *(t.numel() * t.element_size() for t in owned)])
+        read, made = (
+            {t.untyped_storage().data_ptr(): t for t in tree_leaves(x) if isinstance(t, torch.Tensor)}
+            for x in (args, result)
+        )
+        new = [t.untyped_storage().nbytes() for place, t in made.items() if place not in read]
+        self.largest = max([self.largest, *new])
         return result
 
 

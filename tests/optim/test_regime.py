@@ -36,7 +36,9 @@ def test_rebase_converts_what_the_dtype_can_carry_and_refuses_the_rest(state_dty
         torch.testing.assert_close(v, exact ** (new / 0.001), rtol=2.5 * unit * max(1.0, abs(new) / 0.001), atol=0.0)
     p, optimizer = stepped(gamma=0.001, state_dtype=state_dtype)
     before = optimizer.state[p]["precond"].clone(), dict(optimizer.param_groups[0])
-    with pytest.raises(ValueError, match=rf"at once .* a preconditioner in {state_dtype} carries .* factor of {most:g}"):
+    with pytest.raises(
+        ValueError, match=rf"at once .* a preconditioner in {state_dtype} carries .* factor of {most:g}"
+    ):
         optimizer.rebase(gamma=1.0)
     assert torch.equal(optimizer.state[p]["precond"], before[0])
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {
