@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from anon_dist.bench.clock import Step, measure, quartiles, stream, timed
-from anon_dist.bench.machine import Machine, machine
+from anon_dist.bench.machine import machine
 from anon_dist.bench.optimizers import (
     BASE,
     Contestant,
@@ -32,12 +32,13 @@ from anon_dist.bench.optimizers import (
 )
 from anon_dist.bench.peak import in_fresh_process, working_bytes
 from anon_dist.bench.shape_lists import Shapes, default_sizes, few_large, model_shapes, parameters
+from anon_dist.bench.step_report import plot, show
+from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config import ConfigError
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
-MEAN_STEPS = (10_000, 100_000)
 SLOW = 3.0
 """Those that take so many times AdamW's time are given a fifth of the pairs."""
 
@@ -65,61 +66,6 @@ class Options:
     """File to write all numbers to."""
     plot: Path | None = None
     """PNG file to draw the ratios to."""
-
-
-@dataclass
-class Row:
-    """One kind of step."""
-
-    optimizer: str
-    step: str
-    ratio: list[float]
-    """Its time over that of AdamW, fused: lower quartile, median, upper quartile."""
-    milliseconds: list[float]
-    """The same three of the time itself."""
-    moved_bytes: float
-    """For each element, what the step must read and write."""
-    gb_per_s: float
-    """Of these, by the median."""
-    stream_share: float | None
-    """Its bytes per second over the stream's, both by way of the AdamW steps beside them."""
-
-
-@dataclass
-class Mean:
-    """Over a run's first steps, weighed by the schedule."""
-
-    optimizer: str
-    schedule: str
-    steps: int
-    ratio: list[float]
-
-
-@dataclass
-class Measured:
-    """One list of tensors."""
-
-    name: str
-    tensors: int
-    elements: int
-    rows: list[Row] = field(default_factory=list)
-    means: list[Mean] = field(default_factory=list)
-    state_bytes: dict[str, float] = field(default_factory=dict)
-    """Of an optimizer, for each element."""
-    peak_bytes: dict[str, float | None] = field(default_factory=dict)
-    """State and temporaries of its most demanding step, for each element; None where it could not be measured."""
-    unavailable: dict[str, str] = field(default_factory=dict)
-    """Those that could not run, and why."""
-
-
-@dataclass
-class Result:
-    """All that was measured."""
-
-    machine: Machine
-    pairs: int
-    repeats: int
-    lists: list[Measured]
 
 
 def bench(options: Options) -> Result:
@@ -235,8 +181,6 @@ def _say(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench`"""
-    from anon_dist.bench.step_report import plot, show
-
     options = tyro.cli(Options, args=argv, prog="anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
     try:
         result = bench(options)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anon_dist.bench.optimizers import BASE
-from anon_dist.bench.step import MEAN_STEPS, Measured, Result
+from anon_dist.bench.step_result import MEAN_STEPS, Measured, Result
 
 Points = list[tuple[float, list[float]]]
 

@@ -30,10 +30,9 @@ from anon_dist.engines.check import check_optimizer, check_same_start, check_wor
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.start import Wanted, start, wrap
-from anon_dist.optim import STATE_KEYS, param_groups
+from anon_dist.optim import STATE_KEYS, monitor, param_groups
 from anon_dist.optim.backends import choice, cpu
 from anon_dist.optim.backends.build import BuildError
-from anon_dist.optim.monitor import group_updates
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
 from anon_dist.train import loop
@@ -359,7 +358,7 @@ def case_plain_accelerate():
     size = state_bytes(optimizer)
     assert set(optimizer.state) == set(model.parameters())
     assert abs(size.local * dist.get_world_size() / size.whole - 1) < 0.05, size
-    assert group_updates(optimizer)[0].elements == size.local // 12
+    assert monitor.read(monitor.measure(optimizer, torch.device("cpu")))[0].elements == size.local // 12
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

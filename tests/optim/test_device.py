@@ -145,7 +145,7 @@ def test_a_captured_step_is_refused(monkeypatch):
 
 def test_asking_for_the_truth_of_the_state_allocates_nothing():
     """torch's checkpoints ask before parameters may be sharded; told no, they would take a step on zero gradients."""
-    params, optimizer = make()
+    _, optimizer = make()
     assert optimizer.state
     assert len(optimizer.state) == 0
     assert len(optimizer.state_dict()["state"]) == 2

@@ -81,7 +81,7 @@ def test_a_bfloat16_preconditioner_follows_small_changes():
 
 
 def test_a_plan_says_all_of_a_step():
-    p, optimizer = stepped(0, gamma=0.7, beta3=0.8, weight_decay=0.1, refresh_ratio=2.0, window=2, hold_silent=True)
+    _, optimizer = stepped(0, gamma=0.7, beta3=0.8, weight_decay=0.1, refresh_ratio=2.0, window=2, hold_silent=True)
     regime = Regime(optimizer.param_groups[0])
     plans = [regime.plan(t) for t in range(1, 9)]
     kinds = {Variant.PLAIN: ".", Variant.ACCUMULATE: "a", Variant.REFRESH: "R"}
@@ -95,7 +95,7 @@ def test_a_plan_says_all_of_a_step():
 
 def test_histories_of_earlier_versions_are_read():
     """Written before there was a `Regime`; with a turn of which a part was still to come."""
-    p, optimizer = stepped(4, gamma=0.5)
+    _, optimizer = stepped(4, gamma=0.5)
     state = optimizer.state_dict()
     (record,) = json.loads(state["param_groups"][0][HISTORY])
     assert record == {"since": 0, "gamma": 0.5, "refresh_ratio": 1.5, "beta2": 0.95, "beta3": 0.5, "window": None}
