@@ -21,7 +21,7 @@ FOLDERS = (
 """From the lowest. A folder imports none that comes later, nor its neighbour."""
 
 OPTIM = (
-    ("schedule", "rounding", "update", "plan", "groups", "outcome", "matching", "reference"),
+    ("schedule", "rounding", "update", "plan", "groups", "host_copy", "matching", "reference"),
     ("state",),
     ("hyper",),
     ("regime",),

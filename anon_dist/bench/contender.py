@@ -65,7 +65,7 @@ def run_loop(config: Config, turns: Turns) -> None:
     """This package's loop, records of metrics among it."""
     accelerator, name = start(wanted_engine(config))
     run = set_up(config, accelerator, name, Path(config.run_dir))
-    watch = Stopwatch()
+    watch = Stopwatch(accelerator.device)
     with run.loader:
         more = turns.begin()
         while more:

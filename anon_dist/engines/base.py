@@ -35,13 +35,13 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
+    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
         """Clip the gradients to a global norm, step with learning rate `lr`, or one for each param group, and drop the gradients.
 
         If the norm is not finite, no rank steps and no step count moves.
 
         Returns:
-            The global gradient norm before clipping, the same on every rank.
+            The global gradient norm before clipping, the same on every rank: 0-dim, on a device that need not have computed it yet.
         """
 
     def whole_optimizer(self) -> AbstractContextManager[Optimizer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 
@@ -47,10 +46,10 @@ class Fsdp1Engine(TorchEngine):
         with _quiet():
             super().__init__(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
 
-    def _norm(self) -> float:
-        square = torch.tensor(global_norm(self._parameters) ** 2, dtype=torch.float64, device=self._accelerator.device)
+    def _norm(self) -> Tensor:
+        square = global_norm(self._parameters).to(self._accelerator.device).square()
         dist.all_reduce(square)
-        return math.sqrt(float(square))
+        return square.sqrt()
 
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks."""

@@ -6,7 +6,6 @@ FSDP2). Here each kind of sharding is summed locally and reduced over the mesh d
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -24,8 +23,8 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def global_norm(parameters: Iterable[Tensor]) -> float:
-    """Euclidean norm of all gradients together, the same on every rank. Waits for the device.
+def global_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, the same on every rank: 0-dim float64, on their device, which is not waited for.
 
     Raises:
         ValueError: a gradient is a pending sum (`Partial`) over ranks.
@@ -40,15 +39,15 @@ def global_norm(parameters: Iterable[Tensor]) -> float:
         # Not isinstance(…, Shard): FSDP2 over tensor parallelism shards with torch's _StridedShard, which is none.
         sharded = tuple(i for i, placement in enumerate(grad.placements) if not placement.is_replicate())
         by_sharding[(grad.device_mesh, sharded)].append(grad.to_local())
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for sharding, grads in by_sharding.items():
         squares = square_sum(grads)
         if sharding is not None:
             mesh, dims = sharding
             for dim in dims:
                 dist.all_reduce(squares, group=mesh.get_group(dim))
-        total += float(squares)
-    return math.sqrt(total)
+        total = total.to(squares.device, non_blocking=True) + squares
+    return total.sqrt()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.restore import opened, restore
+from anon_dist.optim import Anon
 
 
 class TorchEngine:
@@ -62,18 +63,21 @@ class TorchEngine:
         with self.micro_batch(last):
             loss.backward()
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
-        """See `base.Engine`."""
+    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
+        """See `base.Engine`. An optimizer that reads a scale and a flag from the device is told there; of another the host waits."""
         norm = self._norm()
-        if math.isfinite(norm):
-            if clip is not None and norm > clip:
-                scale_gradients(self._parameters, clip / norm)
+        if _reads_from_device(self.optimizer):
+            with _told(self.optimizer, norm, clip):
+                self._step_optimizer(lr)
+        elif math.isfinite(known := float(norm)):
+            if clip is not None and known > clip:
+                scale_gradients(self._parameters, clip / known)
             self._step_optimizer(lr)
         for p in self._parameters:
             p.grad = None
         return norm
 
-    def _norm(self) -> float:
+    def _norm(self) -> Tensor:
         return global_norm(self._parameters)
 
     def _step_optimizer(self, lr: float | Sequence[float]) -> None:
@@ -109,6 +113,28 @@ class TorchEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""
         return full_weights(self.model, cpu_offload=True)
+
+
+def _reads_from_device(optimizer: Optimizer) -> bool:
+    """Whether its step takes `grad_scale` and `found_inf`; torch's do so only where every group is `fused`."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and all(g["fused"] for g in optimizer.param_groups)
+    return isinstance(optimizer, Anon) or fused
+
+
+@contextlib.contextmanager
+def _told(optimizer: Any, norm: Tensor, clip: float | None) -> Iterator[None]:
+    """A block in which the optimizer's step divides gradients so that their norm is at most `clip`, and is none if it is not finite.
+
+    By the attributes through which torch's GradScaler talks to fused optimizers; float32, as these want it.
+    """
+    optimizer.found_inf = norm.isfinite().logical_not().float()
+    optimizer.grad_scale = (
+        (norm / clip).clamp(min=1.0).float() if clip is not None else torch.ones_like(optimizer.found_inf)
+    )
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 def full_weights(model: nn.Module, cpu_offload: bool) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -127,20 +126,19 @@ class ZeroEngine:
         if self._watch is not None and (missing := self._watch.missing()):
             raise EngineError(explain(missing))
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> float:
-        """See `base.Engine`. DeepSpeed clips, by its configuration."""
+    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
+        """See `base.Engine`. DeepSpeed clips, by its configuration, and waits for the device as it likes."""
         set_learning_rates(self.optimizer.param_groups, lr)
         unchecked = self._unchecked_gradients()
-        norm = math.nan
         if unchecked:
-            norm = math.sqrt(float(square_sum(unchecked)))
-            if not math.isfinite(norm):
+            norm = square_sum(unchecked).sqrt()
+            if not bool(norm.isfinite()):
                 self._engine.optimizer.zero_grad()
                 return norm
         self._engine.step()
         if not self._engine.was_step_applied():
-            return math.nan
-        return norm if unchecked else float(self._engine.get_global_grad_norm())
+            return torch.tensor(torch.nan)
+        return norm if unchecked else torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64)
 
     def _unchecked_gradients(self) -> list[Tensor]:
         """The gradients, reduced and the same on every rank, where DeepSpeed does not look for NaN: stage 0 in float32, BF16_Optimizer."""

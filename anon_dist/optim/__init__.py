@@ -1,4 +1,20 @@
-"""The Anon optimizer. `update.py` is the paper's recurrence, `schedule.py` its refreshes, `reference.py` the oracle of the tests."""
+"""The Anon optimizer (arXiv 2605.02317).
+
+The words, each with one meaning:
+
+- *preconditioner*: v = d^(−1/2), by which each element of the mean gradient m is multiplied. d is a mean of σ^γ over refreshes.
+- *second moment*: s, the mean of g² since the last refresh; σ is s freed of its bias, plus ε.
+- *refresh*: the step that makes v anew from s, and starts s from 0. Between refreshes v is constant.
+- *age*: how many steps s holds. *Window*: the last steps before a refresh, in which alone s is read and written.
+- *schedule*: at which steps refreshes lie (`schedule.py`). A *phase* of it: a stretch of steps with the same ρ, β2 and window.
+- *regime*: what a param group's state was made with, and what follows for the next step (`regime.py`); its *history* lies in the group.
+- *γ in force*: the one that made v. A *pending* γ was set in the group and waits for its *turn*, a refresh.
+- *plan*: what one step does to the elements of a tensor (`plan.py`): a *variant* (plain, accumulating, refreshing) and its numbers.
+- *bucket*: local tensors that a backend takes in one call (`gather.py`). *Backend*: what carries plans out (`backends/`).
+- *block*: 32 elements that share a scale in 8 bits (`rounding.py`). *Tile*: the elements that a kernel works on at once.
+
+`update.py` is the paper's recurrence, `reference.py` the tests' oracle in float64, `anon.py` torch's contract.
+"""
 
 from anon_dist.optim.anon import Anon
 from anon_dist.optim.groups import param_groups

@@ -19,8 +19,8 @@ from torch.optim.optimizer import ParamsT
 from anon_dist.optim import update
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
+from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.optim.hyper import is_plain, normalise, state_dtypes, validate
-from anon_dist.optim.outcome import Outcome, known_to_the_host
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime, Turn
 from anon_dist.optim.schedule import Window
@@ -108,8 +108,8 @@ class Anon(Optimizer):
     """Whether all ranks can use the fused kernel; None before the first step."""
     _last: Sequence[Gathered] = ()
     """What each group's tensors were when they were last gathered."""
-    _outcome: Outcome | None = None
-    """Of the last step, where the host has not learnt it yet."""
+    _unsettled: tuple[HostCopy, list[Bucket]] | None = None
+    """The flag of the last step, where the host does not know it yet, and what was counted."""
 
     def __init__(
         self,
@@ -387,9 +387,11 @@ class Anon(Optimizer):
 
         Everything here that needs to know calls it. What reads `state[p]["step"]` itself should, before.
         """
-        if self._outcome is not None:
-            outcome, self._outcome = self._outcome, None
-            outcome.settle()
+        if self._unsettled is not None:
+            (flag, buckets), self._unsettled = self._unsettled, None
+            if flag.value():
+                for bucket in buckets:
+                    bucket.count(-1.0)
 
     @torch.no_grad()
     def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
@@ -446,7 +448,7 @@ class Anon(Optimizer):
                 self._convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
                 group[HISTORY] = Regime(group).turned(turn[0], self._has_absent_state())
         if flag is not None and not known_to_the_host(flag) and not any(turns):
-            self._outcome = Outcome(flag, partial(_take_back, [x.bucket for one in work for x in one]))
+            self._unsettled = HostCopy(flag), [x.bucket for one in work for x in one]
         return work
 
     def _buckets(self) -> list[list[Bucket]]:
@@ -523,11 +525,6 @@ class Anon(Optimizer):
 def _run_all(work: Iterable[_Work]) -> None:
     for one in work:
         one.run()
-
-
-def _take_back(buckets: list[Bucket]) -> None:
-    for bucket in buckets:
-        bucket.count(-1.0)
 
 
 def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anon_dist.engines.start import start
 from anon_dist.files import write_json
+from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.config import Config
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
@@ -101,13 +102,14 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
         The signal's name if one ended them early, None after the last.
     """
     config, steps, checkpoint_every = run.config, run.config.train.steps, run.config.checkpoint.every
-    watch = Stopwatch()
+    watch = Stopwatch(run.accelerator.device)
     batches = iter(run.loader)
     logged = run.step
     while run.step < steps:
         done = take_step(run, batches, watch)
-        if run.step % config.log.every == 0 or run.step == steps or not done.finite:
+        if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
+            watch.lap("logging")
             logged = run.step
         if run.val_shards is not None and (
             run.step == steps or (config.eval.every and run.step % config.eval.every == 0)
@@ -133,16 +135,11 @@ class Step:
 
     loss: Tensor
     """This rank's mean loss, 0-dim, on the device."""
-    grad_norm: float
+    grad_norm: HostCopy
     """Global gradient norm, before clipping."""
     lr: float
     lr_factors: list[float]
     """What each param group's is multiplied by."""
-
-    @property
-    def finite(self) -> bool:
-        """Whether the gradient was finite; if not, the optimizer was not stepped, on any rank."""
-        return math.isfinite(self.grad_norm)
 
 
 def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
@@ -153,15 +150,18 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     """
     config = run.config
     loss = _gradients(run, batches, watch)
+    learn(run)  # of the step before: the device has long been past it
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
     factors = run.gammas.factors(run.engine, run.step + 1)
     norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip)
     watch.lap("optimizer")
     run.loader.advance()
     run.step += 1
-    _count_skips(run, norm)
+    run.norm = on_its_way = HostCopy(norm)
+    if known_to_the_host(norm):
+        learn(run)
     watch.lap("other")
-    return Step(loss, norm, lr, factors)
+    return Step(loss, on_its_way, lr, factors)
 
 
 def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
@@ -185,9 +185,19 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     return total
 
 
-def _count_skips(run: Run, norm: float) -> None:
-    """Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays."""
+def learn(run: Run) -> None:
+    """Know whether the last step was taken; a step whose gradient was not finite is none. Waits for the device, if that is not past it.
+
+    Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays.
+
+    Raises:
+        FloatingPointError: too many steps in a row were none.
+    """
+    if run.norm is None:
+        return
+    norm, run.norm = run.norm.value(), None
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    run.skip_is_news |= run.skipped > 0
     if run.skipped and run.accelerator.is_main_process:
         log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
     if run.skipped > run.config.train.max_skipped:
@@ -199,6 +209,8 @@ def _count_skips(run: Run, norm: float) -> None:
 
 def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
     """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
+    learn(run)
+    run.skip_is_news = False
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
     tokens = steps * run.config.train.global_batch * run.config.data.seq_len
     loss = done.loss.double()
@@ -210,7 +222,7 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
         "loss": float(loss) / accelerator.num_processes,
         "lr": done.lr,
-        "grad_norm": done.grad_norm,
+        "grad_norm": done.grad_norm.value(),
         "tokens_per_s": tokens / wall,
     }
     if run.gammas.matched:
@@ -218,8 +230,8 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     record |= run.watch.read()
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
-    record["data_share"] = seconds.get("data", 0.0) / wall
-    record["optimizer_share"] = seconds.get("optimizer", 0.0) / wall
+    for part in ("data", "optimizer", "logging"):
+        record[f"{part}_share"] = seconds.get(part, 0.0) / wall
     record["memory_gb"] = _memory_gb(accelerator.device)
     if run.skipped:
         record["skipped"] = run.skipped
@@ -288,6 +300,7 @@ def _metrics(run: Run, console: Console | None) -> Iterator[Callable[[Record], N
 
 
 def _save(run: Run) -> None:
+    learn(run)
     progress = {
         "format": 1,
         "step": run.step,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 Record = dict[str, float | int]
@@ -80,23 +82,39 @@ def _short(value: Any) -> str:
 
 
 class Stopwatch:
-    """Seconds spent in parts of the loop since the last reading."""
+    """Seconds spent in parts of the loop since the last reading.
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+    On a GPU by its own clock, through events in its stream: what counts is when the GPU came to an end of a part, not the host. Nothing
+    waits before `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str | None, Any]] = [(None, self._now())]
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap as `part`'s."""
-        now = time.perf_counter()
-        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._since
-        self._since = now
+        self._marks.append((part, self._now()))
 
     def skip(self) -> None:
         """Do not count the time since the last lap."""
-        self._since = time.perf_counter()
+        self._marks.append((None, self._now()))
 
     def read(self) -> dict[str, float]:
         """Seconds by part; the watch starts anew."""
-        seconds, self._seconds = self._seconds, {}
+        seconds: dict[str, float] = {}
+        if self._device.type == "cuda":
+            self._marks[-1][1].synchronize()
+        for (_, start), (part, end) in pairwise(self._marks):
+            if part is not None:
+                took = start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
+                seconds[part] = seconds.get(part, 0.0) + took
+        self._marks = [(None, self._marks[-1][1])]
         return seconds
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

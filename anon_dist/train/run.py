@@ -21,6 +21,7 @@ from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
+from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
@@ -57,7 +58,11 @@ class Run:
     step: int = 0
     """Steps taken."""
     skipped: int = 0
-    """Steps in a row whose gradient was not finite."""
+    """Steps in a row whose gradient was not finite, as far as the host knows."""
+    skip_is_news: bool = False
+    """Whether one of them is not in the metrics yet."""
+    norm: HostCopy | None = None
+    """Of the last step's gradient, until the host has looked at it."""
 
     @property
     def mask_eod(self) -> int | None:

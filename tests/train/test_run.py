@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Crash, at_step, crash, metrics, send
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anon_dist.checkpoint import CheckpointError
@@ -184,6 +185,62 @@ def test_gradients_that_are_not_finite_skip_the_step(run_config, train, tmp_path
     poison = lambda: True  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"3 steps in a row had a non-finite gradient.*Lower optim.lr"):
         train(run_config(run_dir=str(tmp_path / "nan"), train__max_skipped=2))
+
+
+class Asked(TorchDispatchMode):
+    """How often the host asked for a number of a tensor: on a GPU, each time it would wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_the_device_for_nothing_between_records(run_config, train, monkeypatch):
+    """With what is as on a GPU: numbers that the host does not know at once, and a kernel that reads them itself."""
+    asked = []
+    take_step = loop.take_step
+
+    def watched(run, batches, watch):
+        with Asked() as mode:
+            done = take_step(run, batches, watch)
+        asked.append(mode.count)
+        return done
+
+    monkeypatch.setattr(loop, "take_step", watched)
+    for module in ("anon_dist.train.loop", "anon_dist.optim.anon"):
+        monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
+    monkeypatch.setattr("anon_dist.optim.backends.choice.choose", lambda *args: lambda *work: None)
+    monkeypatch.setattr("anon_dist.optim.host_copy.HostCopy.value", lambda self: self._copy.numpy().item())
+    train(run_config(eval__every=0, log__every=4))
+    assert len(asked) == 14
+    assert sum(asked[1:]) == 0, asked
+
+
+@pytest.mark.parametrize("at", [5, 6, 14])
+def test_a_skipped_step_is_learnt_of_one_step_late(run_config, train, tmp_path, monkeypatch, at):
+    """As on a GPU; the run is the one that learns at once, and no checkpoint is written in between."""
+    original, folders = loop.token_loss, []
+    for late in (False, True):
+        calls = []
+
+        def poisoned(model, batch, mask, calls=calls):
+            calls.append(model.training)
+            loss = original(model, batch, mask)
+            return loss * float("nan") if model.training and sum(calls) in (2 * at, 2 * at + 2) else loss
+
+        monkeypatch.setattr(loop, "token_loss", poisoned)
+        if late:
+            for module in ("anon_dist.train.loop", "anon_dist.optim.anon"):
+                monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
+        options = {"log__every": 1, "checkpoint__every": 5, "optim__refresh_ratio": 1.1}
+        folders.append(train(run_config(run_dir=str(tmp_path / str(late)), **options)))
+    (at_once, later) = (metrics(folder) for folder in folders)
+    assert [r["loss"] for r in at_once if "loss" in r] == [r["loss"] for r in later if "loss" in r]
+    states = [json.loads((folder / "checkpoints/step-00000014/trainer.json").read_text()) for folder in folders]
+    assert states[0]["skipped"] == states[1]["skipped"]
+    assert at_once[-1] == later[-1]
 
 
 def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, train, monkeypatch, capsys):
