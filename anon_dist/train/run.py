@@ -18,11 +18,13 @@ from transformers import PretrainedConfig
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.engines.agreement import check_alike
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
+from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.model import blocks, build_model, flops_per_token
@@ -58,6 +60,8 @@ class Run:
     """Steps taken."""
     skipped: int = 0
     """Steps in a row whose gradient was not finite."""
+    compared: int = -1
+    """The step after which the replicas were last compared."""
 
     @property
     def mask_eod(self) -> int | None:
@@ -102,6 +106,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
     if config.train.precision == "bf16-true":
         built.to(torch.bfloat16)
+    if config.model.from_pretrained is not None:
+        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})

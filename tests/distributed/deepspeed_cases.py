@@ -192,6 +192,31 @@ def case_partial_offload_is_refused():
         raise AssertionError("DeepSpeed would step half of the parameters with AdamW")
 
 
+def case_adams_in_place_of_the_optimizer_are_refused():
+    """SuperOffload and ZenFlow, by name, however Anon comes in, and in this package's own trainings whatever the optimizer."""
+    cpu_offload = {"device": "cpu"}
+    zenflow = {"topk_ratio": 0.1, "select_strategy": "step", "select_interval": 2, "update_interval": 2}
+    for zero, words in (
+        (
+            {"stage": 3, "offload_optimizer": {**cpu_offload, "super_offload": True}},
+            "DeepSpeed's SuperOffload steps an",
+        ),
+        ({"stage": 2, "offload_optimizer": cpu_offload, "zenflow": zenflow}, "DeepSpeed's ZenFlow steps an Adam"),
+        ({"stage": 3, "offload_optimizer": cpu_offload, "zenflow": zenflow}, "DeepSpeed's ZenFlow steps an Adam"),
+    ):
+        config = {"zero_optimization": zero}
+        for client in (True, False):
+            raises(EngineError, words, lambda c=config, client=client: user_training(c, client=client, steps=1))
+        path = Path(shared_folder(OUT)) / "zero.json"
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(config))
+        dist.barrier()
+        for name in ("anon", "adamw"):
+            ours = run_config("zero2", shared_folder(OUT))
+            ours.train.deepspeed_config, ours.optim.name = str(path), name
+            raises(EngineError, words, lambda ours=ours: run(ours))
+
+
 def accelerated(config, optimizer_of):
     forget_accelerate()
     cpu.bring_up_processes(timedelta(minutes=1))
