@@ -25,6 +25,8 @@ from anon_dist.engines.errors import EngineError
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
+HANG_UP_SECONDS = 0.5
+"""How long it may take to report, before connections are closed in any case."""
 NAMES = 8
 """Of more ranks than this, the rest goes unnamed."""
 _OURS: set[int] = set()
@@ -75,6 +77,8 @@ def several() -> bool:
 class _Heard:
     """What the store said, so far: it may be lost at any moment."""
 
+    reported: threading.Event = field(default_factory=threading.Event)
+    """This rank's own error has reached the store."""
     first: str = ""
     """The rank that failed first, where, when and how."""
     alike: bool = False
@@ -93,21 +97,23 @@ def _explain(error: Exception) -> None:
         # The launcher terminates the ranks next to one that ended; not before they have said why they did.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     heard = _Heard()
+    listening = _started(lambda: _listen(error, heard))
+    heard.reported.wait(HANG_UP_SECONDS)  # the others, once they notice, are not to be taken for the first
     _hang_up()
-    _within(2 * WAIT_SECONDS, lambda: _listen(error, heard))
+    listening.join(2 * WAIT_SECONDS)
     own = _own_name()
     is_first = heard.first.startswith(f"{own} ")
     if note := _note(heard, f"this one, {own}" if is_first else heard.first):
         error.add_note(note)
-    if not is_first:
+    if not is_first and not heard.alike:
         time.sleep(1)  # torch's launchers take the first second of a report for the cause
 
 
 def _note(heard: _Heard, first: str) -> str | None:
     if not heard.all:
         return (
-            f"The store at {os.environ['MASTER_ADDR']} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one is "
-            f"cut off from it.{f' The first to notice, or to fail, was {first}.' if first else ''}"
+            f"The store at {os.environ['MASTER_ADDR']} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one "
+            f"is cut off from it.{f' The first to notice, or to fail, was {first}.' if first else ''}"
         )
     if heard.silent:
         names = ", ".join(f"rank {rank} on {host}" for rank, host in heard.silent.items())
@@ -123,6 +129,7 @@ def _listen(error: Exception, heard: _Heard) -> None:
     rank, ranks, text = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), _line(error)
     met, end = store(WAIT_SECONDS), time.monotonic() + WAIT_SECONDS
     met.set(f"report/{met.add('place', 1)}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
+    heard.reported.set()
     name, first_text = _first_report(met)
     heard.first = f"{name} ({first_text})"
     if text != first_text:
@@ -216,7 +223,12 @@ def _connections() -> Iterator[tuple[int, socket.socket]]:
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Do it in a thread, which is left behind if it takes longer or fails: a store that was cut off answers after minutes, if ever."""
+    """Do it, but do not wait for longer."""
+    _started(action).join(seconds)
+
+
+def _started(action: Callable[[], object]) -> threading.Thread:
+    """A thread that does it, to be left behind if it takes too long: a store that was cut off answers after minutes, if ever."""
 
     def run() -> None:
         with contextlib.suppress(Exception):
@@ -224,4 +236,4 @@ def _within(seconds: float, action: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    return thread

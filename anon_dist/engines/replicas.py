@@ -28,8 +28,10 @@ from anon_dist.engines.errors import EngineError
 
 ROW = 1 << 14
 """Words to a row, whose factors are used again for the next: 128 KB, which stay in a CPU's cache."""
-ROWS = 512
-"""Rows that an accelerator takes at once. A CPU takes one."""
+CPU_ROWS, ROWS = 1, 512
+"""Rows that a CPU, and that an accelerator, takes at once."""
+HALF = 0x5851F42D4C957F2D
+"""Odd, and so are a half and a quarter of the numbers next to it: flips in both halves of a word keep apart."""
 SHOWN = 3
 """Of more tensors than this, the rest is counted only."""
 
@@ -46,7 +48,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
         tensor: of any shape and dtype; read in pieces, with at most 64 MB of temporaries (but it is copied if it is not contiguous).
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    rows = 1 if tensor.device.type == "cpu" else ROWS
+    rows = CPU_ROWS if tensor.device.type == "cpu" else ROWS
     factors, whole = _factors(ROW, tensor.device), len(flat) // (8 * ROW)
     sums = []
     for row, end in pairwise([*range(0, whole, rows), whole]):
@@ -67,10 +69,9 @@ def _words(flat: Tensor) -> Tensor:
 
 
 def _summed(words: Tensor, factors: Tensor) -> Tensor:
-    """Sum over the last dimension of words times factors. The upper half is added to the lower: else two flips of the highest bit, whose
-    product with any odd number is the same, would cancel."""
-    mixed = words >> 32
-    mixed += words
+    """Sum over the last dimension of words times factors. Upper halves count once more as lower ones, times HALF: else two flips of the
+    highest bit, whose product with any odd number is the same, would cancel."""
+    mixed = torch.add(words, words >> 32, alpha=HALF)
     mixed *= factors
     return mixed.sum(-1)
 

@@ -410,6 +410,38 @@ def case_leave_runs_for_one_process():
         shutil.copytree(Path(OUT) / "two-ranks-zero3", Path(OUT) / "two-ranks-zero3-copy")
 
 
+def case_replicas_that_drift_apart_are_noticed():
+    """Weights up to stage 2, and in stage 0 masters and states; before the next checkpoint (step 4) is written."""
+
+    def weight(engine):
+        next(iter(engine.model.module.parameters())).data.view(-1)[3] = float("nan")
+
+    def state(engine):
+        next(iter(engine.optimizer.state.values()))["exp_avg_sq"][-1] += 1e-3
+
+    apart = "differs between rank 0 and rank 1"
+    for name, precision, change, words in (
+        ("zero0", "fp32", state, f"by step 4: exp_avg_sq of transformer.wte.weight {apart}"),
+        ("zero0", "bf16", state, f"by step 4: exp_avg_sq of the float32 master of parameter 0 {apart}"),
+        ("zero1", "bf16", weight, f"by step 4: transformer.wte.weight {apart}"),
+        ("zero2", "fp32", weight, f"by step 4: transformer.wte.weight {apart}"),
+    ):
+        patch, original, config = Patch(), loop.take_step, run_config(name, shared_folder(OUT))
+        config.train.precision = precision
+
+        def take_step(run, *rest, original=original, change=change):
+            done = original(run, *rest)
+            if run.step == 4 and dist.get_rank() == 1:
+                change(run.engine)
+            return done
+
+        patch.setattr(loop, "take_step", take_step)
+        raises(EngineError, words, lambda config=config: run(config))
+        patch.close()
+        dist.barrier()
+        assert not list(Path(config.run_dir).glob("checkpoints/*"))
+
+
 def case_steps_with_nan_are_skipped():
     """On every rank, though only rank 1 sees the NaN; the step count stays."""
     original = loop.token_loss
