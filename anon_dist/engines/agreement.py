@@ -6,6 +6,7 @@ a digest there; only if those differ do they read each other's values.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,8 +26,17 @@ from anon_dist.engines.errors import EngineError
 LIBRARIES = ("torch", "accelerate", "transformers", "deepspeed", "numpy", "triton")
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 """Environment variables in which `accelerate launch` passes on its configuration."""
-OF_A_NODE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY")
-"""Those that may differ: a path, whose content is compared, and what belongs to a device."""
+OF_A_NODE = (
+    "CONFIG_FILE",
+    "TORCH_DEVICE",
+    "CPU_AFFINITY",
+    "NVME_PATH",
+    "nvme_path",
+    "LOG_LEVEL",
+    "DEBUG_MODE",
+    "DEBUG_RDV_FILE",
+)
+"""How settings end that may differ: devices, paths (of DeepSpeed's file the content is compared), and what only shows more."""
 SHOWN = 5
 """Of more differences than this, the rest is counted only."""
 LONGEST = 80
@@ -119,35 +129,31 @@ def named(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
 # -- what is compared -------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, Any]:
-    """Of Python, of the libraries that compute, and of this package's own sources."""
-    return {
-        "the version of python": platform.python_version(),
-        **{f"the version of {name}": _version(name) for name in LIBRARIES},
-        "the hash of anon_dist's sources": _source_hash(),
+def surroundings(deepspeed_file: str | None) -> dict[str, Any]:
+    """What `accelerate launch` and DeepSpeed are configured with, and the versions of what computes, this package's sources among them.
+
+    Args:
+        deepspeed_file: DeepSpeed's JSON, of which the content counts; one that cannot be read is passed over, to be refused later.
+    """
+    found = {
+        f"accelerate's setting {name}": value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(PREFIXES) and not name.endswith(OF_A_NODE)
     }
-
-
-def launcher_settings() -> dict[str, Any]:
-    """What `accelerate launch` was configured with."""
-    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES) and k not in OF_A_NODE}
-    return {f"accelerate's setting {name}": value for name, value in found.items()}
-
-
-def json_settings(path: str | None, of: str) -> dict[str, Any]:
-    """The content of a JSON file, each value under its keys, as settings `of` something; none if it cannot be read: that is found later."""
-    try:
-        content = json.loads(Path(path).read_text()) if path else None
-    except (OSError, ValueError):
-        return {}
-    return dict(_flattened(content, f"{of}'s ")) if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(Path(deepspeed_file).read_text()) if deepspeed_file else {}
+        found |= _flattened(content, "the DeepSpeed configuration's ") if isinstance(content, dict) else {}
+    found["the version of python"] = platform.python_version()
+    found |= {f"the version of {name}": _version(name) for name in LIBRARIES}
+    found["the hash of anon_dist's sources"] = _source_hash()
+    return found
 
 
 def _flattened(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         if isinstance(value, dict) and value:
             yield from _flattened(value, f"{prefix}{key}.")
-        else:
+        elif not key.endswith(OF_A_NODE):
             yield f"{prefix}{key}", value
 
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu, peers
-from anon_dist.engines.agreement import check_alike, json_settings, launcher_settings, versions
+from anon_dist.engines.agreement import check_alike, surroundings
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
@@ -82,8 +82,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
         EngineError: accelerate's configuration asks for something else, ranks are missing, or they were not started alike.
     """
     register()
-    of_deepspeed = json_settings(_deepspeed_file(wanted), "the DeepSpeed configuration")
-    alike = {**(alike or {}), **launcher_settings(), **of_deepspeed, **versions()}
+    alike = {**(alike or {}), **surroundings(_deepspeed_file(wanted))}
     compared = check_alike(alike, wanted.timeout.total_seconds())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     name = _resolve(wanted, launched)
@@ -103,10 +102,8 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     if name == "deepspeed" and "RANK" not in os.environ:
         _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
-    if on_cpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed, which others import, asks no further and warns no more
+    if on_cpu:  # DeepSpeed, which others import, asks no further and warns no more
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with peers.connecting():
         if on_cpu and as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)
