@@ -79,9 +79,8 @@ def train(args: list[str] | None = None) -> None:
     from anon_dist.train.loop import train as run
 
     def parse_and_run() -> None:
-        config = parse_args(args)
         with who_stopped():
-            run(config)
+            run(parse_args(args))
 
     try:
         _or_exit(parse_and_run, ConfigError, EngineError, CheckpointError, DataError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anon_dist.engines.check import StateBytes
+from anon_dist.engines.replicas import Copy
 
 
 def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[float]) -> None:
@@ -49,6 +50,9 @@ class Engine(Protocol):
 
     def state_bytes(self) -> StateBytes:
         """Bytes of optimizer state on this rank, and of all of it once."""
+
+    def copies(self) -> Iterator[Copy]:
+        """Weights, buffers and optimizer state of which other ranks may hold copies, for `replicas.check_replicas`."""
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer into an existing folder."""

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.replicas import ReplicasDifferError, check_replicas, copies_of
 
 
 def check_world(device: torch.device) -> int:
@@ -57,19 +58,14 @@ def check_same_start(model: nn.Module, device: torch.device) -> None:
     """Every rank must have built the same weights, since each keeps its own part of its own copy.
 
     Raises:
-        EngineError: they differ.
+        EngineError: they differ; naming a parameter and the ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    total = torch.stack(
-        [p.detach().double().sum() + p.detach().double().square().sum() for p in model.parameters()]
-    ).sum()
-    both = torch.stack([total, -total]).to(device, torch.float64)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    if both[0] != -both[1]:
+    try:
+        check_replicas(copies_of(model), device)
+    except ReplicasDifferError as error:
         raise EngineError(
-            "the ranks built models with different weights; seed them alike, or load the same file everywhere"
-        )
+            f"the ranks built models with different weights: {error}. Seed them alike, or load the same file everywhere"
+        ) from None
 
 
 def check_optimizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from anon_dist.engines.check import StateBytes, state_bytes_of_ranks
 from anon_dist.engines.grads import global_norm
+from anon_dist.engines.replicas import Copy, copies_of
 from anon_dist.engines.torch_native import TorchEngine, full_weights
 
 
@@ -54,6 +56,11 @@ class Fsdp1Engine(TorchEngine):
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks."""
         return state_bytes_of_ranks(self.optimizer, self._accelerator.device)
+
+    def copies(self) -> Iterator[Copy]:
+        """See `base.Engine`. The buffers: of all else each rank has a part of its own."""
+        buffers = {id(buffer) for buffer in self.model.buffers()}
+        return (copy for copy in copies_of(self.model) if id(copy.tensor) in buffers)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""

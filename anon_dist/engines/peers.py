@@ -6,7 +6,6 @@ The ranks tell each other through the store at which they met: the launchers' (t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -20,38 +19,54 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from anon_dist.engines.errors import EngineError
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
+HANG_UP_SECONDS = 0.5
+"""How long it may take to report, before connections are closed in any case."""
 NAMES = 8
 """Of more ranks than this, the rest goes unnamed."""
+_OURS: set[int] = set()
+"""The sockets that process groups opened, by inode: descriptors are used again."""
 
 
 def sign_in() -> None:
     """Leave this rank's host with the store. Every rank, once it has joined the others."""
-    if _several():
-        _within(WAIT_SECONDS, lambda: _store().set(f"host/{os.environ['RANK']}", socket.gethostname()))
+    if several():
+        _within(WAIT_SECONDS, lambda: store(WAIT_SECONDS).set(f"host/{os.environ['RANK']}", socket.gethostname()))
+
+
+@contextlib.contextmanager
+def connecting() -> Iterator[None]:
+    """A block in which process groups are made: the connections that it opens are to other ranks, and are closed after an error."""
+    before = {inode for inode, _ in _connections()}
+    try:
+        yield
+    finally:
+        _OURS.update({inode for inode, _ in _connections()} - before)
 
 
 @contextlib.contextmanager
 def who_stopped() -> Iterator[None]:
     """A block in which ranks work together, and after which an error ends the process: it gets a note of which rank stopped first.
 
-    The launcher gets error and note too, for its report. Neither note nor delay if there is one rank; no note if all failed alike, by a
-    mistake in the configuration, say. At most 2 · WAIT_SECONDS pass, and connections to the other ranks are closed.
+    torch's launchers get error and note too, for their report. Neither note nor delay if there is one rank; no note if all failed alike,
+    by a mistake in the configuration, say. At most 2 · WAIT_SECONDS pass, and connections to the other ranks are closed.
     """
     try:
         yield
     except Exception as error:
-        now = time.time()
         with contextlib.suppress(Exception):  # the error is what matters
-            if _several() and (note := _note(error)):
-                error.add_note(note)
-            _tell_launcher(error, now)
+            if several():
+                _explain(error)
+            get_error_handler().record_exception(error)
         raise
 
 
-def _several() -> bool:
+def several() -> bool:
     """Whether there are other ranks, and a store to meet them at."""
     variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     there = dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -62,6 +77,8 @@ def _several() -> bool:
 class _Heard:
     """What the store said, so far: it may be lost at any moment."""
 
+    reported: threading.Event = field(default_factory=threading.Event)
+    """This rank's own error has reached the store."""
     first: str = ""
     """The rank that failed first, where, when and how."""
     alike: bool = False
@@ -74,20 +91,29 @@ class _Heard:
     """Whether the above is complete."""
 
 
-def _note(error: Exception) -> str | None:
-    """What the ranks together know of who stopped first; None if that explains nothing."""
+def _explain(error: Exception) -> None:
+    """Add a note of what the ranks together know of who stopped first; none if that explains nothing."""
     with contextlib.suppress(ValueError):  # not the main thread
         # The launcher terminates the ranks next to one that ended; not before they have said why they did.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     heard = _Heard()
+    listening = _started(lambda: _listen(error, heard))
+    heard.reported.wait(HANG_UP_SECONDS)  # the others, once they notice, are not to be taken for the first
     _hang_up()
-    _within(2 * WAIT_SECONDS, lambda: _listen(error, heard))
+    listening.join(2 * WAIT_SECONDS)
     own = _own_name()
-    first = f"this one, {own}" if heard.first.startswith(f"{own} ") else heard.first
+    is_first = heard.first.startswith(f"{own} ")
+    if note := _note(heard, f"this one, {own}" if is_first else heard.first):
+        error.add_note(note)
+    if not is_first and not heard.alike:
+        time.sleep(1)  # torch's launchers take the first second of a report for the cause
+
+
+def _note(heard: _Heard, first: str) -> str | None:
     if not heard.all:
         return (
-            f"The store at {os.environ['MASTER_ADDR']} does not answer {own}: the node of rank 0 stopped or was lost, or this one is cut "
-            f"off from it.{f' The first to notice, or to fail, was {first}.' if first else ''}"
+            f"The store at {os.environ['MASTER_ADDR']} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one "
+            f"is cut off from it.{f' The first to notice, or to fail, was {first}.' if first else ''}"
         )
     if heard.silent:
         names = ", ".join(f"rank {rank} on {host}" for rank, host in heard.silent.items())
@@ -101,29 +127,56 @@ def _note(error: Exception) -> str | None:
 def _listen(error: Exception, heard: _Heard) -> None:
     """Report this rank's error, and wait for the others' reports."""
     rank, ranks, text = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), _line(error)
-    store, end = _store(), time.monotonic() + WAIT_SECONDS
-    store.set(f"report/{store.add('place', 1)}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
-    name, first_text = store.get("report/1").decode().split("\n", 1)
+    met, end = store(WAIT_SECONDS), time.monotonic() + WAIT_SECONDS
+    met.set(f"report/{met.add('place', 1)}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
+    heard.reported.set()
+    name, first_text = _first_report(met)
     heard.first = f"{name} ({first_text})"
     if text != first_text:
-        store.set("differ", "")
-    store.set(f"failed/{rank}", "")
-    store.add("failed", 1)
-    while (failed := store.add("failed", 0)) < ranks and time.monotonic() < end and not store.check(["over"]):
+        met.set("differ", "")
+    met.set(f"failed/{rank}", "")
+    met.add("failed", 1)
+    while (failed := met.add("failed", 0)) < ranks and time.monotonic() < end and not met.check(["over"]):
         time.sleep(0.1)
-    store.set("over", "")
-    heard.alike = not store.check(["differ"])
+    met.set("over", "")
+    heard.alike = not met.check(["differ"])
     if failed < ranks:
-        silent = [r for r in range(ranks) if not store.check([f"failed/{r}"])]
+        silent = [r for r in range(ranks) if not met.check([f"failed/{r}"])]
         for r in silent[:NAMES]:
-            known = store.check([f"host/{r}"])
-            heard.silent[r] = store.get(f"host/{r}").decode() if known else "a host that never joined"
+            known = met.check([f"host/{r}"])
+            heard.silent[r] = met.get(f"host/{r}").decode() if known else "a host that never joined"
         heard.more = len(silent[NAMES:])
     heard.all = True
     # The store ends soon after the first rank of its node has: nobody leaves before all have heard.
-    store.add("heard", 1)
-    while store.add("heard", 0) < failed and time.monotonic() < end + 1:
+    met.add("heard", 1)
+    while met.add("heard", 0) < failed and time.monotonic() < end + 1:
         time.sleep(0.1)
+
+
+def _first_report(met: Store) -> list[str]:
+    """Name and error of the rank that reported first."""
+    return met.get("report/1").decode().split("\n", 1)
+
+
+def wait_for(met: Store, keys: list[str], seconds: float) -> list[str]:
+    """Wait until all keys are set, or a rank has reported an error, or the time is over.
+
+    Returns:
+        The keys that are not set.
+
+    Raises:
+        EngineError: a rank has reported an error.
+    """
+    end, pause = time.monotonic() + seconds, 0.002
+    while not met.check(keys):
+        if met.check(["report/1"]):
+            name, text = _first_report(met)
+            raise EngineError(f"{name} stopped: {text}")
+        if time.monotonic() > end:
+            return [key for key in keys if not met.check([key])]
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    return []
 
 
 def _own_name() -> str:
@@ -135,34 +188,47 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:500]}" if text else type(error).__name__
 
 
-def _store() -> Store:
-    """A connection of its own, as that of the process group may be broken or in use."""
-    store = TCPStore(
+def store(seconds: float) -> Store:
+    """A connection of its own, as that of the process group may be broken or in use; its calls wait for so long."""
+    met = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
-        timeout=timedelta(seconds=WAIT_SECONDS),
+        timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
     )
-    return PrefixStore(f"anon_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"anon_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
 
 
 def _hang_up() -> None:
-    """Close this process's connections, so that peers that wait for it get an error now, and not when it has ended.
+    """Close the connections to the other ranks, so that those that wait for this one get an error now, and not when it has ended.
 
-    By their descriptors, because gloo's groups have no other way: destroyed or aborted, they stay connected while a model holds them.
+    By their descriptors, because gloo's groups have no other way: destroyed or aborted, they stay connected (torch 2.13).
     """
+    for inode, connection in _connections():
+        if inode in _OURS:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _connections() -> Iterator[tuple[int, socket.socket]]:
+    """Inode and duplicate, closed after its turn, of each TCP connection of this process."""
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another thread has closed it; or it is no connection
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
-                    connection.shutdown(socket.SHUT_RDWR)
+                    yield os.fstat(connection.fileno()).st_ino, connection
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Do it in a thread, which is left behind if it takes longer or fails: a store that was cut off answers after minutes, if ever."""
+    """Do it, but do not wait for longer."""
+    _started(action).join(seconds)
+
+
+def _started(action: Callable[[], object]) -> threading.Thread:
+    """A thread that does it, to be left behind if it takes too long: a store that was cut off answers after minutes, if ever."""
 
     def run() -> None:
         with contextlib.suppress(Exception):
@@ -170,12 +236,4 @@ def _within(seconds: float, action: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
-
-
-def _tell_launcher(error: Exception, moment: float) -> None:
-    """Write what torchrun and accelerate show of this rank in their reports of a failure."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        text = "\n".join([_line(error), *getattr(error, "__notes__", [])])
-        with open(path, "w") as file:
-            json.dump({"message": {"message": text, "extraInfo": {"timestamp": str(int(moment))}}}, file)
+    return thread

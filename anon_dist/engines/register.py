@@ -1,7 +1,8 @@
 """DeepSpeed, as a user calls it, with Anon: what it and accelerate would do to an optimizer they do not know, and the remedy of each.
 
-`register()` runs at `import anon_dist`, in either order with `import deepspeed`. Then `"optimizer": {"type": "Anon", …}` works in
-DeepSpeed's JSON, and so does a client `Anon(…)` given to `deepspeed.initialize` or `Accelerator.prepare`.
+After `register()`, called before or after `import deepspeed`, `"optimizer": {"type": "Anon", …}` works in DeepSpeed's JSON, and so does
+a client `Anon(…)` given to `deepspeed.initialize` or `Accelerator.prepare`. `from anon_dist import Anon` calls it, and so does this
+package's own training; `from anon_dist.optim import Anon` does not.
 
 The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 
@@ -12,6 +13,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
+| SuperOffload and ZenFlow step an Adam of their own, with the optimizer's param groups | refused |
 | an optimizer swapped to NVMe does not resume where it was (seen by the loss) | loading a checkpoint is refused |
 | stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |
 | accelerate reads and reloads the state before it shards the parameters: all of it, on every rank | not Anon's |
@@ -20,6 +22,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +41,7 @@ NVME = "DeepSpeed does not resume state that was swapped to NVMe where it was; o
 
 
 def register() -> None:
-    """Make Anon known to DeepSpeed and accelerate, when they are imported."""
+    """Make Anon known to DeepSpeed and accelerate: now, or when they are imported. A second call changes nothing."""
     if hasattr(torch.optim, NAME):
         return
     setattr(torch.optim, NAME, Anon)
@@ -65,6 +68,7 @@ def _watch_engine(engine_module: ModuleType) -> None:
         asked = _is_asked_for(self)
         if asked:
             _refuse_partial_offload(self)
+            refuse_other_steppers(self._config.zero_config.model_dump(), "the DeepSpeed configuration")
         configure(self, client_optimizer, model_parameters)
         if asked and keeps_old_gradients(self):
             self._anon_dist_watch = GradientWatch(self.module)
@@ -104,6 +108,28 @@ def _refuse_partial_offload(engine: Any) -> None:
             f"zero_optimization.offload_optimizer.ratio is {offload.ratio}: DeepSpeed would step the other parameters with AdamW. "
             "Set it to 1"
         )
+
+
+def refuse_other_steppers(zero: Mapping[str, Any], where: str) -> None:
+    """Refuse what steps an Adam of its own in place of the optimizer, whichever that is, without a word.
+
+    Args:
+        zero: the section `zero_optimization`.
+        where: the configuration's name, for the message.
+
+    Raises:
+        EngineError: SuperOffload or ZenFlow is asked for.
+    """
+    offload = zero.get("offload_optimizer") or {}
+    for asked, name, key in (
+        (offload.get("super_offload"), "SuperOffload", "offload_optimizer.super_offload"),
+        (zero.get("zenflow") is not None, "ZenFlow", "zenflow"),
+    ):
+        if asked:
+            raise EngineError(
+                f"{where}: zero_optimization.{key}: DeepSpeed's {name} steps an Adam of its own in place of the optimizer. Remove the "
+                "key: offload_optimizer with device cpu alone steps the optimizer itself"
+            )
 
 
 def _refuse_eight_bits(optimizer: Anon) -> None:

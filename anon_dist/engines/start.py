@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -20,10 +20,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu, peers
+from anon_dist.engines.agreement import check_alike, surroundings
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_same_start, check_world
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
+from anon_dist.engines.register import register
 from anon_dist.engines.tensor_parallel import TensorParallelEngine
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
@@ -62,21 +64,26 @@ class Wanted:
     """deepspeed: JSON file; None: the one accelerate was configured with, else ZeRO stage 2."""
 
 
-def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
-    """An `Accelerator` for the engine, its ranks counted.
+def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_args: Any) -> tuple[Accelerator, Name]:
+    """An `Accelerator` for the engine, its ranks compared and counted.
 
     Works under `accelerate launch`, `torchrun` and plain `python`, on accelerators and on CPUs. What `accelerate launch` was configured
     with holds; a contradiction between it and what is wanted is an error.
 
     Args:
+        alike: settings that all ranks must have been given the same, besides what accelerate and DeepSpeed are configured with and the
+            versions of what computes.
         accelerator_args: further arguments of `Accelerator`.
 
     Returns:
         The accelerator, and the engine that "auto" came to.
 
     Raises:
-        EngineError: accelerate's configuration asks for something else, or ranks are missing.
+        EngineError: accelerate's configuration asks for something else, ranks are missing, or they were not started alike.
     """
+    register()
+    alike = {**(alike or {}), **surroundings(_deepspeed_file(wanted))}
+    compared = check_alike(alike, wanted.timeout.total_seconds())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     name = _resolve(wanted, launched)
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -95,21 +102,22 @@ def start(wanted: Wanted, **accelerator_args: Any) -> tuple[Accelerator, Name]:
     if name == "deepspeed" and "RANK" not in os.environ:
         _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
-    if on_cpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed, which others import, asks no further and warns no more
-        if as_device and "LOCAL_RANK" in os.environ:
+    if on_cpu:  # DeepSpeed, which others import, asks no further and warns no more
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with peers.connecting():
+        if on_cpu and as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)
-    accelerator = Accelerator(
-        mixed_precision=mixed,
-        cpu=on_cpu and not as_device,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
-        **_plugins(name, wanted, launched),
-        **accelerator_args,
-    )
-    peers.sign_in()
-    check_world(accelerator.device)
+        accelerator = Accelerator(
+            mixed_precision=mixed,
+            cpu=on_cpu and not as_device,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
+            **_plugins(name, wanted, launched),
+            **accelerator_args,
+        )
+        peers.sign_in()
+        if not compared:
+            check_alike(alike, wanted.timeout.total_seconds())
+        check_world(accelerator.device)
     if name == "deepspeed":
         # Else transformers would partition models as it builds them (zero.Init), with other random weights than under the other engines.
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -130,6 +138,7 @@ def splitting_ranks(wanted: Wanted) -> int:
     return asked
 
 
+@peers.connecting()
 def wrap(
     name: Name,
     accelerator: Accelerator,
@@ -285,6 +294,11 @@ def _as_one_rank() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def _deepspeed_file(wanted: Wanted) -> str | None:
+    source = wanted.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
+    return None if source == "none" else source
+
+
 def _deepspeed_plugin(wanted: Wanted, launched: int) -> Any:
     try:
         import deepspeed  # noqa: F401 - accelerate would say that a plugin is missing
@@ -295,8 +309,7 @@ def _deepspeed_plugin(wanted: Wanted, launched: int) -> Any:
         ) from None
     from anon_dist.engines.zero import zero_config
 
-    source = wanted.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
-    source = None if source == "none" else source
+    source = _deepspeed_file(wanted)
     if source is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise EngineError(
             "name a JSON file as deepspeed_config_file in accelerate's configuration, or as train.deepspeed_config"

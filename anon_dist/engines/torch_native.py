@@ -21,6 +21,7 @@ from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
+from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import opened, restore
 from anon_dist.optim import Anon
 
@@ -96,6 +97,12 @@ class TorchEngine:
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`."""
         return state_bytes(self.optimizer)
+
+    def copies(self) -> Iterator[Copy]:
+        """See `base.Engine`."""
+        self._wait()
+        yield from copies_of(self.model)
+        yield from states_of(self.optimizer, {copy.tensor: copy.name for copy in copies_of(self.model)})
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`. Torch's distributed checkpoint format, which all engines of this module share."""

@@ -21,7 +21,8 @@ from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
-from anon_dist.engines.register import NVME
+from anon_dist.engines.register import NVME, refuse_other_steppers
+from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import DEEPSPEED, check_same_optimizer, opened
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 
@@ -50,6 +51,7 @@ def zero_config(
         )
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise EngineError(f"DeepSpeed configuration {source}: zero_optimization.offload_optimizer.device: {NVME}")
+    refuse_other_steppers(config.get("zero_optimization", {}), f"DeepSpeed configuration {source}")
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -161,6 +163,20 @@ class ZeroEngine:
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. The whole is the sum over ranks, padding and copies included."""
         return state_bytes_of_ranks(self.optimizer, self._engine.device)
+
+    def copies(self) -> Iterator[Copy]:
+        """See `base.Engine`. Up to stage 2 the weights, in stage 0 the optimizer's masters and state too."""
+        module, stage = self._engine.module, self._engine.zero_optimization_stage()
+        buffers = {id(buffer) for buffer in module.buffers()}
+        found = [copy for copy in copies_of(module) if stage < 3 or id(copy.tensor) in buffers]
+        yield from found
+        # BF16_Optimizer shares masters and state out among the ranks in stage 0 too.
+        if stage == 0 and not hasattr(self._wrapper, "fp32_groups_flat_partition"):
+            names: dict[Any, str] = {copy.tensor: copy.name for copy in found}
+            held = [p for group in self.optimizer.param_groups for p in group["params"]]
+            masters = {p: f"the float32 master of parameter {i}" for i, p in enumerate(held) if p not in names}
+            yield from (Copy(name, p, p) for p, name in masters.items())
+            yield from states_of(self.optimizer, names | masters)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`. In DeepSpeed's own format."""

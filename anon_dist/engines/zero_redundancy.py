@@ -19,6 +19,7 @@ from anon_dist.checkpoint.dcp import load_state, save_state
 from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.replicas import Copy, copies_of
 from anon_dist.engines.restore import opened, restore
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.optim.regime import HISTORY
@@ -60,6 +61,10 @@ class ZeroRedundancyEngine(TorchEngine):
     def state_bytes(self) -> StateBytes:
         """See `base.Engine`. Whole parameters are handed out, so ranks differ by up to the largest."""
         return state_bytes_of_ranks(self.optimizer, self._accelerator.device)
+
+    def copies(self) -> Iterator[Copy]:
+        """See `base.Engine`. Not the states: of each, one rank has the only one."""
+        return copies_of(self.model)
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""

@@ -18,10 +18,13 @@ import transformers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
+from anon_dist.engines.errors import EngineError
+from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import start
 from anon_dist.files import write_json
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
+from anon_dist.train.alike import shared_settings
 from anon_dist.train.config import Config
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
@@ -47,6 +50,7 @@ def train(config: Config) -> Path:
     """
     accelerator, name = start(
         wanted_engine(config),
+        shared_settings(config),
         log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
@@ -60,6 +64,7 @@ def train(config: Config) -> Path:
         return folder
 
     run = set_up(config, accelerator, name, folder)
+    _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, console)
@@ -114,6 +119,7 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
         if run.val_shards is not None and (
             run.step == steps or (config.eval.every and run.step % config.eval.every == 0)
         ):
+            _compare_replicas(run)
             write(_evaluation_record(run, _validate(run, config.eval.sequences), "val"))
             watch.skip()
         saved = run.step == steps or bool(checkpoint_every and run.step % checkpoint_every == 0)
@@ -299,8 +305,30 @@ def _metrics(run: Run, console: Console | None) -> Iterator[Callable[[Record], N
 # -- saving and finishing ---------------------------------------------------------------------------------------------
 
 
+def _compare_replicas(run: Run) -> None:
+    """End the run where ranks that must hold the same bits do not, before anything is made of them.
+
+    Raises:
+        EngineError: naming tensors, ranks, step and the remedy.
+    """
+    if run.compared == run.step:
+        return
+    try:
+        check_replicas(run.engine.copies(), run.accelerator.device)
+    except ReplicasDifferError as error:
+        last = run.checkpoints.latest()
+        remedy = f"Resume from {last}" if last else "Start again"
+        raise EngineError(
+            f"replicas have drifted apart by step {run.step}: {error}. A step has gone wrong on one of these ranks (memory, device, or "
+            f"hardware or libraries that compute differently), and nothing was saved of it. {remedy} (the same command does so); if it "
+            "happens again, without that rank's machine"
+        ) from None
+    run.compared = run.step
+
+
 def _save(run: Run) -> None:
     learn(run)
+    _compare_replicas(run)
     progress = {
         "format": 1,
         "step": run.step,

@@ -18,12 +18,14 @@ from transformers import PretrainedConfig
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.engines.agreement import check_alike
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
+from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.model import blocks, build_model, flops_per_token
@@ -63,6 +65,8 @@ class Run:
     """Whether one of them is not in the metrics yet."""
     norm: HostCopy | None = None
     """Of the last step's gradient, until the host has looked at it."""
+    compared: int = -1
+    """The step after which the replicas were last compared."""
 
     @property
     def mask_eod(self) -> int | None:
@@ -107,6 +111,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
     if config.train.precision == "bf16-true":
         built.to(torch.bfloat16)
+    if config.model.from_pretrained is not None:
+        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from anon_dist.engines import peers
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Job schedulers send SIGTERM, or SIGUSR1 some time before (Slurm's --signal); a terminal sends SIGINT to every process."""
 
@@ -34,9 +36,9 @@ class StopSignal:
         self._old: dict[signal.Signals, Any] = {}
         self._group = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
-            self._group = dist.new_group(
-                backend="gloo", timeout=timeout
-            )  # accelerators keep computing while hosts talk
+            with peers.connecting():
+                # Accelerators keep computing while hosts talk.
+                self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> StopSignal:

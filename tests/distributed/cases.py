@@ -3,8 +3,10 @@
 Each `case_…` function runs on every rank, one after the other, in one process group over gloo.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,9 +28,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
+from anon_dist.data import Index
+from anon_dist.engines import agreement
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.replicas import Copy, ReplicasDifferError, check_replicas, copies_of, states_of
 from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import STATE_KEYS, monitor, param_groups
 from anon_dist.optim.backends import choice, cpu
@@ -359,6 +364,198 @@ def case_plain_accelerate():
     assert set(optimizer.state) == set(model.parameters())
     assert abs(size.local * dist.get_world_size() / size.whole - 1) < 0.05, size
     assert monitor.read(monitor.measure(optimizer, torch.device("cpu")))[0].elements == size.local // 12
+
+
+def rank_1(value, otherwise):
+    return value if dist.get_rank() == 1 else otherwise
+
+
+def case_ranks_that_were_started_otherwise_are_named():
+    """One field at a time, before anything in which one would wait for the other; nothing is written."""
+    folder = shared_folder(OUT)
+    for name, value, words in (
+        ("optim.lr", 1e-3, "optim.lr is 0.003 on rank 0 and 0.001 on rank 1"),
+        ("optim.gamma", 0.5, "optim.gamma is 1.0 on rank 0 and 0.5 on rank 1"),
+        ("optim.betas", (0.9, 0.99), "optim.betas is [0.9, 0.95] on rank 0 and [0.9, 0.99] on rank 1"),
+        ("optim.gamma_by_name", {"*wte*": 0.5}, 'optim.gamma_by_name is {} on rank 0 and {"*wte*": 0.5} on rank 1'),
+        ("optim.name", "adamw", 'optim.name is "anon" on rank 0 and "adamw" on rank 1'),
+        ("data.seed", 1, "data.seed is 0 on rank 0 and 1 on rank 1"),
+        ("train.seed", 1, "train.seed is 0 on rank 0 and 1 on rank 1"),
+        ("train.steps", 13, "train.steps is 12 on rank 0 and 13 on rank 1"),
+        ("train.grad_clip", None, "train.grad_clip is 1.0 on rank 0 and null on rank 1"),
+        ("train.precision", "bf16", 'train.precision is "fp32" on rank 0 and "bf16" on rank 1'),
+        ("train.engine", "hsdp", 'train.engine is "fsdp2" on rank 0 and "hsdp" on rank 1'),
+        ("train.engine", "single", 'train.engine is "fsdp2" on rank 0 and "single" on rank 1'),
+        ("train.engine", "deepspeed", 'train.engine is "fsdp2" on rank 0 and "deepspeed" on rank 1'),
+        ("train.tensor_parallel", 2, "train.tensor_parallel is null on rank 0 and 2 on rank 1"),
+        ("train.micro_batch", 4, "train.micro_batch is 2 on rank 0 and 4 on rank 1"),
+        ("checkpoint.every", 3, "checkpoint.every is 4 on rank 0 and 3 on rank 1"),
+        ("eval.every", 0, "eval.every is 5 on rank 0 and 0 on rank 1"),
+        ("log.every", 3, "log.every is 1 on rank 0 and 3 on rank 1"),
+        ("model.layers", 3, "model.layers is 2 on rank 0 and 3 on rank 1"),
+        ("model.from_pretrained", "somewhere", 'model.from_pretrained is null on rank 0 and "a path" on rank 1'),
+        ("resume", "never", 'resume is "auto" on rank 0 and "never" on rank 1'),
+        ("run_dir", f"{folder}/other", f'run_dir is "{folder}/run" on rank 0 and "{folder}/other" on rank 1'),
+    ):
+        config = run_config(DATA, f"{folder}/run")
+        *section, key = name.split(".")
+        owner = getattr(config, section[0]) if section else config
+        setattr(owner, key, rank_1(value, getattr(owner, key)))
+        raises(EngineError, f"the ranks were not started alike: {words[:70]}", lambda config=config: run(config))
+    assert not os.listdir(folder)
+
+
+def case_ranks_with_other_surroundings_are_named():
+    """Versions, sources, what accelerate was configured with, DeepSpeed's JSON by its content, the data by its fingerprint."""
+    folder = shared_folder(OUT)
+    other = Path(folder, f"node-{dist.get_rank()}")
+    shutil.copytree(DATA, other / "data")
+    (other / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": rank_1(1, 2)}}))
+    index = Index.load(other / "data")
+    if dist.get_rank() == 1:
+        changed = dataclasses.replace(index, eod_id=index.eod_id + 1, fingerprint="")
+        (other / "data" / "index.json").write_text(json.dumps(changed.to_json()))
+    for name, action, words in (
+        ("version", None, 'the version of torch is "2.0"'),
+        ("sources", None, "the hash of anon_dist's sources is "),
+        ("accelerate", None, "accelerate's setting FSDP_SHARDING is not set on rank 0 and "),
+        (
+            "zero",
+            lambda c: setattr(c.train, "deepspeed_config", f"{other}/zero.json"),
+            "the DeepSpeed configuration's ",
+        ),
+        ("data", lambda c: setattr(c.data, "path", f"{other}/data"), "alike: the fingerprint of the data is "),
+    ):
+        patch, config = Patch(), run_config(DATA, f"{folder}/run")
+        if name == "version":
+            patch.setattr(agreement, "_version", lambda library: rank_1("1.0", "2.0"))
+        if name == "sources":
+            patch.setattr(agreement, "_source_hash", lambda: rank_1("1", "2"))
+        if name == "accelerate" and dist.get_rank() == 1:
+            os.environ["FSDP_SHARDING"] = "FULL"
+        if action:
+            action(config)
+        raises(EngineError, words, lambda config=config: run(config))
+        os.environ.pop("FSDP_SHARDING", None)
+        patch.close()
+    assert not Path(folder, "run").exists()
+
+
+def case_paths_may_differ_where_their_contents_do_not():
+    """Each node its own copy of the data and of a pretrained model; but another weight, or another configuration, is named."""
+    parent = Path(shared_folder(OUT))
+    nodes = [parent / f"node-{rank}" for rank in range(dist.get_world_size())]
+    torch.manual_seed(0)
+    model = build_model(c.ModelConfig(layers=2, width=32, heads=2, context=32), 257, 256, 32)
+
+    def save(folders):  # transformers writes on the first rank only
+        if dist.get_rank() == 0:
+            for folder in folders:
+                model.save_pretrained(folder / "model")
+        dist.barrier()
+
+    save(nodes)
+    own = nodes[dist.get_rank()]
+    shutil.copytree(DATA, own / "data")
+    config = run_config(str(own / "data"), shared_folder(OUT))
+    config.model.from_pretrained, config.train.steps = str(own / "model"), 4
+    run(config)
+    config.run_dir = shared_folder(OUT)
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.weight[3] += 1e-6
+    save(nodes[1:])
+    words = "transformer.h.1.ln_2.weight differs between rank 0 and rank 1. Seed them alike"
+    raises(EngineError, words, lambda: run(config))
+    model.config.layer_norm_epsilon = 1e-6
+    save(nodes[1:])
+    words = "the pretrained model's layer_norm_epsilon is 1e-05 on rank 0 and 1e-06 on rank 1"
+    raises(EngineError, words, lambda: run(config))
+
+
+def drifting(config, step, change, words):
+    """A run on whose rank 1 `change(engine)` is done after a step: it ends before it validates or saves what came of it."""
+    patch, original = Patch(), loop.take_step
+
+    def take_step(run, *rest):
+        done = original(run, *rest)
+        if run.step == step and dist.get_rank() == 1:
+            with torch.no_grad():
+                change(run.engine)
+        return done
+
+    patch.setattr(loop, "take_step", take_step)
+    last = Path(config.run_dir, "checkpoints", "step-00000004")
+    for text in (words, f"Resume from {last} ") if step > 5 else (words,):
+        raises(EngineError, text, lambda: run(config))
+    patch.close()
+    dist.barrier()
+    assert [p.name for p in sorted(Path(config.run_dir, "checkpoints").iterdir())] == ["step-00000004"]
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def case_replicas_that_drift_apart_are_noticed():
+    """At the next validation (step 5) or checkpoint (step 8), and named; the last good checkpoint too."""
+
+    def weight(engine):
+        part = "input_layernorm" if "+tp" in engine.name else "h.1.mlp"
+        found = [p for name, p in engine.model.named_parameters() if part in name]
+        local(found[0]).view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+    def nan(engine):
+        local(next(iter(engine.model.parameters()))).view(-1)[-1] = float("nan")
+
+    def state(engine):
+        local(next(iter(engine.optimizer.state.values()))["precond"]).view(-1)[0] *= 1.5
+
+    apart = "differs between rank 0 and rank 1"
+    for engine, step, change, words in (
+        ("ddp", 5, weight, f"drifted apart by step 5: transformer.h.1.mlp.c_fc.weight {apart}"),
+        ("ddp", 8, nan, f"by step 8: transformer.wte.weight {apart}"),
+        ("ddp", 6, state, f"by step 8: precond of transformer.wte.weight {apart}"),
+        ("zero1", 8, weight, f"by step 8: transformer.h.1.mlp.c_fc.weight {apart}"),
+        ("llama", 8, weight, f"by step 8: model.layers.0.input_layernorm.weight {apart}"),
+    ):
+        config = run_config(DATA, shared_folder(OUT), engine="fsdp2" if engine == "llama" else engine)
+        if engine == "llama":
+            config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32)
+            config.train.tensor_parallel = 2
+        drifting(config, step, change, words)
+
+
+def case_shards_are_compared_with_their_own_replicas_only():
+    """HSDP's layout: rows are replicas, columns shards. Where each rank has a shard of its own, nothing is compared."""
+    world = dist.get_world_size()
+    values = torch.arange(64.0).view(8, 8)
+    for shape, layout, compared in (
+        ((world, 1), [Replicate(), Shard(0)], True),
+        ((1, world), [Replicate(), Shard(0)], False),
+    ):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        model = nn.Module()
+        model.weight = nn.Parameter(distribute_tensor(values, mesh, layout))
+        optimizer = Anon(model.parameters(), state_dtype=EIGHT_BITS)
+        optimizer.init_state()
+
+        def check(model=model, optimizer=optimizer):
+            check_replicas([*copies_of(model), *states_of(optimizer, {model.weight: "weight"})], torch.device("cpu"))
+
+        check()
+        state = optimizer.state[model.weight]
+        for name, tensor in (("weight", model.weight.data), ("precond of weight", state["precond"])):
+            before = tensor.to_local().clone()
+            tensor.to_local()[-1, -1] = rank_1(float("nan"), 1.0)
+            if compared:
+                raises(ReplicasDifferError, f"{name} differs between rank 0 and rank 1", check)
+            else:
+                check()
+            tensor.to_local().copy_(before)
+    names = rank_1(["a", "b"], ["a"])
+    words = "b (3,) torch.float32 is on rank 1 only, of 2"
+    copies = [Copy(name, torch.ones(3), torch.ones(3)) for name in names]
+    raises(ReplicasDifferError, words, lambda: check_replicas(copies, torch.device("cpu")))
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

@@ -192,6 +192,31 @@ def case_partial_offload_is_refused():
         raise AssertionError("DeepSpeed would step half of the parameters with AdamW")
 
 
+def case_adams_in_place_of_the_optimizer_are_refused():
+    """SuperOffload and ZenFlow, by name, however Anon comes in, and in this package's own trainings whatever the optimizer."""
+    cpu_offload = {"device": "cpu"}
+    zenflow = {"topk_ratio": 0.1, "select_strategy": "step", "select_interval": 2, "update_interval": 2}
+    for zero, words in (
+        (
+            {"stage": 3, "offload_optimizer": {**cpu_offload, "super_offload": True}},
+            "DeepSpeed's SuperOffload steps an",
+        ),
+        ({"stage": 2, "offload_optimizer": cpu_offload, "zenflow": zenflow}, "DeepSpeed's ZenFlow steps an Adam"),
+        ({"stage": 3, "offload_optimizer": cpu_offload, "zenflow": zenflow}, "DeepSpeed's ZenFlow steps an Adam"),
+    ):
+        config = {"zero_optimization": zero}
+        for client in (True, False):
+            raises(EngineError, words, lambda c=config, client=client: user_training(c, client=client, steps=1))
+        path = Path(shared_folder(OUT)) / "zero.json"
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(config))
+        dist.barrier()
+        for name in ("anon", "adamw"):
+            ours = run_config("zero2", shared_folder(OUT))
+            ours.train.deepspeed_config, ours.optim.name = str(path), name
+            raises(EngineError, words, lambda ours=ours: run(ours))
+
+
 def accelerated(config, optimizer_of):
     forget_accelerate()
     cpu.bring_up_processes(timedelta(minutes=1))
@@ -383,6 +408,38 @@ def case_leave_runs_for_one_process():
         patch.close()
     if dist.get_rank() == 0:
         shutil.copytree(Path(OUT) / "two-ranks-zero3", Path(OUT) / "two-ranks-zero3-copy")
+
+
+def case_replicas_that_drift_apart_are_noticed():
+    """Weights up to stage 2, and in stage 0 masters and states; before the next checkpoint (step 4) is written."""
+
+    def weight(engine):
+        next(iter(engine.model.module.parameters())).data.view(-1)[3] = float("nan")
+
+    def state(engine):
+        next(iter(engine.optimizer.state.values()))["exp_avg_sq"][-1] += 1e-3
+
+    apart = "differs between rank 0 and rank 1"
+    for name, precision, change, words in (
+        ("zero0", "fp32", state, f"by step 4: exp_avg_sq of transformer.wte.weight {apart}"),
+        ("zero0", "bf16", state, f"by step 4: exp_avg_sq of the float32 master of parameter 0 {apart}"),
+        ("zero1", "bf16", weight, f"by step 4: transformer.wte.weight {apart}"),
+        ("zero2", "fp32", weight, f"by step 4: transformer.wte.weight {apart}"),
+    ):
+        patch, original, config = Patch(), loop.take_step, run_config(name, shared_folder(OUT))
+        config.train.precision = precision
+
+        def take_step(run, *rest, original=original, change=change):
+            done = original(run, *rest)
+            if run.step == 4 and dist.get_rank() == 1:
+                change(run.engine)
+            return done
+
+        patch.setattr(loop, "take_step", take_step)
+        raises(EngineError, words, lambda config=config: run(config))
+        patch.close()
+        dist.barrier()
+        assert not list(Path(config.run_dir).glob("checkpoints/*"))
 
 
 def case_steps_with_nan_are_skipped():

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from anon_dist.engines import peers
+from anon_dist.engines.agreement import check_alike
 
 HERE = socket.gethostname()
 FORK = multiprocessing.get_context("fork")
@@ -72,8 +73,12 @@ def test_all_name_the_first(notes, tmp_path):
     for rank in (0, 2):
         assert found[rank][0].startswith(f"The first of 3 ranks to fail was rank 1 on {HERE} at ")
         assert found[rank][0].endswith(" (ValueError: a shape is wrong).")
-    told = json.loads((tmp_path / "2.json").read_text())["message"]["message"]
-    assert told == f"RuntimeError: Connection closed by peer\n{found[2][0]}"
+    told = [json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(3)]
+    assert told[2]["message"] == "RuntimeError: Connection closed by peer\nand more"
+    assert told[2]["extraInfo"]["py_callstack"].endswith(f"{found[2][0]}\n")
+    # Whose second is the earliest is the launcher's "root cause".
+    seconds = [int(message["extraInfo"]["timestamp"]) for message in told]
+    assert seconds[1] < min(seconds[0], seconds[2])
 
 
 def test_the_silent_are_named(notes):
@@ -94,6 +99,75 @@ def test_without_a_store_the_exit_does_not_hang(notes):
     found = notes((0.0, ValueError("a shape is wrong")), (0.0, ValueError("a shape is wrong")), store=False)
     assert time.monotonic() - since < 30
     assert found[1][0].startswith(f"The store at 127.0.0.1 does not answer rank 1 on {HERE}: ")
+
+
+def in_a_group(rank: int, port: int, queue) -> None:
+    """Rank 0 waits for rank 1, which fails and does not end; each has a connection of its own besides."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    server = socket.create_server(("127.0.0.1", 0))
+    own = socket.create_connection(server.getsockname())
+    other, _ = server.accept()
+    with peers.connecting():
+        dist.init_process_group("gloo")
+    dist.barrier()
+    with suppress(ValueError, RuntimeError), peers.who_stopped():
+        if rank == 1:
+            queue.put(time.time())
+            raise ValueError("a shape is wrong")
+        try:
+            dist.barrier()
+        except RuntimeError:
+            queue.put(time.time())
+            raise
+    own.sendall(b"still there")
+    queue.put(f"rank {rank}: {other.recv(99)}")
+    time.sleep(30)
+
+
+def test_those_that_wait_notice_at_once_and_other_connections_stay():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = FORK.Queue()
+    processes = [FORK.Process(target=in_a_group, args=(rank, port, queue), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    failed, noticed = queue.get(timeout=60), queue.get(timeout=60)
+    assert 0 < noticed - failed < 1
+    assert {queue.get(timeout=60) for _ in processes} == {f"rank {rank}: b'still there'" for rank in range(2)}
+    for process in processes:
+        process.kill()
+
+
+def wait_at_start(rank: int, port: int, queue) -> None:
+    """Rank 1 fails before it has come to be compared."""
+    peers.WAIT_SECONDS = 1.5
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    try:
+        with peers.who_stopped():
+            if rank == 2:
+                raise ValueError("the YAML is broken")
+            check_alike({"optim.lr": 0.1}, 60)
+    except Exception as error:
+        queue.put((rank, str(error)))
+
+
+def test_nobody_waits_at_start_for_a_rank_that_failed():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    queue = FORK.Queue()
+    processes = [FORK.Process(target=wait_at_start, args=(rank, server.port, queue)) for rank in range(3)]
+    since = time.monotonic()
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=60) for _ in processes)
+    assert time.monotonic() - since < 20
+    assert found[2] == "the YAML is broken"
+    for rank in range(2):
+        assert found[rank].startswith(f"rank 2 on {HERE} at ")
+        assert found[rank].endswith(" stopped: ValueError: the YAML is broken")
+    for process in processes:
+        process.join(30)
 
 
 def test_one_process_has_no_note(monkeypatch):

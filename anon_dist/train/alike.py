@@ -1,0 +1,45 @@
+"""Which settings of a run must be the same on every rank; `engines.agreement` compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from anon_dist.data import Index
+from anon_dist.train.config import Config
+
+BY_CONTENT = ("data.path", "train.deepspeed_config", "model.from_pretrained", "optim.match")
+"""Paths that may differ from node to node. Of the data the fingerprint is compared, of DeepSpeed's configuration what is in it (by
+`start`), of a pretrained model its configuration and, once it is built, the weights; what `optim.match` names is read by rank 0 alone."""
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Every field of the configuration but those paths, and the fingerprint of the data.
+
+    Raises:
+        DataError: there is no prepared data.
+    """
+    found = dict(_fields(asdict(config), ""))
+    for name in BY_CONTENT:
+        path = found.pop(name)
+        if name in ("model.from_pretrained", "optim.match"):
+            found[name] = None if path is None else "a path"
+    return {**found, "the fingerprint of the data": Index.load(config.data.path).fingerprint}
+
+
+def pretrained_settings(built: PretrainedConfig) -> dict[str, Any]:
+    """A pretrained model's configuration, but for where it came from."""
+    found = {k: v for k, v in built.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return {f"the pretrained model's {name}": value for name, value in found.items()}
+
+
+def _fields(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    sections = ("model", "data", "optim", "schedule", "train", "eval", "checkpoint", "log")
+    for name, value in values.items():
+        if not prefix and name in sections:
+            yield from _fields(value, f"{name}.")
+        else:
+            yield f"{prefix}{name}", value
