@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def publish(temporary: Path, target: Path) -> None:
 
 def unused(path: Path) -> Path:
     """The path, or `path-2`, `path-3`, … if something has that name."""
-    names = (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10**6)))
-    return next(p for p in names if not os.path.lexists(p))
+    others = (path.with_name(f"{path.name}-{i}") for i in count(2))
+    return next(p for p in chain((path,), others) if not os.path.lexists(p))
 
 
 @contextmanager

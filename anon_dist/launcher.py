@@ -83,7 +83,7 @@ def _launcher_name(command: list[str]) -> str | None:
     name = os.path.basename(program)
     if name in _COMMANDS:
         return name
-    return next((m for m, script in zip(_MODULES, _SCRIPTS, strict=True) if program.endswith(script)), None)
+    return next((m for m, script in zip(_MODULES, _SCRIPTS, strict=True) if f"/{program}".endswith(script)), None)
 
 
 LAUNCHER = find()

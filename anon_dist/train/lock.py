@@ -221,6 +221,6 @@ def _machine() -> str:
 
 
 def _why(folder: Path, error: OSError) -> str:
-    if folder.is_symlink() and not folder.exists():
+    if os.path.islink(folder) and not os.path.exists(folder):
         return f"it is a symbolic link to {os.readlink(folder)}, which is not there"
     return str(error)
