@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anon_dist.agreement import failures, is_first
+from anon_dist.agreement import agree, failures, is_first
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.files import sync, sync_tree, unused, write_json
 
@@ -94,6 +94,8 @@ class Checkpoints:
         """Go on if no rank has an error; else remove what was written, and raise on all."""
         if not (what := failures(error)):
             return
+        if "[Errno" not in what:  # torch's own files do not say what is wrong with the disk
+            what = f"{what} ({agree(_room(self.folder))})"
         if is_first():
             _delete(temporary)
             self._close()
@@ -101,7 +103,7 @@ class Checkpoints:
             raise error  # no matter of files
         latest = self.latest()
         raise CheckpointError(
-            f"{self.folder / temporary.name} could not be written: {what}. {_room(self.folder)}Nothing of it is left; "
+            f"{self.folder / temporary.name} could not be written: {what}. Nothing of it is left; "
             + (f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint")
         ) from error
 
@@ -199,6 +201,7 @@ def _first(action: Callable[[], object]) -> Exception | None:
 
 
 def _room(folder: Path) -> str:
-    with suppress(OSError):
-        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free on its disk. "
-    return ""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
+    except OSError as error:
+        return str(error)
