@@ -99,9 +99,11 @@ class Checkpoints:
         if is_first():
             _delete(temporary)
             self._close()
+        latest = agree(
+            self.latest()
+        )  # no rank ends before that: launchers soon kill the others, rank 0 perhaps while it deletes
         if error is not None and not (isinstance(error, OSError | CheckpointError) or type(error) is RuntimeError):
             raise error  # no matter of files
-        latest = self.latest()
         raise CheckpointError(
             f"{self.folder / temporary.name} could not be written: {what}. Nothing of it is left; "
             + (f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint")
