@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from anon_dist import launcher as _launcher  # noqa: F401 - before anything that takes time: see there
+
 if TYPE_CHECKING:
     from anon_dist.engines.register import register
     from anon_dist.optim import Anon

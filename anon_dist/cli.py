@@ -76,6 +76,7 @@ def train(args: list[str] | None = None) -> None:
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
     from anon_dist.train.config import ConfigError, parse_args
+    from anon_dist.train.errors import RunError
     from anon_dist.train.loop import train as run
 
     def parse_and_run() -> None:
@@ -83,7 +84,7 @@ def train(args: list[str] | None = None) -> None:
             run(parse_args(args))
 
     try:
-        _or_exit(parse_and_run, ConfigError, EngineError, CheckpointError, DataError)
+        _or_exit(parse_and_run, ConfigError, EngineError, CheckpointError, DataError, RunError)
     finally:
         import torch.distributed as dist
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,22 @@ def sync_tree(folder: Path) -> None:
         sync(Path(parent))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write or replace a JSON file in one step."""
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a file in one step; if there is no room for it, nothing is left of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same with a JSON value."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -58,13 +68,10 @@ def publish(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder; interrupted, it is not there under its name any more."""
-    doomed = folder.with_name(folder.name + ".deleting")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def unused(path: Path) -> Path:
+    """The path, or `path-2`, `path-3`, … if something has that name."""
+    others = (path.with_name(f"{path.name}-{i}") for i in count(2))
+    return next(p for p in chain((path,), others) if not os.path.lexists(p))
 
 
 @contextmanager

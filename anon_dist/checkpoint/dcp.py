@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from anon_dist.agreement import describe
 from anon_dist.checkpoint.errors import CheckpointError
 
 _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
@@ -41,9 +42,17 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a nested dictionary of (sharded) tensors and values; ranks may hold different keys. The files are synced to disk."""
-    with _without_single_process_warning():
-        save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+    """Write a nested dictionary of (sharded) tensors and values; ranks may hold different keys. The files are synced to disk.
+
+    Raises:
+        CheckpointError: a rank could not write its files; on every rank.
+    """
+    try:
+        with _without_single_process_warning():
+            save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+    except CheckpointException as error:  # which is no Exception
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"rank {rank}: {describe(reason)}") from error
 
 
 def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: Collection[str] = ()) -> None:

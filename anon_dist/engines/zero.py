@@ -179,8 +179,26 @@ class ZeroEngine:
             yield from states_of(self.optimizer, names | masters)
 
     def save(self, folder: Path) -> None:
-        """See `base.Engine`. In DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+        """See `base.Engine`. In DeepSpeed's own format.
+
+        A rank that has no room for its file goes on to the barriers at which the others wait, and raises after them.
+        """
+        writer, failed = self._engine.checkpoint_engine, list[Exception]()
+        write = writer.save
+
+        def save(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failed.append(error)
+
+        writer.save = save
+        try:
+            self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+        finally:
+            writer.save = write
+        if failed:
+            raise failed[0]
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`. By DeepSpeed where stage and ranks are as when it was saved; else converted as it is read."""

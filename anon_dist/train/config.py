@@ -210,7 +210,8 @@ class Config:
     run_dir: str = "runs/default"
     """Folder of the run: checkpoints, metrics, the exported model."""
     resume: str = "auto"
-    """auto: go on from the latest checkpoint in run_dir, if there is one. never: start afresh. Or a checkpoint's folder."""
+    """auto: go on from the latest checkpoint in run_dir that is not damaged, if there is one. never: start afresh. Or a checkpoint's
+    folder; if it is an older one of this run, the later ones are renamed."""
 
 
 def check(config: Config) -> None:

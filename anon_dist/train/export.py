@@ -33,9 +33,13 @@ def export_model(folder: Path, weights: dict[str, Tensor], config: PretrainedCon
     plain.config.use_cache = True
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
-    publish(temporary, folder)
+    try:
+        plain.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+        publish(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a model on a full disk keeps it full
+        raise
 
 
 @torch.no_grad()

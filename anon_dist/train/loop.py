@@ -15,24 +15,29 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from safetensors import SafetensorError
 from torch import Tensor
 
+from anon_dist.agreement import agree, describe, failures, first_does
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
-from anon_dist.engines.start import start
+from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.config import Config
+from anon_dist.train.errors import RunError
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
+from anon_dist.train.lock import RunLock, held
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.model import peak_flops
 from anon_dist.train.report import RESULT, finished, report
-from anon_dist.train.run import Run, agree, set_up, wanted_engine
+from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -46,7 +51,7 @@ def train(config: Config) -> Path:
         `model/` (Hugging Face), `loss.png` and `result.json`.
 
     Raises:
-        ConfigError, EngineError, CheckpointError, DataError: see there; nothing of an earlier run is lost.
+        ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
     accelerator, name = start(
         wanted_engine(config),
@@ -55,33 +60,35 @@ def train(config: Config) -> Path:
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
     folder = Path(config.run_dir)
-    if agree(config.resume == "auto" and finished(folder, config), accelerator):
+    if agree(config.resume == "auto" and finished(folder, config)):
         if accelerator.is_main_process:
             print(
                 f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
             )
             report(folder, config)
         return folder
+    with held(folder) as lock:
+        _train(config, accelerator, name, folder, lock)
+    return folder
 
+
+def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, lock: RunLock | None) -> None:
     run = set_up(config, accelerator, name, folder)
+    run.lock = lock
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, console)
     timeout = timedelta(minutes=config.train.timeout_minutes)
-    with StopSignal(timeout) as stop, run.loader, _metrics(run, console) as write:
+    with StopSignal(timeout) as stop, run.loader, _metrics(run, console, stop) as write:
         stopped = _steps(run, stop, write, console)
     if console:
         console.close()
-    if stopped:
-        if accelerator.is_main_process:
-            print(
-                f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and the same command goes on from it.",
-                flush=True,
-            )
-    else:
+        if stopped:
+            again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
+            console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
+    if not stopped:
         _finish(run)
-    return folder
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -104,7 +111,7 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
     """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
     Returns:
-        The signal's name if one ended them early, None after the last.
+        What ended them early, a signal's name, say; None after the last.
     """
     config, steps, checkpoint_every = run.config, run.config.train.steps, run.config.checkpoint.every
     watch = Stopwatch(run.accelerator.device)
@@ -124,14 +131,14 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
             watch.skip()
         saved = run.step == steps or bool(checkpoint_every and run.step % checkpoint_every == 0)
         if saved:
-            _save(run)
+            _save(run, stop)
             watch.skip()
         if console:
             console.step()
         if stop.requested() and run.step < steps:
             if not saved:
-                _save(run)
-            return stop.received.name if stop.received else "a signal on another rank"
+                _save(run, stop)
+            return stop.reason
     return None
 
 
@@ -279,27 +286,50 @@ def _evaluation_record(run: Run, result: Evaluation, prefix: str) -> Record:
 
 
 @contextlib.contextmanager
-def _metrics(run: Run, console: Console | None) -> Iterator[Callable[[Record], None]]:
-    """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers."""
+def _metrics(run: Run, console: Console | None, stop: StopSignal) -> Iterator[Callable[[Record], None]]:
+    """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers.
+
+    Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
+    """
+    path, trackers = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
+
+    def begin() -> None:
+        file = MetricsFile(path, run.step)
+        try:
+            run.accelerator.init_trackers(run.config.log.project, init_kwargs=trackers)
+        except BaseException:
+            file.close()
+            raise
+        open_files.append(file)
+
+    open_files: list[MetricsFile] = []
+    _, error = first_does(begin)
+    if error:
+        raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
     if console is None:
         yield lambda record: None
         return
-    run.accelerator.init_trackers(
-        run.config.log.project, init_kwargs={"wandb": {"dir": str(run.folder), "name": run.folder.name}}
-    )
-    file = MetricsFile(run.folder / "metrics.jsonl", run.step)
+    (file,) = open_files
 
     def write(record: Record) -> None:
-        file.write(record)
         console.record(record)
-        run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+        try:
+            file.write(record)
+            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+        except OSError as error:
+            stop.fail(
+                RunError(
+                    f"{path} could not be written: {describe(error)}. The run goes on from the last checkpoint, by the same command"
+                )
+            )
 
     try:
         yield write
     finally:
-        file.close()
-        for tracker in run.accelerator.trackers:
-            tracker.finish()
+        with contextlib.suppress(OSError):  # of a full disk, which then has ended the run, or does not matter any more
+            file.close()
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
 
 
 # -- saving and finishing ---------------------------------------------------------------------------------------------
@@ -326,9 +356,17 @@ def _compare_replicas(run: Run) -> None:
     run.compared = run.step
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, stop: StopSignal) -> None:
     learn(run)
     _compare_replicas(run)
+    failed = stop.failure
+    try:
+        if run.lock is not None:
+            run.lock.confirm()
+    except (RunError, OSError) as error:
+        failed = failed or error
+    if what := failures(failed):
+        raise RunError(what) from failed
     progress = {
         "format": 1,
         "step": run.step,
@@ -358,14 +396,29 @@ def _finish(run: Run) -> None:
     if run.val_shards is not None:
         record = _evaluation_record(run, _validate(run, config.eval.final_sequences), "final")
     weights = run.engine.full_weights()
+    failed: Exception | None = None
     if main:
-        export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer")
-    if main:
-        file = MetricsFile(run.folder / "metrics.jsonl", run.step)
+        try:
+            _conclude(run, record, weights)
+        except (OSError, SafetensorError) as error:
+            failed = error
+    if what := failures(failed):
+        raise RunError(
+            f"run_dir = {run.folder}: the last step is taken and its checkpoint written, but not the results: {what}. The same command "
+            "writes them"
+        ) from failed
+
+
+def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
+    """What one rank writes when all steps are taken."""
+    config = run.config
+    export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer")
+    file = MetricsFile(run.folder / "metrics.jsonl", run.step)
+    try:
         file.write(record)
+    finally:
         file.close()
-        write_json(
-            run.folder / RESULT, {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": asdict(config)}
-        )
-        report(run.folder, config)
-    run.accelerator.wait_for_everyone()
+    write_json(
+        run.folder / RESULT, {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": asdict(config)}
+    )
+    report(run.folder, config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,22 @@ Record = dict[str, float | int]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a JSON object a line, by step. A resumed run first drops the lines of steps it will repeat."""
+    """`metrics.jsonl`: a JSON object a line, by step. A resumed run first cuts off the lines of steps it will repeat.
+
+    Cut in place: that takes no room on a full disk.
+
+    Raises:
+        OSError: of any method.
+    """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= resumed_at and "final_loss" not in r]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        kept = 0
+        for line, record in _records(path):
+            if record["step"] > resumed_at or "final_loss" in record:
+                break
+            kept += len(line)
+        with path.open("ab") as file:
+            file.truncate(kept)
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
@@ -34,13 +45,19 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics file; a last line torn by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Lines that are whole, and what they say."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
-    return records
+            return
+        if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+            return
+        yield line, record
 
 
 class Console:
@@ -58,7 +75,7 @@ class Console:
         """Show a record of metrics."""
         if self._bar is None:
             # Those of single param groups are for the file and the trackers.
-            print(" ".join(f"{k}={_short(v)}" for k, v in record.items() if "/" not in k), flush=True)
+            self.say(" ".join(f"{k}={_short(v)}" for k, v in record.items() if "/" not in k))
             return
         for key in ("loss", "val_loss", "lr", "tokens_per_s"):
             if key in record:
@@ -66,9 +83,10 @@ class Console:
         self._bar.set_postfix(self._shown)
 
     def say(self, text: str) -> None:
-        """A line for the person watching, above the bar if there is one."""
+        """A line for the person watching, above the bar if there is one. The run goes on if nobody can read it."""
         if self._bar is None:
-            print(text, flush=True)
+            with suppress(OSError):  # whoever read it is gone, or its disk is full
+                print(text, flush=True)
         else:
             self._bar.write(text)
 

@@ -41,9 +41,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     )
 
 
-def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Every group's, without its parameters."""
-    return [{k: v for k, v in g.items() if k not in ("params", "history")} for g in optimizer.param_groups]
+def hyperparameters(optimizer: Optimizer, without: Collection[str] = ("history",)) -> list[dict[str, Any]]:
+    """Every group's, without its parameters, and without what is no hyperparameter."""
+    return [{k: v for k, v in g.items() if k != "params" and k not in without} for g in optimizer.param_groups]
 
 
 def apply_hyperparameters(

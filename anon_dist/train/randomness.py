@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from anon_dist.agreement import describe
+from anon_dist.checkpoint.errors import DamagedCheckpoint
 
 
 def seed(base: int, rank: int, step: int) -> None:
@@ -27,19 +31,30 @@ def save(folder: Path, rank: int) -> None:
         "python": random.getstate(),
         "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
     }
-    torch.save(state, folder / f"random-{rank:05d}.pt")
+    data = io.BytesIO()
+    torch.save(state, data)
+    (folder / f"random-{rank:05d}.pt").write_bytes(
+        data.getbuffer()
+    )  # where torch would not say what is wrong with the disk
 
 
 def load(folder: Path, rank: int) -> bool:
-    """Restore what `save` wrote; False if there was no such rank."""
+    """Restore what `save` wrote; False if there was no such rank.
+
+    Raises:
+        DamagedCheckpoint: the file is not what `save` writes. On this rank, of which some generators may have been set.
+    """
     path = folder / f"random-{rank:05d}.pt"
     if not path.exists():
         return False
-    state = torch.load(path, weights_only=True)
-    torch.set_rng_state(state["torch"])
-    if state["accelerator"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["accelerator"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    try:
+        state = torch.load(path, weights_only=True)
+        torch.set_rng_state(state["torch"])
+        if state["accelerator"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["accelerator"])
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    except Exception as error:  # torch raises many kinds
+        raise DamagedCheckpoint(f"{path} is damaged: {describe(error)}") from error
     return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -12,24 +15,29 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PretrainedConfig
 
+from anon_dist.agreement import agree, failures, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.folder import read_progress
+from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint.folder import PROGRESS, read_progress, step_of
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
 from anon_dist.engines.agreement import check_alike
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
+from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
+from anon_dist.train.lock import RunLock
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.watch import OptimizerWatch
 
@@ -67,6 +75,8 @@ class Run:
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
     """The step after which the replicas were last compared."""
+    lock: RunLock | None = None
+    """On the folder; of rank 0."""
 
     @property
     def mask_eod(self) -> int | None:
@@ -95,7 +105,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     """Data, model, optimizer; and in them the checkpoint to go on from, if there is one. Every rank calls it.
 
     Raises:
-        ConfigError, EngineError, CheckpointError, DataError: see there.
+        ConfigError, EngineError, CheckpointError, DataError, RunError: see there.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -159,13 +169,10 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         watch=OptimizerWatch(engine, accelerator.device),
         gammas=gammas,
     )
-    if accelerator.is_main_process:
-        run.checkpoints.clean()
-    accelerator.wait_for_everyone()
+    _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+    _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+    _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
 
 
@@ -179,7 +186,7 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
             found = load_spectra(Path(config.optim.match)).to_json()
         except (CheckpointError, OSError) as error:
             found = str(error)
-    found = agree(found, accelerator)
+    found = agree(found)
     if isinstance(found, str):
         raise ConfigError(f"optim.match: {found}")
     return Spectra.from_json(found)
@@ -204,32 +211,132 @@ def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenSh
     return index, train_shards, val_shards
 
 
+def _in_folder(folder: Path, action: Callable[[], object]) -> None:
+    """Have rank 0 change something in the run's folder.
+
+    Raises:
+        RunError: it cannot; on every rank.
+    """
+    _, error = first_does(action)
+    if error:
+        raise RunError(f"run_dir = {folder} cannot be written: {error}")
+
+
+# -- going on from a checkpoint ---------------------------------------------------------------------------------------
+
+
 def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     """Load the checkpoint that `resume` asks for; with the hyperparameters of the present configuration."""
-    config, rank = run.config, run.accelerator.process_index
-    latest = run.checkpoints.latest()
-    if config.resume == "never":
-        if latest is not None:
-            raise ConfigError(
-                f"resume is never, but run_dir = {run.folder} has checkpoints; choose another run_dir, or remove it"
-            )
-        return
-    source = latest if config.resume == "auto" else Path(config.resume)
-    source = agree(source, run.accelerator)
-    if source is None:
-        return
-    later = [p.name for p in run.checkpoints.complete() if p.parent == source.parent and p.name > source.name]
-    if later:
+    present, error = first_does(run.checkpoints.complete)
+    if error:
+        raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
+    if run.config.resume == "auto":
+        _resume_latest(run, present, wanted)
+    elif run.config.resume != "never":
+        _resume_from(run, Path(run.config.resume), present, wanted)
+    elif present:
         raise ConfigError(
-            f"resume = {source}, but run_dir = {run.folder} has later checkpoints ({', '.join(later)}); choose another run_dir"
+            f"resume is never, but run_dir = {run.folder} has checkpoints; choose another run_dir, or remove it"
         )
-    progress = read_progress(source)
+
+
+def _resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -> None:
+    """The last one that is not damaged; the later ones are set aside when it is loaded."""
+    with run.engine.whole_optimizer() as optimizer:
+        stateless, groups = not optimizer.state, copy.deepcopy(hyperparameters(optimizer, without=()))
+    damaged: list[tuple[Path, DamagedCheckpoint]] = []
+    for source in reversed(present):
+        try:
+            _load(run, source, wanted)
+        except DamagedCheckpoint as error:
+            damaged.append((source, error))
+            _forget(run, stateless, groups)
+            continue
+        _in_folder(run.folder, lambda source=source: _set_damaged_aside(run, damaged, source))  # type: ignore[misc]
+        return
+    if damaged:
+        reasons = "; ".join(f"{source.name}: {error}" for source, error in damaged)
+        raise DamagedCheckpoint(
+            f"run_dir = {run.folder} has no checkpoint that can be loaded ({reasons}). They stay as they are; choose another run_dir to "
+            "begin anew"
+        ) from damaged[0][1]
+
+
+def _forget(run: Run, stateless: bool, groups: list[dict[str, Any]]) -> None:
+    """What a load that failed may have left where the next one does not write: weights and states it will overwrite."""
+    with run.engine.whole_optimizer() as optimizer:
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(copy.deepcopy(values))
+        if stateless:
+            optimizer.state.clear()
+
+
+def _set_damaged_aside(run: Run, damaged: list[tuple[Path, DamagedCheckpoint]], source: Path) -> None:
+    for checkpoint, error in damaged:
+        kept = run.checkpoints.set_aside(checkpoint, "damaged")
+        _warn(f"{checkpoint} is damaged, and set aside as {kept.name}: {error}")
+    if damaged:
+        last = step_of(damaged[0][0])
+        _warn(f"steps {run.step + 1} to {last} are lost, and taken again from {source}")
+
+
+def _resume_from(run: Run, source: Path, present: list[Path], wanted: list[dict[str, Any]]) -> None:
+    """One that was named: later ones of this run are set aside, with what came of them."""
+    ours = agree(source.parent.resolve() == run.checkpoints.folder.resolve())
+    if present and not ours and agree((source / PROGRESS).is_file()):
+        raise ConfigError(
+            f"resume = {source} is not of run_dir = {run.folder}, which has checkpoints of its own ({present[-1].name}); "
+            "--resume auto goes on from those, or choose another run_dir"
+        )
+    _load(run, source, wanted)
+    later = [p for p in present if p.name != source.name and step_of(p) >= run.step]
+    if ours and later:
+        _in_folder(run.folder, lambda: _set_later_aside(run, later, source))
+
+
+def _set_later_aside(run: Run, later: list[Path], source: Path) -> None:
+    moved = []
+    result, records = run.folder / RESULT, run.folder / "metrics.jsonl"
+    if result.exists():  # or the run would count as finished
+        moved.append(result.rename(unused(result.with_name(result.name + ".aside"))).name)
+    if records.exists():  # of which what is after this step is going to be cut
+        kept = unused(records.with_name(records.name + ".aside"))
+        shutil.copy(records, kept)
+        moved.append(kept.name)
+    moved += [run.checkpoints.set_aside(checkpoint, "aside").name for checkpoint in reversed(later)]
+    _warn(
+        f"going back to {source}: what came after is set aside as {', '.join(moved)}; metrics.jsonl ends at step {run.step}"
+    )
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", flush=True)
+
+
+def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
+    """Weights, optimizer, data cursor, random state, step count.
+
+    Raises:
+        DamagedCheckpoint: on every rank. Everything may have been changed in part.
+        CheckpointError, ConfigError, DataError: it is of another model, optimizer or corpus, or no checkpoint.
+    """
+    config, rank = run.config, run.accelerator.process_index
+    progress = _agreed_progress(source)
     if progress["step"] > config.train.steps:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
     run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
+    found, failed = False, None
+    try:
+        found = randomness.load(source, rank)
+    except DamagedCheckpoint as error:
+        failed = error
+    if what := failures(failed):
+        raise DamagedCheckpoint(what) from failed
+    if not found:
+        randomness.seed(config.train.seed, run.reader, progress["step"])
     say = print if run.accelerator.is_main_process else (lambda _: None)
     with run.engine.whole_optimizer() as optimizer:
         try:
@@ -237,13 +344,24 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
         except ValueError as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
-    if not randomness.load(source, rank):
-        randomness.seed(config.train.seed, run.reader, run.step)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 
-def agree(value: Any, accelerator: Accelerator) -> Any:
-    """Rank 0's value, on every rank: others may see a shared folder a little later."""
-    if accelerator.num_processes == 1:
-        return value
-    return broadcast_object_list([value])[0]
+def _agreed_progress(source: Path) -> dict[str, Any]:
+    """What rank 0 reads of a checkpoint's progress, with the keys that the loop has written."""
+    outcome: Any = None
+    if is_first():
+        try:
+            outcome = read_progress(source)
+            data = outcome.get("data")
+            numbers = {key: outcome.get(key) for key in ("step", "skipped", "world_size")}
+            numbers["data.cursor"] = data.get("cursor") if isinstance(data, dict) else None
+            if wrong := [key for key, value in numbers.items() if type(value) is not int or value < 0]:
+                raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {', '.join(wrong)} missing, or no number")
+        except CheckpointError as error:
+            outcome = error
+    outcome = agree(outcome)
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    progress: dict[str, Any] = outcome
+    return progress

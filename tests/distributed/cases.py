@@ -6,6 +6,7 @@ Each `case_…` function runs on every rank, one after the other, in one process
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
+from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
 from anon_dist.engines import agreement
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
@@ -40,7 +42,7 @@ from anon_dist.optim.backends import choice, cpu
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
-from anon_dist.train import loop
+from anon_dist.train import loop, signals
 from anon_dist.train.evaluate import token_loss
 from anon_dist.train.model import build_model
 
@@ -582,18 +584,62 @@ def run(config):
     return loop.train(config)
 
 
+class Killed:
+    """A launcher that is no more."""
+
+    gone, name, pid = True, "torchrun", 7
+
+
 def case_a_signal_to_one_rank_stops_all():
-    """Only rank 1 is told to stop; all stop after the same step, and go on bit for bit. With dropout and accumulation."""
+    """Only rank 1 is told to stop, or loses its launcher; all stop after the same step, and go on bit for bit. With dropout and
+    accumulation."""
     whole = run(run_config(DATA, shared_folder(OUT), dropout=0.1))
-    config = run_config(DATA, shared_folder(OUT), dropout=0.1)
-    patch = Patch()
-    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
-    folder = run(config)
-    patch.close()
-    assert max(r["step"] for r in metrics(folder)) in (6, 7)
-    run(config)
-    if dist.get_rank() == 0:
-        assert metrics(folder) == metrics(whole)
+    for launcher in (False, True):
+        config = run_config(DATA, shared_folder(OUT), dropout=0.1)
+        patch = Patch()
+
+        def stop(patch=patch, launcher=launcher):
+            if dist.get_rank() == 1 and launcher:
+                patch.setattr(signals, "LAUNCHER", Killed)
+            elif dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        at_step(patch, 6, stop)
+        folder = run(config)
+        patch.close()
+        assert max(r["step"] for r in metrics(folder)) in (6, 7)
+        run(config)
+        if dist.get_rank() == 0:
+            assert metrics(folder) == metrics(whole)
+
+
+def case_a_full_disk_ends_all_ranks_in_a_line():
+    """Rank 1 has no room for its part of the second checkpoint, or rank 0 for the metrics before it. The run goes on from the first."""
+    whole = run(run_config(DATA, shared_folder(OUT)))
+    for rank, words in (
+        (1, "step-00000008 could not be written: rank 1: "),
+        (0, "metrics.jsonl could not be written: "),
+    ):
+        folder = Path(shared_folder(OUT))
+        config = run_config(DATA, str(folder))
+        patch, (soft, hard) = Patch(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def fill(rank=rank, folder=folder, hard=hard):
+            if dist.get_rank() == rank:
+                size = (folder / "metrics.jsonl").stat().st_size + 50 if rank == 0 else 1000
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+        at_step(patch, 7, fill)
+        try:
+            raises(RuntimeError, words, lambda config=config: run(config))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            patch.close()
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+        dist.barrier()
+        run(config)
+        if dist.get_rank() == 0:
+            assert metrics(folder) == metrics(whole)
 
 
 def whole_and_resumed(whole, interrupted):
@@ -712,7 +758,15 @@ def case_engines_agree_and_resume_each_other():
         run(run_config(DATA, folder, engine=first))
         patch.close()
         assert max(r["step"] for r in metrics(Path(folder))) in (6, 7)
+        latest = Checkpoints(Path(folder) / "checkpoints", 2).latest()
+        dist.barrier()
+        if (
+            first in ("zero1", "fsdp1") and dist.get_rank() == 1
+        ):  # a file that one rank reads: all take the checkpoint of step 4
+            (latest / "random-00001.pt").write_bytes(b"torn")
+        dist.barrier()
         run(run_config(DATA, folder, engine=second))
+        assert latest.with_name(f"{latest.name}.damaged").exists() == (first in ("zero1", "fsdp1"))
         if dist.get_rank() == 0:
             for key in (*("loss", "val_loss", "final_loss", "grad_norm", "update_rms"), *GROUPS):
                 a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (folder, whole))

@@ -5,6 +5,7 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -397,6 +398,28 @@ def case_adamw_goes_on_too():
     if dist.get_rank() == 0:
         ours, theirs = ([r["loss"] for r in metrics(f) if "loss" in r] for f in (folder, whole))
         assert all(abs(a / b - 1) < 1e-4 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def case_a_full_disk_ends_all_ranks_in_a_line():
+    """DeepSpeed has barriers in its save, at which rank 0 waits for the one that has no room."""
+    config = run_config("zero2", shared_folder(OUT))
+    patch, (soft, hard) = Patch(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(patch, 6, fill)
+    try:
+        raises(CheckpointError, " could not be written: rank 1: ", lambda: run(config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        patch.close()
+    names = [p.name for p in (Path(config.run_dir) / "checkpoints").iterdir()]
+    assert names in ([], ["step-00000004"]), names
+    dist.barrier()
+    assert max(r["step"] for r in metrics(run(config))) == config.train.steps
 
 
 def case_leave_runs_for_one_process():

@@ -263,12 +263,22 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on_when_it_is_back(start, hosts,
 
 
 def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
-    """One host cannot write to the run's folder, and has the store."""
-    (tmp_path / "file").touch()
-    folders = [tmp_path / "file" / "run", tmp_path / "run"]
+    """The host that has the store raises what nobody expects, at the first step."""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+            import os, sys
+
+            def break_off(event, arguments):
+                if event == "import" and arguments[0] == "resource" and "RANK" in os.environ:
+                    raise NotADirectoryError("resource")
+
+            sys.addaudithook(break_off)
+        """)
+    )
+    broken = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     launches = [
-        host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(folder))
-        for host, folder in zip(hosts, folders, strict=True)
+        host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(tmp_path / "run"), **variables)
+        for host, variables in zip(hosts, (broken, {}), strict=True)
     ]
     assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
     here, there = (stopped_first(launch) for launch in launches)

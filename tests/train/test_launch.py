@@ -102,6 +102,29 @@ def test_sigterm_to_the_launcher_saves(config, tmp_path):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
+def test_one_run_in_a_folder_and_none_without_its_launcher(config, tmp_path):
+    """A second start is refused. The launcher alone is killed: its ranks save, and end."""
+    options = ("--checkpoint.every", "0", "--train.steps", "100000")
+    process = launch(config, tmp_path / "run", accelerate("ddp-cpu.yaml"), *options)
+    for line in process.stdout:
+        if line.startswith("step=3 "):
+            break
+    second = launch(config, tmp_path / "run", [sys.executable], *options)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 1
+    assert output.count("\n") == 1
+    assert output.startswith(f"error: run_dir = {tmp_path / 'run'} is in use by process ")
+    process.kill()
+    taken = len(metrics(tmp_path / "run"))
+    output = process.stdout.read()  # the ranks have the pipe, until they end
+    process.wait()
+    process.stdout.close()
+    name = f"accelerate.commands.launch, process {process.pid}"
+    assert f"Stopped by the end of its launcher ({name}) after step" in output
+    assert len(metrics(tmp_path / "run")) <= taken + 4
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
 def test_one_process_instead_of_several_is_noticed(config, tmp_path):
     """accelerate's MULTI_CPU launcher starts a single process, whatever num_processes says, without a word."""
     text = (ROOT / "configs" / "accelerate" / "ddp-cpu.yaml").read_text()

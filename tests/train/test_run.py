@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
+from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.train import loop
 from anon_dist.train.config import ConfigError
 
@@ -37,16 +39,104 @@ def assert_same_run(a, b):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, train, tmp_path, monkeypatch):
-    """Crashes at steps before, at and after checkpoints (every 4 steps), with gradient accumulation and dropout."""
+def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, train, tmp_path, monkeypatch, capsys):
+    """Crashes at steps before, at and after checkpoints (every 4 steps), with gradient accumulation and dropout. The checkpoint of step 8
+    is damaged: what its load has changed until that is noticed, everything, is none the less that of step 4 in the end."""
     changes = {**OPTIMIZERS[optimizer], "model__dropout": 0.1}
     whole = train(run_config(**changes, run_dir=str(tmp_path / "whole")))
     config = run_config(**changes, run_dir=str(tmp_path / "crashed"))
     for step in (2, 6, 9, 13):
         with monkeypatch.context() as patch, pytest.raises(Crash):
+            if step == 13:
+                damage(tmp_path / "crashed" / "checkpoints" / "step-00000008", patch)
+                capsys.readouterr()
             at_step(patch, step, crash)
             train(config)
+    said = capsys.readouterr().out
+    assert "step-00000008 is damaged, and set aside as step-00000008.damaged: " in said
+    assert "random-00000.pt is damaged" in said
+    assert "steps 5 to 8 are lost, and taken again from" in said
     assert_same_run(whole, train(config))
+    assert (tmp_path / "crashed" / "checkpoints" / "step-00000008.damaged" / ".metadata").exists()
+
+
+def damage(checkpoint, patch):
+    """Cut off a file that is read last; and have the load before it leave wreckage, as one that ends half way may."""
+    random_state = checkpoint / "random-00000.pt"
+    random_state.write_bytes(random_state.read_bytes()[:-100])
+    load = TorchEngine.load
+
+    def wreck(engine, folder):
+        load(engine, folder)
+        if folder.name == checkpoint.name:
+            for p in engine.model.parameters():
+                p.data.fill_(torch.nan)
+            for state in engine.optimizer.state.values():
+                for value in state.values():
+                    value.fill_(3)
+            for group in engine.optimizer.param_groups:
+                group.update(lr=7.0, weight_decay=5.0, betas=(0.1, 0.2))
+                if "history" in group:
+                    group.update(gamma=-1.0, history='[{"since": 3, "gamma": -1.0}]')
+
+    patch.setattr(TorchEngine, "load", wreck)
+
+
+@pytest.mark.parametrize("how", ["empty", "a key", "the cursor", "random"])
+def test_what_is_damaged_everywhere_is_refused_in_a_line_and_stays(how, run_config, train, tmp_path):
+    config = run_config(train__steps=8)
+    folder = train(config)
+    config.train.steps = 10
+    for checkpoint in (folder / "checkpoints").iterdir():
+        progress = json.loads((checkpoint / "trainer.json").read_text())
+        if how == "a key":
+            del progress["skipped"]
+        if how == "the cursor":
+            progress["data"]["cursor"] = -1
+        (checkpoint / "trainer.json").write_text("" if how == "empty" else json.dumps(progress))
+        if how == "random":
+            torch.save({"torch": 1}, checkpoint / "random-00000.pt")
+    before = sorted((folder / "checkpoints").rglob("*"))
+    for resume in ("auto", str(folder / "checkpoints" / "step-00000004")):
+        config.resume = resume
+        with pytest.raises(DamagedCheckpoint, match=r"step-00000004/(trainer\.json|random-00000\.pt)") as refused:
+            train(config)
+        assert "\n" not in str(refused.value)
+        assert sorted((folder / "checkpoints").rglob("*")) == before
+
+
+def test_a_run_goes_back_to_an_older_step(run_config, train, tmp_path, monkeypatch, capsys):
+    """The finished run is one no more, whatever befalls the other; and what came later is there to go back to."""
+    whole = train(run_config(run_dir=str(tmp_path / "whole")))
+    config = run_config(checkpoint__keep=4)
+    folder = train(config)
+    for resume in (
+        folder / "checkpoints" / "step-00000008",
+        folder.parent / "run" / ".." / "run" / "checkpoints" / "step-00000004",
+    ):
+        config.resume = str(resume)
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            at_step(patch, 10, crash)
+            train(config)
+    said = capsys.readouterr().out
+    assert (
+        "what came after is set aside as result.json.aside, metrics.jsonl.aside, step-00000014.aside, step-00000012.aside"
+        in said
+    )
+    assert "set aside as metrics.jsonl.aside-2, step-00000008.aside; metrics.jsonl ends at step 4" in said
+    assert [r["step"] for r in metrics(folder) if "loss" in r] == list(range(1, 10))
+    config.resume = "auto"
+    assert_same_run(whole, train(config))
+    lines = (folder / "metrics.jsonl.aside").read_text().splitlines()
+    assert json.loads(lines[-1])["final_loss"] == metrics(whole)[-1]["final_loss"]
+
+    later = folder / "checkpoints" / "step-00000014.aside"
+    config.resume, config.train.steps = str(later), 16
+    train(config)
+    assert metrics(folder)[-1]["step"] == 16
+    other = run_config(run_dir=str(tmp_path / "whole"), resume=str(later), train__steps=16)
+    with pytest.raises(ConfigError, match=r"is not of run_dir = .*which has checkpoints of its own \(step-00000014\)"):
+        train(other)
 
 
 @pytest.mark.parametrize(("first", "second"), [("adamw", "anon"), ("anon", "adamw")])
@@ -275,9 +365,6 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
     )
     refused(DataError, r"keep the data seed", data__seed=1)
     refused(ConfigError, r"resume is never, but run_dir", resume="never")
-    refused(
-        ConfigError, r"has later checkpoints \(step-00000005\)", resume=str(folder / "checkpoints" / "step-00000004")
-    )
     refused(CheckpointError, r"nowhere is no complete checkpoint", resume=str(tmp_path / "nowhere"))
     refused(
         ConfigError,
@@ -288,7 +375,8 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
     other = tmp_path / "other"
     prepare(PrepareConfig(source=str(texts), tokenizer="bytes", out=other, val_fraction=0.4, workers=1))
     refused(DataError, r"fingerprint is", data__path=str(other))
-    (folder / "checkpoints" / "step-00000005" / ".metadata").write_bytes(b"torn")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / ".metadata").write_bytes(b"torn")
     files = sorted(p for p in (folder / "checkpoints").rglob("*"))
     refused(CheckpointError, r"\.metadata cannot be read")
 

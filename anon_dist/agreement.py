@@ -1,0 +1,76 @@
+"""What one rank knows or meets, made known to all: ranks go on together, or end together by the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+NAMED = 4
+"""Of more ranks that failed than this, the rest is counted."""
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value, on every rank: others may see a shared folder a little later. Every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def failures(error: Exception | None) -> str:
+    """What went wrong on which ranks, the same text on every rank; "" if nothing did. Every rank must call it.
+
+    Args:
+        error: of this rank.
+    """
+    own = None if error is None else describe(error)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own or ""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    by_text: dict[str, list[int]] = {}
+    for rank, text in enumerate(found):
+        if text is not None:
+            by_text.setdefault(text, []).append(rank)
+    if list(by_text.values()) == [list(range(len(found)))]:
+        return next(iter(by_text))
+    parts = [f"{_ranks(ranks)}: {text}" for text, ranks in by_text.items()]
+    more = len(parts) - NAMED
+    return "; ".join(parts[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def first_does(action: Callable[[], Any]) -> tuple[Any, str]:
+    """Rank 0 does something with files; every rank gets what came of it. Every rank must call it.
+
+    Returns:
+        What the action returned, "" if all is well; None, the text of its OSError or ValueError otherwise.
+    """
+    outcome: tuple[Any, str] = (None, "")
+    if is_first():
+        try:
+            outcome = (action(), "")
+        except (OSError, ValueError) as error:
+            outcome = (None, describe(error))
+    agreed: tuple[Any, str] = agree(outcome)
+    return agreed
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line; without its type where the words are meant for users."""
+    lines = str(error).strip().splitlines()
+    if lines and (isinstance(error, OSError) or type(error).__module__.startswith("anon_dist.")):
+        return lines[0][:1000]
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+
+
+def _ranks(ranks: list[int]) -> str:
+    named = ", ".join(map(str, ranks[:NAMED]))
+    return f"rank{'s' * (len(ranks) > 1)} {named}{f' and {len(ranks) - NAMED} more' if len(ranks) > NAMED else ''}"

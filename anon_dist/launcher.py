@@ -1,0 +1,89 @@
+"""The launcher (torchrun, accelerate, DeepSpeed's) that started this process: whether it still lives.
+
+Without its launcher nobody would start, stop or wait for a rank any more. Found when the package is imported, before torch, whose import
+takes seconds in which a launcher may end. What a shell started has no launcher: it may outlive the shell.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_COMMANDS = {"torchrun", "accelerate", "accelerate-launch", "deepspeed"}
+_MODULES = (
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+)
+_SCRIPTS = tuple(f"/{module.replace('.', '/')}.py" for module in _MODULES)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A process, told from a later one of the same number by when it began."""
+
+    pid: int
+    began: int
+    """Clock ticks since the machine did."""
+    name: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        found = _process(self.pid)
+        return found is None or found[1] != self.began
+
+
+def find() -> Launcher | None:
+    """The nearest ancestor that is a launcher by its command; else the parent, if it is a Python program that set torch's variables."""
+    pid = parent = os.getppid()
+    while pid > 0 and (found := _process(pid)) is not None:
+        above, began = found
+        if (name := _launcher_name(_command(pid))) is not None:
+            return Launcher(pid, began, name)
+        pid = above
+    if "TORCHELASTIC_RUN_ID" in os.environ and (found := _process(parent)) is not None:
+        command = _command(parent)
+        if command and os.path.basename(command[0]).startswith("python"):
+            return Launcher(parent, found[1], "its launcher")
+    return None
+
+
+def _process(pid: int) -> tuple[int, int] | None:
+    """Parent, and when it began; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else (int(fields[1]), int(fields[19]))
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def _launcher_name(command: list[str]) -> str | None:
+    """torchrun as such, as a script given to Python (what pip installs), or as a module."""
+    if not command or command[0].startswith("-"):
+        return None
+    program, rest = command[0], command[1:]
+    while rest and rest[0].startswith("-") and rest[0] != "-m":  # options of Python
+        rest = rest[2 if rest[0] in ("-X", "-W") else 1 :]
+    if os.path.basename(program).startswith("python") and rest:
+        if rest[0] == "-m" and len(rest) > 1 and rest[1] in _MODULES:
+            return rest[1]
+        program = rest[0]
+    name = os.path.basename(program)
+    if name in _COMMANDS:
+        return name
+    return next((m for m, script in zip(_MODULES, _SCRIPTS, strict=True) if f"/{program}".endswith(script)), None)
+
+
+LAUNCHER = find()
