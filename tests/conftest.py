@@ -1,11 +1,21 @@
-"""Data that many tests read: a few real texts, prepared once."""
+"""Data that many tests read: a few real texts, prepared once. And how hypothesis chooses its examples."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from anon_dist.data import PrepareConfig, prepare
+
+# Its own deadline, 200 ms for an example, is one for a machine that does nothing else. A run has the same examples as the last, unless the
+# soaks run too (`tests/run.sh --all`): what is new in a change is then new by the change.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None)
+
+
+def pytest_configure(config):
+    settings.load_profile("tests" if "not slow" in config.option.markexpr else "soak")
 
 
 @pytest.fixture(scope="session")
