@@ -1,4 +1,4 @@
-"""Data that many tests read: a few real texts, prepared once. And how hypothesis chooses its examples."""
+"""Data that many tests read: a few real texts, prepared once. And the order of the tests, and how hypothesis chooses its examples."""
 
 import sysconfig
 from pathlib import Path
@@ -16,6 +16,19 @@ settings.register_profile("soak", deadline=None)
 
 def pytest_configure(config):
     settings.load_profile("tests" if "not slow" in config.option.markexpr else "soak")
+
+
+LONGEST = ("multinode", "distributed", "train", "users", "checkpoint", "sweep")
+"""Folders that begin, so that at the end two workers have something to do."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    def place(item):
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

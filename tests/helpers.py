@@ -18,7 +18,7 @@ def forget_accelerate():
         os.environ.pop(key, None)
 
 
-def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float = 500) -> Path:
+def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float = 2000) -> Path:
     """Run a script on several ranks of this machine, with `out` and `args` as arguments; its output goes to `out/log`."""
     if not run_ranks(script, [os.environ] * ranks, [str(out), *args], out / "log", seconds):
         with (out / "log").open("a") as log:

@@ -63,7 +63,7 @@ PARENTS: list[Parent] = []
 def run_ranks(
     script: Path, environments: Sequence[Mapping[str, str]], arguments: Sequence[str], log: Path, seconds: float
 ) -> bool:
-    """Run a script on as many ranks of this machine as there are environments, completed to what torchrun's ranks have.
+    """Run a script on as many ranks of this machine as there are environments, completed to what torchrun's ranks have; one has no peers.
 
     Returns:
         Whether all ended well. Where one does not, or in time, the others are ended too; what each did then is in the log.
@@ -74,13 +74,14 @@ def run_ranks(
     while len(PARENTS) < ranks:
         PARENTS.append(Parent())
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     elastic = {"USE_AGENT_STORE": "True", "RESTART_COUNT": "0", "MAX_RESTARTS": "0", "RUN_ID": "tests"}
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1", "GROUP_RANK": "0"}
-    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     common |= {f"TORCHELASTIC_{key}": value for key, value in elastic.items()}
     running = PARENTS[:ranks]
     for rank, (parent, own) in enumerate(zip(running, environments, strict=True)):
-        parent.start(script, arguments, log, {**own, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        place = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        parent.start(script, arguments, log, {**own, **place, "OMP_NUM_THREADS": "1"})
     well, end = True, time.monotonic() + seconds
     try:
         while running:

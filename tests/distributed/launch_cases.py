@@ -21,7 +21,7 @@ def run_cases(namespace: dict[str, Any], before: Callable[[], None] | None = Non
     out = Path(sys.argv[1])
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     report.plot_loss = lambda *_: None  # a third of a small run's time, and looked at in tests/train
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     results = {}
     for name, case in [(k, v) for k, v in namespace.items() if k.startswith("case_")]:
         since, of_processor = time.perf_counter(), time.process_time()

@@ -3,7 +3,6 @@
 environments.py FOLDER FILE:RANKS …   leaves the variables of rank r in FOLDER/FILE/r, as `env -0` prints them
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
 if __name__ == "__main__":
-    for name in [n for n in os.environ if n.startswith(("TORCHELASTIC_", "MASTER_", "LOCAL_")) or "RANK" in n]:
-        del os.environ[name]  # this is a launcher, and no rank
     for file, ranks in (argument.split(":") for argument in sys.argv[2:]):
         folder = Path(sys.argv[1]) / file
         folder.mkdir()

@@ -64,7 +64,7 @@ def accelerate(config_file: str, ranks: int = 2) -> list[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for the end of a run that should succeed; its output."""
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -97,7 +97,7 @@ def test_sigterm_to_the_launcher_saves(config, tmp_path):
         if line.startswith("step=3 "):
             break
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "Stopped by SIGTERM after step" in output
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
@@ -109,14 +109,14 @@ def test_one_process_instead_of_several_is_noticed(config, tmp_path):
         text.replace("MULTI_GPU\n", "MULTI_CPU\n").replace("port: 0", "port: 29400")
     )
     process = launch(config, tmp_path / "run", accelerate(str(tmp_path / "multi-cpu.yaml")))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "accelerate was to start several processes and started one" in output
     assert process.returncode == 1
 
 
 def test_a_mistake_is_one_line(config, tmp_path):
     process = launch(config, tmp_path / "run", [sys.executable], "--data.path", str(tmp_path / "nowhere"))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert output.startswith("error: preparation unfinished or not a data folder")
     assert "Traceback" not in output
