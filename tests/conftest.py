@@ -8,14 +8,11 @@ from hypothesis import settings
 
 from anon_dist.data import PrepareConfig, prepare
 
-# Its own deadline, 200 ms for an example, is one for a machine that does nothing else. A run has the same examples as the last, unless the
-# soaks run too (`tests/run.sh --all`): what is new in a change is then new by the change.
+# Its own deadline, 200 ms for an example, is one for a machine that does nothing else. Each run has the same examples, so that what fails
+# fails by a change; others with `--hypothesis-profile soak`, as in `tests/run.sh --all`.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.register_profile("soak", deadline=None)
-
-
-def pytest_configure(config):
-    settings.load_profile("tests" if "not slow" in config.option.markexpr else "soak")
+settings.load_profile("tests")
 
 
 LONGEST = ("multinode", "distributed", "train", "users", "checkpoint", "sweep")

@@ -21,7 +21,7 @@ if [ $# -eq 0 ] || [ "$1" = --all ]; then
 fi
 if [ "${1:-}" = --all ]; then
   shift
-  set -- -m "" "$@"
+  set -- --hypothesis-profile soak "$@"
 else
   set -- -m "not slow" "$@"
 fi

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import metrics
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -71,8 +72,17 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
     """SIGKILL to every process of the run, launcher included, at any moment: in a step, in a checkpoint."""
-    whole = launch(config, tmp_path / "whole", accelerate("fsdp2-cpu.yaml"))
-    finish(whole)
+
+    def without_launcher(name):
+        """What the run prints if two ranks go on with it to its end."""
+        log, options = tmp_path / "log", ["--config", str(config), "--run-dir", str(tmp_path / name)]
+        options += ["--train.engine", "fsdp2"]
+        log.unlink(missing_ok=True)
+        well = run_ranks(ROOT / "launch" / "pretrain.py", [os.environ] * 2, options, log, seconds=300)
+        assert well, log.read_text()
+        return log.read_text()
+
+    without_launcher("whole")
     moment = random.Random(0)
     for _ in range(2):
         process = launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml"))
@@ -86,7 +96,7 @@ def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
     output = finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
     assert "Resuming" in output
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert "Nothing to do" in finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
+    assert "Nothing to do" in without_launcher("killed")
 
 
 def test_sigterm_to_the_launcher_saves(config, tmp_path):
