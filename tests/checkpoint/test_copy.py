@@ -1,5 +1,7 @@
 """Conversions are complete or absent: killed, out of room, in each other's way; and what is wrong with a source is said."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -22,6 +24,7 @@ from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.verify import verify
+from anon_dist.cli import main
 
 COMMAND = [sys.executable, "-m", "anon_dist.cli", "ckpt"]
 
@@ -311,7 +314,16 @@ def test_foreign_places_are_named(tmp_path):
 
 
 def run(*args):
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300)
+    """The command, in this process: the tests above start it as users do."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(["ckpt", *map(str, args)])
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+            if isinstance(exit_.code, str):
+                print(exit_.code, file=sys.stderr)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def test_the_command(script, tmp_path):
