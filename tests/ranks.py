@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import runpy
 import select
 import signal
@@ -23,6 +24,8 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy
 
 IMPORTS = ("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "accelerate")
 IMPORTS += ("transformers.trainer", "anon_dist.train.loop", "anon_dist.checkpoint.convert", "helpers")
@@ -40,8 +43,8 @@ class Parent:
     def start(self, script: Path, arguments: Sequence[str], log: Path, variables: dict[str, str]) -> None:
         """Have the script run, with this environment; its output is appended to the log."""
         request = {"script": str(script), "arguments": arguments, "log": str(log), "variables": variables}
-        print(json.dumps(request), file=self._process.stdin)
-        self.pid = int(self._process.stdout.readline())
+        print(json.dumps({**request, "folder": os.getcwd()}), file=self._process.stdin)
+        self.pid = self.code()
 
     def _end(self) -> None:
         self._process.stdin.close()
@@ -53,7 +56,10 @@ class Parent:
 
     def code(self) -> int:
         """The exit code of a rank that has ended."""
-        return int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that forks ranks has ended itself, with exit code {self._process.wait()}")
+        return int(answer)
 
 
 PARENTS: list[Parent] = []
@@ -94,7 +100,7 @@ def run_ranks(
     finally:
         for parent in running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(parent.pid, signal.SIGABRT)
+                os.kill(parent.pid, signal.SIGQUIT)
         for parent in running:
             parent.code()
     return well
@@ -119,17 +125,21 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
-def _run(script: str, arguments: list[str], log: str, variables: dict[str, str]) -> None:
+def _run(script: str, arguments: list[str], log: str, variables: dict[str, str], folder: str) -> None:
     """A rank: as if the script had just been started."""
     _end_with_parent()
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.register(signal.SIGQUIT, chain=True)
     random.seed()
+    numpy.random.seed()
     sys.argv[:] = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     code = 1
