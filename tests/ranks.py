@@ -29,13 +29,17 @@ import numpy
 
 IMPORTS = ("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "accelerate")
 IMPORTS += ("transformers.trainer", "anon_dist.train.loop", "anon_dist.checkpoint.convert", "helpers")
+IMPORTS += ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""Those that there are. accelerate imports DeepSpeed in every run; its Muon, which compiles a function, its ZeRO."""
 
 
 class Parent:
     """A process that forks one rank at a time."""
 
     def __init__(self) -> None:
-        command, environment = [sys.executable, __file__], {**os.environ, "OMP_NUM_THREADS": "1"}
+        # What torch and DeepSpeed read when they are imported.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, __file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
         atexit.register(self._end)
@@ -109,8 +113,11 @@ def run_ranks(
 def _serve() -> None:
     """A parent: a request is a line, answered by the rank's process and, when it has ended, by its exit code."""
     _end_with_parent()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     for name in IMPORTS:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
     names = {t: Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")}
@@ -120,9 +127,10 @@ def _serve() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
+            answers.close()
             _run(**json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(pid, file=answers)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
 
 
 def _run(script: str, arguments: list[str], log: str, variables: dict[str, str], folder: str) -> None:
