@@ -1,11 +1,31 @@
-"""Data that many tests read: a few real texts, prepared once."""
+"""Data that many tests read: a few real texts, prepared once. And the order of the tests, and how hypothesis chooses its examples."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from anon_dist.data import PrepareConfig, prepare
+
+# Its own deadline, 200 ms for an example, is one for a machine that does nothing else. Each run has the same examples, so that what fails
+# fails by a change; others with `--hypothesis-profile soak`, as in `tests/run.sh --all`.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None)
+settings.load_profile("tests")
+
+
+LONGEST = ("multinode", "distributed", "train", "users", "checkpoint", "sweep")
+"""Folders that begin, so that at the end two workers have something to do."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    def place(item):
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from ranks import run_ranks
 
 from anon_dist.train import loop
 
@@ -19,13 +18,11 @@ def forget_accelerate():
         os.environ.pop(key, None)
 
 
-def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float = 500) -> Path:
+def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float = 2000) -> Path:
     """Run a script on several ranks of this machine, with `out` and `args` as arguments; its output goes to `out/log`."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(out), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
-    (out / "log").write_text(done.stdout + done.stderr)
+    if not run_ranks(script, [os.environ] * ranks, [str(out), *args], out / "log", seconds):
+        with (out / "log").open("a") as log:
+            log.write(f"\nA rank failed, or {seconds} s did not do.\n")
     return out
 
 

@@ -22,7 +22,7 @@ def test_a_wheel_prepares_and_trains_outside_of_the_clone(texts, tmp_path):
         str(tmp_path),
         str(ROOT),
     ]
-    subprocess.run(build, check=True, timeout=120)
+    subprocess.run(build, check=True, timeout=300)
     (wheel,) = tmp_path.glob("anon_dist-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert (tmp_path / "site" / "anon_dist" / "configs" / "train" / "quickstart.yaml").is_file()
@@ -40,7 +40,7 @@ def test_a_wheel_prepares_and_trains_outside_of_the_clone(texts, tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

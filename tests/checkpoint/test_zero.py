@@ -196,7 +196,7 @@ from anon_dist.checkpoint.options import WriteOptions
 convert(Path({str(launched / "stage2_anon")!r}), Path({str(tmp_path / "out")!r}), "zero3", WriteOptions(world_size=3))
 assert not [m for m in sys.modules if m.startswith("deepspeed")]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # -- what is wrong is named -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def pairwise(*factors):
     return rows
 
 
+@cache
 def rows(complete):
     """(kind, engine, …, ranks) → name of the row."""
     bits = (TORCH + DEEPSPEED + OFFLOAD, tuple(HYPER), MODELS, (1, 2), (2, 4))

@@ -75,7 +75,7 @@ def test_another_world_size_and_stage(launched):
         "--config",
         str(launched / "reference" / "config.yaml"),
     ]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     check_goes_on(folder, launched)
 
@@ -99,4 +99,4 @@ assert Anon in ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
 assert DeepSpeedEngine._configure_optimizer.__module__ == "anon_dist.engines.register"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=os.environ)

@@ -14,7 +14,7 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, prepared):
     """The folder of the results, by rank."""
-    return launch_ranks(SCRIPT, RANKS, tmp_path_factory.mktemp("overlap"), str(prepared), seconds=200)
+    return launch_ranks(SCRIPT, RANKS, tmp_path_factory.mktemp("overlap"), str(prepared))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,9 +13,7 @@ def launch(tmp_path_factory, complete):
     """Number of ranks → folder of the results."""
     folders = {ranks: tmp_path_factory.mktemp(f"table-{ranks}") for ranks in (2, 4)}
     for ranks, folder in folders.items():
-        launch_ranks(
-            Path(__file__).with_name("table.py"), ranks, folder, "all" if complete else "pairwise", "", seconds=3000
-        )
+        launch_ranks(Path(__file__).with_name("table.py"), ranks, folder, "all" if complete else "pairwise", "")
     return folders
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers import metrics
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "launch" / "multinode"
@@ -32,9 +33,7 @@ log: {every: 1, trackers: []}
 """
 INTERFACE = "cable0"
 """Its name on each host."""
-FIRST_STEPS = 240.0
-"""DeepSpeed may have to compile an operator first."""
-TIMEOUT = 12.0
+TIMEOUT = 20.0
 """Seconds that a rank waits for its peer, where a test lets it wait: longer than the ranks' starts lie apart on a busy machine."""
 
 
@@ -59,7 +58,7 @@ class Launch:
     def output(self) -> str:
         return self._log.read_text()
 
-    def until(self, text: str, seconds: float = 90) -> None:
+    def until(self, text: str, seconds: float = 400) -> None:
         """Wait for the text to be printed."""
         end = time.monotonic() + seconds
         while text not in self.output:
@@ -67,7 +66,7 @@ class Launch:
             assert time.monotonic() < end, self.output
             time.sleep(0.02)
 
-    def ends(self, seconds: float = 90) -> int:
+    def ends(self, seconds: float = 400) -> int:
         """Wait for the end; the exit code."""
         try:
             return self.process.wait(seconds)
@@ -182,12 +181,10 @@ def on_one_host(config, tmp_path_factory):
     def run(engine: str):
         if engine not in known:
             folder = tmp_path_factory.mktemp("one-host")
-            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-            launcher += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{engine}-cpu.yaml")]
-            options = ["--config", str(config), "--run-dir", str(folder), "--train.engine", engine]
-            run = Launch([*launcher, str(ROOT / "launch" / "pretrain.py"), *options], folder / "log")
-            assert run.ends() == 0, run.output
-            known[engine] = metrics(folder)
+            options = ["--config", str(config), "--run-dir", str(folder / "run"), "--train.engine", engine]
+            well = run_ranks(ROOT / "launch" / "pretrain.py", [os.environ] * 2, options, folder / "log", seconds=300)
+            assert well, (folder / "log").read_text()
+            known[engine] = metrics(folder / "run")
         return known[engine]
 
     return run
@@ -205,8 +202,8 @@ def start(hosts, config, tmp_path):
     return run
 
 
-AT_ONCE = 60.0
-"""Seconds, of a busy machine, in which ranks end that do not wait for a timeout: that is ten minutes, where not set."""
+AT_ONCE = 120.0
+"""Seconds, of a very busy machine, in which ranks end that do not wait for a timeout: that is ten minutes, where not set."""
 MINUTES = ("--train.timeout-minutes", str(TIMEOUT / 60))
 
 
@@ -217,9 +214,9 @@ def test_cut_off_they_end_in_time_and_go_on_like_one_host(engine, rendezvous, st
     Bit by bit like one: the ranks do and exchange the same, only farther.
     """
     launches = start("accelerate.sh", *MINUTES, engine=engine)
-    launches[0].until("step=12 ", FIRST_STEPS)
+    launches[0].until("step=12 ")
     hosts[1].cable("down")
-    assert max(ends_in_error(launch) for launch in launches) < TIMEOUT + 15
+    assert max(ends_in_error(launch) for launch in launches) < TIMEOUT + AT_ONCE
     here, there = (stopped_first(launch) for launch in launches)
     assert here.startswith(f"Stopped without a word: rank 1 on {hosts[1].name}; killed, cut off or hanging.")
     assert there.startswith(f"The store at {hosts[0].address} does not answer rank 1 on {hosts[1].name}: ")
@@ -280,6 +277,7 @@ def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
         host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(tmp_path / "run"), **variables)
         for host, variables in zip(hosts, (broken, {}), strict=True)
     ]
+    launches[0].until("NotADirectoryError: ")
     assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
     here, there = (stopped_first(launch) for launch in launches)
     assert here == f"The first of 2 ranks to fail was this one, rank 0 on {hosts[0].name}."

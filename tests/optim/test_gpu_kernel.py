@@ -29,7 +29,7 @@ def test_in_the_interpreter_and_on_a_gpu(interpreted):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=2000,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

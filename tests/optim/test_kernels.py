@@ -403,7 +403,7 @@ def test_processes_that_build_at_once_build_once(source, tmp_path):
         subprocess.Popen([sys.executable, "-c", LOAD, str(source)], stdout=subprocess.PIPE, env=os.environ)
         for _ in range(4)
     ]
-    assert [p.communicate(timeout=60)[0].strip() for p in processes] == [b"42"] * 4
+    assert [p.communicate(timeout=300)[0].strip() for p in processes] == [b"42"] * 4
     assert (tmp_path / "compiled").read_text() == "run\n"
 
 
@@ -425,7 +425,7 @@ def test_a_damaged_library_is_built_again(source, fresh, how):
     (library,) = fresh.glob("*.so")
     whole = library.read_bytes()
     damage(library, how)
-    done = subprocess.run([sys.executable, "-c", LOAD, str(source)], capture_output=True, timeout=60, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(source)], capture_output=True, timeout=300, env=os.environ)
     assert done.stdout.strip() == b"42", done.stderr
     assert len(library.read_bytes()) == len(whole)
 
@@ -455,7 +455,7 @@ def ask(store, able):
     for thread in asking:
         thread.start()
     for thread in asking:
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     return told
 
 
@@ -468,7 +468,8 @@ def ask(store, able):
     ],
 )
 def test_all_ranks_or_none(able, told, monkeypatch):
-    monkeypatch.setattr(choice, "AGREEMENT_SECONDS", 0.5)
+    if None in able:
+        monkeypatch.setattr(choice, "AGREEMENT_SECONDS", 0.5)  # which is waited out
     store = torch.distributed.HashStore()
     assert ask(store, able) == told
     # a second optimizer, and a rank that comes late, are told the same
@@ -480,5 +481,5 @@ def test_the_rank_that_comes_last_decides_without_waiting_for_the_limit():
     early = threading.Thread(target=choice._ask_store, args=(store, 0, 2, True))
     early.start()
     assert choice._ask_store(store, 1, 2, True)
-    early.join(timeout=5)
+    early.join(timeout=choice.AGREEMENT_SECONDS / 2)
     assert not early.is_alive()

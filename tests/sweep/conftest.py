@@ -24,7 +24,7 @@ def base(prepared):
             schedule=c.ScheduleConfig(warmup_steps=3),
             train=c.TrainConfig(steps=12, global_batch=4, micro_batch=4),
             eval=c.EvalConfig(every=3, sequences=8, final_sequences=16),
-            log=c.LogConfig(every=1, trackers=(), project="0"),  # for the fake trainer: seconds per step
+            log=c.LogConfig(every=1, trackers=()),
         )
         return c.with_fields(config, {k.replace("__", "."): v for k, v in changes.items()}, "test")
 

@@ -1,6 +1,9 @@
 """Stands for `anon-dist train` in tests of the scheduler: the loss is a formula, and some learning rates do harm.
 
 It keeps the loop's contract: metrics.jsonl, result.json, exit code 0 and a checkpoint on SIGTERM, no step taken twice.
+
+What a test wants to happen during a run is waited for, however long it takes: a run that is `HELD` stays at step 5 until it is told to
+end or there is a file `go` beside the cells, a hopeless one until it is told to end.
 """
 
 import json
@@ -15,6 +18,12 @@ import yaml
 CRASH, DIVERGE, HOPELESS = 0.5, 0.25, 0.125
 """Learning rates that do so, half-way."""
 
+HELD = "held"
+"""As the configuration's `log.project`."""
+
+PATIENCE = 120.0
+"""Seconds; then a run that waits goes on, and the test fails."""
+
 
 def final_loss(gamma: float, lr: float, seed: int) -> float:
     if lr == HOPELESS:
@@ -24,7 +33,7 @@ def final_loss(gamma: float, lr: float, seed: int) -> float:
 
 def main() -> None:
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
-    folder, steps, seconds = Path(config["run_dir"]), config["train"]["steps"], float(config["log"]["project"])
+    folder, steps, held = Path(config["run_dir"]), config["train"]["steps"], config["log"]["project"] == HELD
     optim, told = config["optim"], []
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
     checkpoint = folder / "checkpoints" / "step"
@@ -34,7 +43,6 @@ def main() -> None:
     last = final_loss(gamma, optim["lr"], config["train"]["seed"])
     with (folder / "metrics.jsonl").open("a", buffering=1) as metrics:
         while step < steps:
-            time.sleep(seconds)
             step += 1
             loss = last + 1.0 / step
             if optim["lr"] == DIVERGE and step > steps // 2:
@@ -44,6 +52,11 @@ def main() -> None:
                 raise RuntimeError("the disk is full")
             metrics.write(json.dumps({"step": step, "loss": loss, "update_max": 1.0, "precond_spread/0": gamma}) + "\n")
             metrics.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
+            waiting = step == 5 and (held or optim["lr"] == HOPELESS)
+            until = time.monotonic() + PATIENCE
+            while waiting and not told and time.monotonic() < until and not (held and (folder.parent / "go").exists()):
+                time.sleep(0.02)  # the same again, so that the scheduler looks again
+                metrics.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
             if told:
                 checkpoint.write_text(str(step))
                 print(f"Stopped after step {step}")

@@ -1,22 +1,25 @@
 """Cells run, resumed, stopped, failed and killed, with a trainer that is fast and does harm when asked."""
 
+import contextlib
 import json
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
-from fake_trainer import CRASH, DIVERGE, HOPELESS, final_loss
+from fake_trainer import CRASH, DIVERGE, HELD, HOPELESS, PATIENCE, final_loss
 
+from anon_dist.sweep import run
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.results import Results
 from anon_dist.sweep.run import Room
 from anon_dist.train.config import ConfigError
 
 STEPS = list(range(1, 13))
+WAITS = {"log__project": HELD}
 
 
 def steps_taken(folder):
@@ -29,10 +32,29 @@ def states(cells):
     return Counter(folder.state for folder in cells.values())
 
 
-def after(seconds, action):
-    timer = threading.Timer(seconds, action)
-    timer.start()
-    return timer
+def until(condition):
+    """Wait for it; false if it does not come true."""
+    end = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """A function: have the action called, once, as soon as the condition is true of a sweep that runs here."""
+
+    def arrange(condition, action):
+        pending, start = [action], run.Scheduler._start
+
+        def _start(scheduler):
+            start(scheduler)
+            if pending and condition():
+                pending.pop()()
+
+        monkeypatch.setattr(run.Scheduler, "_start", _start)
+
+    return arrange
 
 
 def test_a_sweep_finds_the_best_and_says_so(sweep, cells, tmp_path):
@@ -92,83 +114,76 @@ def test_failures_are_kept_with_their_reason_and_retried_when_asked(sweep, cells
 
 def test_hopeless_cells_are_stopped_and_go_on_when_asked(sweep, cells, tmp_path):
     grid = f"optim.lr=1e-3,2e-3,3e-3,4e-3,{HOPELESS}"
-    slow = {"changes": {"log__project": "0.05"}, "parallel": 5}
-    assert sweep(grid, **slow)
+    assert sweep(grid, parallel=5)
     stopped = cells()["anon", HOPELESS, 0]
     assert states(cells()) == {"finished": 4, "stopped": 1}
     assert "1.1 times the median" in stopped.outcome.reason
     assert stopped.outcome.loss is None
     assert "| anon lr=0.125 | 0 | stopped |" in (tmp_path / "sweep" / "report.md").read_text()
-    taken = len(steps_taken(stopped))
-    assert 3 <= taken < 12
-    assert sweep(grid, **slow)
-    assert len(steps_taken(stopped)) == taken
-    assert sweep(grid, **slow, early_stop=False)
+    assert steps_taken(stopped) == STEPS[:5]
+    assert sweep(grid, parallel=5)
+    assert steps_taken(stopped) == STEPS[:5]
+    assert sweep(grid, parallel=5, early_stop=False)
     assert stopped.outcome.state == "finished"
     assert steps_taken(stopped) == STEPS  # from its checkpoint
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_children_and_the_same_sweep_goes_on(number, sweep, cells, tmp_path):
-    grid, slow = "optim.lr=1e-3,3e-3,1e-2", {"changes": {"log__project": "0.1"}}
-    old = signal.getsignal(number)
-    after(1.0, lambda: os.kill(os.getpid(), number))
-    assert not sweep(grid, **slow)
+def test_a_signal_ends_the_children_and_the_same_sweep_goes_on(number, sweep, cells, once, tmp_path):
+    grid, old = "optim.lr=1e-3,3e-3,1e-2", signal.getsignal(number)
+    once(lambda: sum(bool(f.metrics()) for f in cells().values()) == 2, lambda: os.kill(os.getpid(), number))
+    assert not sweep(grid, changes=WAITS)
     assert signal.getsignal(number) is old
     found = cells()
     assert states(found) == {"unfinished": 2, "missing": 1}
     assert all((f.path / "checkpoints" / "step").exists() for f in found.values() if f.state == "unfinished")
     assert "| unfinished |" in (tmp_path / "sweep" / "report.md").read_text()
-    assert sweep(grid, **slow)
+    (tmp_path / "sweep" / "cells" / "go").touch()
+    assert sweep(grid, changes=WAITS)
     assert states(cells()) == {"finished": 3}
     assert all(steps_taken(f) == STEPS for f in cells().values())
 
 
 def test_a_killed_sweep_leaves_no_run_behind_and_its_folder_free(sweep, cells, tmp_path):
-    grid, slow = "optim.lr=1e-3,3e-3", {"changes": {"log__project": "0.1"}}
+    grid = "optim.lr=1e-3,3e-3"
     pid = os.fork()
     if pid == 0:
         try:
-            sweep(grid, **slow)
+            sweep(grid, changes=WAITS)
         finally:
             os._exit(1)
-    deadline = time.monotonic() + 30
-    while not (len(cells()) == 2 and all(f.metrics() for f in cells().values())):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert until(lambda: len(cells()) == 2 and all(f.metrics() for f in cells().values()))
     with pytest.raises(ConfigError, match="another sweep, or a run that a killed one left behind"):
-        sweep(grid, **slow)
+        sweep(grid, changes=WAITS)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    while True:  # the children write their checkpoints; until then they hold the folder
-        try:
-            assert sweep(grid, **slow)
-            break
-        except ConfigError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+
+    def free():  # the children write their checkpoints; until then they hold the folder
+        with contextlib.suppress(ConfigError):
+            return sweep(grid, changes=WAITS)
+
+    assert until(lambda: all((f.path / "checkpoints" / "step").exists() for f in cells().values()))
+    (tmp_path / "sweep" / "cells" / "go").touch()
+    assert until(free)
     assert all(steps_taken(f) == STEPS for f in cells().values())
 
 
-def test_a_run_that_does_not_listen_is_killed(sweep, cells, monkeypatch):
-    monkeypatch.setattr("anon_dist.sweep.cli.Scheduler", deaf_scheduler())
+def test_a_run_that_does_not_listen_is_killed(sweep, cells, once, monkeypatch):
+    monkeypatch.setattr("anon_dist.sweep.cli.Scheduler", partial(run.Scheduler, grace=0.5))
     deaf = [
         "python3",
         "-c",
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)",
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)",
     ]
-    after(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    began = time.monotonic()
+    told = []
+
+    def tell():
+        told.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    once(lambda: any("deaf" in f.log.read_text() for f in cells().values()), tell)
     assert not sweep("optim.lr=1e-3", trainer=lambda config: deaf)
-    assert time.monotonic() - began < 15
-
-
-def deaf_scheduler():
-    from functools import partial
-
-    from anon_dist.sweep.run import Scheduler
-
-    return partial(Scheduler, grace=0.5)
+    assert time.monotonic() - told[0] < run.GRACE_SECONDS / 2
 
 
 def test_other_configurations_are_refused_in_the_same_folder(sweep, cells, tmp_path):

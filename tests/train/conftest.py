@@ -4,7 +4,7 @@ import pytest
 from helpers import forget_accelerate
 
 from anon_dist.train import config as c
-from anon_dist.train import loop
+from anon_dist.train import loop, report
 
 
 @pytest.fixture
@@ -16,7 +16,13 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def run_config(prepared, tmp_path, fresh_accelerate):
+def without_pictures(monkeypatch):
+    """A third of a small run's time. A test that looks at the picture puts `plot_loss` back."""
+    monkeypatch.setattr(report, "plot_loss", lambda *_: None)
+
+
+@pytest.fixture
+def run_config(prepared, tmp_path, fresh_accelerate, without_pictures):
     """A function that gives a small configuration; keywords are `section__field`."""
 
     def make(**changes):

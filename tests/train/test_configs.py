@@ -1,11 +1,14 @@
 """The shipped configurations of accelerate and DeepSpeed: each is run here or in another test."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from test_launch import ROOT, accelerate, config, finish, launch  # noqa: F401 - config is a fixture
+from helpers import launch_ranks
+from ranks import run_ranks
+from test_launch import ROOT, config  # noqa: F401 - config is a fixture
 
 from anon_dist.engines.zero import zero_config
 
@@ -35,20 +38,38 @@ def test_the_gpu_configuration_is_the_one_tested_on_cpus(name, machines, process
     assert gpu == {**cpus, "use_cpu": False, "num_processes": processes}
 
 
-@pytest.mark.parametrize(
-    ("file", "engine", "ranks"),
-    [
-        ("ddp-cpu", "ddp", 2),
-        ("fsdp2-cpu", "fsdp2", 2),
-        ("fsdp1-cpu", "fsdp1", 2),
-        ("deepspeed-cpu", "deepspeed", 2),
-        ("hsdp-cpu", "hsdp", 4),
-        ("fsdp2-tp-cpu", "fsdp2+tp2", 4),
-    ],
-)
-def test_what_accelerate_was_configured_for_is_what_runs(file, engine, ranks, config, tmp_path):  # noqa: F811
-    steps = ["--train.steps", "5", "--checkpoint.every", "0", "--model.family", "llama"]
-    output = finish(launch(config, tmp_path / "run", accelerate(f"{file}.yaml", ranks), *steps))
+ENGINES = {
+    "ddp-cpu": ("ddp", 2),
+    "fsdp2-cpu": ("fsdp2", 2),
+    "fsdp1-cpu": ("fsdp1", 2),
+    "deepspeed-cpu": ("deepspeed", 2),
+    "hsdp-cpu": ("hsdp", 4),
+    "fsdp2-tp-cpu": ("fsdp2+tp2", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory):
+    """A function: file → the variables that accelerate's launcher gives to each rank, for this configuration."""
+    files = [f"{file}:{ranks}" for file, (_, ranks) in ENGINES.items()]
+    out = launch_ranks(Path(__file__).with_name("environments.py"), 1, tmp_path_factory.mktemp("environments"), *files)
+
+    def read(file):
+        lines = [(out / file / str(rank)).read_text().split("\0")[:-1] for rank in range(ENGINES[file][1])]
+        return [dict(line.split("=", 1) for line in of_rank) for of_rank in lines]
+
+    return read
+
+
+@pytest.mark.parametrize("file", ENGINES)
+def test_what_accelerate_was_configured_for_is_what_runs(file, config, environments, tmp_path):  # noqa: F811
+    """Some of them are launched as a whole too, in `test_launch.py` and in tests/multinode."""
+    engine, ranks = ENGINES[file]
+    options = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
+    options += ["--train.steps", "5", "--checkpoint.every", "0", "--model.family", "llama"]
+    well = run_ranks(ROOT / "launch" / "pretrain.py", environments(file), options, tmp_path / "log", seconds=200)
+    output = (tmp_path / "log").read_text()
+    assert well, output
     assert f"{engine} on {ranks} cpu ranks" in output
     assert "this run" in output
 

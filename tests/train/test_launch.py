@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import metrics
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -64,15 +65,24 @@ def accelerate(config_file: str, ranks: int = 2) -> list[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for the end of a run that should succeed; its output."""
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
 def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
     """SIGKILL to every process of the run, launcher included, at any moment: in a step, in a checkpoint."""
-    whole = launch(config, tmp_path / "whole", accelerate("fsdp2-cpu.yaml"))
-    finish(whole)
+
+    def without_launcher(name):
+        """What the run prints if two ranks go on with it to its end."""
+        log, options = tmp_path / "log", ["--config", str(config), "--run-dir", str(tmp_path / name)]
+        options += ["--train.engine", "fsdp2"]
+        log.unlink(missing_ok=True)
+        well = run_ranks(ROOT / "launch" / "pretrain.py", [os.environ] * 2, options, log, seconds=300)
+        assert well, log.read_text()
+        return log.read_text()
+
+    without_launcher("whole")
     moment = random.Random(0)
     for _ in range(2):
         process = launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml"))
@@ -86,7 +96,7 @@ def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
     output = finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
     assert "Resuming" in output
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert "Nothing to do" in finish(launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml")))
+    assert "Nothing to do" in without_launcher("killed")
 
 
 def test_sigterm_to_the_launcher_saves(config, tmp_path):
@@ -97,7 +107,7 @@ def test_sigterm_to_the_launcher_saves(config, tmp_path):
         if line.startswith("step=3 "):
             break
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "Stopped by SIGTERM after step" in output
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
@@ -132,14 +142,14 @@ def test_one_process_instead_of_several_is_noticed(config, tmp_path):
         text.replace("MULTI_GPU\n", "MULTI_CPU\n").replace("port: 0", "port: 29400")
     )
     process = launch(config, tmp_path / "run", accelerate(str(tmp_path / "multi-cpu.yaml")))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert "accelerate was to start several processes and started one" in output
     assert process.returncode == 1
 
 
 def test_a_mistake_is_one_line(config, tmp_path):
     process = launch(config, tmp_path / "run", [sys.executable], "--data.path", str(tmp_path / "nowhere"))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert output.startswith("error: preparation unfinished or not a data folder")
     assert "Traceback" not in output

@@ -16,8 +16,9 @@ from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
-from anon_dist.train import loop
+from anon_dist.train import loop, report
 from anon_dist.train.config import ConfigError
+from anon_dist.train.plot import plot_loss
 
 # β2 = 0.95, ρ = 1.1: refreshes at 1 … 11, 13; a window of 2 is closed at step 12, and open at 4, 8 and 13.
 OPTIMIZERS = {
@@ -170,8 +171,9 @@ def test_signals_save_and_exit(number, run_config, train, tmp_path, monkeypatch,
     assert_same_run(whole, train(config))
 
 
-def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, capsys):
+def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, monkeypatch, capsys):
     config = run_config(log__sample_prompt="def ")
+    monkeypatch.setattr(report, "plot_loss", plot_loss)
     folder = train(config)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "loss.png"}
     capsys.readouterr()

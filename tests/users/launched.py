@@ -235,7 +235,7 @@ def alone(out):
 if __name__ == "__main__":
     RANK = int(os.environ.get("RANK", "0"))
     if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     observe()
     globals()[sys.argv[2]](Path(sys.argv[1]))
     if dist.is_initialized():

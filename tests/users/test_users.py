@@ -4,15 +4,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import toy
+from ranks import run_ranks
 from transformers import Trainer, TrainingArguments
 
 from anon_dist import Anon
@@ -26,16 +24,10 @@ GROUPS = [(0.5, 0.1), (1.0, 0.1), (1.0, 0.0)]  # γ and λ: token embeddings; ot
 
 
 def launch(out, part, ranks):
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += [str(Path(__file__).with_name("launched.py")), str(out), part]
-    root = str(Path(__file__).parents[2])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "DS_ACCELERATOR": "cpu"}
-    with (out / f"{part}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=240, env=env)
-    assert done.returncode == 0, (out / f"{part}.log").read_text()[-6000:]
+    log = out / f"{part}.log"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    script = Path(__file__).with_name("launched.py")
+    assert run_ranks(script, [environment] * ranks, [str(out), part], log, seconds=2000), log.read_text()[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +40,8 @@ def out(tmp_path_factory):
     launch(out, "first", RANKS)
     for way in FEWER:
         shutil.copytree(out / way, out / f"{way}-fewer")
-    with ThreadPoolExecutor() as pool:
-        for launched in [pool.submit(launch, out, "again", RANKS), pool.submit(launch, out, "alone", 1)]:
-            launched.result()
+    launch(out, "again", RANKS)
+    launch(out, "alone", 1)
     return out
 
 
