@@ -1,5 +1,9 @@
-"""The one error of this package."""
+"""What goes wrong with checkpoints."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read, or used here; the message names the file, the key and the remedy."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""
