@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.inside import is_inside
 from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
 from anon_dist.files import sync, sync_tree
 
@@ -55,6 +56,10 @@ def write_files(
         CheckpointError: the source cannot be read, the disk is full, or another process writes this target.
     """
     partial = target.with_name(target.name + ".partial")
+    if odd := next((f.path for f in files if not is_inside(str(f.path))), None):
+        raise CheckpointError(
+            f"the source asks for a file {odd}, which would lie outside {target}; it is not converted"
+        )
     _return_memory()
     journal = _Journal(partial, {"plan": _digest(files), "source": fingerprint})
     try:

@@ -5,5 +5,5 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read, or used here; the message names the file, the key and the remedy."""
 
 
-class DamagedCheckpoint(CheckpointError):
+class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
     """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""

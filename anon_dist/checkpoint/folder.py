@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from anon_dist.checkpoint import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.files import publish, remove, sync_tree, write_json
 
@@ -70,9 +70,11 @@ class Checkpoints:
         _barrier()
         yield temporary
         _barrier()
+        sums = checksums.take(temporary)
         if first:
+            sealed = checksums.seal(temporary, sums, progress)
             sync_tree(temporary)
-            write_json(temporary / PROGRESS, progress)  # what has it is complete
+            write_json(temporary / PROGRESS, sealed)  # what has it is complete
             publish(temporary, target)
             for old in [p for p in self.complete()[: -self.keep] if p != target]:
                 remove(old)
@@ -84,12 +86,12 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the folder is no complete checkpoint.
+        DamagedCheckpoint: it was one.
     """
     try:
-        progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text())
-    except (OSError, ValueError) as error:
+        return checksums.unsealed(checkpoint / PROGRESS)[0]
+    except OSError as error:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint of a training run: {error}") from None
-    return progress
 
 
 def _barrier() -> None:

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.optim import Anon
 from anon_dist.optim.state import decoded_states
 
@@ -39,14 +42,15 @@ def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> N
             ZeroRedundancyOptimizer's ranks keep some each.
 
     Raises:
-        CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then.
+        CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then. On every
+            rank, as `DamagedCheckpoint`, which is raised while tensors are filled.
     """
     wrapped = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     plain = unwrapped(list(wrapped))
     parameters = {plain[name]: p for name, p in model.named_parameters()}
     buffers = {plain[name]: buffer for name, buffer in model.named_buffers()}
-    check_same_optimizer(optimizer, checkpoint)
-    with decoded_states(optimizer):
+    with on_every_rank(), decoded_states(optimizer):
+        check_same_optimizer(optimizer, checkpoint)
         _fill(model, parameters, buffers, optimizer, checkpoint)
 
 
@@ -77,13 +81,28 @@ def _fill(
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end."""
+    """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end. Every rank must call it.
+
+    Raises:
+        CheckpointError: it cannot be opened, on some rank: raised on all.
+    """
+    check_present(folder)
     inner = folder / DEEPSPEED
-    checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
+    with on_every_rank():
+        checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
     try:
         yield checkpoint
     finally:
         checkpoint.close()
+
+
+def check_present(folder: Path) -> None:
+    """Raises `DamagedCheckpoint`, on every rank, if a file of a training checkpoint is missing or of another size than it was."""
+    with on_every_rank():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            found = checksums(folder)
+            if found is not None:
+                found.check_present()
 
 
 def check_same_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.restore import check_same_optimizer
+
+_PIECE = 1 << 20
+"""Elements that are checked, and then copied, at a time: they are still in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     reads its own ranges of masters and states; every rank must call it. Hyperparameters that the checkpoint lacks stay as they are.
 
     Raises:
-        CheckpointError: a parameter or state is missing or of another shape, or groups do not match; naming it.
+        CheckpointError: a parameter or state is missing or of another shape, or groups do not match; naming it. On every rank.
         EngineError: the optimizer is swapped to NVMe.
     """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
@@ -45,14 +50,19 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
         raise EngineError(
             "a checkpoint cannot be restored into an optimizer that DeepSpeed swaps to NVMe; offload it to cpu"
         )
-    source = _Source(checkpoint, engine.module)
-    held = list(_held(wrapper, optimizer, source.names))
     with torch.no_grad():
-        for part in held:
-            _fill(part.master, part, source, MASTER)
-        _load_optimizer(wrapper, optimizer, held, source)
-        _load_fixed(engine.module, source)
-        _push_weights(wrapper, engine.module, held, source)
+        with on_every_rank():
+            check_same_optimizer(optimizer, checkpoint)
+            source = _Source(checkpoint, engine.module)
+            held = list(_held(wrapper, optimizer, source.names))
+            for part in held:
+                _fill(part.master, part, source, MASTER)
+            _load_optimizer(wrapper, optimizer, held, source)
+            _load_fixed(engine.module, source)
+            if not _gathers(wrapper):
+                _copy_weights(held, source)
+        if _gathers(wrapper):
+            _push_weights(wrapper)
     _load_counters(engine, wrapper, checkpoint)
 
 
@@ -148,8 +158,10 @@ def _fill(target: Tensor, part: Held, source: _Source, state: str) -> None:
     flat = target.detach().view(-1)
     flat.zero_()
     for cut in part.cuts:
-        values = source.read(part.names[cut.member], state, cut.start, cut.stop, part.sizes[cut.member])
-        flat[cut.offset : cut.offset + cut.stop - cut.start].copy_(values)
+        for start in range(cut.start, cut.stop, _PIECE):
+            stop, at = min(cut.stop, start + _PIECE), cut.offset + start - cut.start
+            values = source.read(part.names[cut.member], state, start, stop, part.sizes[cut.member])
+            flat[at : at + stop - start].copy_(values)
 
 
 def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Source) -> None:
@@ -242,8 +254,20 @@ def _load_fixed(module: nn.Module, source: _Source) -> None:
         sharded.ds_tensor.view(-1)[: last - first].copy_(source.read(name, WEIGHT, first, last, size))
 
 
-def _push_weights(wrapper: Any, module: nn.Module, held: list[Held], source: _Source) -> None:
-    """The model's weights, from the masters: each rank has its part, and DeepSpeed gathers them."""
+def _gathers(wrapper: Any) -> bool:
+    """Whether DeepSpeed makes the model's weights from the masters, of which each rank has its part."""
+    return hasattr(wrapper, "fp32_partitioned_groups_flat") or hasattr(wrapper, "update_lp_params")
+
+
+def _copy_weights(held: list[Held], source: _Source) -> None:
+    trained = {name for part in held for name in part.names}
+    for p, name in source.names.items():
+        if name in trained:
+            p.copy_(source.read(name, WEIGHT, 0, p.numel(), p.numel()).view(p.shape))
+
+
+def _push_weights(wrapper: Any) -> None:
+    """The model's weights, from the masters; ranks exchange them."""
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         wrapper.checkpoint_event_prologue()
         for master, flat, members in zip(
@@ -256,13 +280,8 @@ def _push_weights(wrapper: Any, module: nn.Module, held: list[Held], source: _So
             for share, values in zip(members, wrapper.unflatten(flat, members), strict=True):
                 share.data = values.data
         wrapper.checkpoint_event_epilogue()
-    elif hasattr(wrapper, "update_lp_params"):
-        wrapper.update_lp_params()
     else:
-        trained = {name for part in held for name in part.names}
-        for p, name in source.names.items():
-            if name in trained:
-                p.copy_(source.read(name, WEIGHT, 0, p.numel(), p.numel()).view(p.shape))
+        wrapper.update_lp_params()
 
 
 def _load_counters(engine: Any, wrapper: Any, checkpoint: Checkpoint) -> None:

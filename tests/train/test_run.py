@@ -10,7 +10,7 @@ from helpers import Crash, at_step, crash, metrics, send
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.train import loop
@@ -233,7 +233,7 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
     refused(DataError, r"fingerprint is", data__path=str(other))
     (folder / "checkpoints" / "step-00000005" / ".metadata").write_bytes(b"torn")
     files = sorted(p for p in (folder / "checkpoints").rglob("*"))
-    refused(CheckpointError, r"\.metadata cannot be read")
+    refused(DamagedCheckpoint, r"\.metadata is damaged: it has 4 bytes")
 
 
 def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
