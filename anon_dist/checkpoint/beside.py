@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.checksums import unsealed
+from anon_dist.checkpoint.checksums import PROGRESS, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.folder import PROGRESS
 from anon_dist.checkpoint.schema import OutFile
 from anon_dist.checkpoint.torchfile import lay_out, open_torch
 

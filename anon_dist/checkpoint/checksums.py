@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +27,8 @@ from anon_dist.files import write_json
 NAME = "checksums.json"
 BLOCK = 1 << 20
 """Bytes under one checksum. The first and last block of a part are read whole, so a rank reads at most two blocks too many of each."""
+PROGRESS = "trainer.json"
+"""What the training loop needs to go on; a folder that has it is complete."""
 _DIGITS = 16
 _MARK = "anon_dist_checksums"
 _SEAL = "xxh3"
@@ -91,7 +93,8 @@ def seal(folder: Path, files: Mapping[str, Mapping[str, Any]], progress: Mapping
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name not in (NAME, PROGRESS))
 
 
 def _owner(name: str) -> int:
@@ -134,6 +137,8 @@ def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
         progress = json.loads(path.read_text(encoding="utf-8"))
         sums = progress.pop(_SEAL, None)
         if sums is None:
+            if (path.parent / NAME).exists():
+                raise ValueError(f"the checksum of {NAME} is missing in it")
             return progress, None
         if _digest({**progress, _SEAL: {NAME: sums[NAME]}}) != sums["self"]:
             raise ValueError("its checksum differs")
@@ -159,31 +164,27 @@ class Checksums:
 
     def check_present(self) -> None:
         """Raises `DamagedCheckpoint` if a file is missing or of another size."""
-        for wrong in self._absent():
-            raise wrong
+        for sums in self.files.values():
+            self._check_present(sums)
 
-    def _absent(self) -> Iterator[DamagedCheckpoint]:
-        for name, sums in self.files.items():
-            try:
-                size = (self.folder / name).stat().st_size
-            except OSError as error:
-                yield DamagedCheckpoint(
-                    f"{self.folder / name} is missing ({error.strerror}). Take an earlier checkpoint than {self.folder.name}"
-                )
-                continue
-            if size != sums.size:
-                yield sums.damaged(f"it has {size} bytes, and had {sums.size}")
+    def _check_present(self, sums: FileSums) -> None:
+        path = self.folder / sums.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"{path} is missing ({error.strerror}). Take an earlier checkpoint than {self.folder.name}"
+            ) from None
+        if size != sums.size:
+            raise sums.damaged(f"it has {size} bytes, and had {sums.size}")
 
-    def verify(self, workers: int = 2) -> list[str]:
-        """Every file against its checksums: what differs."""
-        wrong = [str(error) for error in self._absent()]
+    def verify(self, workers: int = 2) -> list[tuple[str, str]]:
+        """Every file against its checksums: those that differ, and how."""
 
         def check(sums: FileSums) -> str | None:
-            path = self.folder / sums.name
-            if not path.is_file() or path.stat().st_size != sums.size:
-                return None  # said already
             try:
-                with path.open("rb", buffering=0) as file:
+                self._check_present(sums)
+                with (self.folder / sums.name).open("rb", buffering=0) as file:
                     for index in range(len(sums.digests) // _DIGITS):
                         sums.check(index, _read(file, sums.block))
             except (OSError, CheckpointError) as error:
@@ -191,7 +192,8 @@ class Checksums:
             return None
 
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            return wrong + [line for line in pool.map(check, self.files.values()) if line is not None]
+            found = zip(self.files, pool.map(check, self.files.values()), strict=True)
+            return [(name, how) for name, how in found if how is not None]
 
 
 def checksums(folder: Path) -> Checksums | None:
@@ -201,7 +203,7 @@ def checksums(folder: Path) -> Checksums | None:
         DamagedCheckpoint: they are missing or altered.
     """
     stamps: list[Any] = []
-    for name in (NAME, "trainer.json"):
+    for name in (NAME, PROGRESS):
         try:
             status = os.stat(folder / name)
             stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
@@ -214,7 +216,7 @@ def checksums(folder: Path) -> Checksums | None:
 def _checksums(folder: Path, stamps: tuple[Any, ...]) -> Checksums | None:
     path, sealed = folder / NAME, None
     if stamps[1] is not None:
-        sealed = unsealed(folder / "trainer.json")[1]
+        sealed = unsealed(folder / PROGRESS)[1]
     if stamps[0] is None:
         if sealed is None:
             return None

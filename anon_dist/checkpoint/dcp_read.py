@@ -54,7 +54,11 @@ class DcpFiles:
         self.folder = folder
         self.meta = read_metadata(folder)
         self.file: Callable[[str], MappedFile] = cache(lambda name: MappedFile(inside(folder, name, METADATA)))
-        self.places = {(i.fqn, tuple(i.offset or ())): info for i, info in (self.meta.storage_data or {}).items()}
+        try:
+            stored = (self.meta.storage_data or {}).items()
+            self.places = {(index.fqn, tuple(index.offset or ())): info for index, info in stored}
+        except (AttributeError, TypeError) as error:
+            raise DamagedCheckpoint(f"{folder}/{METADATA} is damaged: {error}") from None
 
     def place(self, key: str, offsets: tuple[int, ...]) -> Any:
         """Where a piece lies; its file is opened, and reaches as far."""
@@ -110,6 +114,14 @@ class DcpFolder:
 
     def __init__(self, folder: Path) -> None:
         self._files = DcpFiles(folder)
+        try:
+            self._build()
+        except CheckpointError:
+            raise
+        except Exception as error:  # entries that are no metadata's raise whatever the first leads to
+            raise DamagedCheckpoint(f"{folder}/{METADATA} is damaged: {type(error).__name__}: {error}") from None
+
+    def _build(self) -> None:
         ranks = {m[1] for info in self._files.places.values() if (m := re.match(r"__(\d+)_", info.relative_path))}
         self.world_size = max(map(int, ranks), default=0) + 1
         for key, offsets in self._files.places:

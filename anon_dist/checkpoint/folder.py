@@ -12,10 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from anon_dist.checkpoint import checksums
+from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.files import publish, remove, sync_tree, write_json
 
-PROGRESS = "trainer.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 

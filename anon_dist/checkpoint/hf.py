@@ -34,7 +34,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path / "model.safetensors"] if (path / "model.safetensors").is_file() else []
     try:
         names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX} cannot be read: {error}") from None
     blobs = (
         path.resolve().parents[1] / "blobs" if path.resolve().parent.name == "snapshots" else None

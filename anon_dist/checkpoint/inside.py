@@ -17,11 +17,11 @@ def inside(folder: Path, name: str, where: str, also: Path | None = None) -> Pat
     Raises:
         CheckpointError: it leads out of the folder, by its parts or by a symbolic link.
     """
-    path = folder / name
     if not is_inside(name):
         raise CheckpointError(
             f"{folder / where} names {name!r}, which is not in its folder; such a checkpoint is not read"
         )
+    path = folder / name
     target = path.resolve()
     if not any(target.is_relative_to(allowed.resolve()) for allowed in (folder, also) if allowed is not None):
         raise CheckpointError(

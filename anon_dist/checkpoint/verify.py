@@ -46,7 +46,7 @@ def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, work
     """
     paths = [Path(p) for p in (a, b) if p is not None]
     sums = [checksums(p) if p.is_dir() else None for p in paths]
-    found = [Difference("checksum", line) for own in sums if own is not None for line in own.verify(workers)]
+    found = [Difference(*wrong) for own in sums if own is not None for wrong in own.verify(workers)]
     if found:
         return found  # what is damaged may not be readable
     opened = [open_checkpoint(p, read) for p in paths]

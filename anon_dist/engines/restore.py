@@ -71,7 +71,7 @@ def _fill(
     with torch.no_grad():
         for key, target, owner in work:
             local = target.to_local() if isinstance(target, DTensor) else target
-            local.copy_(ranges.read(checkpoint, key, owner).view(local.shape))
+            ranges.fill(local, checkpoint, key, owner)
         for name, p in parameters.items():
             if p in optimizer.state:
                 _set_scalars(optimizer.state[p], name, checkpoint)
@@ -160,20 +160,37 @@ class Ranges:
         """The parameter's shape, unsharded."""
         return self._shapes.get(owner, tuple(owner.shape))
 
-    def read(self, checkpoint: Checkpoint, key: Key, owner: Tensor) -> Tensor:
-        """This rank's elements of a tensor that is laid out as the parameter `owner` is."""
+    def fill(self, local: Tensor, checkpoint: Checkpoint, key: Key, owner: Tensor) -> None:
+        """Copy this rank's elements of a tensor that is laid out as the parameter `owner` is."""
         if owner in self._flat:
-            return checkpoint.read(key, *self._flat[owner])
-        if not isinstance(owner, DTensor):
-            return checkpoint.read(key, 0, owner.numel())
-        sizes, offsets = compute_local_shape_and_global_offset(owner.shape, owner.device_mesh, owner.placements)
-        if math.prod(sizes) == 0:
-            return checkpoint.read(key, 0, 0)
-        row = math.prod(owner.shape[1:])
-        rows = checkpoint.read(key, offsets[0] * row, (offsets[0] + sizes[0]) * row).view(sizes[0], *owner.shape[1:])
-        for dim, (offset, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), start=1):
-            rows = rows.narrow(dim, offset, size)
-        return rows.reshape(-1)
+            copy_range(local, checkpoint, key, *self._flat[owner])
+        elif not isinstance(owner, DTensor):
+            copy_range(local, checkpoint, key, 0, owner.numel())
+        elif local.numel():
+            sizes, offsets = compute_local_shape_and_global_offset(owner.shape, owner.device_mesh, owner.placements)
+            row = math.prod(owner.shape[1:])
+            start, stop = (offsets[0] * row, (offsets[0] + sizes[0]) * row) if sizes else (0, 1)
+            if tuple(sizes[1:]) == tuple(owner.shape[1:]):
+                copy_range(local, checkpoint, key, start, stop)
+                return
+            rows = checkpoint.read(key, start, stop).view(sizes[0], *owner.shape[1:])
+            for dim, (offset, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), start=1):
+                rows = rows.narrow(dim, offset, size)
+            local.copy_(rows.reshape(local.shape))
+
+
+def copy_range(target: Tensor, checkpoint: Checkpoint, key: Key, start: int, stop: int) -> None:
+    """Elements [start, stop) into a tensor of as many, piece by piece: each is checked and copied while it is in the processor's cache."""
+    if not target.is_contiguous():
+        target.copy_(checkpoint.read(key, start, stop).view(target.shape))
+        return
+    flat = target.detach().view(-1)
+    for at in range(start, stop, _PIECE):
+        end = min(stop, at + _PIECE)
+        flat[at - start : end - start].copy_(checkpoint.read(key, at, end))
+
+
+_PIECE = 1 << 20
 
 
 def _allocate(parameters: Mapping[str, Tensor], optimizer: Optimizer, checkpoint: Checkpoint) -> None:

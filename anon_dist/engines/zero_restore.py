@@ -15,10 +15,7 @@ from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts
 from anon_dist.engines.errors import EngineError
-from anon_dist.engines.restore import check_same_optimizer
-
-_PIECE = 1 << 20
-"""Elements that are checked, and then copied, at a time: they are still in the processor's cache."""
+from anon_dist.engines.restore import check_same_optimizer, copy_range
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ class _Source:
             else self._stored.get(name, name)
         )
 
-    def read(self, name: str, state: str, start: int, stop: int, numel: int) -> Tensor:
-        """Elements of a parameter's state; of the weight where there is no master, and the other way round."""
+    def key(self, name: str, state: str, numel: int) -> Key:
+        """Where a parameter's state of so many elements is; the weight where there is no master, and the other way round."""
         other = {MASTER: WEIGHT, WEIGHT: MASTER}.get(state, state)
         tensors = self.checkpoint.tensors
         found = next((k for s in (state, other) if (k := Key(self.stored(name), s)) in tensors), None)
@@ -105,7 +102,11 @@ class _Source:
             raise CheckpointError(
                 f"{name}: {state} has shape {tensors[found].shape} in the checkpoint, {numel} elements in the model"
             )
-        return self.checkpoint.read(found, start, stop)
+        return found
+
+    def read(self, name: str, state: str, start: int, stop: int, numel: int) -> Tensor:
+        """Elements of a parameter's state; see `key`."""
+        return self.checkpoint.read(self.key(name, state, numel), start, stop)
 
 
 def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]:
@@ -158,10 +159,8 @@ def _fill(target: Tensor, part: Held, source: _Source, state: str) -> None:
     flat = target.detach().view(-1)
     flat.zero_()
     for cut in part.cuts:
-        for start in range(cut.start, cut.stop, _PIECE):
-            stop, at = min(cut.stop, start + _PIECE), cut.offset + start - cut.start
-            values = source.read(part.names[cut.member], state, start, stop, part.sizes[cut.member])
-            flat[at : at + stop - start].copy_(values)
+        key = source.key(part.names[cut.member], state, part.sizes[cut.member])
+        copy_range(flat[cut.offset : cut.offset + cut.stop - cut.start], source.checkpoint, key, cut.start, cut.stop)
 
 
 def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Source) -> None:
@@ -284,14 +283,22 @@ def _push_weights(wrapper: Any) -> None:
         wrapper.update_lp_params()
 
 
+def _dynamic(scaler: dict[str, Any]) -> bool:
+    return bool(scaler.get("dynamic", scaler.get("dynamic_loss_scale", False)))
+
+
 def _load_counters(engine: Any, wrapper: Any, checkpoint: Checkpoint) -> None:
     """Steps, samples, the loss scale, and the schedule that DeepSpeed steps, where the checkpoint has them."""
     extras = checkpoint.manifest.extras
     engine.global_steps = checkpoint.manifest.step or 0
     engine.skipped_steps = extras.get("skipped_steps", 0)
     engine.global_samples = extras.get("global_samples", engine.global_steps * engine.train_batch_size())
-    scale, scaler = extras.get("loss_scaler"), getattr(wrapper, "loss_scaler", None)
-    if isinstance(scale, dict) and scaler is not None:
-        vars(scaler).update({k: v for k, v in scale.items() if k in vars(scaler) and k != "dtype"})
+    scaler = getattr(wrapper, "loss_scaler", None) or getattr(
+        wrapper, "loss_scale_config", None
+    )  # the latter at stage 0
+    if isinstance(scale := extras.get("loss_scaler"), dict) and scaler is not None:
+        present = vars(scaler)
+        if _dynamic(scale) == _dynamic(present):  # fp16's is of no use to bf16, nor the other way round
+            present.update({k: v for k, v in scale.items() if k in present and k not in ("dtype", "use_grad_scaling")})
     if engine.lr_scheduler is not None and extras.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(extras["lr_scheduler"])
