@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint.checksums import PROGRESS, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.folder import PROGRESS
 from anon_dist.checkpoint.schema import OutFile
 from anon_dist.checkpoint.torchfile import lay_out, open_torch
 
@@ -43,7 +43,8 @@ def read_beside(folder: Path, unsafe: bool = False) -> dict[str, Any]:
         elif path.name == EXTRAS:
             extras.update(open_torch(path, unsafe))
         elif path.name in (PROGRESS, "trainer_state.json", "config.json"):
-            extras[{PROGRESS: "progress", "config.json": "model_config"}.get(path.name, path.stem)] = _json(path)
+            value = unsealed(path)[0] if path.name == PROGRESS else _json(path)
+            extras[{PROGRESS: "progress", "config.json": "model_config"}.get(path.name, path.stem)] = value
     progress = extras.get("progress")
     if isinstance(progress, dict) and isinstance(progress.get("model"), dict):
         extras.setdefault("model_config", progress["model"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.torchfile import verified
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Boxes:
             if tuple(box.sizes[1:]) != self.shape[1:] or not piece.is_contiguous():
                 return None
             first = box.offsets[0] * row if self.shape else 0
-            found.append(piece.view(-1)[max(start - first, 0) : stop - first])
+            found.append(verified(piece.view(-1)[max(start - first, 0) : stop - first]))
         return found
 
 
@@ -91,7 +92,9 @@ def _gather(
             first, size = (offsets[0], sizes[0]) if shape else (0, 1)
             low, high = max(first, start), min(first + size, start + len(out))
             if low < high:
-                out[low - start : high - start] = piece.reshape(-1)[low - first : high - first]
+                out[low - start : high - start] = verified(
+                    piece.reshape(1) if not shape else piece[low - first : high - first]
+                )
         return
     row, stop = prod(shape[1:]), start + len(out)
     first_whole, last_whole = -(-start // row), stop // row
@@ -108,4 +111,4 @@ def _gather(
                 target = whole[low - first_whole : high - first_whole]
                 for dim in range(1, len(shape)):
                     target = target.narrow(dim, offsets[dim], sizes[dim])
-                target.copy_(piece[low - offsets[0] : high - offsets[0]])
+                target.copy_(verified(piece[low - offsets[0] : high - offsets[0]]))

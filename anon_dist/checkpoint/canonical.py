@@ -20,8 +20,9 @@ import xxhash
 from anon_dist.checkpoint.beside import json_file
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.copy import BLOCK
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.hf import SHARD, shard_file
+from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.json_values import decode, encode
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.safefile import DTYPES, Entry, Header, read_header
@@ -56,18 +57,19 @@ class Canonical(Pieces):
         try:
             manifest = replace(_manifest(decode(described["manifest"], beyond)), format="canonical")
             self._headers = {
-                name: _header(folder / name) for name in dict.fromkeys(t["file"] for t in index["tensors"])
+                name: _header(inside(folder, name, _INDEX))
+                for name in dict.fromkeys(t["file"] for t in index["tensors"])
             }
             sources = {Key(t["parameter"], t["state"]): self._source(folder, t) for t in index["tensors"]}
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: {_MANIFEST} or {_INDEX} is damaged: {error!r}") from None
+            raise DamagedCheckpoint(f"{folder}: {_MANIFEST} or {_INDEX} is damaged: {error!r}") from None
         super().__init__(manifest, sources, str(folder))
 
     def _source(self, folder: Path, tensor: Mapping[str, Any]) -> Boxes:
         file, header = self._headers[tensor["file"]]
         entry = header.entries.get(_name(Key(tensor["parameter"], tensor["state"])))
         if entry is None or entry.shape != tuple(tensor["shape"]) or entry.dtype != DTYPES[tensor["dtype"]]:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{file.path} does not hold {tensor['state']} of {tensor['parameter']} as {_INDEX} says"
             )
         return Boxes.whole(file.tensor(entry.dtype, entry.start, entry.numel).view(entry.shape))
@@ -91,7 +93,7 @@ def open_canonical(path: Path, options: ReadOptions) -> Checkpoint:
     """
     opened = Canonical(path, options)
     if options.check and (wrong := opened.check()):
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Take another checkpoint"
         )
     return opened
@@ -151,7 +153,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
     return found if isinstance(found, dict) else {}
 
 

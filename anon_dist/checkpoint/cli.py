@@ -36,7 +36,7 @@ class Reading:
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
     check: bool = False
-    """Compare a canonical checkpoint with its checksums first; the other formats have none."""
+    """Compare a canonical checkpoint with its checksums first. (The training loop's are always compared with theirs as they are read.)"""
 
     def options(self) -> ReadOptions:
         """For the readers."""
@@ -91,12 +91,12 @@ class Convert:
 
 @dataclass
 class Verify:
-    """Compare two checkpoints of any formats, bit for bit. Exit code 1, and a table, if they differ."""
+    """Compare two checkpoints of any formats, bit for bit, or one with its own checksums. Exit code 1, and a table, if they differ."""
 
     a: _First
     """File or folder."""
     b: _Second = None
-    """Another; without it, A's own checksums are verified."""
+    """Another; without it, A is compared with its checksums: the training loop's checkpoints and canonical ones have some."""
     workers: int = 2
     """Threads."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)

@@ -17,11 +17,10 @@ from anon_dist.checkpoint.hf import read_weights, weight_files
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
 from anon_dist.checkpoint.statedict import interpret
-from anon_dist.checkpoint.torchfile import lay_out, open_torch
+from anon_dist.checkpoint.torchfile import LEGACY, lay_out, open_torch, starts
 
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt", "optim.pt")
 _MODELS = ("pytorch_model_fsdp.bin", "pytorch_model.bin", "model.pt", "model.bin")
-_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the magic number that files before torch 1.6 begin with
 
 
 def detect(path: Path) -> bool:
@@ -29,13 +28,8 @@ def detect(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in _OPTIMIZERS)
     return path.is_file() and (
-        zipfile.is_zipfile(path) or _starts(path, _LEGACY) or path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+        zipfile.is_zipfile(path) or starts(path, LEGACY) or path.suffix in (".pt", ".pth", ".bin", ".ckpt")
     )
-
-
-def _starts(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from anon_dist.checkpoint.checksums import NAME, PROGRESS, seal, take, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.inside import is_inside
 from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
-from anon_dist.files import sync, sync_tree
+from anon_dist.checkpoint.torchfile import will_need
+from anon_dist.files import sync, sync_tree, write_json
 
 BLOCK = 8 << 20
 """Bytes that are read and written at a time. The canonical format's checksums are of such blocks: another size is another version of it."""
@@ -55,6 +57,10 @@ def write_files(
         CheckpointError: the source cannot be read, the disk is full, or another process writes this target.
     """
     partial = target.with_name(target.name + ".partial")
+    if odd := next((f.path for f in files if not is_inside(str(f.path))), None):
+        raise CheckpointError(
+            f"the source asks for a file {odd}, which would lie outside {target}; it is not converted"
+        )
     _return_memory()
     journal = _Journal(partial, {"plan": _digest(files), "source": fingerprint})
     try:
@@ -69,6 +75,9 @@ def write_files(
     finally:
         journal.close()
     data = partial / "data"
+    if (data / PROGRESS).is_file():  # for the training loop, whose own have checksums too
+        (data / NAME).unlink(missing_ok=True)  # of a run that was killed here
+        write_json(data / PROGRESS, seal(data, take(data), unsealed(data / PROGRESS)[0]))
     sync_tree(data) if data.is_dir() else sync(data)
     data.rename(target)
     sync(target.parent)
@@ -235,7 +244,7 @@ def _write_region(
         if tensor.dtype != region.dtype:
             tensor = tensor.to(region.dtype)
         else:
-            _will_need(tensor)
+            will_need(tensor.data_ptr(), tensor.nbytes)
         content: Any = tensor.view(torch.uint8).numpy()
         _write_all(descriptor, memoryview(content), offset)
         if observe is not None:
@@ -260,15 +269,7 @@ def _return_memory() -> None:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-_WILLNEED, _MMAP_THRESHOLD = 3, -3
-
-
-def _will_need(tensor: Tensor) -> None:
-    """Have a mapped file's pages read in one go, not one fault after the other."""
-    start = tensor.data_ptr() // _PAGE * _PAGE
-    length = tensor.data_ptr() + tensor.nbytes - start
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _WILLNEED)
+_MMAP_THRESHOLD = -3
 
 
 def _digest(files: Sequence[OutFile]) -> str:

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from anon_dist.agreement import describe
+from anon_dist.checkpoint.dcp_load import Planner, Reader
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.together import on_every_rank
 
 _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
 
@@ -66,28 +67,27 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         elsewhere: flat keys of the checkpoint that other ranks load.
 
     Raises:
-        CheckpointError: a key is on one side only, or the files are damaged.
+        CheckpointError: a key is on one side only, or a value would run code; `DamagedCheckpoint` where a file is not as it was
+            written, in which case `state` has been filled in part. On every rank.
     """
-    reader = FileSystemReader(folder)
-    try:
+    with on_every_rank():
+        reader = Reader(folder)
         saved = set(reader.read_metadata().state_dict_metadata)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}/.metadata cannot be read ({error}); take an earlier checkpoint (--resume FOLDER)"
-        ) from error
-    wanted = set(flatten_state_dict(state)[0]) | set(elsewhere)
-    new = {key for key in wanted - saved if _HYPERPARAMETER.match(key)}
-    if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
-        new = set()  # another optimizer's
-    _compare(folder, saved, wanted - new, optimizer)
+        wanted = set(flatten_state_dict(state)[0]) | set(elsewhere)
+        new = {key for key in wanted - saved if _HYPERPARAMETER.match(key)}
+        if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
+            new = set()  # another optimizer's
+        _compare(folder, saved, wanted - new, optimizer)
     try:
         with _without_single_process_warning():
-            load(state, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(new)))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        failures = getattr(error, "failures", None)
-        reason = next(iter(failures.values()))[0] if failures else error
+            load(state, storage_reader=reader, planner=Planner(allow_partial_load=bool(new)))
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, and raised on every rank
+        found: list[BaseException] = [e for e, *_ in getattr(error, "failures", {}).values()] or [error]
+        reason = next((e for e in found if isinstance(e, CheckpointError)), None)
+        if reason is not None:
+            raise type(reason)(str(reason)) from error
         raise CheckpointError(
-            f"{folder} cannot be loaded: {reason}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
+            f"{folder} cannot be loaded: {found[0]}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
         ) from error
 
 

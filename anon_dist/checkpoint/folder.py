@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.agreement import agree, failures, is_first
+from anon_dist.checkpoint import checksums
+from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.files import sync, sync_tree, unused, write_json
 
-PROGRESS = "trainer.json"
 UNFINISHED = ".unfinished"
 """Folder, beside the checkpoints, of what is being written or deleted; all in it is ours. Gone between writes."""
 _NAME = re.compile(r"step-(\d{8,})")
@@ -88,7 +88,13 @@ class Checkpoints:
         except Exception as error:  # torch's own for a full disk is a RuntimeError
             failed = error
         self._agreed(temporary, failed)
-        self._agreed(temporary, _first(lambda: self._finish(temporary, progress)))
+        sums: dict[str, dict[str, Any]] = {}
+        try:
+            sums = checksums.take(temporary)
+        except Exception as error:
+            failed = error
+        self._agreed(temporary, failed)
+        self._agreed(temporary, _first(lambda: self._finish(temporary, sums, progress)))
 
     def _agreed(self, temporary: Path, error: Exception | None) -> None:
         """Go on if no rank has an error; else remove what was written, and raise on all."""
@@ -109,9 +115,10 @@ class Checkpoints:
             + (f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint")
         ) from error
 
-    def _finish(self, temporary: Path, progress: dict[str, Any]) -> None:
+    def _finish(self, temporary: Path, sums: dict[str, dict[str, Any]], progress: dict[str, Any]) -> None:
+        sealed = checksums.seal(temporary, sums, progress)
         sync_tree(temporary)
-        write_json(temporary / PROGRESS, progress)  # what has it is complete
+        write_json(temporary / PROGRESS, sealed)  # what has it is complete
         placed = self._put_in_place(temporary)
         for old in [p for p in self.complete()[: -self.keep] if p != placed and not p.is_symlink()]:
             self._remove(old)
@@ -157,19 +164,16 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What `Checkpoints.writing` was given.
 
     Raises:
-        DamagedCheckpoint: it cannot be read.
         CheckpointError: the folder is no complete checkpoint.
+        DamagedCheckpoint: it was one, and cannot be read.
     """
     path = checkpoint / PROGRESS
     try:
-        progress: dict[str, Any] = json.loads(path.read_bytes())
+        return checksums.unsealed(path)[0]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint of a training run: {error}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
-    if not isinstance(progress, dict):
-        raise DamagedCheckpoint(f"{path} is damaged: it holds no keys")
-    return progress
 
 
 def _is_complete(checkpoint: Path) -> bool:

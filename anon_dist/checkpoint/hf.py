@@ -9,7 +9,8 @@ from typing import Any
 from anon_dist.checkpoint.assemble import model_names
 from anon_dist.checkpoint.beside import json_file, read_beside
 from anon_dist.checkpoint.boxes import Boxes
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.safefile import read_header, write_header
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, OutFile, Part, Region
@@ -33,12 +34,16 @@ def weight_files(path: Path) -> list[Path]:
         return [path / "model.safetensors"] if (path / "model.safetensors").is_file() else []
     try:
         names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX} cannot be read: {error}") from None
-    for name in names:
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing; {INDEX} names it")
-    return [path / name for name in names]
+    blobs = (
+        path.resolve().parents[1] / "blobs" if path.resolve().parent.name == "snapshots" else None
+    )  # the hub's cache
+    files = [inside(path, name, INDEX, also=blobs) for name in names]
+    for file in files:
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing; {INDEX} names it")
+    return files
 
 
 def detect(path: Path) -> bool:

@@ -1,18 +1,56 @@
-"""Pickles read without running code: known harmless classes are built, foreign ones become inert stand-ins, the rest is refused."""
+"""Pickles read without running code: known harmless classes are built, foreign ones become inert stand-ins, the rest is refused.
+
+Classes and functions are known by their exact names, and nothing that is found by name can be given attributes.
+"""
 
 from __future__ import annotations
 
 import collections
 import copyreg
+import importlib
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
-STAND_INS = ("deepspeed", "megatron", "accelerate", "transformers", "omegaconf", "argparse", "torch.optim")
-"""Packages whose classes are kept as `StandIn`s: their state is read, their code is not."""
+_MEGATRON = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType", "InitType")
+_OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+STAND_INS: Mapping[str, Collection[str]] = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler", "LossScalerBase"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.runtime.zero.offload_config": ("OffloadDeviceEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    "megatron.enums": _MEGATRON,
+    "megatron.model.enums": _MEGATRON,
+    "megatron.core.enums": _MEGATRON,
+    "megatron.core.transformer.enums": _MEGATRON,
+    "accelerate.data_loader": ("SeedableRandomSampler",),
+    "accelerate.utils.dataclasses": ("DistributedType", "PrecisionType"),
+    "transformers.trainer_utils": ("IntervalStrategy", "SaveStrategy", "SchedulerType", "HubStrategy"),
+    "transformers.training_args": ("OptimizerNames", "TrainingArguments"),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.nodes": (
+        "AnyNode",
+        "StringNode",
+        "IntegerNode",
+        "FloatNode",
+        "BooleanNode",
+        "BytesNode",
+        "PathNode",
+        "EnumNode",
+    ),
+    "typing": ("Any", "Dict", "List"),
+    "argparse": ("Namespace",),
+    "torch.optim.lr_scheduler": tuple(torch.optim.lr_scheduler.__all__),
+    **{f"torch.optim.{module}": (name,) for module, name in _OPTIMIZERS.items()},
+}
+"""Module → names of classes that are kept as `StandIn`s: their state is read, their code is not. Exact names: what is written again by its
+name may be executed by whoever reads it."""
 
 _HARMLESS = {
     "collections": ("OrderedDict", "Counter", "defaultdict", "deque"),
@@ -22,7 +60,7 @@ _HARMLESS = {
     "datetime": ("datetime", "date", "timedelta", "timezone"),
     "pathlib": ("PosixPath", "PurePosixPath"),
     "torch": ("Size", "device", "Tensor"),
-    "torch.nn.parameter": ("Parameter",),
+    "torch.nn.parameter": ("Parameter", "Buffer"),
     "torch.storage": ("UntypedStorage",),
     "torch.serialization": ("_get_layout",),
     "torch._tensor": ("_rebuild_from_type_v2",),
@@ -34,9 +72,12 @@ _HARMLESS = {
         "_rebuild_parameter_with_state",
         "_rebuild_sparse_tensor",
         "_rebuild_qtensor",
+        "_rebuild_nested_tensor",
+        "_rebuild_meta_tensor_no_storage",
+        "_rebuild_device_tensor_from_cpu_tensor",
     ),
-    "numpy": ("ndarray", "dtype"),
-    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "numpy": ("dtype",),
+    "numpy._core.multiarray": ("scalar",),
 }  # fmt: skip
 _MOVED = {
     "__builtin__": "builtins",
@@ -104,30 +145,58 @@ def _reconstructor(cls: type, base: type, state: Any) -> Any:
     return cls.__new__(cls)
 
 
+_NDARRAY = object()
+"""Stands for numpy.ndarray, which takes bytes for pointers if it is called with them."""
+
+
+def _array(cls: Any, shape: Any, kind: Any) -> Any:
+    """numpy's `_reconstruct`: an empty array, whose state is set next."""
+    if cls is not _NDARRAY:
+        raise ForbiddenClass(f"numpy's _reconstruct of {cls}")
+    return np.empty(0, dtype=np.int8)
+
+
+_REPLACED: Mapping[tuple[str, str], Any] = {
+    ("copyreg", "_reconstructor"): _reconstructor,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+}
+_Slow: Any = pickle._Unpickler  # Python's own: what C's does when it sets attributes cannot be overridden
+
+
 def restricted(
-    stand_ins: Collection[str] = STAND_INS, also: Callable[[str, str], Any] = lambda module, name: None
+    stand_ins: Mapping[str, Collection[str]] = STAND_INS, also: Callable[[str, str], Any] = lambda module, name: None
 ) -> Any:
     """A replacement for the module `pickle` that finds harmless classes only; for `torch.load(pickle_module=…)` too.
 
     Args:
-        stand_ins: packages whose classes become `StandIn`s.
+        stand_ins: module → names of classes that become `StandIn`s.
         also: further classes by module and name, None for those it does not know.
     """
     made: dict[tuple[str, str], type] = {}
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(_Slow):
         def find_class(self, module: str, name: str) -> Any:
             module = _MOVED.get(module, module)
             if (found := also(module, name)) is not None:
                 return found
             if name in _HARMLESS.get(module, ()) or _is_value(module, name):
-                return super().find_class(module, name)
-            if (module, name) == ("copyreg", "_reconstructor"):
-                return _reconstructor
-            if any(module == p or module.startswith(p + ".") for p in stand_ins):
+                return getattr(importlib.import_module(module), name)
+            if (module, name) in _REPLACED:
+                return _REPLACED[module, name]
+            if name in stand_ins.get(module, ()):
                 attributes = {"__module__": module, "__qualname__": name}
-                return made.setdefault((module, name), type(name.rpartition(".")[2], (StandIn,), attributes))
+                return made.setdefault((module, name), type(name, (StandIn,), attributes))
             raise ForbiddenClass(f"{module}.{name}")
+
+        def get_extension(self, code: int) -> None:
+            raise ForbiddenClass(f"copyreg's extension {code}")
+
+        def load_build(self) -> None:
+            _check_state(self.stack[-2], self.stack[-1])
+            _Slow.load_build(self)
+
+        dispatch = {**_Slow.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
 
     def load(file: Any, **options: Any) -> Any:
         return Unpickler(file, **options).load()
@@ -135,6 +204,17 @@ def restricted(
     module = ModuleType("restricted")
     module.__dict__.update(Unpickler=Unpickler, load=load, UnpicklingError=pickle.UnpicklingError)
     return module
+
+
+def _check_state(obj: Any, state: Any) -> None:
+    """Raises `ForbiddenClass` where setting an object's state would change what others do, or how memory is read."""
+    if isinstance(obj, type | ModuleType) or callable(obj):
+        raise ForbiddenClass(f"a state for {getattr(obj, '__qualname__', obj)}")
+    if isinstance(obj, np.dtype):  # flags and fields that do not fit would have bytes taken for pointers
+        _, _, subtype, names, fields, _, _, flags, *_ = state
+        usual = np.dtype(obj.str).flags if obj.names is None else None
+        if not (subtype is None and names is None and fields is None and flags == usual):
+            raise ForbiddenClass("numpy.dtype with fields or flags of its own")
 
 
 def _is_value(module: str, name: str) -> bool:

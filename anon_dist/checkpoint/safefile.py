@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.torchfile import MappedFile
 
 DTYPES = {
@@ -78,7 +78,7 @@ def read_header(file: MappedFile) -> Header:
                 raise ValueError(f"it ends before {name} does: truncated")
             entries[name] = entry
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file.path} is no safetensors file, or damaged: {error}") from None
+        raise DamagedCheckpoint(f"{file.path} is no safetensors file, or damaged: {error}") from None
     return Header(entries, metadata)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.boxes import Boxes
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.flat_keys import nested
 from anon_dist.checkpoint.names import Shape, assign, is_buffer, unwrapped
 from anon_dist.checkpoint.recognise import recognise, training_step
@@ -59,8 +59,9 @@ class Pieces(Checkpoint):
     def _named(self, key: Key) -> Iterator[None]:
         try:
             yield
-        except (CheckpointError, RuntimeError) as error:
-            raise CheckpointError(f"{self._where}: {key.state} of {key.parameter} cannot be read: {error}") from error
+        except RuntimeError as error:  # a CheckpointError is one
+            kind = DamagedCheckpoint if isinstance(error, DamagedCheckpoint) else CheckpointError
+            raise kind(f"{self._where}: {key.state} of {key.parameter} cannot be read: {error}") from error
 
 
 @dataclass

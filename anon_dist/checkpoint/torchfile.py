@@ -2,72 +2,91 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
+import os
 import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.pickles import EMPTY, ForbiddenClass, Pickler, restricted
+from anon_dist.checkpoint.checksums import sums_of
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.pickles import EMPTY, STAND_INS, ForbiddenClass, Pickler, restricted
 from anon_dist.checkpoint.schema import OutFile, Part, Region, Stub
 from anon_dist.checkpoint.stored_zip import StoredZip
 
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+"""The magic number that files before torch 1.6 begin with."""
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 
 def open_torch(path: Path, unsafe: bool = False) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
 
-    Classes of packages that write such files (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
+    Classes that such files often hold (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
 
     Args:
         unsafe: build whatever classes the file asks for, which may run any code.
 
     Raises:
-        CheckpointError: no such file, damaged, or it asks for a class that is not known.
+        DamagedCheckpoint: no such file, or damaged.
+        CheckpointError: it asks for a class that is not known.
     """
     path = Path(path)
-
-    def load(**how: Any) -> Any:
-        mapped = zipfile.is_zipfile(path) if path.is_file() else True  # files before torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", mmap=mapped, **how)
-
     try:
-        if unsafe:
-            return load(weights_only=False)
-        return _load_safely(load)
+        if not path.is_file():
+            raise FileNotFoundError
+        zipped = zipfile.is_zipfile(path)
+        if zipped and not unsafe:
+            file = MappedFile(path)
+            return open_embedded(file, 0, file.size)
+        if not zipped and not starts(path, LEGACY):
+            raise pickle.UnpicklingError("it begins with neither of torch's marks")
+        if sums_of(path) is not None:
+            MappedFile(path).check(0, path.stat().st_size)
+        # files before torch 1.6 cannot be mapped
+        return torch.load(path, "cpu", mmap=zipped, weights_only=False, pickle_module=None if unsafe else restricted())
     except ForbiddenClass as error:
-        if str(error).startswith(_SHARDS):
-            raise CheckpointError(
-                f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
-                "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
-            ) from None
-        raise CheckpointError(
-            f"{path} holds an object of {error}, which could run code when read. "
-            "If you trust the file's origin, read it with --unsafe"
-        ) from None
+        raise _forbidden(path, error) from None
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; a complete checkpoint has it") from None
+        raise DamagedCheckpoint(f"{path} does not exist; a complete checkpoint has it") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise whatever the first wrong byte leads to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is damaged, truncated, or no file of torch.save: {reason}. Take another checkpoint, or copy it again"
-        ) from None
+        raise _damaged(path, error) from None
 
 
-def _load_safely(load: Callable[..., Any]) -> Any:
-    try:
-        return load(weights_only=True)
-    except pickle.UnpicklingError:
-        return load(weights_only=False, pickle_module=restricted())
+def starts(path: Path, magic: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _forbidden(path: Path, error: ForbiddenClass) -> CheckpointError:
+    if str(error).startswith(_SHARDS):
+        return CheckpointError(
+            f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
+            "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
+        )
+    return CheckpointError(
+        f"{path} holds an object of {error}, which could run code when read. "
+        "If you trust the file's origin, read it with --unsafe"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DamagedCheckpoint(
+        f"{path} is damaged, truncated, or no file of torch.save: {reason}. Take another checkpoint, or copy it again"
+    )
 
 
 def _map(path: Path, size: int) -> Any:
@@ -77,32 +96,104 @@ def _map(path: Path, size: int) -> Any:
 class MappedFile:
     """A file that is read where it is needed: bytes by position, tensors as views.
 
+    If its checkpoint has checksums, bytes are checked as they are read, and the elements of a tensor by `verified`.
+
     Raises:
-        CheckpointError: it cannot be opened.
+        DamagedCheckpoint: it cannot be opened, or is not of the size it had.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sums = sums_of(path)
         try:
             self.size = path.stat().st_size
             self._storage = _map(path, self.size)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be opened: {reason}; a complete checkpoint has it") from None
+            raise DamagedCheckpoint(f"{path} cannot be opened: {reason}; a complete checkpoint has it") from None
+        if self._sums is not None and self.size != self._sums.size:
+            raise self._sums.damaged(f"it has {self.size} bytes, and had {self._sums.size}")
         self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
+        self._checked = bytearray(-(-self.size // self._sums.block) if self._sums is not None else 0)
+
+    def check(self, start: int, stop: int) -> None:
+        """Compare the blocks in which bytes [start, stop) lie with their checksums, those that have not been yet.
+
+        Raises:
+            DamagedCheckpoint: one differs.
+        """
+        if self._sums is None:
+            return
+        size = self._sums.block
+        if stop - start > size:
+            will_need(self._storage.data_ptr() + start, min(stop, self.size) - start)
+        for index in range(max(start, 0) // size, -(-min(stop, self.size) // size)):
+            if not self._checked[index]:
+                self._sums.check(index, self._bytes[index * size : (index + 1) * size])
+                self._checked[index] = 1
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size), fewer at the end of the file."""
+        self.check(start, start + size)
         return bytes(self._bytes[start : start + size].tobytes())
 
     def tensor(self, dtype: torch.dtype, start: int, numel: int) -> Tensor:
-        """Elements from the byte `start` on, 1-D; a view of the file."""
-        if start + numel * dtype.itemsize > self.size:
-            raise CheckpointError(f"{self.path} ends at byte {self.size}, before a tensor in it does; it is truncated")
+        """Elements from the byte `start` on, 1-D; a view of the file, to be given to `verified` before it is used, if it is large."""
+        stop = start + numel * dtype.itemsize
+        if start < 0 or numel < 0 or stop > self.size:
+            raise DamagedCheckpoint(
+                f"{self.path} ends at byte {self.size}, before a tensor in it does; it is truncated"
+            )
         if not numel:
             return torch.empty(0, dtype=dtype)
-        raw = self._storage[start : start + numel * dtype.itemsize]
+        raw: Any = self._storage[start:stop]
+        if self._sums is not None:
+            if stop - start <= _SMALL:
+                self.check(start, stop)
+            else:
+                raw.mapped = (self, start)  # views of the tensor share the storage
         return torch.empty(0, dtype=dtype).set_(raw)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PAGE, _WILLNEED = os.sysconf("SC_PAGE_SIZE"), 3
+
+
+def will_need(address: int, size: int) -> None:
+    """Have a mapped file's pages read in one go, not one fault after the other."""
+    start = address // _PAGE * _PAGE
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), _WILLNEED)
+
+
+_SMALL = 1 << 16
+"""Bytes of a tensor that is checked when it is opened."""
+_PIECE = 4 << 20
+"""Bytes that are checked, and then copied, at a time: they are still in the processor's cache."""
+
+
+def verified(tensor: Tensor) -> Tensor:
+    """The same tensor, once the blocks of the file that it is a view of have been compared with their checksums, if there are any.
+
+    Raises:
+        DamagedCheckpoint: one differs; naming the file.
+    """
+    mapped = getattr(tensor.untyped_storage(), "mapped", None)
+    if mapped is not None and tensor.numel():
+        file, begin = mapped
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = begin + tensor.storage_offset() * tensor.itemsize
+        file.check(start, start + (last + 1) * tensor.itemsize)
+    return tensor
+
+
+def copy_verified(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)`, of one shape, checked and copied piece by piece."""
+    if source.dim() == 0 or source.nbytes <= _PIECE:
+        target.copy_(verified(source))
+        return
+    rows = max(1, _PIECE * len(source) // source.nbytes)
+    for start in range(0, len(source), rows):
+        target[start : start + rows].copy_(verified(source[start : start + rows]))
 
 
 class _Slice(io.RawIOBase):
@@ -131,42 +222,74 @@ class _Slice(io.RawIOBase):
         return data
 
 
-def open_embedded(file: MappedFile, start: int, size: int) -> Any:
+def open_embedded(file: MappedFile, start: int, size: int, stand_ins: Any = STAND_INS) -> Any:
     """What `torch.save` wrote into bytes [start, start + size) of a file, as `open_torch` reads it.
+
+    Args:
+        stand_ins: see `pickles.restricted`.
 
     Raises:
         CheckpointError: see `open_torch`.
     """
     try:
         with zipfile.ZipFile(_Slice(file, start, size)) as archive:
-            records = {i.filename.partition("/")[2]: start + i.header_offset for i in archive.infolist()}
+            records = {i.filename.partition("/")[2]: i for i in archive.infolist()}
             folder = archive.infolist()[0].filename.partition("/")[0]
             pickled = archive.read(f"{folder}/data.pkl")
-        return _embedded_unpickler(file, records, pickled).load()
+            order = archive.read(f"{folder}/byteorder").decode() if "byteorder" in records else sys.byteorder
+        if order != sys.byteorder:
+            raise CheckpointError(f"{file.path} was written on a {order}-endian machine; save it again on this kind")
+        found = _Embedded(file, start, size, records, stand_ins).load(pickled)
+        torch._utils._validate_loaded_sparse_tensors()
+        return found
     except ForbiddenClass as error:
-        raise CheckpointError(f"{file.path} holds an object of {error}, which could run code when read") from None
+        raise _forbidden(file.path, error) from None
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{file.path} is damaged at byte {start}: {error}") from None
+        raise _damaged(file.path, error) from None
 
 
-def _embedded_unpickler(file: MappedFile, records: dict[str, int], pickled: bytes) -> Any:
-    class Unpickler(restricted().Unpickler):  # type: ignore[misc]
-        def find_class(self, module: str, name: str) -> Any:
-            if module == "torch" and name.endswith("Storage"):
-                return torch.serialization.StorageType(name) if name != "UntypedStorage" else torch.UntypedStorage
-            return super().find_class(module, name)
+class _Embedded:
+    """The records of a `torch.save` in a part of a file."""
 
-        def persistent_load(self, saved: Any) -> Any:
-            _, kind, key, _, numel = saved
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-            header = records[f"data/{key}"]
-            name, extra = struct.unpack("<2H", file.read(header + 26, 4))
-            raw = file.tensor(torch.uint8, header + 30 + name + extra, numel * dtype.itemsize).untyped_storage()
-            return torch.storage.TypedStorage(wrap_storage=raw, dtype=dtype, _internal=True)
+    def __init__(self, file: MappedFile, start: int, size: int, records: Mapping[str, Any], stand_ins: Any) -> None:
+        self._file, self._start, self._size, self._records, self._stand_ins = file, start, size, records, stand_ins
+        self._storages: dict[str, Any] = {}
 
-    return Unpickler(io.BytesIO(pickled))
+    def load(self, pickled: bytes) -> Any:
+        """The object."""
+        unpickler = restricted(self._stand_ins, also=_storage_kind).Unpickler(io.BytesIO(pickled))
+        unpickler.persistent_load = self._storage
+        return unpickler.load()
+
+    def _storage(self, saved: Any) -> Any:
+        """What a tensor's reference to its storage stands for; a storage that several share is one."""
+        mark, kind, key, _, numel = saved
+        if mark != "storage":
+            raise pickle.UnpicklingError(f"an unknown reference {mark!r}")
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if key not in self._storages:
+            record = self._records[f"data/{key}"]
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError(f"record {record.filename} is compressed, which torch.save does not do")
+            header = self._start + record.header_offset
+            name, extra = struct.unpack("<2H", self._file.read(header + 26, 4))
+            begin, length = header + 30 + name + extra, numel * dtype.itemsize
+            if length > record.file_size or begin + length > self._start + self._size:
+                raise pickle.UnpicklingError(f"record {record.filename} is shorter than the tensor in it")
+            self._storages[key] = self._file.tensor(torch.uint8, begin, length).untyped_storage()
+        return torch.storage.TypedStorage(wrap_storage=self._storages[key], dtype=dtype, _internal=True)
+
+
+def _storage_kind(module: str, name: str) -> Any:
+    """The classes of storages, as `torch.load` maps them."""
+    if module in ("torch", "torch.cuda") and name in _STORAGES:
+        return torch.UntypedStorage if name == "UntypedStorage" else torch.serialization.StorageType(name)
+    return None
+
+
+_STORAGES = {"UntypedStorage", *torch.storage._dtype_to_storage_type_map().values()}
 
 
 def to_bytes(obj: Any) -> bytes:
@@ -230,7 +353,7 @@ class _Pickler(Pickler):
         if type(obj) is torch.nn.Parameter:
             return torch._utils._rebuild_parameter, (obj.detach(), obj.requires_grad, EMPTY)
         if type(obj) is Tensor:
-            data = obj.detach().cpu().contiguous()
+            data = verified(obj).detach().cpu().contiguous()
             content = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
             return self._tensor(content, tuple(data.shape), data.dtype)
         return NotImplemented

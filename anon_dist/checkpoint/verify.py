@@ -13,6 +13,8 @@ from torch import Tensor
 
 from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
+from anon_dist.checkpoint.checksums import checksums
+from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref, schedule_key
@@ -30,17 +32,30 @@ class Difference(NamedTuple):
 
 
 def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, workers: int = 2) -> list[Difference]:
-    """What differs. A canonical folder is also compared with its own checksums, alone if `b` is None.
+    """What differs. Checkpoints that have checksums, the training loop's and canonical folders, are compared with them too.
 
     Compared are weights (their float32 masters, where both or one have them and the other is float32), every state of every parameter,
     scalars, and each parameter's hyperparameters; the order of parameters and of groups is not. Extras are compared where both have
     them, but for what describes an engine or a rank (ds_config, rng); a learning-rate scheduler must be in both or in neither.
 
+    Args:
+        b: None: `a` is compared with its checksums alone.
+
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: one cannot be read; or there is one alone, and it has no checksums.
     """
-    opened = [open_checkpoint(Path(p), read) for p in (a, b) if p is not None]
+    paths = [Path(p) for p in (a, b) if p is not None]
+    sums = [checksums(p) if p.is_dir() else None for p in paths]
+    found = [Difference(*wrong) for own in sums if own is not None for wrong in own.verify(workers)]
+    if found:
+        return found  # what is damaged may not be readable
+    opened = [open_checkpoint(p, read) for p in paths]
     try:
+        if b is None and sums[0] is None and not isinstance(opened[0], Canonical):
+            raise CheckpointError(
+                f"{a} has no checksums: it can be read, and whether its bits are as they were written cannot be told. "
+                "Compare it with another copy: verify A B"
+            )
         found = [Difference("checksum", line) for c in opened if isinstance(c, Canonical) for line in c.check()]
         return found + (differences(opened[0], opened[1], workers) if len(opened) == 2 else [])
     finally:

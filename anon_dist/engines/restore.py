@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.optim import Anon
 from anon_dist.optim.state import decoded_states
 
@@ -39,14 +42,15 @@ def restore(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint) -> N
             ZeroRedundancyOptimizer's ranks keep some each.
 
     Raises:
-        CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then.
+        CheckpointError: a tensor is missing there or here, or has another shape; naming it. Nothing has been changed then. On every
+            rank, as `DamagedCheckpoint`, which is raised while tensors are filled.
     """
     wrapped = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     plain = unwrapped(list(wrapped))
     parameters = {plain[name]: p for name, p in model.named_parameters()}
     buffers = {plain[name]: buffer for name, buffer in model.named_buffers()}
-    check_same_optimizer(optimizer, checkpoint)
-    with decoded_states(optimizer):
+    with on_every_rank(), decoded_states(optimizer):
+        check_same_optimizer(optimizer, checkpoint)
         _fill(model, parameters, buffers, optimizer, checkpoint)
 
 
@@ -67,7 +71,7 @@ def _fill(
     with torch.no_grad():
         for key, target, owner in work:
             local = target.to_local() if isinstance(target, DTensor) else target
-            local.copy_(ranges.read(checkpoint, key, owner).view(local.shape))
+            ranges.fill(local, checkpoint, key, owner)
         for name, p in parameters.items():
             if p in optimizer.state:
                 _set_scalars(optimizer.state[p], name, checkpoint)
@@ -77,13 +81,28 @@ def _fill(
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end."""
+    """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end. Every rank must call it.
+
+    Raises:
+        CheckpointError: it cannot be opened, on some rank: raised on all.
+    """
+    check_present(folder)
     inner = folder / DEEPSPEED
-    checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
+    with on_every_rank():
+        checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
     try:
         yield checkpoint
     finally:
         checkpoint.close()
+
+
+def check_present(folder: Path) -> None:
+    """Raises `DamagedCheckpoint`, on every rank, if a file of a training checkpoint is missing or of another size than it was."""
+    with on_every_rank():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            found = checksums(folder)
+            if found is not None:
+                found.check_present()
 
 
 def check_same_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
@@ -141,20 +160,37 @@ class Ranges:
         """The parameter's shape, unsharded."""
         return self._shapes.get(owner, tuple(owner.shape))
 
-    def read(self, checkpoint: Checkpoint, key: Key, owner: Tensor) -> Tensor:
-        """This rank's elements of a tensor that is laid out as the parameter `owner` is."""
+    def fill(self, local: Tensor, checkpoint: Checkpoint, key: Key, owner: Tensor) -> None:
+        """Copy this rank's elements of a tensor that is laid out as the parameter `owner` is."""
         if owner in self._flat:
-            return checkpoint.read(key, *self._flat[owner])
-        if not isinstance(owner, DTensor):
-            return checkpoint.read(key, 0, owner.numel())
-        sizes, offsets = compute_local_shape_and_global_offset(owner.shape, owner.device_mesh, owner.placements)
-        if math.prod(sizes) == 0:
-            return checkpoint.read(key, 0, 0)
-        row = math.prod(owner.shape[1:])
-        rows = checkpoint.read(key, offsets[0] * row, (offsets[0] + sizes[0]) * row).view(sizes[0], *owner.shape[1:])
-        for dim, (offset, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), start=1):
-            rows = rows.narrow(dim, offset, size)
-        return rows.reshape(-1)
+            copy_range(local, checkpoint, key, *self._flat[owner])
+        elif not isinstance(owner, DTensor):
+            copy_range(local, checkpoint, key, 0, owner.numel())
+        elif local.numel():
+            sizes, offsets = compute_local_shape_and_global_offset(owner.shape, owner.device_mesh, owner.placements)
+            row = math.prod(owner.shape[1:])
+            start, stop = (offsets[0] * row, (offsets[0] + sizes[0]) * row) if sizes else (0, 1)
+            if tuple(sizes[1:]) == tuple(owner.shape[1:]):
+                copy_range(local, checkpoint, key, start, stop)
+                return
+            rows = checkpoint.read(key, start, stop).view(sizes[0], *owner.shape[1:])
+            for dim, (offset, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), start=1):
+                rows = rows.narrow(dim, offset, size)
+            local.copy_(rows.reshape(local.shape))
+
+
+def copy_range(target: Tensor, checkpoint: Checkpoint, key: Key, start: int, stop: int) -> None:
+    """Elements [start, stop) into a tensor of as many, piece by piece: each is checked and copied while it is in the processor's cache."""
+    if not target.is_contiguous():
+        target.copy_(checkpoint.read(key, start, stop).view(target.shape))
+        return
+    flat = target.detach().view(-1)
+    for at in range(start, stop, _PIECE):
+        end = min(stop, at + _PIECE)
+        flat[at - start : end - start].copy_(checkpoint.read(key, at, end))
+
+
+_PIECE = 1 << 20
 
 
 def _allocate(parameters: Mapping[str, Tensor], optimizer: Optimizer, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.replicas import Copy, copies_of, states_of
-from anon_dist.engines.restore import opened, restore
+from anon_dist.engines.restore import check_present, opened, restore
 from anon_dist.optim import Anon
 
 
@@ -111,6 +111,7 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         """See `base.Engine`. What another engine wrote is converted as it is read."""
         self._wait()
+        check_present(folder)
         if (folder / ".metadata").exists():
             load_sharded(folder, self.model, self.optimizer)
         else:

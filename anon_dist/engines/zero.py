@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anon_dist.checkpoint import CheckpointError
 from anon_dist.engines import zero_restore
 from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
@@ -23,7 +22,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
 from anon_dist.engines.register import NVME, refuse_other_steppers
 from anon_dist.engines.replicas import Copy, copies_of, states_of
-from anon_dist.engines.restore import DEEPSPEED, check_same_optimizer, opened
+from anon_dist.engines.restore import DEEPSPEED, opened
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 
 
@@ -201,22 +200,9 @@ class ZeroEngine:
             raise failed[0]
 
     def load(self, folder: Path) -> None:
-        """See `base.Engine`. By DeepSpeed where stage and ranks are as when it was saved; else converted as it is read."""
+        """See `base.Engine`. DeepSpeed's own loading runs whatever its pickles ask for, so it is never called."""
         with opened(folder) as checkpoint:
-            check_same_optimizer(self.optimizer, checkpoint)
-            manifest = checkpoint.manifest
-            present = f"zero{self._engine.zero_optimization_stage()}", self._engine.dp_world_size
-            if (manifest.format, manifest.world_size) != present:
-                zero_restore.restore(self._engine, checkpoint)
-                return
-        try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED, load_lr_scheduler_states=False)
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder}/{DEEPSPEED} cannot be loaded: {error}. Is it of another model, or damaged? Take an earlier one (--resume FOLDER)"
-            ) from error
-        if loaded is None:
-            raise CheckpointError(f"{folder}/{DEEPSPEED} cannot be loaded: DeepSpeed found nothing to load there")
+            zero_restore.restore(self._engine, checkpoint)
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`. The float32 masters."""

@@ -20,7 +20,7 @@ from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import Copy, copies_of
-from anon_dist.engines.restore import opened, restore
+from anon_dist.engines.restore import check_present, opened, restore
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.optim.regime import HISTORY
 from anon_dist.optim.state import decoded_states
@@ -75,6 +75,7 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""
+        check_present(folder)
         if not (folder / ".metadata").exists():
             with self.whole_optimizer() as optimizer, opened(folder) as checkpoint:
                 restore(self.model, optimizer, checkpoint)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.restore import check_same_optimizer, copy_range
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     reads its own ranges of masters and states; every rank must call it. Hyperparameters that the checkpoint lacks stay as they are.
 
     Raises:
-        CheckpointError: a parameter or state is missing or of another shape, or groups do not match; naming it.
+        CheckpointError: a parameter or state is missing or of another shape, or groups do not match; naming it. On every rank.
         EngineError: the optimizer is swapped to NVMe.
     """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
@@ -45,14 +47,19 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
         raise EngineError(
             "a checkpoint cannot be restored into an optimizer that DeepSpeed swaps to NVMe; offload it to cpu"
         )
-    source = _Source(checkpoint, engine.module)
-    held = list(_held(wrapper, optimizer, source.names))
     with torch.no_grad():
-        for part in held:
-            _fill(part.master, part, source, MASTER)
-        _load_optimizer(wrapper, optimizer, held, source)
-        _load_fixed(engine.module, source)
-        _push_weights(wrapper, engine.module, held, source)
+        with on_every_rank():
+            check_same_optimizer(optimizer, checkpoint)
+            source = _Source(checkpoint, engine.module)
+            held = list(_held(wrapper, optimizer, source.names))
+            for part in held:
+                _fill(part.master, part, source, MASTER)
+            _load_optimizer(wrapper, optimizer, held, source)
+            _load_fixed(engine.module, source)
+            if not _gathers(wrapper):
+                _copy_weights(held, source)
+        if _gathers(wrapper):
+            _push_weights(wrapper)
     _load_counters(engine, wrapper, checkpoint)
 
 
@@ -84,8 +91,8 @@ class _Source:
             else self._stored.get(name, name)
         )
 
-    def read(self, name: str, state: str, start: int, stop: int, numel: int) -> Tensor:
-        """Elements of a parameter's state; of the weight where there is no master, and the other way round."""
+    def key(self, name: str, state: str, numel: int) -> Key:
+        """Where a parameter's state of so many elements is; the weight where there is no master, and the other way round."""
         other = {MASTER: WEIGHT, WEIGHT: MASTER}.get(state, state)
         tensors = self.checkpoint.tensors
         found = next((k for s in (state, other) if (k := Key(self.stored(name), s)) in tensors), None)
@@ -95,7 +102,11 @@ class _Source:
             raise CheckpointError(
                 f"{name}: {state} has shape {tensors[found].shape} in the checkpoint, {numel} elements in the model"
             )
-        return self.checkpoint.read(found, start, stop)
+        return found
+
+    def read(self, name: str, state: str, start: int, stop: int, numel: int) -> Tensor:
+        """Elements of a parameter's state; see `key`."""
+        return self.checkpoint.read(self.key(name, state, numel), start, stop)
 
 
 def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]:
@@ -148,8 +159,8 @@ def _fill(target: Tensor, part: Held, source: _Source, state: str) -> None:
     flat = target.detach().view(-1)
     flat.zero_()
     for cut in part.cuts:
-        values = source.read(part.names[cut.member], state, cut.start, cut.stop, part.sizes[cut.member])
-        flat[cut.offset : cut.offset + cut.stop - cut.start].copy_(values)
+        key = source.key(part.names[cut.member], state, part.sizes[cut.member])
+        copy_range(flat[cut.offset : cut.offset + cut.stop - cut.start], source.checkpoint, key, cut.start, cut.stop)
 
 
 def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Source) -> None:
@@ -242,8 +253,20 @@ def _load_fixed(module: nn.Module, source: _Source) -> None:
         sharded.ds_tensor.view(-1)[: last - first].copy_(source.read(name, WEIGHT, first, last, size))
 
 
-def _push_weights(wrapper: Any, module: nn.Module, held: list[Held], source: _Source) -> None:
-    """The model's weights, from the masters: each rank has its part, and DeepSpeed gathers them."""
+def _gathers(wrapper: Any) -> bool:
+    """Whether DeepSpeed makes the model's weights from the masters, of which each rank has its part."""
+    return hasattr(wrapper, "fp32_partitioned_groups_flat") or hasattr(wrapper, "update_lp_params")
+
+
+def _copy_weights(held: list[Held], source: _Source) -> None:
+    trained = {name for part in held for name in part.names}
+    for p, name in source.names.items():
+        if name in trained:
+            p.copy_(source.read(name, WEIGHT, 0, p.numel(), p.numel()).view(p.shape))
+
+
+def _push_weights(wrapper: Any) -> None:
+    """The model's weights, from the masters; ranks exchange them."""
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         wrapper.checkpoint_event_prologue()
         for master, flat, members in zip(
@@ -256,13 +279,12 @@ def _push_weights(wrapper: Any, module: nn.Module, held: list[Held], source: _So
             for share, values in zip(members, wrapper.unflatten(flat, members), strict=True):
                 share.data = values.data
         wrapper.checkpoint_event_epilogue()
-    elif hasattr(wrapper, "update_lp_params"):
-        wrapper.update_lp_params()
     else:
-        trained = {name for part in held for name in part.names}
-        for p, name in source.names.items():
-            if name in trained:
-                p.copy_(source.read(name, WEIGHT, 0, p.numel(), p.numel()).view(p.shape))
+        wrapper.update_lp_params()
+
+
+def _dynamic(scaler: dict[str, Any]) -> bool:
+    return bool(scaler.get("dynamic", scaler.get("dynamic_loss_scale", False)))
 
 
 def _load_counters(engine: Any, wrapper: Any, checkpoint: Checkpoint) -> None:
@@ -271,8 +293,12 @@ def _load_counters(engine: Any, wrapper: Any, checkpoint: Checkpoint) -> None:
     engine.global_steps = checkpoint.manifest.step or 0
     engine.skipped_steps = extras.get("skipped_steps", 0)
     engine.global_samples = extras.get("global_samples", engine.global_steps * engine.train_batch_size())
-    scale, scaler = extras.get("loss_scaler"), getattr(wrapper, "loss_scaler", None)
-    if isinstance(scale, dict) and scaler is not None:
-        vars(scaler).update({k: v for k, v in scale.items() if k in vars(scaler) and k != "dtype"})
+    scaler = getattr(wrapper, "loss_scaler", None) or getattr(
+        wrapper, "loss_scale_config", None
+    )  # the latter at stage 0
+    if isinstance(scale := extras.get("loss_scaler"), dict) and scaler is not None:
+        present = vars(scaler)
+        if _dynamic(scale) == _dynamic(present):  # fp16's is of no use to bf16, nor the other way round
+            present.update({k: v for k, v in scale.items() if k in present and k not in ("dtype", "use_grad_scaling")})
     if engine.lr_scheduler is not None and extras.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(extras["lr_scheduler"])

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from anon_dist.agreement import describe
-from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.checksums import checksums
+from anon_dist.checkpoint.together import on_every_rank
+from anon_dist.checkpoint.torchfile import open_torch
 
 
 def seed(base: int, rank: int, step: int) -> None:
@@ -39,22 +41,31 @@ def save(folder: Path, rank: int) -> None:
 
 
 def load(folder: Path, rank: int) -> bool:
-    """Restore what `save` wrote; False if there was no such rank.
+    """Restore what `save` wrote; False if there was no such rank. Every rank must call it.
 
     Raises:
-        DamagedCheckpoint: the file is not what `save` writes. On this rank, of which some generators may have been set.
+        DamagedCheckpoint: the file of some rank is missing or not as it was written; on every rank.
     """
     path = folder / f"random-{rank:05d}.pt"
-    if not path.exists():
-        return False
-    try:
-        state = torch.load(path, weights_only=True)
-        torch.set_rng_state(state["torch"])
-        if state["accelerator"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["accelerator"])
-        random.setstate(state["python"])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    except Exception as error:  # torch raises many kinds
-        raise DamagedCheckpoint(f"{path} is damaged: {describe(error)}") from error
+    with on_every_rank():
+        found = checksums(folder)
+        if not path.exists() and (found is None or path.name not in found.files):
+            return False
+        try:
+            _set(open_torch(path))
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged state is refused by whichever generator takes it
+            raise DamagedCheckpoint(
+                f"{path} is damaged: it holds no random state: {error!r}. Take an earlier checkpoint"
+            ) from None
     return True
+
+
+def _set(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].clone())
+    if state["accelerator"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["accelerator"].clone())
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -155,58 +155,62 @@ class Named:
         return getattr(sys.modules[self.module], self.function), ("1",)
 
 
+FOREIGN = {
+    "deepspeed.utils.tensor_fragment": "class fragment_address:\n    def __init__(self, n, s): self.numel, self.start = n, s",
+    "deepspeed.runtime.zero.config": "import enum\nclass ZeroStageEnum(enum.IntEnum):\n    gradients = 2",
+    "omegaconf.dictconfig": "class DictConfig(dict): pass",
+    "omegaconf.listconfig": "class ListConfig(list): pass",
+}
+
+
 @pytest.fixture
 def foreign():
-    """A package that is there when a file is written, and gone when it is read."""
-    package = types.ModuleType("deepspeed")
-    module = types.ModuleType("deepspeed.fake")
-    sources = """
-import enum
-class Address:
-    def __init__(self, numel, start): self.numel, self.start = numel, start
-class Stage(enum.IntEnum):
-    gradients = 2
-class Mapping(dict): pass
-class Sequence(list): pass
-"""
-    exec(sources.replace("pass", "__module__ = 'deepspeed.fake'"), module.__dict__)
-    for cls in (module.Address, module.Stage):
-        cls.__module__ = "deepspeed.fake"
-    saved = {k: v for k, v in sys.modules.items() if k.split(".")[0] == "deepspeed"}
+    """Packages that are there when a file is written, and gone when it is read: their modules by name."""
+    saved = {k: v for k, v in sys.modules.items() if k.split(".")[0] in ("deepspeed", "omegaconf")}
     for k in saved:
         del sys.modules[k]
-    sys.modules.update({"deepspeed": package, "deepspeed.fake": module})
-    yield module
-    for k in ("deepspeed", "deepspeed.fake"):
+    made = {}
+    for name, source in FOREIGN.items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            made.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        made[name] = types.ModuleType(name)
+        exec(source, made[name].__dict__)
+    sys.modules.update(made)
+    yield made
+    for k in made:
         sys.modules.pop(k, None)
     sys.modules.update(saved)
 
 
 def test_foreign_classes_stand_in_and_are_written_again(tmp_path, foreign):
+    address = foreign["deepspeed.utils.tensor_fragment"].fragment_address
+    stage = foreign["deepspeed.runtime.zero.config"].ZeroStageEnum.gradients
+    mapping, sequence = foreign["omegaconf.dictconfig"].DictConfig, foreign["omegaconf.listconfig"].ListConfig
     original = {
-        "address": foreign.Address(7, 3),
-        "stage": foreign.Stage.gradients,
-        "mapping": foreign.Mapping(a=1, b=foreign.Address(1, 2)),
-        "sequence": foreign.Sequence([1, (2, 3)]),
-        "class": foreign.Address,
+        "address": address(7, 3),
+        "stage": stage,
+        "mapping": mapping(a=1, b=address(1, 2)),
+        "sequence": sequence([1, (2, 3)]),
+        "class": address,
         "tensor": torch.ones(2),
     }
     torch.save(original, tmp_path / "a.pt")
-    modules = {k: sys.modules.pop(k) for k in ("deepspeed", "deepspeed.fake")}
+    modules = {k: sys.modules.pop(k) for k in foreign}
     read = open_torch(tmp_path / "a.pt")
     assert isinstance(read["address"], StandIn)
     assert (read["address"].numel, read["address"].start) == (7, 3)
-    assert "deepspeed.fake.Stage(2)" in repr(read["stage"])
-    assert "deepspeed.fake" not in sys.modules
+    assert "deepspeed.runtime.zero.config.ZeroStageEnum(2)" in repr(read["stage"])
+    assert not set(foreign) & set(sys.modules)
     written(tmp_path / "b.pt", read)
     sys.modules.update(modules)
     again = torch.load(tmp_path / "b.pt", weights_only=False)
     assert (again["address"].numel, again["address"].start) == (7, 3)
-    assert again["stage"] is foreign.Stage.gradients
-    assert type(again["mapping"]) is foreign.Mapping
+    assert again["stage"] is stage
+    assert type(again["mapping"]) is mapping
     assert again["mapping"]["a"] == 1
     assert again["sequence"] == [1, (2, 3)]
-    assert again["class"] is foreign.Address
+    assert again["class"] is address
 
 
 def test_what_training_scripts_save_is_read(tmp_path):

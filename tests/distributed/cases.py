@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
-from anon_dist.checkpoint import Checkpoints
+from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.data import Index
 from anon_dist.engines import agreement
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
@@ -42,11 +42,13 @@ from anon_dist.optim.backends import choice, cpu
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
-from anon_dist.train import loop, signals
+from anon_dist.train import loop, randomness, signals
 from anon_dist.train.evaluate import token_loss
 from anon_dist.train.model import build_model
+from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
 from helpers import at_step, forget_accelerate, metrics
 from launch_cases import Patch, raises, run_cases, shared_folder
 
@@ -640,6 +642,64 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
         run(config)
         if dist.get_rank() == 0:
             assert metrics(folder) == metrics(whole)
+
+
+def case_damage_and_code_are_noticed_by_every_rank():
+    """Of FSDP2's and zero1's checkpoints: a bit anywhere, a missing file, a pickle that would run code; on the ranks that read it and
+    on those that do not. Then the run goes on."""
+    for engine, other in (("fsdp2", "ddp"), ("zero1", "fsdp2")):
+        config = run_config(DATA, shared_folder(OUT), engine=engine, dropout=0.1)
+        folder = run(config)
+        before = metrics(folder)
+        checkpoint = folder / "checkpoints" / "step-00000008"
+        for run_engine in (engine, other):  # another engine: every rank reads parts of other ranks' files
+            config.train.engine, config.resume = run_engine, "never"
+            config.run_dir = shared_folder(OUT)
+            forget_accelerate()
+            accelerator, name = start(wanted_engine(config))
+            loaded = set_up(config, accelerator, name, Path(config.run_dir)).engine
+            for file in ("__0_0.distcp", "__1_0.distcp", ".metadata", "checksums.json", "trainer.json"):
+                for how in (flip, Path.unlink):
+                    if (file, how) == ("trainer.json", Path.unlink):
+                        continue
+                    with altered(checkpoint / file, how):
+                        refused(
+                            DamagedCheckpoint,
+                            rf"step-00000008/{file} is (damaged|missing)",
+                            loaded.load,
+                            checkpoint,
+                        )
+            loaded.load(checkpoint)
+        rank = dist.get_rank()
+        for how in (flip, Path.unlink):
+            with altered(checkpoint / "random-00001.pt", how):
+                refused(
+                    DamagedCheckpoint,
+                    r"random-00001.pt (is damaged|does not exist)",
+                    randomness.load,
+                    checkpoint,
+                    rank,
+                )
+        for kind in ("reduce", "setstate"):
+            mark, make = folder / f"ran-{kind}", PAYLOADS[kind]
+            with unsealed(checkpoint):
+                with altered(checkpoint / ".metadata", poison, make(mark)):
+                    refused(CheckpointError, "which no DCP metadata has|is damaged", loaded.load, checkpoint)
+                with altered(checkpoint / "random-00001.pt", poison, make(mark)):
+                    refused(CheckpointError, "could run code", randomness.load, checkpoint, rank)
+                with altered(checkpoint / ".metadata", poison_entry, make(mark)):
+                    refused(CheckpointError, "could run code", loaded.load, checkpoint)
+            assert not mark.exists(), kind
+        with unsealed(checkpoint):
+            loaded.load(checkpoint)  # as older versions wrote them
+        dist.barrier()
+        if rank == 0:
+            (folder / "result.json").unlink()
+            shutil.rmtree(folder / "checkpoints" / "step-00000012")
+        dist.barrier()
+        config.train.engine, config.resume, config.run_dir = engine, "auto", str(folder)
+        run(config)
+        assert before == metrics(folder)
 
 
 def whole_and_resumed(whole, interrupted):

@@ -12,6 +12,7 @@ import sys
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -20,17 +21,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
+from damage import PAYLOADS, altered, flip, poison, refused, unsealed
 from helpers import at_step, forget_accelerate, metrics
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 
 from anon_dist import Anon
-from anon_dist.checkpoint import CheckpointError
-from anon_dist.engines import cpu
+from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from anon_dist.engines import cpu, zero_restore
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.start import start
 from anon_dist.optim import STATE_KEYS, anon
 from anon_dist.train import loop
 from anon_dist.train.config import Config, load_config
+from anon_dist.train.run import set_up, wanted_engine
 
 OUT, DATA, REFERENCE = sys.argv[1:4]
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -277,6 +281,81 @@ def check_run(name, precision="fp32"):
             ours, theirs = ([r[key] for r in metrics(f) if key in r] for f in (folder, Path(REFERENCE)))
             assert len(ours) == len(theirs), key
             assert all(abs(a - b) <= tolerance * abs(b) for a, b in zip(ours, theirs, strict=True)), (key, ours, theirs)
+    goes_on_to_the_bit(config, folder)
+
+
+def goes_on_to_the_bit(config, folder):
+    """A run that has ended, resumed from the checkpoint before its last, has the metrics it had."""
+    before = metrics(folder)
+    step_back(folder)
+    run(config)
+    assert before == metrics(folder)
+
+
+def step_back(folder):
+    """Have a run that has ended be one that was stopped at its last checkpoint but one, which is returned."""
+    dist.barrier()
+    complete = Checkpoints(folder / "checkpoints", 1).complete()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(complete[-1])
+        (folder / "result.json").unlink()
+    dist.barrier()
+    return complete[-2]
+
+
+def case_damage_and_code_are_noticed_by_every_rank():
+    """One bit of a file that one rank reads, a missing file, a pickle that would run code; then the run goes on."""
+    for name, model in (
+        ("zero2", "mp_rank_00_model_states.pt"),
+        ("zero3", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+    ):
+        config = run_config(name, shared_folder(OUT))
+        before = metrics(folder := run(config))
+        checkpoint = step_back(folder)
+        optimizer = f"deepspeed/{next((checkpoint / 'deepspeed').glob('*zero_pp_rank_1_*optim_states.pt')).name}"
+        engine = resumed(config).engine
+        for file in (optimizer, f"deepspeed/{model}"):
+            for how in (flip, Path.unlink):
+                with altered(checkpoint / file, how):
+                    refused(DamagedCheckpoint, f"step-00000008/{file} is (damaged|missing)", engine.load, checkpoint)
+        for kind in ("run_command", "nested"):  # the first is of a package that DeepSpeed's files have classes of
+            mark, make = folder / f"ran-{kind}", PAYLOADS[kind]
+            with unsealed(checkpoint), altered(checkpoint / optimizer, poison, make(mark)):
+                refused(CheckpointError, "could run code", engine.load, checkpoint)
+            assert not mark.exists(), kind
+        with unsealed(checkpoint):
+            engine.load(checkpoint)  # as older versions wrote them
+        run(config)
+        assert before == metrics(folder), name
+
+
+def resumed(config):
+    """A run as it is once its checkpoint is loaded, in this process."""
+    forget_accelerate()
+    accelerator, name = start(wanted_engine(config))
+    return set_up(config, accelerator, name, Path(config.run_dir))
+
+
+def case_the_loss_scale_comes_back():
+    """fp16's, in the object that each wrapper keeps it in; DeepSpeed refuses fp16 on a CPU."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
+
+    saved = {"cur_scale": 512.0, "cur_iter": 77, "last_overflow_iter": 70, "scale_factor": 2.0, "scale_window": 100}
+    dynamic = DynamicLossScaler(2.0**16, 1000, 1.0, 1, False, dtype=torch.float16)
+    config = LossScaleConfig(torch.float16, True, 1.0, None)
+    engine = SimpleNamespace(lr_scheduler=None, train_batch_size=lambda: 8)
+    for name, scaler, mark in (
+        ("loss_scaler", dynamic, "dynamic"),
+        ("loss_scale_config", config, "dynamic_loss_scale"),
+    ):
+        manifest = SimpleNamespace(step=80, extras={"loss_scaler": {mark: True, **saved}, "skipped_steps": 3})
+        zero_restore._load_counters(engine, SimpleNamespace(**{name: scaler}), SimpleNamespace(manifest=manifest))
+        assert {k: getattr(scaler, k) for k in saved} == saved, name
+        assert (engine.global_steps, engine.skipped_steps, engine.global_samples) == (80, 3, 640)
+        static = LossScaler(1.0)
+        zero_restore._load_counters(engine, SimpleNamespace(loss_scaler=static), SimpleNamespace(manifest=manifest))
+        assert static.cur_scale == 1.0  # bf16's
 
 
 def case_run_zero0():

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anon_dist.checkpoint import CheckpointError
-from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
@@ -380,7 +379,7 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / ".metadata").write_bytes(b"torn")
     files = sorted(p for p in (folder / "checkpoints").rglob("*"))
-    refused(CheckpointError, r"\.metadata cannot be read")
+    refused(DamagedCheckpoint, r"\.metadata is damaged: it has 4 bytes")
 
 
 def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):

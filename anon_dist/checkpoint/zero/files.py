@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.torchfile import open_torch
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -39,7 +40,7 @@ class Files:
         try:
             return open_torch(file, self.unsafe)
         except (zipfile.BadZipFile, SystemError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from None
+            raise DamagedCheckpoint(f"{file} is damaged: {error}") from None
 
     def load(self, file: Path, what: str) -> dict[str, Any]:
         """A file's object, its tensors mapped.
@@ -49,7 +50,7 @@ class Files:
         """
         found = self.open(file)
         if not isinstance(found, dict):
-            raise CheckpointError(f"{file}: {what} should be a dict, and this is a {type(found).__name__}")
+            raise DamagedCheckpoint(f"{file}: {what} should be a dict, and this is a {type(found).__name__}")
         return found
 
     def load_optimizer(self, file: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def tag_folder(path: Path) -> Path | None:
         return path
     for name in _LATEST:
         if (path / name).is_file():
-            folder = path / (path / name).read_text(errors="replace").strip()
+            folder = inside(path, (path / name).read_text(errors="replace").strip(), name)
             return folder if _has_models(folder) else None
     found = [folder for folder in sorted(path.iterdir()) if _has_models(folder)]
     return found[0] if len(found) == 1 else None
@@ -115,7 +116,7 @@ def _by_rank(folder: Path, ranked: list[tuple[int, str]]) -> list[Path]:
     for expected, (rank, name) in enumerate(ranked):
         if rank != expected:
             missing = folder / re.sub(r"pp_rank_\d+", f"pp_rank_{expected}", name)
-            raise CheckpointError(f"{missing} is missing: the states of rank {expected}")
+            raise DamagedCheckpoint(f"{missing} is missing: the states of rank {expected}")
     return [folder / name for _, name in ranked]
 
 
@@ -127,7 +128,7 @@ def need(state: dict[str, Any], key: str, file: Path, kind: type | tuple[type, .
     """
     if key not in state or not isinstance(state[key], kind):
         is_ = f"is a {type(state[key]).__name__}" if key in state else "is absent"
-        raise CheckpointError(f"{file}: {key} {is_}: damaged, or not as DeepSpeed writes it")
+        raise DamagedCheckpoint(f"{file}: {key} {is_}: damaged, or not as DeepSpeed writes it")
     return state[key]
 
 
@@ -135,7 +136,7 @@ def check_ranks(files: list[Path], world_size: int, what: str) -> None:
     """Raises `CheckpointError` unless every rank's file is there."""
     if len(files) != world_size:
         shown = files[-1].name if files else "none"
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{files[-1].parent if files else what}: {world_size} ranks wrote this, and {len(files)} have {what}: "
             f"the last is {shown}"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo, schedule_key
@@ -135,7 +135,7 @@ def _named(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # damaged contents raise whatever the first wrong entry leads to
         where = traceback.extract_tb(error.__traceback__)[-1].name
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{folder} is damaged, or not as DeepSpeed writes it: {type(error).__name__}: {error} (in {where})"
         ) from error
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.schema import EXTRA, Checkpoint, Key, Manifest, Ref, TensorInfo
+from anon_dist.checkpoint.torchfile import verified
 
 LARGE = 1 << 20
 """Elements above which a tensor among the extras is streamed, not kept."""
@@ -51,17 +52,17 @@ class Pieces(Checkpoint):
         for piece in ordered:
             if piece.start != reached:
                 what = f"elements {reached} to {piece.start} are missing" if piece.start > reached else "pieces overlap"
-                raise CheckpointError(f"{piece.file}: {key.parameter}, {key.state}: {what}")
+                raise DamagedCheckpoint(f"{piece.file}: {key.parameter}, {key.state}: {what}")
             reached, file = piece.stop, piece.file
         if reached != info.numel:
-            raise CheckpointError(f"{file}: {key.parameter}, {key.state}: {reached} elements, shape {info.shape}")
+            raise DamagedCheckpoint(f"{file}: {key.parameter}, {key.state}: {reached} elements, shape {info.shape}")
         self.tensors[key], self._pieces[key] = info, ordered
 
     def add_nested(self, path: str, value: Any, file: Path, parameter: str | None = None) -> Any:
         """A value for `Manifest.extras`, or for `scalars` of a parameter: copied, `Ref`s instead of its (of extras: large) tensors."""
         if isinstance(value, Tensor):
             if value.dim() == 0 or (parameter is None and value.numel() <= LARGE):
-                return value.detach().clone()
+                return verified(value).detach().clone()
             key = Key(path, EXTRA) if parameter is None else Key(parameter, path)
             self.add(key, TensorInfo(tuple(value.shape), value.dtype), entire(value, file))
             return Ref(key)
@@ -77,11 +78,9 @@ class Pieces(Checkpoint):
         for piece in self._pieces[key]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
-                flat, shift = (
-                    piece.values.detach().reshape(-1),
-                    piece.offset - piece.start,
-                )  # copies only what is not contiguous
-                found.append(flat[first + shift : last + shift].to(dtype))
+                values, shift = piece.values.detach(), piece.offset - piece.start
+                flat = values.view(-1) if values.is_contiguous() else verified(values).reshape(-1)
+                found.append(verified(flat[first + shift : last + shift]).to(dtype))
         if len(found) == 1:
             return found[0]
         return torch.cat(found) if found else torch.empty(0, dtype=dtype)

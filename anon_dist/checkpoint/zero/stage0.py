@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, need
 from anon_dist.checkpoint.zero.flat import group_cuts, numel
@@ -40,7 +40,9 @@ def read(files: Files, name: str, names: Sequence[str] | None = None) -> Pieces:
     wrapper = header.state.get("optimizer")
     if wrapper is None:
         if header.shapes:
-            raise CheckpointError(f"{files.folder}: the optimizer states of all {header.world_size} ranks are missing")
+            raise DamagedCheckpoint(
+                f"{files.folder}: the optimizer states of all {header.world_size} ranks are missing"
+            )
         found = opened(header, name, [], {})
         add_module(found, header, [*header.names, *header.buffers])
         return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import ALIGNMENT, group_cuts, numel, round_robin
@@ -85,7 +85,7 @@ def _rank_group(rank: dict[str, Any], group: int, file: Path) -> RankGroup:
     masters = need(rank, "single_partition_of_fp32_groups", file, list)
     base = need(rank, "base_optimizer_state", file, (dict, list))
     if group >= len(masters):
-        raise CheckpointError(f"{file}: {len(masters)} param groups, and the model states have more")
+        raise DamagedCheckpoint(f"{file}: {len(masters)} param groups, and the model states have more")
     master: Tensor = masters[group].reshape(-1)
     # Stages 1 and 2 cut the padding off the masters; BF16_Optimizer does not, and writes no stage.
     padding = int(need(rank, "group_paddings", file, list)[group]) if "zero_stage" in rank else 0
@@ -109,13 +109,13 @@ def _add_group(
     """The masters and states of a group's members; a state that is one number goes to `scalars`."""
     for part in held:
         if part.partition != held[0].partition or set(part.states) != set(held[0].states):
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{part.file}: a partition of {part.partition} elements with states {sorted(part.states)}; "
                 f"{held[0].file.name} has {held[0].partition} with {sorted(held[0].states)}"
             )
     wanted, found_here = sum(map(numel, shapes.values())) + sum(gaps), sum(part.master.numel() for part in held)
     if not wanted <= found_here < wanted + ALIGNMENT * len(held):  # BF16_Optimizer leaves the padding on
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{held[0].file}: the ranks have {found_here} elements of the group of {next(iter(shapes), 'nothing')}, "
             f"its parameters {wanted}"
         )
@@ -146,7 +146,7 @@ def _add_flat(
     names = list(shapes)
     for rank, (part, value) in enumerate(zip(held, values, strict=True)):
         if value.numel() not in (part.partition, part.master.numel()):
-            raise CheckpointError(f"{part.file}: {key} has {value.numel()} elements, the partition {part.partition}")
+            raise DamagedCheckpoint(f"{part.file}: {key} has {value.numel()} elements, the partition {part.partition}")
         for cut in group_cuts(sizes, gaps, part.partition, rank):
             pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, part.file))
     for name, shape in shapes.items():
@@ -163,7 +163,7 @@ def agreed(key: str, values: list[Any], files: list[Path]) -> Any:
     for value, file in zip(values, files, strict=True):
         if not is_number(value) or not same_number(value, values[0]):
             shown = [float(v) if is_number(v) else v for v in (value, values[0])]
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{file}: {key} is {shown[0]}, in {files[0].name} {shown[1]}: files of different steps"
             )
     return values[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import numel, shard, shard_cuts
@@ -84,12 +84,12 @@ def _add_sub_group(
     for rank, file in zip(ranks, files.optimizers, strict=True):
         masters = need(rank, "fp32_flat_groups", file, list)
         if index >= len(masters):
-            raise CheckpointError(f"{file}: {len(masters)} sub-groups, and the model states have more")
+            raise DamagedCheckpoint(f"{file}: {len(masters)} sub-groups, and the model states have more")
         states.append(
             {MASTER: masters[index], **need(rank, "optimizer_state_dict", file, dict)["state"].get(index, {})}
         )
         if set(states[-1]) != set(states[0]):
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{file}: sub-group {index} has states {sorted(states[-1])}; {files.optimizers[0].name} "
                 f"has {sorted(states[0])}"
             )
@@ -116,7 +116,9 @@ def _add_flat(
     pieces: dict[str, list[Piece]] = {name: [] for name in names}
     for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True)):
         if value.numel() != length:
-            raise CheckpointError(f"{file}: {key} of {names[0]} …: {value.numel()} elements, its shares have {length}")
+            raise DamagedCheckpoint(
+                f"{file}: {key} of {names[0]} …: {value.numel()} elements, its shares have {length}"
+            )
         for cut in shard_cuts(sizes, world_size, rank):
             pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
     for name, shape in shapes.items():

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import numel
@@ -79,10 +80,10 @@ def _add(
     found: Pieces, header: Header, files: Files, name: str, scalars: dict[str, dict[str, Any]], sharded: bool
 ) -> None:
     """A parameter's states; its weight too where the model states have it not."""
-    shape, folder = header.shape(name), files.folder / "zero" / name
+    shape, folder = header.shape(name), inside(files.folder, f"zero/{name}", header.file.name)
     states = sorted(folder.glob("*.pt"))
     if not any(file.stem == FP32 for file in states):
-        raise CheckpointError(f"{folder / 'fp32.pt'} is missing: the master of {name}")
+        raise DamagedCheckpoint(f"{folder / 'fp32.pt'} is missing: the master of {name}")
     for file in states:
         held = files.open(file)
         value = held["param"] if isinstance(held, dict) and "param" in held else held
@@ -90,7 +91,7 @@ def _add(
         if is_number(value) and key != MASTER:
             scalars.setdefault(name, {})[key] = fresh(value)
         elif not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: {key} of {name} is a {type(value).__name__}")
+            raise DamagedCheckpoint(f"{file}: {key} of {name} is a {type(value).__name__}")
         else:
             pieces = entire(value, file)
             found.add(Key(name, key), TensorInfo(shape, value.dtype), pieces)
