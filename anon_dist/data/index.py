@@ -159,6 +159,16 @@ class Index:
             raise ShardError(
                 f"{path}: a key is missing or malformed ({error}). Prepare again with --overwrite."
             ) from None
+        most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(index.dtype, 0)
+        if not (
+            isinstance(index.vocab_size, int)
+            and isinstance(index.eod_id, int)
+            and 0 <= index.eod_id < index.vocab_size <= most
+        ):
+            raise ShardError(
+                f"{path}: eod_id = {index.eod_id!r} must be below vocab_size = {index.vocab_size!r}, and that fit dtype = {index.dtype!r}; "
+                "the file was edited. Prepare again."
+            )
         if index.fingerprint != index.compute_fingerprint():
             raise ShardError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."

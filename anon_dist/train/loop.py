@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,14 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
 from anon_dist.engines.start import start
 from anon_dist.files import write_json
 from anon_dist.train import randomness
-from anon_dist.train.config import Config
+from anon_dist.train.changes import recorded, versions
+from anon_dist.train.config import Config, check
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
 from anon_dist.train.lr import lr_factor
@@ -44,6 +43,7 @@ def train(config: Config) -> Path:
     Raises:
         ConfigError, EngineError, CheckpointError, DataError: see there; nothing of an earlier run is lost.
     """
+    check(config)
     accelerator, name = start(
         wanted_engine(config),
         log_with=list(config.log.trackers) or None,
@@ -299,11 +299,8 @@ def _save(run: Run) -> None:
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
         "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "config": recorded(run.config),
+        "versions": versions(),
     }
     with run.checkpoints.writing(run.step, progress) as folder:
         run.engine.save(folder)

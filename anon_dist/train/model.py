@@ -33,8 +33,6 @@ def model_config(config: ModelConfig, vocab_size: int, eod_id: int) -> Pretraine
             tie_word_embeddings=config.tie_embeddings,
             **special,
         )
-    if config.dropout:
-        raise ConfigError("model.dropout is GPT-2's; set it to 0 for Llama")
     return LlamaConfig(
         vocab_size=vocab,
         max_position_embeddings=config.context,
@@ -59,14 +57,23 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
 
     if config.from_pretrained is None:
         shape = model_config(config, vocab_size, eod_id)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
+        except (MemoryError, RuntimeError) as error:
+            raise ConfigError(
+                f"model: {_gigabytes(shape):,.0f} GB of weights cannot be had here ({str(error).splitlines()[0]})"
+            ) from error
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 config.from_pretrained, attn_implementation=config.attention, dtype=torch.float32
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.from_pretrained = {config.from_pretrained}: {error}") from error
+        except (ImportError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.from_pretrained = {config.from_pretrained}: {' '.join(str(error).split())}"
+            ) from error
         rows, context = (
             model.get_input_embeddings().num_embeddings,
             getattr(model.config, "max_position_embeddings", seq_len),
@@ -81,6 +88,14 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
     model.config.use_cache = False
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _gigabytes(shape: PretrainedConfig) -> float:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(shape)
+    return 4e-9 * sum(p.numel() for p in model.parameters())
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

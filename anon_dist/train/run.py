@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,16 +19,19 @@ from transformers import PretrainedConfig
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.folder import read_progress
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
+from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
 
@@ -108,6 +112,9 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
+    context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
+    if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None, accelerator):
+        raise ConfigError(problem)
     spectra = _spectra(config, accelerator)
     try:
         optimizer = build_optimizer(config.optim, built)
@@ -177,6 +184,11 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
 def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
     """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
     path, seq_len = config.data.path, config.data.seq_len
+    if config.data.prepare and not (Path(path) / INDEX_FILE).exists():
+        raise ConfigError(
+            f"data.path = {path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
+            f"{config.data.prepare} --out {shlex.quote(path)}"
+        )
     index = Index.load(path)
     if config.data.verify == "checksum":
         if accelerator.is_local_main_process:
@@ -228,6 +240,8 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     run.step, run.skipped = progress["step"], progress["skipped"]
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, run.step)
+    for line in changes(config, run.engine.name, source, progress):
+        say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 
