@@ -132,10 +132,6 @@ def _train_rules(config: Config) -> None:
         raise ConfigError(
             f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
         )
-    if t.global_batch % t.micro_batch:
-        raise ConfigError(
-            f"train.global_batch = {t.global_batch} is not a multiple of train.micro_batch = {t.micro_batch}; change one of them"
-        )
     if len(set(trackers)) < len(trackers):
         raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")
 

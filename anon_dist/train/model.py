@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,14 +58,11 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
 
     if config.from_pretrained is None:
         shape = model_config(config, vocab_size, eod_id)
+        _check_memory(shape)
         try:
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
-        except (MemoryError, RuntimeError) as error:
-            raise ConfigError(
-                f"model: {_gigabytes(shape):,.0f} GB of weights cannot be had here ({str(error).splitlines()[0]})"
-            ) from error
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -90,12 +88,17 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
     return trained
 
 
-def _gigabytes(shape: PretrainedConfig) -> float:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(shape)
-    return 4e-9 * sum(p.numel() for p in model.parameters())
+def _check_memory(shape: PretrainedConfig) -> None:
+    """Each rank first builds the whole model in host memory: refuse what cannot fit, before pages are touched."""
+    width = shape.hidden_size
+    hidden = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
+    least = shape.vocab_size * width + shape.num_hidden_layers * 2 * width * (width + hidden)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * least > memory:
+        raise ConfigError(
+            f"model: more than {least:.3g} parameters, {4e-9 * least:,.0f} GB, do not fit into this machine's {1e-9 * memory:,.0f} GB; "
+            "lower model.width, model.layers or model.hidden"
+        )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -167,7 +167,7 @@ def test_nonsense_on_the_command_line_is_refused_by_its_flag():
     for name, values in NONSENSE.items():
         if spell(field_types()[name]).startswith(("a whole number", "a finite number")):
             kinds = (int,) if "whole" in spell(field_types()[name]) else (int, float)
-            typed[name] = [v for v in values if type(v) in kinds][-2:]
+            typed[name] = [v for v in values if type(v) in kinds][-1:]
     assert len(typed) > 40
     for name, values in typed.items():
         flag = "--" + name.replace("_", "-")
@@ -261,7 +261,6 @@ LLAMA = ["--model.family", "llama"]
         ),
         (["--model.attention", "flash_attention_2"], "in half precision only"),
         (["--optim.lr", "10"], "decay the weights past 0"),
-        (["--train.micro-batch", "5"], "64 is not a multiple of train.micro_batch = 5"),
         (["--log.trackers", "wandb", "wandb"], "names one twice"),
         (["--config", "quickstart", "--config", "quickstart"], "--config comes 2 times"),
         (["--config", "quickstart", "--train.steps", "9"], r"quickstart\.yaml and the command line: schedule\.warmup"),
