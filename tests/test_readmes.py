@@ -129,8 +129,9 @@ def quickstart(_: str) -> None:
     (prepared_by,) = re.findall(r"^anon-dist data prepare .*$", script, re.MULTILINE)
     prepare(prepared_by)
     (launch,) = re.findall(r"^exec (accelerate launch .*)$", script, re.MULTILINE)
-    for file in re.findall(r"configs/accelerate/\S+\.yaml", script):
-        launched(launch.replace('"$accelerate_config"', file).replace('"$ranks"', "2").replace('"$@"', ""))
+    gpus, cpus = re.findall(r"configs/accelerate/\S+\.yaml", script)
+    load_config_from_file(gpus)
+    launched(launch.replace('"$accelerate_config"', cpus).replace('"$ranks"', "2").replace('"$@"', ""))
 
 
 def script(command: str) -> None:

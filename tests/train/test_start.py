@@ -100,10 +100,10 @@ def test_a_pretrained_model_of_other_tokens_is_refused_at_start(pretrained, run_
         train(config)
     assert not (tmp_path / "run").exists()
 
-    def merge(content):
-        content["model"]["merges"], content["model"]["vocab"]["fo"] = [["f", "o"]], 257
+    def space(content):
+        content["pre_tokenizer"]["add_prefix_space"] = True
 
-    config = run_config(model__from_pretrained=pretrained(lambda f: edit_json(f / "tokenizer.json", merge)))
+    config = run_config(model__from_pretrained=pretrained(lambda f: edit_json(f / "tokenizer.json", space)))
     assert "text is cut differently" in tokenizer_problem(config, 32)
     without = pretrained(lambda f: [p.unlink() for p in f.glob("tokenizer*")])
     with caplog.at_level(logging.WARNING):
