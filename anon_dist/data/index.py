@@ -141,11 +141,13 @@ class Index:
         path = Path(directory) / INDEX_FILE
         try:
             content = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
                 f"Run `anon-dist data prepare --out {directory}` with the settings it was begun with; it goes on where it was."
             ) from None
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ShardError(f"{path} is not JSON ({error}). Prepare the folder again with --overwrite.") from None
         version = content.get("format_version") if isinstance(content, dict) else None

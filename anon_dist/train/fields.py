@@ -137,7 +137,8 @@ class TrainConfig:
     micro_batch: Size = 8
     """Sequences that a rank takes at once."""
     engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"] = "auto"
-    """How ranks share the work. auto: what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
+    """How ranks share the work. auto: what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2; in one
+    process that nothing launched, single, which any engine comes to there, and says so."""
     shard_ranks: Size | None = None
     """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: as accelerate's
     parallelism_config says, else all."""

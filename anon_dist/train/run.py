@@ -184,7 +184,7 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
 def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
     """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
     path, seq_len = config.data.path, config.data.seq_len
-    if config.data.prepare and not (Path(path) / INDEX_FILE).exists():
+    if config.data.prepare and not os.path.isfile(os.path.join(path, INDEX_FILE)):
         raise ConfigError(
             f"data.path = {path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
             f"{config.data.prepare} --out {shlex.quote(path)}"

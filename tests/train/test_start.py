@@ -163,6 +163,18 @@ def test_missing_data_elsewhere(tmp_path):
     assert str(error.value.code).endswith(f"--source stdlib --tokenizer spm-bpe:4096 --out '{tmp_path}/a b'")
 
 
+@pytest.mark.parametrize(
+    ("path", "message"), [("texts.txt", "not a data folder"), ("x" * 300, "cannot be read: File name too long")]
+)
+def test_what_is_no_folder_of_data(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("x")
+    with pytest.raises(DataError, match=message):
+        TokenShards(path)
+    with pytest.raises(SystemExit, match="is not there, or not finished"):
+        main(["train", "--config", "quickstart", "--data.path", path])
+
+
 def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
     if "flash_attn" in sys.modules or torch.cuda.is_available():
         pytest.skip("it can be had here")
