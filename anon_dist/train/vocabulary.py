@@ -44,6 +44,8 @@ def _other_tokens(name: str, tokenizer: Tokenizer) -> str | None:
 
     try:
         own: Any = AutoTokenizer.from_pretrained(name)
+        if len(own.get_vocab()) <= len(own.all_special_tokens):  # what transformers makes of a folder without one
+            raise FileNotFoundError
     except Exception as error:  # what transformers' parsers raise
         log.warning(
             "model.from_pretrained = %s has no tokenizer that loads (%s): whether its tokens are the data's is not checked",
