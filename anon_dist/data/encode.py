@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from anon_dist.data.errors import PreparationError
+from anon_dist.data.errors import PreparationError, TokenizerError
 from anon_dist.data.sources import Cursor, Item
 from anon_dist.data.tokenizer import Tokenizer
 from anon_dist.data.writer import EncodedDocuments
@@ -107,6 +107,10 @@ class Encoder:
         ends = np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64)
         tokens = np.full(int(ends[-1]) if len(ends) else 0, self._tokenizer.eod_id, self._dtype)
         for ids, end in zip(documents, ends.tolist(), strict=True):
+            if len(ids) and ids.max() >= self._tokenizer.vocab_size:
+                raise TokenizerError(
+                    f"tokenizer {self._tokenizer.spec}: it gave token {ids.max()}, and says it has {self._tokenizer.vocab_size}"
+                )
             tokens[end - 1 - len(ids) : end - 1] = ids
         return EncodedDocuments(tokens, ends, text_bytes)
 

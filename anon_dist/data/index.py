@@ -141,11 +141,13 @@ class Index:
         path = Path(directory) / INDEX_FILE
         try:
             content = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
                 f"Run `anon-dist data prepare --out {directory}` with the settings it was begun with; it goes on where it was."
             ) from None
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ShardError(f"{path} is not JSON ({error}). Prepare the folder again with --overwrite.") from None
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -159,6 +161,16 @@ class Index:
             raise ShardError(
                 f"{path}: a key is missing or malformed ({error}). Prepare again with --overwrite."
             ) from None
+        most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(index.dtype, 0)
+        if not (
+            isinstance(index.vocab_size, int)
+            and isinstance(index.eod_id, int)
+            and 0 <= index.eod_id < index.vocab_size <= most
+        ):
+            raise ShardError(
+                f"{path}: eod_id = {index.eod_id!r} must be below vocab_size = {index.vocab_size!r}, and that fit dtype = {index.dtype!r}; "
+                "the file was edited. Prepare again."
+            )
         if index.fingerprint != index.compute_fingerprint():
             raise ShardError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."

@@ -73,10 +73,11 @@ class TokenShards:
 
         Raises:
             IndexError: the range is not inside the split.
+            ShardError: a token is outside of the vocabulary.
         """
         out = np.empty(count, np.int64)
         self._copy(start, out)
-        return out
+        return self._known(out)
 
     def num_samples(self, seq_len: int) -> int:
         """Whole samples of `seq_len + 1` tokens: (T − 1) // seq_len, never below 0."""
@@ -95,11 +96,21 @@ class TokenShards:
 
         Raises:
             IndexError: there is no such sample.
+            ShardError: a token is outside of the vocabulary.
         """
         out = np.empty((len(indices), seq_len + 1), np.int64)
         for row, index in zip(out, indices.tolist(), strict=True):
             self._copy(index * seq_len, row)
-        return out
+        return self._known(out)
+
+    def _known(self, tokens: Tokens) -> Tokens:
+        """The tokens, none of which is outside of the vocabulary. It costs next to nothing beside reading them."""
+        if tokens.size and tokens.max() >= self.index.vocab_size:
+            raise ShardError(
+                f"{self.directory}, split {self.split}: token {tokens.max()} is not in the vocabulary, which index.json says has "
+                f"{self.index.vocab_size} tokens. {RESTORE}"
+            )
+        return tokens
 
     def _copy(self, start: int, out: Tokens) -> None:
         if start < 0 or start + len(out) > len(self):

@@ -81,15 +81,21 @@ class Tokenizer:
 
         Raises:
             ShardError: it is not one, or unfinished.
-            TokenizerError: its tokenizer is not the one that the data was made with.
+            TokenizerError: its tokenizer is missing, or not the one that the data was made with.
         """
         from anon_dist.data.index import TOKENIZER_FOLDER, Index
 
-        index = Index.load(directory)
-        tokenizer = cls(Path(directory) / TOKENIZER_FOLDER, index.tokenizer)
-        if tokenizer.hash != index.tokenizer_hash:
+        index, folder = Index.load(directory), Path(directory) / TOKENIZER_FOLDER
+        remedy = "Copy it again from where the data came from, or prepare again."
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder} is missing: the data's tokenizer. {remedy}")
+        if _hash(folder) != index.tokenizer_hash:
+            raise TokenizerError(f"{folder} was changed after the data was prepared. {remedy}")
+        tokenizer = cls(folder, index.tokenizer)
+        if (tokenizer.eod_id, tokenizer.vocab_size) != (index.eod_id, index.vocab_size):
             raise TokenizerError(
-                f"{tokenizer.folder} was changed after the data was prepared. Copy it again, or prepare again."
+                f"{folder}: end-of-document token {tokenizer.eod_id} of {tokenizer.vocab_size} tokens, and the data has {index.eod_id} of "
+                f"{index.vocab_size}. {remedy}"
             )
         return tokenizer
 
@@ -185,7 +191,7 @@ def _load_hf(name: str, *, local: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and what its parsers raise
         raise TokenizerError(
-            f"tokenizer {name}: transformers cannot load it ({type(error).__name__}: {error}). "
+            f"tokenizer {name}: transformers cannot load it ({type(error).__name__}: {' '.join(str(error).split())}). "
             "Check the name or folder, and the network for a name of the hub."
         ) from error
 

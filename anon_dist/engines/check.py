@@ -21,11 +21,11 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas, copies_of
 
 
-def check_world(device: torch.device) -> int:
-    """The number of ranks, counted by adding up a one from each.
+def check_launcher() -> None:
+    """Refuse to be one of several processes that do not know of each other.
 
     Raises:
-        EngineError: fewer or more came up than the launcher started.
+        EngineError: as the environment has it, a launcher started several, or was to, without telling them.
     """
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise EngineError(
@@ -39,6 +39,14 @@ def check_world(device: torch.device) -> int:
                     f"{variable} = {os.environ[variable]}, but WORLD_SIZE is not set: every task would train alone. Have srun or mpirun "
                     "start one `accelerate launch` or `torchrun` per node"
                 )
+
+
+def check_world(device: torch.device) -> int:
+    """The number of ranks, counted by adding up a one from each.
+
+    Raises:
+        EngineError: fewer or more came up than the launcher started.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     counted = 1
     if dist.is_available() and dist.is_initialized():

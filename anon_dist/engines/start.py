@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from anon_dist.engines import cpu, peers
 from anon_dist.engines.agreement import check_alike, surroundings
 from anon_dist.engines.base import Engine
-from anon_dist.engines.check import check_same_start, check_world
+from anon_dist.engines.check import check_launcher, check_same_start, check_world
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
 from anon_dist.engines.register import register
@@ -36,6 +37,10 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16-true"]
 Offload = Literal["off", "serial", "overlap"]
 Accumulate = Literal["sharded", "whole"]
 FSDP: tuple[Name, ...] = ("fsdp2", "hsdp", "fsdp1")
+DATA_PARALLEL: tuple[Name, ...] = ("single", "ddp", "zero1")
+"""What accelerate calls multi-GPU or multi-CPU; zero1 is ddp with another optimizer."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     Raises:
         EngineError: accelerate's configuration asks for something else, ranks are missing, or they were not started alike.
     """
+    check_launcher()
     register()
     alike = {**(alike or {}), **surroundings(_deepspeed_file(wanted))}
     compared = check_alike(alike, wanted.timeout.total_seconds())
@@ -99,7 +105,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
         name not in ("single", "ddp", "fsdp2", "hsdp") or splitting_ranks(wanted) > 1
     ):
         raise EngineError(f"train.precision bf16-true needs engine single, ddp, fsdp2 or hsdp, here {name}; use bf16")
-    if name == "deepspeed" and "RANK" not in os.environ:
+    if name in ("fsdp2", "deepspeed") and "RANK" not in os.environ:
         _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
     if on_cpu:  # DeepSpeed, which others import, asks no further and warns no more
@@ -201,7 +207,8 @@ def limit_waits(timeout: timedelta) -> None:
 def _resolve(wanted: Wanted, launched: int) -> Name:
     """The engine that both the argument and accelerate's configuration allow."""
     engine = wanted.engine
-    configured: str | None = None
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    configured: str | None = None  # by accelerate, for more than plain data parallelism
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         configured = "fsdp" + os.environ.get("FSDP_VERSION", "1")
         if configured == "fsdp2" and int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")) > 1:
@@ -209,9 +216,6 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         configured = "deepspeed"
     if engine == "auto":
-        by_accelerate = (
-            "ACCELERATE_MIXED_PRECISION" in os.environ
-        )  # which then was configured for plain data parallelism
         several = "ddp" if by_accelerate else "fsdp2"
         engine = configured or (several if launched > 1 else "single")  # type: ignore[assignment]
     if engine not in get_args(Name):
@@ -222,13 +226,29 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
         raise EngineError(
             f"train.engine is {engine}, but accelerate's configuration asks for {configured}; use the one that fits, or engine: auto"
         )
+    if configured is None and by_accelerate and launched > 1 and engine not in DATA_PARALLEL:
+        raise EngineError(
+            f"train.engine is {engine}, but accelerate was started for plain data parallelism (ddp); give accelerate launch the "
+            f"--config_file that fits, such as configs/accelerate/{engine}.yaml, or choose --train.engine auto, ddp or zero1"
+        )
+    _check_options(wanted, engine)
     if engine == "single" and launched > 1:
         raise EngineError(f"train.engine is single, but {launched} processes were launched; use fsdp2 or ddp")
     if (split := splitting_ranks(wanted)) > 1 and (engine != "fsdp2" or launched % split):
         raise EngineError(
             f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
         )
-    if launched == 1 and engine in ("ddp", "zero1", "hsdp", "fsdp1"):
+    if configured == "hsdp" and launched == 1:
+        raise EngineError(
+            "accelerate's configuration asks for replicas of shards (hsdp), and one process was launched; launch more"
+        )
+    alone = launched == 1 and wanted.offload in (None, "off") and "RANK" not in os.environ and configured is None
+    if launched == 1 and (engine in ("ddp", "zero1", "hsdp", "fsdp1") or (engine == "fsdp2" and alone)):
+        log.warning(
+            "engine %s was asked for, and this is one process: it trains as engine single. For several put accelerate launch --config_file "
+            "configs/accelerate/FILE.yaml, or torchrun --nproc-per-node N, in front of the script",
+            engine,
+        )
         engine = "single"
     if wanted.offload not in (None, "off") and (engine not in ("fsdp2", "hsdp") or split > 1):
         raise EngineError(
@@ -236,6 +256,18 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
             "offload is asked for in its own configuration"
         )
     return engine  # type: ignore[return-value]
+
+
+def _check_options(wanted: Wanted, engine: str) -> None:
+    """Refuse options that would do nothing under the engine."""
+    for option, value, theirs in (
+        ("shard_ranks", wanted.shard_ranks, "hsdp"),
+        ("deepspeed_config", wanted.deepspeed_config, "deepspeed"),
+    ):
+        if value is not None and engine != theirs:
+            raise EngineError(
+                f"train.{option} is {value}, which engine {engine} does not look at; leave it out, or use {theirs}"
+            )
 
 
 def _plugins(name: Name, wanted: Wanted, launched: int) -> dict[str, Any]:

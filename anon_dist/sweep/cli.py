@@ -180,8 +180,8 @@ def shared(base: Config) -> Config:
         or base.train.precision == "fp16"
     ):
         raise ConfigError("a sweep's cell is one process on one device: no tensor_parallel, deepspeed or fp16")
-    base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, ""
-    base.data.verify, base.resume = "size", "auto"
+    base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, "."
+    base.data.verify, base.data.prepare, base.resume = "size", None, "auto"
     base.log.sample_prompt, base.checkpoint.keep = None, 1
     return base
 
@@ -191,7 +191,7 @@ def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
         return None
     if args.baseline is None:
         raise ConfigError("--baseline-lr without --baseline adamw")
-    return parse_axis(f"optim.lr={args.baseline_lr}", base)[1]
+    return parse_axis(f"optim.lr={args.baseline_lr}", base, "--baseline-lr, that is")[1]
 
 
 def _check_data(base: Config) -> Index:

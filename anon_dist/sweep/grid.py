@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 from torch import nn
 
+from anon_dist.train import strict_yaml
 from anon_dist.train.config import Config, ConfigError, accumulation, check, field_types, with_fields
 from anon_dist.train.optimizer import build_optimizer
+from anon_dist.train.ranges import spell
 
 Axis = tuple[str, list[Any]]
 """A field's dotted name, and its values."""
@@ -132,7 +134,7 @@ def show(value: Any) -> str:
 # -- axes -------------------------------------------------------------------------------------------------------------
 
 
-def parse_axis(text: str, base: Config) -> Axis:
+def parse_axis(text: str, base: Config, option: str = "--grid") -> Axis:
     """`optim.gamma=-0.5:1.5:0.25`, `optim.lr=log:1e-3:1e-2:4`, `schedule.decay=cosine,wsd`, `optim.betas=[0.9,0.95],[0.9,0.99]`,
     `optim.gamma_schedule={0: 0.5, 1000: 1.0},{0: 1.0}`.
 
@@ -143,7 +145,7 @@ def parse_axis(text: str, base: Config) -> Axis:
         ConfigError: naming the field, and what it takes.
     """
     name, equals, values = text.partition("=")
-    where = f"--grid {text}"
+    where = f"{option} {text}"
     if not equals or not values:
         raise ConfigError(f"{where}: expected FIELD=VALUES, as in optim.gamma=0:1:0.25 or optim.lr=1e-3,3e-3")
     if name in OWN:
@@ -188,8 +190,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _numeric(name: str) -> bool:
-    hint = str(field_types().get(name, ""))
-    return "float" in hint or "int" in hint
+    return "number" in spell(field_types().get(name))
 
 
 def _split(values: str, where: str) -> list[str]:
@@ -250,7 +251,7 @@ def _number(value: Decimal) -> int | float:
 
 def _scalar(item: str, where: str) -> Any:
     try:
-        return yaml.safe_load({"None": "null", "none": "null"}.get(item, item))
+        return strict_yaml.load("null" if item == "none" else item)
     except yaml.YAMLError:
         raise ConfigError(f"{where}: '{item}' cannot be read as a value") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
@@ -28,7 +26,8 @@ from anon_dist.files import write_json
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.alike import shared_settings
-from anon_dist.train.config import Config
+from anon_dist.train.changes import recorded, versions
+from anon_dist.train.config import Config, check
 from anon_dist.train.errors import RunError
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
@@ -53,6 +52,7 @@ def train(config: Config) -> Path:
     Raises:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
+    check(config)
     accelerator, name = start(
         wanted_engine(config),
         shared_settings(config),
@@ -378,11 +378,8 @@ def _save(run: Run, stop: StopSignal) -> None:
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
         "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "config": recorded(run.config),
+        "versions": versions(),
     }
     with run.checkpoints.writing(run.step, progress) as folder:
         run.engine.save(folder)

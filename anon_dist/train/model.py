@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +34,6 @@ def model_config(config: ModelConfig, vocab_size: int, eod_id: int) -> Pretraine
             tie_word_embeddings=config.tie_embeddings,
             **special,
         )
-    if config.dropout:
-        raise ConfigError("model.dropout is GPT-2's; set it to 0 for Llama")
     return LlamaConfig(
         vocab_size=vocab,
         max_position_embeddings=config.context,
@@ -59,14 +58,20 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
 
     if config.from_pretrained is None:
         shape = model_config(config, vocab_size, eod_id)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+        _check_memory(shape)
+        try:
+            model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 config.from_pretrained, attn_implementation=config.attention, dtype=torch.float32
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.from_pretrained = {config.from_pretrained}: {error}") from error
+        except (ImportError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.from_pretrained = {config.from_pretrained}: {' '.join(str(error).split())}"
+            ) from error
         rows, context = (
             model.get_input_embeddings().num_embeddings,
             getattr(model.config, "max_position_embeddings", seq_len),
@@ -81,6 +86,19 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
     model.config.use_cache = False
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _check_memory(shape: PretrainedConfig) -> None:
+    """Each rank first builds the whole model in host memory: refuse what cannot fit, before pages are touched."""
+    width = shape.hidden_size
+    hidden = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
+    least = shape.vocab_size * width + shape.num_hidden_layers * 2 * width * (width + hidden)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * least > memory:
+        raise ConfigError(
+            f"model: more than {least:.3g} parameters, {4e-9 * least:,.0f} GB, do not fit into this machine's {1e-9 * memory:,.0f} GB; "
+            "lower model.width, model.layers or model.hidden"
+        )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

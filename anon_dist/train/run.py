@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, failures, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
+from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.folder import PROGRESS, read_progress, step_of
+from anon_dist.checkpoint.folder import read_progress, step_of
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.agreement import check_alike
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
@@ -31,6 +34,7 @@ from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.alike import pretrained_settings
+from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
@@ -39,6 +43,7 @@ from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
 
@@ -129,6 +134,9 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
+    context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
+    if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
+        raise ConfigError(problem)
     spectra = _spectra(config, accelerator)
     try:
         optimizer = build_optimizer(config.optim, built)
@@ -195,6 +203,11 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
 def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
     """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
     path, seq_len = config.data.path, config.data.seq_len
+    if config.data.prepare and not os.path.isfile(os.path.join(path, INDEX_FILE)):
+        raise ConfigError(
+            f"data.path = {path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
+            f"{config.data.prepare} --out {shlex.quote(path)}"
+        )
     index = Index.load(path)
     if config.data.verify == "checksum":
         if accelerator.is_local_main_process:
@@ -344,6 +357,8 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         except ValueError as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
+    for line in changes(config, run.engine.name, source, progress):
+        say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 

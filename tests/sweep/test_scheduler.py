@@ -201,7 +201,7 @@ def test_other_configurations_are_refused_in_the_same_folder(sweep, cells, tmp_p
     [
         ({"parallel": 0}, {}, "--parallel 0"),
         ({"baseline_lr": "1e-3"}, {}, "without --baseline adamw"),
-        ({"baseline": "adamw", "baseline_lr": "-1"}, {}, "at adamw lr=-1"),
+        ({"baseline": "adamw", "baseline_lr": "-1"}, {}, "--baseline-lr, that is optim.lr=-1: 'optim.lr' must be"),
         ({"match_rms": True}, {"optim__match": "spectrum.json"}, "matches learning rates already"),
         ({}, {"optim__gamma_schedule": {0: 0.5, 9: 1.0}}, "set optim.match"),
         ({}, {"train__tensor_parallel": 2}, "one process on one device"),

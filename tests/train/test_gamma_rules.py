@@ -110,7 +110,7 @@ def test_a_schedule_can_be_given_up_and_taken_up_on_resume(measured, run_config,
     ("changes", "message"),
     [
         ({"optim__match": None}, r"set optim\.match to a checkpoint"),
-        ({"optim__gamma_schedule": {-1: 0.5}}, "not at -1"),
+        ({"optim__gamma_schedule": {-1: 0.5}}, "optim.gamma_schedule must be a mapping from a whole number"),
         ({"optim__match": "nowhere"}, r"optim\.match: nowhere"),
         ({"optim__match": "nowhere.json"}, r"optim\.match: nowhere\.json holds no spectrum"),
         ({"model__layers": 3}, r"optim: there is no spectrum of parameter 'transformer\.h\.2"),

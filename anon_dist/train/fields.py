@@ -1,0 +1,225 @@
+"""The fields of a training configuration: each with what it means, its type and its range, which `config.check` checks."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from anon_dist.train.ranges import (
+    Below1,
+    Epsilon,
+    Gamma,
+    Layers,
+    LearningRate,
+    Minutes,
+    NotNegative,
+    Place,
+    Positive,
+    PositiveShare,
+    RefreshRatio,
+    Seed,
+    Share,
+    Size,
+    StateDtype,
+    Steps,
+    StepsOrZero,
+    Text,
+    Whole,
+)
+
+
+@dataclass
+class ModelConfig:
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """Architecture, built with transformers: GPT2LMHeadModel or LlamaForCausalLM."""
+    layers: Layers = 12
+    """Transformer blocks."""
+    width: Size = 768
+    """Size of the residual stream."""
+    heads: Size = 12
+    """Attention heads; they divide the width."""
+    kv_heads: Size | None = None
+    """Key and value heads of Llama's grouped-query attention. None: as many as heads."""
+    hidden: Size | None = None
+    """Size inside the feed-forward block. None: 4 · width (GPT-2), or 8/3 · width rounded up to 256 (Llama)."""
+    context: Size = 1024
+    """Longest sequence the model takes; data.seq_len must not exceed it."""
+    tie_embeddings: bool = True
+    """Whether the output matrix is the token embedding."""
+    dropout: Below1 = 0.0
+    """Dropout rate of GPT-2's embeddings, attention and residuals; pretraining over less than an epoch wants none."""
+    rope_theta: Positive = 10000.0
+    """Base of Llama's rotary position embedding."""
+    pad_vocab_to: Size = 64
+    """The vocabulary is padded to a multiple of this, for the matrix units."""
+    from_pretrained: Place | None = None
+    """Folder or hub name of a Hugging Face causal LM whose weights and shape to start from, instead of all the above."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+@dataclass
+class DataConfig:
+    path: Place = "data/stdlib"
+    """Folder made by `anon-dist data prepare`."""
+    prepare: Text | None = None
+    """The options, --out aside, with which `anon-dist data prepare` makes that folder; they are shown where it is missing."""
+    seq_len: Size = 1024
+    """Tokens that a sample predicts."""
+    seed: Seed = 0
+    """Order of the samples; a function of this and the sample's position alone."""
+    mask_documents: bool = False
+    """Whether attention stops at document borders (and positions count from them). Off: documents follow each other in one stream."""
+    verify: Literal["size", "checksum"] = "checksum"
+    """What of the shards is checked at start: their sizes, or their contents too (about 1 GB/s, by one process per node)."""
+
+
+@dataclass
+class OptimConfig:
+    name: Literal["anon", "adamw"] = "anon"
+    """Anon, or torch's AdamW as a baseline. The fields marked (Anon) do nothing to AdamW."""
+    lr: LearningRate = 6e-4
+    """Peak learning rate. Its unit depends on γ: rescale it with gamma, or set match."""
+    betas: tuple[Below1, Below1] = (0.9, 0.95)
+    """Decay rates of the gradient's mean and of the squared gradient's."""
+    eps: Epsilon | None = None
+    """Added to the second moment. None: 1e-16 for Anon, 1e-8 for AdamW (where it stands outside the square root)."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay of matrices and embeddings; vectors are not decayed."""
+    gamma: Gamma = 1.0
+    """(Anon) Adaptivity γ: 0 is momentum SGD, 1 adapts like Adam."""
+    gamma_by_name: dict[Text, Gamma] = field(default_factory=dict)
+    """(Anon) Parameter name pattern (shell-style) → its own γ. lr, weight_decay and update_clip are those of all: see match."""
+    gamma_schedule: dict[StepsOrZero, Gamma] = field(default_factory=dict)
+    """(Anon) Step → γ, linear in between, in place of gamma; parameters that gamma_by_name names keep their own. It takes effect at
+    refreshes. {0: 0.5, 2000: 1.0} rises over the first 2000 steps. Needs match."""
+    match: Place | None = None
+    """(Anon) lr, weight_decay and update_clip are meant for γ = 1, and multiplied in each param group for the γ in force there, so that its
+    steps keep their root mean square (see anon_dist.optim.matching). A file of spectra, such as a sweep's calibration/spectrum.json, or
+    the folder of a checkpoint of this model, of Anon or AdamW, to measure it on."""
+    refresh_ratio: RefreshRatio = 1.03
+    """(Anon) ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, … The paper's is 2."""
+    beta3: Below1 = 0.93
+    """(Anon) Weight of the old preconditioner at a refresh. The paper's is 0.5."""
+    update_clip: Positive | None = 1.0
+    """(Anon) Largest magnitude of an element of v · m̂. Its unit depends on γ. None: unlimited, as in the paper."""
+    window: Steps | Literal["auto"] | None = 64
+    """(Anon) Steps before a refresh in which the second moment is accumulated; the others are faster. auto: so many that
+    what is left out weighs at most 2^-24. None: all of them, as in the paper."""
+    hold_silent: bool = False
+    """(Anon) Elements without gradient since the last refresh keep their preconditioner; meant for γ < 0."""
+    state_dtype: StateDtype = "float32"
+    """(Anon) dtype of exp_avg, exp_avg_sq and precond: float32, float64 or bfloat16, or by state, float32 where nothing is said:
+    "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16" (5 bytes per parameter)."""
+
+
+@dataclass
+class ScheduleConfig:
+    warmup_steps: StepsOrZero = 100
+    """Steps over which the learning rate rises linearly to its peak."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; wsd stays at the peak and falls linearly at the end."""
+    decay_fraction: PositiveShare = 0.2
+    """Share of all steps in which wsd falls."""
+    min_ratio: Share = 0.1
+    """Last learning rate, as a share of the peak."""
+
+
+@dataclass
+class TrainConfig:
+    steps: Steps = 1000
+    """Optimizer steps."""
+    global_batch: Size = 64
+    """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
+    micro_batch: Size = 8
+    """Sequences that a rank takes at once."""
+    engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"] = "auto"
+    """How ranks share the work. auto: what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2; in one
+    process that nothing launched, single, which any engine comes to there, and says so."""
+    shard_ranks: Size | None = None
+    """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: as accelerate's
+    parallelism_config says, else all."""
+    tensor_parallel: Size | None = None
+    """fsdp2 and Llama shapes: neighbouring ranks that split the matrices of each block between them, and read the same samples. None: as
+    accelerate's parallelism_config says, else 1."""
+    offload: Literal["off", "serial", "overlap"] | None = None
+    """fsdp2 and hsdp: parameters, gradients and optimizer state in host memory, where the CPU steps them; serial: the device waits for the
+    step; overlap: it goes on with the next forward, whose modules wait for their own parameters (Anon only; the same bits, so this is what
+    None comes to). None: offloaded if accelerate's configuration says so."""
+    accumulate: Literal["sharded", "whole"] | None = None
+    """fsdp2, hsdp, fsdp1: how gradients of several micro-batches are summed. sharded: reduced after each micro-batch, so that a rank keeps
+    its share only; whole: on every rank in full, 4 bytes a parameter more, and reduced once a step. None: sharded, but whole for bf16-true,
+    which would sum shares in bfloat16."""
+    deepspeed_config: Place | None = None
+    """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-true"] = "fp32"
+    """Dtype of the computation; parameters are float32 all the same, but for bf16-true: there parameters and gradients are bfloat16 without
+    a float32 copy, and Anon rounds them stochastically (engines single, ddp, fsdp2, hsdp). fp16: engine deepspeed on GPUs only."""
+    grad_clip: Positive | None = 1.0
+    """Largest global gradient norm. None: not clipped."""
+    max_skipped: StepsOrZero = 10
+    """A step with a non-finite gradient is skipped on every rank; more than so many in a row end the run."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    deterministic: bool = False
+    """Deterministic algorithms on CUDA, for bit-identical resumes; slower. (CPU runs are deterministic without.)"""
+    seed: Seed = 0
+    """Initial weights and dropout."""
+    timeout_minutes: Minutes = 10.0
+    """A rank that waits longer than this for its peers ends with an error."""
+
+
+@dataclass
+class EvalConfig:
+    every: StepsOrZero = 200
+    """Steps between validations; 0: only after the last step."""
+    sequences: Whole = 256
+    """Validation sequences, always the same ones; 0: the whole split."""
+    final_sequences: Whole = 0
+    """The same for the last validation, whose result is the run's."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: StepsOrZero = 500
+    """Steps between checkpoints; 0: only at the end, or when the run is stopped."""
+    keep: Size = 2
+    """How many of the latest checkpoints stay."""
+
+
+@dataclass
+class LogConfig:
+    every: Steps = 10
+    """Steps between records of the metrics."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where the metrics go besides metrics.jsonl."""
+    project: Text = "anon_dist"
+    """Project name for the trackers."""
+    sample_prompt: Text | None = None
+    """Text that the exported model continues at the end of the run, as a sample."""
+
+
+@dataclass
+class Config:
+    """Pretraining of a GPT-style model."""
+
+    __pydantic_config__: typing.ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run_dir: Place = "runs/default"
+    """Folder of the run: checkpoints, metrics, the exported model."""
+    resume: Place = "auto"
+    """auto: go on from the latest checkpoint in run_dir that is not damaged, if there is one. never: start afresh. Or a checkpoint's
+    folder; if it is an older one of this run, the later ones are renamed."""

@@ -1,0 +1,77 @@
+"""Types of configuration fields with their ranges, which pydantic checks, and what is said of a value that is out of them."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval, MinLen
+from pydantic import AfterValidator, StringConstraints
+
+MOST_STEPS = 1 << 24
+"""The optimizer's step count is a float32, as torch's, and goes no further."""
+
+
+def _state_dtype(text: str) -> str:
+    from anon_dist.optim.hyper import state_dtypes
+
+    try:
+        state_dtypes({"state_dtype": text})
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("Anon: state_dtype ")) from None
+    return text
+
+
+Steps = Annotated[int, Interval(ge=1, le=MOST_STEPS)]
+StepsOrZero = Annotated[int, Interval(ge=0, le=MOST_STEPS)]
+Size = Annotated[int, Interval(ge=1, le=1 << 24)]
+"""Of a model, of a batch, of a group of ranks."""
+Whole = Annotated[int, Interval(ge=0, le=1 << 48)]
+Seed = Annotated[int, Interval(ge=0, le=(1 << 63) - 1)]
+Layers = Annotated[int, Interval(ge=1, le=10_000)]
+Minutes = Annotated[float, Interval(ge=0.01, le=525_600)]
+"""Up to a year."""
+Positive = Annotated[float, Interval(gt=0)]
+NotNegative = Annotated[float, Interval(ge=0)]
+Below1 = Annotated[float, Interval(ge=0, lt=1)]
+"""A decay rate; a dropout rate."""
+Share = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+LearningRate = Annotated[float, Interval(ge=0, le=1e6)]
+Epsilon = Annotated[float, Interval(ge=1e-37, le=1)]
+"""A normal float32: less would be 0 there."""
+RefreshRatio = Annotated[float, Interval(gt=1, le=1e6)]
+Gamma = Annotated[float, Interval(ge=-100, le=100)]
+Text = Annotated[str, MinLen(1)]
+Place = Annotated[str, MinLen(1), StringConstraints(pattern=r"^[^\x00]*$")]
+"""A path, or the name of something."""
+StateDtype = Annotated[str, AfterValidator(_state_dtype)]
+
+
+def spell(hint: Any) -> str:
+    """What a field of this annotated type takes, for a person: "a finite number > 0, or None"."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return " ".join([spell(inner[0]), *(_limits(m) for m in inner[1:] if isinstance(m, Interval | MinLen))])
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(map(spell, inner))
+    if origin is Literal:
+        return ("one of " if len(inner) > 1 else "") + ", ".join(map(str, inner))
+    if origin is tuple:
+        several = "any number of values" if inner[-1] is Ellipsis else f"{len(inner)} values"
+        return f"{several}, each {spell(inner[0])}"
+    if origin is dict:
+        return f"a mapping from {spell(inner[0])} to {spell(inner[1])}"
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(hint, "None")
+
+
+def _limits(limit: Interval | MinLen) -> str:
+    if isinstance(limit, MinLen):
+        return "that is not empty"
+    bounds = ((limit.gt, ">"), (limit.ge, "≥"), (limit.lt, "<"), (limit.le, "≤"))
+    return " and ".join(f"{sign} {_number(bound)}" for bound, sign in bounds if bound is not None)
+
+
+def _number(bound: Any) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

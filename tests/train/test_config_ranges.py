@@ -1,0 +1,281 @@
+"""Nonsense in every field of the configuration, from a file and from the command line: one line that names field, value and place."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from anon_dist.train.config import (
+    Config,
+    ConfigError,
+    check,
+    field_types,
+    load_config,
+    parse_args,
+    to_yaml,
+    with_fields,
+)
+from anon_dist.train.ranges import spell
+
+NAN, INF = float("nan"), float("inf")
+NO_NUMBER = ["", "x", True, NAN, INF, -INF, [1], {"a": 1}]
+NO_COUNT = [*NO_NUMBER, -1, 1.5, 1.0, 10**40, 1 << 63]
+NO_TEXT = ["", 3, 1.5, True, ["a"], {"a": 1}]
+NO_PATH = [*NO_TEXT, "a\0b"]
+NO_CHOICE = ["", "x", 1, True, ["x"], None]
+NO_SWITCH = ["", "x", 0, 1, "true", None]
+BELOW_1 = [*NO_NUMBER, None, -0.1, 1, 1.0, 2]
+"""What is allowed is at least 0 and below 1."""
+
+NONSENSE = {
+    "model.family": NO_CHOICE,
+    "model.layers": [*NO_COUNT, 0, None, 100_000],
+    "model.width": [*NO_COUNT, 0, None],
+    "model.heads": [*NO_COUNT, 0, None],
+    "model.kv_heads": [*NO_COUNT, 0],
+    "model.hidden": [*NO_COUNT, 0],
+    "model.context": [*NO_COUNT, 0, None],
+    "model.tie_embeddings": NO_SWITCH,
+    "model.dropout": BELOW_1,
+    "model.rope_theta": [*NO_NUMBER, 0, -1.0, None],
+    "model.pad_vocab_to": [*NO_COUNT, 0, None],
+    "model.from_pretrained": NO_PATH,
+    "model.attention": NO_CHOICE,
+    "data.path": [*NO_PATH, None],
+    "data.prepare": NO_TEXT,
+    "data.seq_len": [*NO_COUNT, 0, None],
+    "data.seed": [*NO_COUNT, None],
+    "data.mask_documents": NO_SWITCH,
+    "data.verify": NO_CHOICE,
+    "optim.name": NO_CHOICE,
+    "optim.lr": [*NO_NUMBER, -1e-9, 1e300, None],
+    "optim.betas": [
+        None,
+        0.9,
+        [],
+        [0.9],
+        [0.9, 0.9, 0.9],
+        [0.9, 1.0],
+        [-0.1, 0.9],
+        [NAN, 0.9],
+        ["x", 0.9],
+        [True, 0.9],
+    ],
+    "optim.eps": [*NO_NUMBER, 0, -1e-8, 1e-60, 1e300],
+    "optim.weight_decay": [*NO_NUMBER, -0.1, None],
+    "optim.gamma": [*NO_NUMBER, 1e300, None],
+    "optim.gamma_by_name": [None, 1, "x", [1], {"": 1}, {"*": NAN}, {"*": "x"}, {"*": True}, {"*": 1e9}],
+    "optim.gamma_schedule": [None, 1, "x", [1], {-1: 1}, {"x": 1}, {1.5: 1}, {0: NAN}, {0: "x"}, {10**40: 1}],
+    "optim.match": NO_PATH,
+    "optim.refresh_ratio": [*NO_NUMBER, 1, 0.5, -1, 1e300, None],
+    "optim.beta3": BELOW_1,
+    "optim.update_clip": [*NO_NUMBER, 0, -1],
+    "optim.window": [*NO_COUNT, 0],
+    "optim.hold_silent": NO_SWITCH,
+    "optim.state_dtype": [
+        None,
+        3,
+        "",
+        "x",
+        "float16",
+        "int8",
+        "exp_avg=int4",
+        "exp_avg_sq=int8",
+        "nothing=bfloat16",
+        "exp_avg=",
+    ],
+    "schedule.warmup_steps": [*NO_COUNT, None],
+    "schedule.decay": NO_CHOICE,
+    "schedule.decay_fraction": [*NO_NUMBER, 0, -0.1, 1.1, None],
+    "schedule.min_ratio": [*NO_NUMBER, -0.1, 1.1, None],
+    "train.steps": [*NO_COUNT, 0, None, (1 << 24) + 1],
+    "train.global_batch": [*NO_COUNT, 0, None],
+    "train.micro_batch": [*NO_COUNT, 0, None],
+    "train.engine": NO_CHOICE,
+    "train.shard_ranks": [*NO_COUNT, 0, -2],
+    "train.tensor_parallel": [*NO_COUNT, 0],
+    "train.offload": NO_CHOICE[:-1],
+    "train.accumulate": NO_CHOICE[:-1],
+    "train.deepspeed_config": NO_PATH,
+    "train.precision": NO_CHOICE,
+    "train.grad_clip": [*NO_NUMBER, 0, -1],
+    "train.max_skipped": [*NO_COUNT, None],
+    "train.activation_checkpointing": NO_SWITCH,
+    "train.compile": NO_SWITCH,
+    "train.deterministic": NO_SWITCH,
+    "train.seed": [*NO_COUNT, None],
+    "train.timeout_minutes": [*NO_NUMBER, 0, -1, 1e-9, 1e9, None],
+    "eval.every": [*NO_COUNT, None],
+    "eval.sequences": [*NO_COUNT, -3, None],
+    "eval.final_sequences": [*NO_COUNT, None],
+    "checkpoint.every": [*NO_COUNT, None],
+    "checkpoint.keep": [*NO_COUNT, 0, None],
+    "log.every": [*NO_COUNT, 0, None],
+    "log.trackers": [None, "tensorboard", ["x"], [1], {"tensorboard": 1}],
+    "log.project": [*NO_TEXT, None],
+    "log.sample_prompt": NO_TEXT,
+    "run_dir": [*NO_PATH, None],
+    "resume": [*NO_PATH, None],
+}
+CASES = [(name, value) for name, values in NONSENSE.items() for value in values]
+EDGES = {
+    "model.dropout": [0, 0.999],
+    "optim.lr": [0, 1e-300],
+    "optim.betas": [[0, 0], [0.999999, 0]],
+    "optim.gamma": [-4, 0, 4, 1],
+    "optim.window": [1, "auto", None],
+    "optim.eps": [None, 1e-16],
+    "optim.update_clip": [None, 1e-3],
+    "optim.gamma_by_name": [{}, {"*wte*": -1}],
+    "optim.state_dtype": ["bfloat16", "exp_avg=int8, precond=bfloat16"],
+    "schedule.warmup_steps": [0],
+    "schedule.decay_fraction": [1, 1e-9],
+    "train.grad_clip": [None, 1e-9, 5],
+    "train.offload": ["off", None],
+    "train.max_skipped": [0],
+    "train.timeout_minutes": [0.05, 10],
+    "train.seed": [0, (1 << 63) - 1],
+    "eval.sequences": [0],
+    "log.trackers": [[], ["wandb", "tensorboard"]],
+}
+
+
+def nested(name, value):
+    section, _, key = name.rpartition(".")
+    return {section: {key: value}} if section else {key: value}
+
+
+def test_the_tables_name_every_field():
+    assert set(NONSENSE) == set(field_types())
+
+
+def test_nonsense_in_a_file_is_refused_where_it_stands(tmp_path):
+    path = tmp_path / "c.yaml"
+    for name, value in CASES:
+        path.write_text(yaml.safe_dump(nested(name, value)))
+        with pytest.raises(ConfigError) as error:
+            load_config(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: '{name}' must be "), (name, value, message)
+        assert "\n" not in message
+        assert repr(value)[:40] in message.rpartition(", not ")[2], (name, value, message)
+
+
+def test_nonsense_on_the_command_line_is_refused_by_its_flag():
+    typed = {name: [""] for name, values in NONSENSE.items() if "" in values and "text" in spell(field_types()[name])}
+    for name, values in NONSENSE.items():
+        if spell(field_types()[name]).startswith(("a whole number", "a finite number")):
+            kinds = (int,) if "whole" in spell(field_types()[name]) else (int, float)
+            typed[name] = [v for v in values if type(v) in kinds][-1:]
+    assert len(typed) > 40
+    for name, values in typed.items():
+        flag = "--" + name.replace("_", "-")
+        for value in values:
+            with pytest.raises(ConfigError, match=f"^{flag} must be ") as error:
+                parse_args([flag, str(value)])
+            assert str(error.value).endswith(f"not {float(value) if 'finite' in str(error.value) else repr(value)}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--train.steps 1e3", "invalid literal for int"),
+        ("--train.steps True", "invalid literal for int"),
+        ("--optim.lr high", "could not convert string to float"),
+        ("--train.precision fp8", "fp8"),
+        ("--optim.betas 0.9", "betas"),
+        ("--config", "--config"),
+    ],
+)
+def test_what_cannot_be_read_as_the_type_of_its_flag(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_the_ends_of_ranges_are_inside(tmp_path):
+    path = tmp_path / "c.yaml"
+    for name, values in EDGES.items():
+        for value in values:
+            path.write_text(yaml.safe_dump(nested(name, value)))
+            config = load_config(path)
+            section, _, key = name.rpartition(".")
+            got = getattr(getattr(config, section), key)
+            assert json.loads(json.dumps(got)) == value
+            check(config)
+            path.write_text(to_yaml(config))
+            assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: 200}\ntrain: {steps: 300}", r"c\.yaml, line 2: the key 'train' comes twice"),
+        ("optim: {lr: 1, lr: 2}", r"line 1: the key 'lr' comes twice"),
+        ("optim: {gamma_schedule: {0: 1, 0: 2}}", r"line 1: the key '0' comes twice"),
+        ("model: {wdith: 3}", r"c\.yaml: unknown key 'model\.wdith'; did you mean 'model\.width'\?"),
+        ("1: 2", "unknown key '1'"),
+        ("{gamma: 1}", r"unknown key 'gamma'; did you mean 'optim\.gamma'\?"),
+        ("model: [width]", r"'model' is a section, not \['width'\]"),
+        ("model: {layers: 0, width: -1}", r"model\.layers' must be .*, not 0; .*model\.width' must be .*, not -1"),
+        ("a: &a [*a]", "Circular reference"),
+        ("optim: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("run_dir: x\n---\nrun_dir: y", "expected a single document"),
+        ("? [a, b]\n: 3", "unhashable key"),
+    ],
+)
+def test_what_is_no_configuration_is_one_line(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_means_what_it_looks_like(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optim: {lr: 6e-4, update_clip: None}\ntrain: {offload: off}\nrun_dir: 2026-01-01\n")
+    config = load_config(path)
+    assert (config.optim.lr, config.optim.update_clip, config.train.offload) == (6e-4, None, "off")
+    assert config.run_dir == "2026-01-01"
+
+
+LLAMA = ["--model.family", "llama"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            [*LLAMA, "--model.heads", "12", "--model.kv-heads", "5"],
+            r"heads = 12 is not a multiple of model.kv_heads = 5",
+        ),
+        ([*LLAMA, "--model.width", "36"], r"36 / 12 is odd"),
+        ([*LLAMA, "--model.dropout", "0.1"], r"model.dropout = 0.1 is GPT-2's"),
+        (["--model.kv-heads", "2"], "are Llama's"),
+        (["--model.rope-theta", "5e5"], "are Llama's"),
+        (
+            ["--model.attention", "flash_attention_2", "--data.mask-documents", "true", "--train.precision", "bf16"],
+            "flash_attention_2 takes no mask",
+        ),
+        (["--model.attention", "flash_attention_2"], "in half precision only"),
+        (["--optim.lr", "10"], "decay the weights past 0"),
+        (["--log.trackers", "wandb", "wandb"], "names one twice"),
+        (["--config", "quickstart", "--config", "quickstart"], "--config comes 2 times"),
+        (["--config", "quickstart", "--train.steps", "9"], r"quickstart\.yaml and the command line: schedule\.warmup"),
+        (["--run-dir", "\udcff"], "the configuration"),
+    ],
+)
+def test_what_does_not_go_together(args, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_args(args)
+
+
+def test_code_is_told_too():
+    """A configuration made without any file, and the axis of a grid."""
+    config = dataclasses.replace(Config(), run_dir="")
+    with pytest.raises(ConfigError, match=r"^run_dir must be text that is not empty, not ''$"):
+        check(config)
+    with pytest.raises(ConfigError, match=r"^a grid: 'train\.grad_clip' must be a finite number > 0, or None, not -1$"):
+        with_fields(Config(), {"train.grad_clip": -1}, "a grid")

@@ -1,0 +1,278 @@
+"""What is said at the start of a run, before its first step: what is missing, what does not fit, what a resumed run changes."""
+
+import json
+import logging
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from helpers import Crash, at_step, crash
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from anon_dist.cli import main
+from anon_dist.data import DataError, PrepareConfig, ShardError, Tokenizer, TokenShards
+from anon_dist.engines.errors import EngineError
+from anon_dist.engines.start import _resolve
+from anon_dist.train.changes import changes, recorded, versions
+from anon_dist.train.config import ConfigError, parse_args, shipped_configs, to_yaml
+from anon_dist.train.run import wanted_engine
+from anon_dist.train.vocabulary import tokenizer_problem
+
+PRESETS = sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
+
+
+@pytest.fixture
+def data(prepared, tmp_path):
+    """A copy of the prepared folder, to be damaged."""
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# -- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def swap_two_tokens(folder):
+    def swap(content):
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    edit_json(folder / "tokenizer.json", swap)
+
+
+DAMAGE = {
+    "missing": (shutil.rmtree, r"copy/tokenizer is missing: the data's tokenizer\. Copy it again"),
+    "altered": (swap_two_tokens, r"copy/tokenizer was changed after the data was prepared"),
+    "empty": (lambda f: [p.unlink() for p in f.iterdir()], r"copy/tokenizer was changed after"),
+    "torn": (lambda f: (f / "tokenizer_config.json").write_text("{"), r"copy/tokenizer: transformers cannot load it"),
+    "no end": (
+        lambda f: edit_json(f / "tokenizer_config.json", lambda c: [c.pop(k) for k in list(c) if k.endswith("_token")]),
+        r"copy/tokenizer: no eos_token",
+    ),
+    "other end": (
+        lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(eos_token="a")),
+        r"copy/tokenizer: end-of-document token 97 of 257 tokens, and the data has 256 of 257",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_tokenizer_that_is_not_the_datas_is_refused_at_start(damage, data, run_config, train, tmp_path):
+    action, message = DAMAGE[damage]
+    action(data / "tokenizer")
+    with pytest.raises(ConfigError, match=message) as error:
+        train(run_config(data__path=str(data)))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pretrained(prepared, tmp_path):
+    """A function that makes a pretrained model with the data's tokenizer, after a change to its folder."""
+
+    def make(change=lambda folder: None):
+        folder = tmp_path / "pretrained"
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+            folder
+        )
+        Tokenizer.of(prepared).save_pretrained(folder)
+        change(folder)
+        return str(folder)
+
+    return make
+
+
+def test_a_pretrained_model_of_other_tokens_is_refused_at_start(pretrained, run_config, train, tmp_path, caplog):
+    """Its embeddings are enough for the data's tokens, and mean others."""
+    assert tokenizer_problem(run_config(model__from_pretrained=pretrained()), 32) is None
+    config = run_config(model__from_pretrained=pretrained(swap_two_tokens))
+    with pytest.raises(
+        ConfigError,
+        match=r"has other tokens than .*\(2 of 257; 97 is 'a' in the data and 'b' there\); .*--tokenizer hf:",
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+    def space(content):
+        content["pre_tokenizer"]["add_prefix_space"] = True
+
+    config = run_config(model__from_pretrained=pretrained(lambda f: edit_json(f / "tokenizer.json", space)))
+    assert "text is cut differently" in tokenizer_problem(config, 32)
+    without = pretrained(lambda f: [p.unlink() for p in f.glob("tokenizer*")])
+    with caplog.at_level(logging.WARNING):
+        assert tokenizer_problem(run_config(model__from_pretrained=without), 32) is None
+    assert "has no tokenizer that loads" in caplog.text
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_at_start(run_config):
+    assert tokenizer_problem(run_config(log__sample_prompt="x" * 31), 32) is None
+    assert "log.sample_prompt must have from 1 to 31 tokens" in tokenizer_problem(
+        run_config(log__sample_prompt="x" * 32), 32
+    )
+
+
+# -- the data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_outside_of_the_vocabulary_is_named(split, data, run_config, train):
+    """Written before the checksum was taken, or with the check of contents off: it would index past the embeddings."""
+    file = data / f"{split}-00000.bin"
+    tokens = np.fromfile(file, "<u2")
+    tokens[:] = np.where(np.arange(len(tokens)) % 40 == 0, 60000, tokens)
+    tokens.tofile(file)
+    with pytest.raises(ShardError, match=rf"copy, split {split}: token 60000 is not in the vocabulary, .* 257 tokens"):
+        train(run_config(data__path=str(data), data__verify="size"))
+    with pytest.raises(ShardError, match="token 60000"):
+        TokenShards(data, split).tokens(0, 64)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 100}, {"eod_id": -1}, {"vocab_size": "x"}, {"vocab_size": 1 << 17}])
+def test_an_edited_index_is_refused(change, data):
+    edit_json(data / "index.json", lambda c: c.update(change))
+    with pytest.raises(DataError, match=r"index\.json: eod_id = .* must be below vocab_size"):
+        TokenShards(data)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_missing_data_is_answered_with_the_presets_own_command(preset, tmp_path, capsys, monkeypatch, fresh_accelerate):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--config", preset, "--train.precision", "fp32"])
+    said, command = str(error.value.code).split(": anon-dist data prepare ")
+    config = parse_args(["--config", preset])
+    assert said.startswith(f"error: data.path = {config.data.path} is not there")
+    asked = tyro.cli(PrepareConfig, args=command.split())
+    assert str(asked.out) == config.data.path
+    file = (shipped_configs() / "train" / f"{preset}.yaml").read_text().replace("\\\n#     ", "")
+    script = (shipped_configs().parent / "launch" / "quickstart.sh").read_text()
+    assert f"anon-dist data prepare {command}" in (script if preset == "quickstart" else file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_elsewhere(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--config", "quickstart", "--data.path", str(tmp_path / "a b")])
+    assert str(error.value.code).endswith(f"--source stdlib --tokenizer spm-bpe:4096 --out '{tmp_path}/a b'")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("texts.txt", "not a data folder"), ("x" * 300, "cannot be read: File name too long")]
+)
+def test_what_is_no_folder_of_data(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("x")
+    with pytest.raises(DataError, match=message):
+        TokenShards(path)
+    with pytest.raises(SystemExit, match="is not there, or not finished"):
+        main(["train", "--config", "quickstart", "--data.path", path])
+
+
+def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
+    if "flash_attn" in sys.modules or torch.cuda.is_available():
+        pytest.skip("it can be had here")
+    config = run_config(model__attention="flash_attention_2", train__precision="bf16")
+    with pytest.raises(ConfigError, match=r"model\.attention = flash_attention_2: ") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"model: more than .* GB, do not fit into this machine's .* GB; lower"):
+        train(run_config(model__width=1 << 22, model__layers=1))
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "result"),
+    [
+        ({}, {}, "single"),
+        ({"engine": "fsdp2"}, {}, "single"),
+        ({"engine": "ddp"}, {}, "single"),
+        ({"engine": "fsdp2", "offload": "serial"}, {}, "fsdp2"),
+        ({"engine": "fsdp2"}, {"RANK": "0", "WORLD_SIZE": "1"}, "fsdp2"),
+        ({}, {"WORLD_SIZE": "2"}, "fsdp2"),
+        ({}, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, "ddp"),
+        ({"engine": "zero1"}, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, "zero1"),
+        ({"engine": "fsdp2"}, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, EngineError("was started for plain data")),
+        ({"engine": "deepspeed"}, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, EngineError("was started for plain data")),
+        ({"engine": "ddp"}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, EngineError("asks for fsdp2")),
+        ({"shard_ranks": 2}, {"WORLD_SIZE": "4"}, EngineError("train.shard_ranks is 2, which engine fsdp2 does not look at")),
+        ({"engine": "ddp", "deepspeed_config": "x.json"}, {"WORLD_SIZE": "2"}, EngineError("train.deepspeed_config is x.json")),
+        ({"engine": "hsdp", "shard_ranks": 2}, {"WORLD_SIZE": "4"}, "hsdp"),
+    ],
+)  # fmt: skip
+def test_the_engine_is_what_the_launcher_and_the_configuration_say(
+    wanted, environment, result, run_config, monkeypatch, caplog
+):
+    for key in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    asked = wanted_engine(run_config(**{f"train__{k}": v for k, v in wanted.items()}))
+    launched = int(environment.get("WORLD_SIZE", "1"))
+    if isinstance(result, EngineError):
+        with pytest.raises(EngineError, match=str(result)):
+            _resolve(asked, launched)
+        return
+    assert _resolve(asked, launched) == result
+    assert ("it trains as engine single" in caplog.text) == (result == "single" and bool(wanted))
+
+
+# -- a resumed run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_says_all_that_it_changes(run_config, train, monkeypatch, capsys, tmp_path):
+    config = run_config()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 10, crash)
+        train(config)
+    changed = {
+        "optim.lr": (1e-3, 3e-3),
+        "optim.gamma": (0.5, 1.0),
+        "schedule.decay": ("linear", "cosine"),
+        "schedule.warmup_steps": (2, 3),
+        "train.steps": (11, 14),
+        "train.micro_batch": (2, 4),
+        "train.grad_clip": (None, 1.0),
+        "eval.sequences": (8, 16),
+        "checkpoint.every": (0, 4),
+    }
+    changes = {name.replace(".", "__"): new for name, (new, _) in changed.items()}
+    # A start that changes nothing says nothing; and one that dies before its first checkpoint does not hide its changes from the next.
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 9, crash)
+        capsys.readouterr()
+        train(config)
+    assert "resuming with" not in capsys.readouterr().out
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            at_step(patch, 9, crash)
+            train(run_config(**changes))
+        said = [line for line in capsys.readouterr().out.splitlines() if "; step-00000008 had " in line]
+        wanted = [f"resuming with {n} = {new!r}; step-00000008 had {old!r}" for n, (new, old) in changed.items()]
+        assert sorted(said) == sorted(wanted)
+
+
+def test_circumstances_and_checkpoints_that_say_less(run_config, tmp_path):
+    source = tmp_path / "run" / "checkpoints" / "step-00000008"
+    source.mkdir(parents=True)
+    config = run_config(optim__gamma_schedule={0: 0.5})
+    said = {"config": recorded(config), "engine": "ddp", "threads": torch.get_num_threads(), "versions": versions()}
+    assert changes(config, "ddp", source, said) == []
+    said = {**said, "engine": "fsdp2", "versions": {**versions(), "torch": "2.0"}}
+    assert changes(config, "ddp", source, said) == [
+        "resuming with engine = 'ddp'; step-00000008 had 'fsdp2'",
+        f"resuming with versions.torch = {torch.__version__!r}; step-00000008 had '2.0'",
+    ]
+    # One that does not say its configuration: the folder of its run does; if not even that, it is said that nothing is known.
+    del said["config"]
+    assert f"{source} does not say with which configuration it was written" in changes(config, "fsdp2", source, said)[0]
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(run_config(optim__lr=1.0, optim__weight_decay=0.0)))
+    assert "resuming with optim.lr = 0.003; step-00000008 had 1.0" in changes(config, "fsdp2", source, said)
