@@ -138,6 +138,8 @@ def opened(header: Header, name: str, groups: list[ParamGroup], scalars: dict[st
     extras = {
         k: state[k] for k in KNOWN if state.get(k) not in (None, [], {}) and k not in ("client_state", "loss_scaler")
     }
+    if isinstance(state.get("buffer_names"), list) and found.manifest.frozen:
+        extras["buffer_names"] = list(header.buffers)  # if there are none, the frozen are sure not to be buffers
     if header.tied:
         extras["shared_params"] = dict(header.tied)
     if others := {n: v for n, v in state["module"].items() if not isinstance(v, Tensor)}:
