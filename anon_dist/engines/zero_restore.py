@@ -239,7 +239,7 @@ def _keeps_matrices(wrapper: Any, group: dict[str, Any]) -> bool:
 def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = False) -> dict[str, Any]:
     """The states of one of the optimizer's tensors; in the tensors and dtypes that it has already, where it has."""
     stored = [source.stored(name) for name in part.names]
-    scalars = source.checkpoint.manifest.scalars
+    scalars, tensors = source.checkpoint.manifest.scalars, source.checkpoint.tensors
     keys, numbers = sorted(source.states.get(stored[0], [])), scalars.get(stored[0], {})
     for name in stored[1:]:
         mine = scalars.get(name, {})
@@ -251,15 +251,20 @@ def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = F
             )
     found: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in numbers.items()}
     for key in keys:
-        target, cuts, shape = present.get(key), part.cuts, part.master.shape
+        info, target, cuts, shape = tensors[Key(stored[0], key)], present.get(key), part.cuts, part.master.shape
+        if part.layout is None and info.shape != shape:  # of one parameter alone, whole: a factor of it, say
+            found[key] = source.checkpoint.read(Key(stored[0], key), 0, info.numel).view(info.shape).clone()
+            continue
         if whole and key == "momentum_buffer":
             cuts, elements = whole_members(part.cuts, part.sizes)
             if not cuts:
                 continue  # a rank whose part is padding makes no momentum
             shape = torch.Size([elements])
-        if not isinstance(target, Tensor) or target.shape != shape:
-            dtype = source.checkpoint.tensors[Key(stored[0], key)].dtype
-            target = torch.empty(shape, dtype=dtype, device=part.master.device)
+        rounded = key == "momentum_buffer" and isinstance(target, Tensor) and target.dtype != info.dtype
+        if (
+            not isinstance(target, Tensor) or target.shape != shape or rounded
+        ):  # Muon casts it to the gradients' dtype itself
+            target = torch.empty(shape, dtype=info.dtype, device=part.master.device)
         _fill(target, part, source, key, cuts)
         found[key] = target
     return found

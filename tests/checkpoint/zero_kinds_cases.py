@@ -6,6 +6,7 @@ first engine had when it saved, and the next steps are those of the run that wen
 
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import deepspeed
 import zero_kinds as kinds
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from launch_cases import raises
 from zero_kinds_tables import LOADS, REFUSED, SOURCES, THROUGH
 
@@ -32,7 +34,7 @@ from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.engines.zero_restore import restore
 
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
-RANKS = 3
+RANKS, WANTED = 3, sys.argv[2:]
 
 
 def told(source):
@@ -107,10 +109,18 @@ def check(engine, source, alike):
         assert found["numbers"] == expected["numbers"]
     kinds.train(engine, kinds.SAVED, kinds.SAVED + kinds.MORE)
     after, now = torch.load(OUT / source / "after.pt", weights_only=False), kinds.oracle(engine)
-    noise = {"rtol": 3e-2, "atol": 4e-3} if "muon" in source or "bf16" in source else {"rtol": 1e-4, "atol": 1e-6}
-    for name, value in now["masters"].items():
-        assert not torch.equal(value, expected["masters"][name]), name
-        torch.testing.assert_close(value, after["masters"][name], **({"rtol": 0, "atol": 0} if alike else noise))
+    # Gradients are summed in another order: float32 rounding, or 8 bits in bf16. Muon makes small singular values of them as large as any.
+    noise = 0.0 if alike else 0.25 if "muon" in source or "bf16" in source else 1e-3
+    if "muon" in source and "bf16" in source and not alike:
+        noise = 0.5
+    moved = {n: after["masters"][n] - value for n, value in expected["masters"].items()}
+    errors = {n: value - after["masters"][n] for n, value in now["masters"].items()}
+    assert all(value.norm() > 0 for value in moved.values())
+    assert _norm(errors) <= noise * _norm(moved), (_norm(errors), _norm(moved))
+
+
+def _norm(values):
+    return math.sqrt(sum(float(value.square().sum()) for value in values.values()))
 
 
 def is_alike(source, stage, config):
@@ -140,7 +150,7 @@ def restored(name):
 
 def through(source, to):
     """Another format on the way, which may know of no masters, buffers or ranks."""
-    _, world, stage, config = SOURCES[source]
+    _, _, stage, config = SOURCES[source]
     between = converted(source, f"{to}_{source}", to)
     targets = (stage,) if "lamb" in source else (2, 3)
     for target in targets:
@@ -154,29 +164,30 @@ def through(source, to):
 
 
 def other_parts():
-    for source in ("adafactor_2", "lamb_3"):
-        engine = kinds.make_engine(SOURCES[source][0], 2, {})
-        number = "RMS" if "adafactor" in source else "norms and trust_ratio"
-        with_loss = open_checkpoint(OUT / source)
-        raises(CheckpointError, f"{number} of ", lambda e=engine, c=with_loss: restore(e, c))
-        restore(engine, with_loss, allow_loss=True)
+    """Numbers of a rank's part do not go where parameters are cut elsewhere, unless they may be left out."""
+    for source, stage, numbers in (("adafactor_2", 3, "RMS"), ("lamb_3", 2, "norms and trust_ratio")):
+        engine = kinds.make_engine(SOURCES[source][0], stage, {})
+        checkpoint = open_checkpoint(OUT / source)
+        raises(CheckpointError, f"{numbers} of ", lambda e=engine, c=checkpoint: restore(e, c))
+        restore(engine, checkpoint, allow_loss=True)
         assert all(not set(own) & set(kinds.LOCAL) for own in engine.basic_optimizer.state.values())
-    kinds.train(engine := kinds.make_engine("adafactor", 2, {}), 0, 1)
+    engine = kinds.make_engine("adafactor", 3, {})
     restore(engine, open_checkpoint(OUT / "adafactor_2"), allow_loss=True)
     kinds.train(engine, kinds.SAVED, kinds.SAVED + 1)  # which makes its RMS anew
-    for source, (to, ranks) in REFUSED.items() if RANK == 0 else ():
-        numbers = "RMS" if "adafactor" in source else "norms and trust_ratio"
-        options = WriteOptions(world_size=ranks, allow_loss=True)
-        told = f"{numbers} of "
-        target = OUT / f"refused_{source}"
-        raises(CheckpointError, told, lambda s=source, t=target, f=to, r=ranks: convert(OUT / s, t, f, WriteOptions(r)))
-        notes = convert(OUT / source, target, to, options)
-        assert any(told in note for note in notes), notes
+    made = {source: how for source, how in REFUSED.items() if (OUT / source).is_dir()}
+    for source, (to, ranks) in made.items() if RANK == 0 else ():
+        numbers = "RMS of " if "adafactor" in source else "norms and trust_ratio of "
+        target, origin = OUT / f"refused_{source}", OUT / source
+        plain, lossy = WriteOptions(ranks), WriteOptions(ranks, allow_loss=True)
+        raises(CheckpointError, numbers, lambda a=(origin, target, to, plain): convert(*a))
+        notes = convert(origin, target, to, lossy)
+        assert any(numbers in note for note in notes), notes
+    dist.barrier()
 
 
 def missing_bases():
     engine = kinds.make_engine("lora", 3, {})
-    checkpoint = open_checkpoint(OUT / "lora_2_excluded")
+    checkpoint = open_checkpoint(OUT / "lora_3_excluded")
     raises(CheckpointError, "embed.weight, which is frozen here", lambda: restore(engine, checkpoint))
 
 
@@ -188,11 +199,9 @@ def untold_buffers():
         convert(folder, OUT / "plain_with_names.pt", "consolidated", WriteOptions())
         saved = torch.load(OUT / "plain_with_names.pt", weights_only=False)
         torch.save({k: saved[k] for k in ("model", "optimizer")}, plain)
-        told = "inv_freq, bias and 5 more"
         for to in ("zero3", "universal"):
             target = OUT / f"plain_{to}"
             raises(CheckpointError, "which stage 3 lays in different ways", lambda t=to, p=target: convert(plain, p, t))
-        assert told
     dist.barrier()
     for stage, buffers in ((3, ["inv_freq", "bias"]), (2, None)):
         folder = converted("lora_3", f"untold_{stage}", f"zero{stage}", plain, buffers=buffers)
@@ -223,6 +232,11 @@ def universal_of_muon():
 
 def cases(world, first):
     """Name → function, for this number of ranks: those that make sources, or those that take them."""
+    return {name: case for name, case in every(world, first).items() if name in WANTED}
+
+
+def every(world, first):
+    """All of them."""
     if first:
         return {f"make_{n}": lambda n=n: make(n) for n, s in SOURCES.items() if s[1] == world}
     table = {f"load_{n}": lambda n=n: load(n) for n, c in LOADS.items() if c[1] == world}
@@ -246,7 +260,8 @@ def regroup(store, phase, world):
     dist.init_process_group("gloo", store=prefixed, rank=RANK, world_size=world, timeout=timedelta(seconds=60))
     reload(deepspeed.utils.groups)
     deepspeed.comm.comm.cdb = None
-    deepspeed.zero.Init.param_id = 0  # stage 3 compares them across ranks
+    deepspeed.zero.Init.param_id = 0  # stage 3 counts parameters and modules, and compares the counts across ranks
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def main():
@@ -275,6 +290,4 @@ def main():
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    for name in SOURCES:
-        (OUT / name).mkdir(exist_ok=True)
     main()

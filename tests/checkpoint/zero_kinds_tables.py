@@ -63,7 +63,7 @@ LOADS = {
     "adafactor_3_as_it_was": ("adafactor_3", 2, 3, {}),
     "lamb_2_as_it_was": ("lamb_2", 2, 2, {}),
     "lamb_3_as_it_was": ("lamb_3", 2, 3, {}),
-    "adafactor_0": ("adafactor_0", 3, 0, {}),
+    "adafactor_0": ("adafactor_0", 1, 0, {}),
 }
 """Source; ranks, stage and configuration of the engine that loads what is written for it."""
 
@@ -85,7 +85,7 @@ REFUSED = {
 }
 """Source → format and ranks that cannot hold what is of one rank's."""
 
-RAN = [
+ALL = [
     *(f"make_{name}" for name in SOURCES),
     *(f"load_{name}" for name in LOADS),
     *(f"restore_{name}" for name in LOADS),
@@ -94,5 +94,28 @@ RAN = [
     "restore_refuses_missing_bases",
     "buffers_of_a_file_that_does_not_tell",
     "universal_of_lora",
+    "universal_of_muon",
+]
+
+"""Every case; `tests/run.sh --all` runs those that are not below."""
+QUICK = [
+    *(f"make_{n}" for n in ("lora_2", "lora_3", "lora_3_excluded", "frozen_group_3", "muon_1_of_1", "muon_2_of_3")),
+    *(
+        f"make_{n}"
+        for n in ("muon_3_of_2", "muon_0", "muon_torch_2_offload", "muon_1_bf16_optimizer", "adafactor_2", "lamb_3")
+    ),
+    *(f"load_{n}" for n in ("lora_2_to_3", "lora_3_to_1", "lora_3_excluded_to_2", "frozen_group_3_to_3")),
+    *(f"load_{n}" for n in ("muon_1_to_3", "muon_2_of_3_again", "muon_2_of_3_to_0", "muon_3_of_2_to_1", "muon_0_to_2")),
+    *(f"load_{n}" for n in ("muon_torch_2_offload_to_whole", "muon_1_bf16_optimizer_to_2")),
+    *(f"load_{n}" for n in ("adafactor_2_as_it_was", "lamb_3_as_it_was")),
+    *(
+        f"restore_{n}"
+        for n in ("lora_2_to_3", "lora_3_excluded_to_2", "muon_3_of_2_to_1", "muon_torch_2_offload_to_whole")
+    ),
+    "restore_lamb_3_as_it_was",
+    "through_dcp_lora_3",
+    "restore_refuses_other_parts",
+    "restore_refuses_missing_bases",
+    "buffers_of_a_file_that_does_not_tell",
     "universal_of_muon",
 ]
