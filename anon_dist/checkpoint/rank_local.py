@@ -20,7 +20,8 @@ KEY = "rank_local"
 """Extra with them: layout, world_size, and for each buffer its members in order and its states, key → value of every rank."""
 CARRIERS = ("canonical", "hf", "zero1", "zero2", "zero3")
 """Formats that carry them, lay them back or refuse them themselves, or hold no optimizer."""
-FLAT, SHARDS, WHOLE = "stages 1 and 2", "stage 3", "FP16_Optimizer"
+FLAT, ALIGNED, SHARDS = "stages 1 and 2", "stages 1 and 2 with parameter_alignment", "stage 3"
+WHOLE = "FP16_Optimizer"
 """Layouts: how buffers are cut."""
 FLAT_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "precond", "momentum_buffer")
 """States that have an element for each of a parameter's: of another length they are damaged."""
@@ -47,6 +48,8 @@ def keep(
 ) -> None:
     """Add those of a buffer: key → value of every rank, tensors as `Ref`s where they are large."""
     found = manifest.extras.setdefault(KEY, {"layout": layout, "world_size": world_size, "buffers": []})
+    if layout == ALIGNED:  # of one group is of all
+        found["layout"] = layout
     if states:
         found["buffers"].append({"members": list(members), "states": dict(states)})
     if not found["buffers"]:

@@ -148,7 +148,8 @@ def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]
         for i, members in enumerate(wrapper.round_robin_bit16_groups):
             low = wrapper.partition_size[i] * dist.get_rank(wrapper.real_dp_process_group[i])
             offsets = wrapper.round_robin_bit16_offsets[i]
-            yield _flat(wrapper.single_partition_of_fp32_groups[i], members, offsets, low, i, names, rank_local.FLAT)
+            layout = rank_local.ALIGNED if any(map(any, wrapper.round_robin_bit16_padding)) else rank_local.FLAT
+            yield _flat(wrapper.single_partition_of_fp32_groups[i], members, offsets, low, i, names, layout)
     elif hasattr(wrapper, "fp32_groups_flat_partition"):  # BF16_Optimizer
         for i, (members, master) in enumerate(
             zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True)

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import assert_passed, launch_ranks
 from zero_kinds_tables import ALL, QUICK
+
+from anon_dist.checkpoint import rank_local
 
 pytest.importorskip("deepspeed")
 RANKS = 3
@@ -35,3 +38,20 @@ def test_case(case, launched):
 @pytest.mark.parametrize("case", REST)
 def test_further_case(case, launched_all):
     assert_passed(f"case_{case}", launched_all, RANKS)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "common"),
+    [
+        ("step", [1.0, 2.0], True),  # of files of different steps, which is said
+        ("RMS", [torch.tensor(0.5)], False),  # one rank tells nothing
+        ("RMS", [torch.tensor(0.5), torch.tensor(0.6)], False),
+        ("RMS", [torch.tensor(0.0), torch.tensor(0.0)], False),
+        ("decay", [torch.tensor(0.5), torch.tensor(0.5)], True),
+        ("mu_product", [torch.tensor(0.5)], True),
+        ("count", [7], True),
+        ("count", [torch.tensor(7)], True),
+    ],
+)
+def test_which_numbers_are_of_all_parameters(key, values, common):
+    assert rank_local.is_common(key, values) == common

@@ -116,6 +116,11 @@ class ZeroFormat:
             notes.append(
                 "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
             )
+        if self.stage == 3 and source.muon:
+            notes.append(
+                "DeepSpeed's Muon sorts its matrices by size, but not those of a model made under zero.Init: their order is the "
+                "source's, and a loading engine's must be the same."
+            )
         if self.stage is None:
             notes.append(
                 "DeepSpeed restores neither buffers nor frozen weights from a universal checkpoint; at stage 3 only "

@@ -237,6 +237,11 @@ class Source:
         sums = types.get("grad_accum_dtype") if isinstance(types, dict) else None
         accumulates = stage == 1 and self.dtype == torch.bfloat16 and sums in ("fp32", "float32")
         parts = asked == "parts" or (asked is None and (offloads or accumulates))
+        if self.muon and not parts and self.zero_config.get("parameter_alignment") is True:
+            raise CheckpointError(
+                "the recorded configuration has parameter_alignment, under which DeepSpeed lays buffers anew as it loads, but not Muon's "
+                "momentum; write zero3, or call anon_dist.engines.zero_restore.restore"
+            )
         if self.muon:
             engine = (
                 "that offloads the optimizer, or sums bf16 gradients in float32 at stage 1"

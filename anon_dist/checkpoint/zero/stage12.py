@@ -144,7 +144,9 @@ def _add_group(
                 found.add_nested(f"{path}.{rank}", value, part.file)
                 for rank, (value, part) in enumerate(zip(values, held, strict=True))
             ]
-    rank_local.keep(found.manifest, rank_local.FLAT, len(held), list(shapes), local)
+    rank_local.keep(
+        found.manifest, rank_local.ALIGNED if any(gaps) else rank_local.FLAT, len(held), list(shapes), local
+    )
 
 
 def _is_flat(values: list[Any], sizes: list[int], cuts: list[list[Cut]], held: list[RankGroup]) -> bool:

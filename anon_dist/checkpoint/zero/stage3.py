@@ -63,6 +63,13 @@ def add_weights(found: Pieces, headers: list[Header]) -> None:
     """Buffers, and the frozen parameters from every rank's share."""
     header = headers[0]
     add_module(found, header, header.buffers)
+    for name in header.buffers:
+        if any(
+            not torch.equal(other, header.module[name])
+            for h in headers[1:]
+            if (other := h.module.get(name)) is not None
+        ):
+            found.manifest.notes.append(f"Ranks have different values of the buffer {name}: rank 0's is taken.")
     for name, shape in header.frozen.items():
         dtype, pieces = header.module[name].dtype, []
         for rank, at in enumerate(headers):
