@@ -95,10 +95,10 @@ class Source:
                 "is (in the script that made it: dict(model.named_buffers())); zero0 to zero2 hold both alike"
             )
 
-    def _lose(self, what: str) -> None:
+    def _lose(self, what: str, remedy: str = "zero0 holds it, having none") -> None:
         if not self._allow_loss:
             raise CheckpointError(
-                f"{what}: DeepSpeed's flat buffers cannot hold it; it is left out only when loss is allowed"
+                f"{what}: DeepSpeed's flat buffers cannot hold it ({remedy}); left out only when loss is allowed (--allow-loss)"
             )
         self.lost.append(what)
 
@@ -219,7 +219,7 @@ class Source:
         """For each buffer, the states of ranks' parts as such; see `rank_local`."""
         found, why = rank_local.laid(self.manifest, layout, world_size, buffers)
         if why:
-            self._lose(why)
+            self._lose(why, "nothing is lost with an optimizer that makes it anew at each step, as Adafactor does")
         return [with_stubs(self.checkpoint, own) for own in found]
 
     @property
