@@ -86,7 +86,7 @@ class Convert:
     """zero1, zero2 of DeepSpeed's Muon: parts if the engine that will load offloads the optimizer, or runs stage 1 in bf16 with gradients
     summed in float32; else whole. By default as the source records."""
     buffers: tuple[str, ...] | None = None
-    """zero3, universal: patterns of the buffers among what is in no param group, if SRC does not tell them from frozen parameters."""
+    """zero3: patterns of the buffers among what is in no param group, if SRC does not tell them from frozen parameters."""
     optimizer: Literal["anon", "adamw"] | None = None
     """Make the state that of another optimizer: AdamW's (or the paper's port's) Anon's, or Anon's AdamW's."""
     anon: AnonOptions = field(default_factory=AnonOptions)

@@ -43,5 +43,5 @@ class WriteOptions:
     """How the engine that will load zero1 or zero2 keeps the momentum of DeepSpeed's Muon: in parts if it offloads the optimizer or is
     BF16_Optimizer, else in whole matrices. None: as what the source records makes it."""
     buffers: Sequence[str] | None = None
-    """zero3, universal: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
+    """zero3: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
     frozen parameters. None: not known, and refused where there are such."""

@@ -81,7 +81,7 @@ class ZeroFormat:
         """
         precision = getattr(torch, options.precision) if options.precision else None
         source = Source(checkpoint, options.allow_loss, precision, options.buffers)
-        if self.stage in (None, 3):
+        if self.stage == 3:
             source.check_sure()
         if self.stage == 0:
             files = write.stage0(source, options.world_size)

@@ -68,7 +68,7 @@ def model_states(
         "ds_config": config(source, zero),
         "ds_version": VERSION,
         **{k: v for k, v in (client if isinstance(client, dict) else {}).items() if k not in ENGINE_KEYS},
-        CARRIED: {"optimizer": manifest.optimizer},
+        CARRIED: {"optimizer": manifest.optimizer, "unsure": list(source.unsure)},
     }
     if "global_samples" in extras:  # absent, the loader takes steps times batch
         found["global_samples"] = extras["global_samples"]
