@@ -109,7 +109,9 @@ def _add_sub_group(
             number = agreed(key, values, files.optimizers)
             for name in shapes:
                 scalars.setdefault(name, {})[key] = fresh(number)
-        elif key in rank_local.FLAT_STATES or any(isinstance(v, Tensor) and v.shape == (length,) for v in values):
+        elif key in (MASTER, *rank_local.FLAT_STATES) or any(
+            isinstance(v, Tensor) and v.shape == (length,) for v in values
+        ):
             _add_flat(found, header, key, shapes, values, files)
         else:
             local[key] = [
@@ -128,7 +130,8 @@ def _add_flat(
     pieces: dict[str, list[Piece]] = {name: [] for name in names}
     for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True)):
         if not isinstance(value, Tensor) or value.numel() != length:
-            raise CheckpointError(f"{file}: {key} of {names[0]} … is of another length than its shares, {length}")
+            held = f"{value.numel()} elements" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise CheckpointError(f"{file}: {key} of {names[0]} …: {held}, its shares have {length} elements")
         for cut in shard_cuts(sizes, world_size, rank):
             pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
     for name, shape in shapes.items():
