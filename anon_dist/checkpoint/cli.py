@@ -82,6 +82,11 @@ class Convert:
     """zero3: of the engine that will load. By default as the source records, else DeepSpeed's own, 1e9."""
     round_robin_gradients: bool | None = None
     """zero1, zero2: whether the engine that will load has it. By default as the source records, else not."""
+    muon_momentum: Literal["whole", "parts"] | None = None
+    """zero1, zero2 of DeepSpeed's Muon: parts if the engine that will load offloads the optimizer, or runs stage 1 in bf16 with gradients
+    summed in float32; else whole. By default as the source records."""
+    buffers: tuple[str, ...] | None = None
+    """zero3: patterns of the buffers among what is in no param group, if SRC does not tell them from frozen parameters."""
     optimizer: Literal["anon", "adamw"] | None = None
     """Make the state that of another optimizer: AdamW's (or the paper's port's) Anon's, or Anon's AdamW's."""
     anon: AnonOptions = field(default_factory=AnonOptions)
@@ -154,6 +159,8 @@ def _convert(args: Convert) -> None:
         args.precision,
         args.sub_group_size,
         args.round_robin_gradients,
+        args.muon_momentum,
+        args.buffers,
     )
     notes = convert(
         args.src,

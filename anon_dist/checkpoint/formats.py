@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf
+from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf, rank_local
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.folder import Checkpoints
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
@@ -98,4 +98,4 @@ def plan(checkpoint: Checkpoint, name: str, options: WriteOptions) -> list[OutFi
     planner = known[name].plan
     if planner is None:
         raise CheckpointError(f"--to {name} is only read; write {', '.join(n for n, f in known.items() if f.plan)}")
-    return planner(checkpoint, options)
+    return planner(rank_local.prepared(checkpoint, name, options.allow_loss), options)

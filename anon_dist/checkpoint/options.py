@@ -39,3 +39,9 @@ class WriteOptions:
     """Of the engine that will load zero3: DeepSpeed loads sub-groups one by one. None: as the source records, else its default, 1e9."""
     round_robin_gradients: bool | None = None
     """Whether the engine that will load zero1 or zero2 has it: parameters lie in another order. None: as the source records, else not."""
+    muon_momentum: Literal["whole", "parts"] | None = None
+    """How the engine that will load zero1 or zero2 keeps the momentum of DeepSpeed's Muon: in parts if it offloads the optimizer or is
+    BF16_Optimizer, else in whole matrices. None: as what the source records makes it."""
+    buffers: Sequence[str] | None = None
+    """zero3: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
+    frozen parameters. None: not known, and refused where there are such."""

@@ -26,7 +26,9 @@ def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Ma
         return ANON
     if {"exp_avg", "exp_avg_sq", "fixed_lr"} <= keys:
         return PORT
-    if {"exp_avg", "exp_avg_sq"} <= tensors <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
+    if "use_muon" in hyper and tensors <= {"momentum_buffer", "exp_avg", "exp_avg_sq"}:
+        return "MuonWithAuxAdam"
+    if {"exp_avg", "exp_avg_sq"} <= tensors and keys <= {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}:
         decoupled = [group.hyperparameters.get("decoupled_weight_decay") for group in groups]
         return ADAM if decoupled and all(d is False for d in decoupled) else ADAMW
     if tensors == {"exp_avg"}:

@@ -91,6 +91,8 @@ class Manifest:
     """Parameter names in the model's order, frozen ones included."""
     buffers: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
+    unsure: list[str] = field(default_factory=list)
+    """Of the frozen: those that may be buffers, as the source does not tell the two apart."""
     tied: dict[str, str] = field(default_factory=dict)
     """Alias → the name under which a tied parameter is stored."""
     step: int | None = None

@@ -126,6 +126,7 @@ def interpret(
         order=order,
         buffers=buffers,
         frozen=[n for n in order if n not in members] if optimizer else [],
+        unsure=[n for n in order if n not in members] if optimizer and "buffer_names" not in reading.extras else [],
         tied=reading.tied,
         step=training_step(reading.extras, reading.scalars),
         extras=reading.extras,

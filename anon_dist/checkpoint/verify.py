@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.checksums import checksums
@@ -155,6 +156,10 @@ def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     lost = []
     if None in schedules and any(schedules):
         lost = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+    if (rank_local.KEY in a.manifest.extras) != (rank_local.KEY in b.manifest.extras):
+        side = a if rank_local.KEY in a.manifest.extras else b
+        states = ", ".join(sorted(rank_local.keys(side.manifest)))
+        lost.append(Difference(f"states of ranks' parts: {states}", f"only in {'A' if side is a else 'B'}"))
     return lost + _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
 

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 from anon_dist.checkpoint.together import on_every_rank
-from anon_dist.checkpoint.zero.flat import Cut, shard_cuts
+from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import check_same_optimizer, copy_range
 
@@ -30,13 +31,19 @@ class Held:
     """Elements of `names[cut.member]`; what none covers is padding."""
     group: int
     """Of the optimizer's param groups."""
+    layout: str | None = None
+    """How it is cut, see `rank_local`; None: not at all."""
 
 
-def restore(engine: Any, checkpoint: Checkpoint) -> None:
+def restore(engine: Any, checkpoint: Checkpoint, strict: bool = True, allow_loss: bool = False) -> None:
     """Fill an engine of stage 0 to 3, BF16_Optimizer and the wrappers of bf16 and fp16 among them, offloaded or not.
 
     Masters, weights, buffers, every state, the groups' hyperparameters, step, counters, loss scale and learning rate schedule. Each rank
     reads its own ranges of masters and states; every rank must call it. Hyperparameters that the checkpoint lacks stay as they are.
+
+    Args:
+        strict: frozen weights that the checkpoint lacks (adapters saved without their base) are an error; False: they stay as they are.
+        allow_loss: leave out states of ranks' parts that are cut elsewhere here (`rank_local`), for optimizers that make them anew.
 
     Raises:
         CheckpointError: a parameter or state is missing or of another shape, or groups do not match; naming it. On every rank.
@@ -52,10 +59,11 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
             check_same_optimizer(optimizer, checkpoint)
             source = _Source(checkpoint, engine.module)
             held = list(_held(wrapper, optimizer, source.names))
+            local = _local(held, source, allow_loss)
             for part in held:
                 _fill(part.master, part, source, MASTER)
-            _load_optimizer(wrapper, optimizer, held, source)
-            _load_fixed(engine.module, source)
+            _load_optimizer(wrapper, optimizer, held, source, local)
+            _load_fixed(engine.module, source, strict)
             if not _gathers(wrapper):
                 _copy_weights(held, source)
         if _gathers(wrapper):
@@ -109,6 +117,33 @@ class _Source:
         return self.checkpoint.read(self.key(name, state, numel), start, stop)
 
 
+def _local(held: list[Held], source: _Source, allow_loss: bool) -> list[dict[str, Any]]:
+    """Of each of the optimizer's tensors, the states that belong to this rank's part of a buffer as such.
+
+    Raises:
+        CheckpointError: there are some, and parameters are cut elsewhere here.
+    """
+    manifest, layout = source.checkpoint.manifest, next((part.layout for part in held if part.layout), None)
+    if not rank_local.keys(manifest):
+        return [{} for _ in held]
+    ranks, rank = (1, 0) if layout in (None, rank_local.WHOLE) else (dist.get_world_size(), dist.get_rank())
+    buffers = [[source.stored(name) for name in part.names] for part in held]
+    found, why = rank_local.laid(manifest, layout or "stage 0", ranks, buffers)
+    if why and not allow_loss:
+        raise CheckpointError(
+            f"{why}; resume so, or call zero_restore.restore with allow_loss=True, which leaves it out: nothing is lost with "
+            "an optimizer that makes it anew at each step, as Adafactor does"
+        )
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, Ref):
+            info = source.checkpoint.tensors[value.key]
+            return source.checkpoint.read(value.key, 0, info.numel).view(info.shape).clone()
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [{k: whole(v[rank]) for k, v in own.items() if v[rank] is not None} for own in found]
+
+
 def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]:
     """What this rank's optimizer steps, by the layout that the wrapper made."""
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3
@@ -117,21 +152,24 @@ def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]
             ranks, rank = wrapper._get_sub_group_partition_count(i), wrapper._get_sub_group_partition_rank(i)
             group = wrapper.sub_group_to_group_id[i]
             master = wrapper.fp32_partitioned_groups_flat[i]
-            yield Held(master, [names[p] for p in members], sizes, shard_cuts(sizes, ranks, rank), group)
+            yield Held(
+                master, [names[p] for p in members], sizes, shard_cuts(sizes, ranks, rank), group, rank_local.SHARDS
+            )
     elif hasattr(wrapper, "single_partition_of_fp32_groups"):  # stages 1 and 2
         for i, members in enumerate(wrapper.round_robin_bit16_groups):
             low = wrapper.partition_size[i] * dist.get_rank(wrapper.real_dp_process_group[i])
             offsets = wrapper.round_robin_bit16_offsets[i]
-            yield _flat(wrapper.single_partition_of_fp32_groups[i], members, offsets, low, i, names)
+            layout = rank_local.ALIGNED if any(map(any, wrapper.round_robin_bit16_padding)) else rank_local.FLAT
+            yield _flat(wrapper.single_partition_of_fp32_groups[i], members, offsets, low, i, names, layout)
     elif hasattr(wrapper, "fp32_groups_flat_partition"):  # BF16_Optimizer
         for i, (members, master) in enumerate(
             zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True)
         ):
             low = master.numel() * dist.get_rank(wrapper.real_dp_process_group[i])
-            yield _flat(master, members, None, low, i, names)
+            yield _flat(master, members, None, low, i, names, rank_local.FLAT)
     elif hasattr(wrapper, "fp32_groups_flat"):  # FP16_Optimizer
         for i, (members, master) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True)):
-            yield _flat(master, members, None, 0, i, names)
+            yield _flat(master, members, None, 0, i, names, rank_local.WHOLE)
     else:  # stage 0, alone or in FP16_UnfusedOptimizer
         for i, group in enumerate(optimizer.param_groups):
             members = wrapper.fp16_groups[i] if hasattr(wrapper, "fp16_groups") else group["params"]
@@ -141,7 +179,13 @@ def _held(wrapper: Any, optimizer: Any, names: dict[Any, str]) -> Iterator[Held]
 
 
 def _flat(
-    master: Tensor, members: list[Tensor], offsets: list[int] | None, low: int, group: int, names: dict[Any, str]
+    master: Tensor,
+    members: list[Tensor],
+    offsets: list[int] | None,
+    low: int,
+    group: int,
+    names: dict[Any, str],
+    layout: str | None = None,
 ) -> Held:
     """A master that holds elements [low, low + its length) of a buffer of members, one after the other unless `offsets` say otherwise."""
     sizes = [p.numel() for p in members]
@@ -151,19 +195,21 @@ def _flat(
         first, last = max(begin, low), min(begin + size, low + master.numel())
         if first < last:
             cuts.append(Cut(i, first - begin, last - begin, first - low))
-    return Held(master, [names[p] for p in members], sizes, cuts, group)
+    return Held(master, [names[p] for p in members], sizes, cuts, group, layout)
 
 
-def _fill(target: Tensor, part: Held, source: _Source, state: str) -> None:
-    """A tensor of the master's length, with its elements of a state; padding becomes 0."""
+def _fill(target: Tensor, part: Held, source: _Source, state: str, cuts: list[Cut] | None = None) -> None:
+    """A tensor of the master's length, or cut otherwise, with its elements of a state; padding becomes 0."""
     flat = target.detach().view(-1)
     flat.zero_()
-    for cut in part.cuts:
+    for cut in part.cuts if cuts is None else cuts:
         key = source.key(part.names[cut.member], state, part.sizes[cut.member])
         copy_range(flat[cut.offset : cut.offset + cut.stop - cut.start], source.checkpoint, key, cut.start, cut.stop)
 
 
-def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Source) -> None:
+def _load_optimizer(
+    wrapper: Any, optimizer: Any, held: list[Held], source: _Source, local: list[dict[str, Any]]
+) -> None:
     """States and hyperparameters, by the optimizer's own `load_state_dict`, which checks and casts them."""
     staged = hasattr(wrapper, "fp32_partitioned_groups_flat")
     if staged:  # stage 3 shows the optimizer its parameters only while it steps
@@ -172,9 +218,10 @@ def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Sou
         order = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         members: list[list[str]] = [[] for _ in optimizer.param_groups]
         state = {}
-        for part in held:
+        for part, own in zip(held, local, strict=True):
             members[part.group] += part.names
-            if values := _state(optimizer.state.get(part.master, {}), part, source):
+            whole = _keeps_matrices(wrapper, optimizer.param_groups[part.group])
+            if values := {**_state(optimizer.state.get(part.master, {}), part, source, whole), **own}:
                 state[order[id(part.master)]] = values
         groups = [
             {**group, **_hyperparameters(names, source), "params": [order[id(p)] for p in group["params"]]}
@@ -187,16 +234,24 @@ def _load_optimizer(wrapper: Any, optimizer: Any, held: list[Held], source: _Sou
     finally:
         if staged:
             wrapper._clear_fp32_optimizer_param_groups()
+    for i, momentum in (getattr(wrapper, "muon_momentum_buffer_partitioned_groups_flat", None) or {}).items():
+        momentum.copy_(optimizer.state[wrapper.fp32_partitioned_groups_flat[i]]["momentum_buffer"])
+        optimizer.state[wrapper.fp32_partitioned_groups_flat[i]]["momentum_buffer"] = momentum
     if hasattr(wrapper, "_hp_optimizer_states_linked"):  # what DeepSpeed's accessors of whole states go by
         wrapper._link_all_hp_params()
         wrapper._hp_optimizer_states_linked = False
         wrapper._lazy_init_hp_params_optimizer_state()
 
 
-def _state(present: dict[str, Any], part: Held, source: _Source) -> dict[str, Any]:
+def _keeps_matrices(wrapper: Any, group: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's Muon keeps the momentum of this group in whole matrices; see `flat.whole_members`."""
+    return bool(group.get("use_muon")) and hasattr(wrapper, "params_in_partition") and not wrapper.cpu_offload
+
+
+def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = False) -> dict[str, Any]:
     """The states of one of the optimizer's tensors; in the tensors and dtypes that it has already, where it has."""
     stored = [source.stored(name) for name in part.names]
-    scalars = source.checkpoint.manifest.scalars
+    scalars, tensors = source.checkpoint.manifest.scalars, source.checkpoint.tensors
     keys, numbers = sorted(source.states.get(stored[0], [])), scalars.get(stored[0], {})
     for name in stored[1:]:
         mine = scalars.get(name, {})
@@ -208,11 +263,21 @@ def _state(present: dict[str, Any], part: Held, source: _Source) -> dict[str, An
             )
     found: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in numbers.items()}
     for key in keys:
-        target = present.get(key)
-        if not isinstance(target, Tensor) or target.shape != part.master.shape:
-            dtype = source.checkpoint.tensors[Key(stored[0], key)].dtype
-            target = torch.empty(part.master.shape, dtype=dtype, device=part.master.device)
-        _fill(target, part, source, key)
+        info, target, cuts, shape = tensors[Key(stored[0], key)], present.get(key), part.cuts, part.master.shape
+        if part.layout is None and info.shape != shape:  # of one parameter alone, whole: a factor of it, say
+            found[key] = source.checkpoint.read(Key(stored[0], key), 0, info.numel).view(info.shape).clone()
+            continue
+        if whole and key == "momentum_buffer":
+            cuts, elements = whole_members(part.cuts, part.sizes)
+            if not cuts:
+                continue  # a rank whose part is padding makes no momentum
+            shape = torch.Size([elements])
+        rounded = key == "momentum_buffer" and isinstance(target, Tensor) and target.dtype != info.dtype
+        if (
+            not isinstance(target, Tensor) or target.shape != shape or rounded
+        ):  # Muon casts it to the gradients' dtype itself
+            target = torch.empty(shape, dtype=info.dtype, device=part.master.device)
+        _fill(target, part, source, key, cuts)
         found[key] = target
     return found
 
@@ -235,7 +300,7 @@ def _hyperparameters(members: list[str], source: _Source) -> dict[str, Any]:
     return found[0] if found else {}
 
 
-def _load_fixed(module: nn.Module, source: _Source) -> None:
+def _load_fixed(module: nn.Module, source: _Source, strict: bool) -> None:
     """Buffers, and parameters that the optimizer does not step."""
     tensors = source.checkpoint.tensors
     for name, buffer in module.named_buffers():
@@ -243,6 +308,13 @@ def _load_fixed(module: nn.Module, source: _Source) -> None:
             buffer.copy_(source.read(name, WEIGHT, 0, buffer.numel(), buffer.numel()).view(buffer.shape))
     for p, name in source.names.items():
         if p.requires_grad or (size := int(getattr(p, "ds_numel", p.numel()))) == 0:
+            continue
+        if not any(Key(source.stored(name), state) in tensors for state in (WEIGHT, MASTER)):
+            if strict:
+                raise CheckpointError(
+                    f"the checkpoint has no {name}, which is frozen here: it was saved without its base (exclude_frozen_parameters), or "
+                    "is of another model; with strict=False frozen weights that it lacks stay as they are"
+                )
             continue
         if not hasattr(p, "ds_tensor"):
             p.copy_(source.read(name, WEIGHT, 0, size, size).view(p.shape))

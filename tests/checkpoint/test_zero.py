@@ -283,6 +283,22 @@ def test_wrong_length(source, copied):
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("source", ["stage2_anon", "stage3_anon"])
+def test_wrong_length_on_every_rank(source, copied):
+    """It is damage, not a state of the ranks' parts as such."""
+    folder = copied(source)
+    for rank in range(RANKS):
+
+        def shorten(saved):
+            inner = saved["optimizer_state_dict"]
+            state = (inner.get("base_optimizer_state") or inner["optimizer_state_dict"])["state"]
+            state[0]["exp_avg"] = state[0]["exp_avg"][:3].clone()
+
+        edit(rank_file(folder, rank), shorten)
+    with pytest.raises(CheckpointError, match=r"optim_states\.pt: exp_avg"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("source", ["stage1_bf16_optimizer_anon", "stage2_anon", "stage3_anon"])
 def test_a_parameter_is_gone(source, copied):
     folder = copied(source)
@@ -363,6 +379,22 @@ def test_state_of_another_shape_stays_at_stage_0(tmp_path):
     assert found.tensors == shampoo.tensors
     assert all(torch.equal(whole(found, *key), value) for key, value in shampoo.values.items())
     assert found.manifest.scalars == shampoo.manifest.scalars
+
+
+@pytest.mark.parametrize("to", ["zero2", "zero3"])
+def test_parameters_without_elements_are_with_the_frozen_ones(to, tmp_path):
+    """DeepSpeed's loader looks for them there."""
+    source = Plain({"exp_avg": torch.randn(4, 6)}, {"step": 3})
+    source.values[Key("empty", WEIGHT)] = torch.zeros(0, 3)
+    source.tensors[Key("empty", WEIGHT)] = TensorInfo((0, 3), torch.float32)
+    source.manifest.order.append("empty")
+    source.manifest.groups[0].members.append("empty")
+    write_files(plan(source, to, WriteOptions()), source, "", tmp_path / "out")
+    file = next((tmp_path / "out").rglob("*model_states.pt"))
+    found = torch.load(file, weights_only=False)
+    assert found["frozen_param_shapes"] == {"empty": (0, 3)}
+    assert [list(group) for group in found["param_shapes"]] == [["w"]]
+    assert open_checkpoint(tmp_path / "out").tensors[Key("empty", WEIGHT)].shape == (0, 3)
 
 
 def test_weights_alone_are_refused():

@@ -38,6 +38,20 @@ def group_cuts(sizes: Sequence[int], gaps: Sequence[int], partition: int, rank: 
     return cuts
 
 
+def whole_members(cuts: Sequence[Cut], sizes: Sequence[int]) -> tuple[list[Cut], int]:
+    """The members of which a rank has a part, whole and one after the other, and the elements of all.
+
+    So DeepSpeed's Muon keeps its momentum at stages 1 and 2 where the optimizer is not offloaded: a step needs whole matrices.
+
+    Source: deepspeed/runtime/zero/stage_1_and_2.py, `_muon_momentum_buffer` and `_get_flat_partition_unpadded`.
+    """
+    found, offset = [], 0
+    for cut in cuts:
+        found.append(Cut(cut.member, 0, sizes[cut.member], offset))
+        offset += sizes[cut.member]
+    return found, offset
+
+
 def group_partition(total: int, world_size: int) -> int:
     """Elements of one rank's part of a group of stages 1 and 2, padding included."""
     unit = ALIGNMENT * world_size

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
@@ -68,7 +69,8 @@ class ZeroFormat:
             manifest.extras = {**beside, **manifest.extras}
         if manifest.optimizer is None and manifest.groups:
             states = {key.state for key in found.tensors if key.state != EXTRA}
-            manifest.optimizer = recognise(manifest.groups, states, manifest.scalars)
+            numbers = {**manifest.scalars, rank_local.KEY: dict.fromkeys(rank_local.keys(manifest))}
+            manifest.optimizer = recognise(manifest.groups, states, numbers)
         return found
 
     def plan(self, checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
@@ -78,10 +80,18 @@ class ZeroFormat:
             CheckpointError: something cannot be laid out; naming it.
         """
         precision = getattr(torch, options.precision) if options.precision else None
-        source = Source(checkpoint, options.allow_loss, precision)
+        source = Source(checkpoint, options.allow_loss, precision, options.buffers)
+        if self.stage == 3:
+            source.check_sure()
         if self.stage == 0:
             files = write.stage0(source, options.world_size)
         elif self.stage is None:
+            if not source.muon_in_parts(1, options.muon_momentum) and source.muon:
+                raise CheckpointError(
+                    "DeepSpeed's loader of universal checkpoints lays Muon's momentum in parts, which only an engine that offloads "
+                    "the optimizer or sums bf16 gradients in float32 at stage 1 goes on with (--muon-momentum parts, if it "
+                    "is one); write zero0 to zero3, or canonical for anon_dist.engines.zero_restore.restore"
+                )
             files = write.universal(source)
         elif self.stage == 3:
             limit = options.sub_group_size or int(float(source.zero_config.get("sub_group_size", SUB_GROUP_SIZE)))
@@ -89,7 +99,7 @@ class ZeroFormat:
         else:
             rotate = options.round_robin_gradients
             rotate = source.zero_config.get("round_robin_gradients") is True if rotate is None else rotate
-            files = write.stage12(source, self.stage, options.world_size, rotate)
+            files = write.stage12(source, self.stage, options.world_size, rotate, options.muon_momentum)
         said = checkpoint.manifest.notes
         said += [note for note in (*source.lost, *self._notes(source)) if note not in said]
         tag = PurePosixPath(_tag(checkpoint, options.layout))
@@ -105,6 +115,11 @@ class ZeroFormat:
         if schedule_key(source.manifest.extras) is None:
             notes.append(
                 "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
+            )
+        if self.stage == 3 and source.muon:
+            notes.append(
+                "DeepSpeed's Muon sorts its matrices by size, but not those of a model made under zero.Init: their order is the "
+                "source's, and a loading engine's must be the same."
             )
         if self.stage is None:
             notes.append(
@@ -162,7 +177,7 @@ def _tag(checkpoint: Checkpoint, layout: Layout) -> str:
 def _beside(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     """Files for the extras that DeepSpeed has no place for."""
     also = ("lr_scheduler",) if options.layout == "accelerate" else ()
-    extras = {k: v for k, v in extras_tree(checkpoint).items() if k not in KNOWN or k in also}
+    extras = {k: v for k, v in extras_tree(checkpoint).items() if k not in (*KNOWN, rank_local.KEY) or k in also}
     return write_beside(extras, options.layout, options.world_size)
 
 

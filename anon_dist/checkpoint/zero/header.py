@@ -138,14 +138,19 @@ def opened(header: Header, name: str, groups: list[ParamGroup], scalars: dict[st
     extras = {
         k: state[k] for k in KNOWN if state.get(k) not in (None, [], {}) and k not in ("client_state", "loss_scaler")
     }
+    carried = state.get(CARRIED)
+    carried = carried if isinstance(carried, dict) else {}
+    found.manifest.optimizer, found.manifest.unsure = carried.get("optimizer"), list(carried.get("unsure") or ())
+    if found.manifest.unsure:
+        extras.pop("buffer_names", None)  # which would say that these are none
+    elif isinstance(state.get("buffer_names"), list) and found.manifest.frozen:
+        extras["buffer_names"] = list(header.buffers)  # if there are none, the frozen are sure not to be buffers
     if header.tied:
         extras["shared_params"] = dict(header.tied)
     if others := {n: v for n, v in state["module"].items() if not isinstance(v, Tensor)}:
         extras["model_extra_state"] = others  # what modules save by get_extra_state
     if client := {k: v for k, v in state.items() if k not in ENGINE_KEYS and k != CARRIED}:
         extras["client_state"] = client
-    carried = state.get(CARRIED)
-    found.manifest.optimizer = carried.get("optimizer") if isinstance(carried, dict) else None
     found.manifest.extras = {k: found.add_nested(k, v, header.file) for k, v in extras.items()}
     return found
 

@@ -54,9 +54,9 @@ def model_states(
         "buffer_names": list(source.buffers),
         "optimizer": optimizer,
         "param_shapes": [OrderedDict((n, torch.Size(source.shape(n))) for n in group) for group in shapes],
-        "frozen_param_shapes": frozen,
+        "frozen_param_shapes": frozen or None,  # the loader wants all of the engine's there, or nothing
         "shared_params": dict(source.tied),
-        "frozen_param_fragments": OrderedDict((n, _fragment(source, n, world_size, rank)) for n in frozen),
+        "frozen_param_fragments": OrderedDict((n, _fragment(source, n, world_size, rank)) for n in frozen) or None,
         "lr_scheduler": extras.get(schedule_key(extras) or "lr_scheduler"),
         "data_sampler": extras.get("data_sampler"),
         "random_ltd": extras.get("random_ltd"),
@@ -68,7 +68,7 @@ def model_states(
         "ds_config": config(source, zero),
         "ds_version": VERSION,
         **{k: v for k, v in (client if isinstance(client, dict) else {}).items() if k not in ENGINE_KEYS},
-        CARRIED: {"optimizer": manifest.optimizer},
+        CARRIED: {"optimizer": manifest.optimizer, "unsure": list(source.unsure)},
     }
     if "global_samples" in extras:  # absent, the loader takes steps times batch
         found["global_samples"] = extras["global_samples"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import refs, stub, with_stubs
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Stub, TensorInfo
@@ -32,44 +35,70 @@ class Source:
     Args:
         allow_loss: leave out what flat buffers cannot hold, and say so in `lost`; else refuse.
         precision: of the model's weights; None: as the recorded configuration says, else as they are.
+        buffers: patterns of the buffers among what the source does not tell from frozen parameters; None: not known.
 
     Raises:
         CheckpointError: there is no optimizer state, or a state cannot be laid flat; naming it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, allow_loss: bool = False, precision: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        allow_loss: bool = False,
+        precision: torch.dtype | None = None,
+        buffers: Sequence[str] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.manifest = checkpoint.manifest
         self.lost: list[str] = []
         self._allow_loss = allow_loss
         recorded = self.manifest.extras.get("buffer_names")
         self.buffers = list(dict.fromkeys([*self.manifest.buffers, *(recorded if isinstance(recorded, list) else [])]))
+        self.unsure = [n for n in self.manifest.unsure if n not in self.buffers]
+        if buffers is not None:
+            self.buffers += [n for n in self.unsure if any(fnmatchcase(n, pattern) for pattern in buffers)]
+            self.unsure = []
         shared = self.manifest.extras.get("shared_params")
         shared = {a: n for a, n in shared.items() if n in self.manifest.order} if isinstance(shared, dict) else {}
         self.tied: dict[str, str] = self.manifest.tied or shared
         self.order = [n for n in self.manifest.order if n not in self.buffers and n not in self.tied]
+        self.tied = {a: n for a, n in self.tied.items() if n in self.order}  # not those of weights that were left out
         self.trained = {m for group in self.manifest.groups for m in group.members} - set(self.manifest.frozen)
-        self.frozen = [name for name in self.order if name not in self.trained]
         if not self.trained:
             raise CheckpointError(
                 f"there is no optimizer state in this checkpoint ({self.manifest.format}): DeepSpeed's formats need it"
             )
         if unknown := sorted(self.trained - set(self.order)):
             raise CheckpointError(f"{unknown[0]} is in a param group, and there is no such parameter")
+        self.trained = {name for name in self.trained if self.numel(name)}  # DeepSpeed keeps empty ones with the frozen
+        self.frozen = [name for name in self.order if name not in self.trained]
         self.dtypes = {name: checkpoint.tensors[self._key(name)].dtype for name in self.order}
         self.dtype = precision or self._recorded() or self._prevailing()
         if precision or self._recorded():
-            self.dtypes = {n: self.dtype if d.is_floating_point else d for n, d in self.dtypes.items()}
+            fixed = set(self.unsure)  # buffers stay in float32
+            self.dtypes = {
+                n: self.dtype if d.is_floating_point and n not in fixed else d for n, d in self.dtypes.items()
+            }
         self._nested = {ref.key for own in self.manifest.scalars.values() for ref in refs(list(own.values()))}
         self._states: dict[str, dict[str, TensorInfo]] = {}
         for key, info in checkpoint.tensors.items():
             if key.state not in (WEIGHT, MASTER, EXTRA) and key not in self._nested:
                 self._states.setdefault(key.parameter, {})[key.state] = info
 
-    def _lose(self, what: str) -> None:
+    def check_sure(self) -> None:
+        """Raises `CheckpointError` where it is not known what is a buffer and what is frozen, which stage 3 lays in different ways."""
+        if names := [n for n in self.unsure if n in self.frozen]:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(
+                f"{', '.join(names[:3])}{more}: in no param group, and the source does not tell whether these are frozen parameters "
+                "or buffers, which stage 3 lays in different ways. Say which are buffers: --buffers PATTERN …, or --buffers '' if none "
+                "is (in the script that made it: dict(model.named_buffers())); zero0 to zero2 hold both alike"
+            )
+
+    def _lose(self, what: str, remedy: str = "zero0 holds it, having none") -> None:
         if not self._allow_loss:
             raise CheckpointError(
-                f"{what}: DeepSpeed's flat buffers cannot hold it; it is left out only when loss is allowed"
+                f"{what}: DeepSpeed's flat buffers cannot hold it ({remedy}); left out only when loss is allowed (--allow-loss)"
             )
         self.lost.append(what)
 
@@ -163,15 +192,66 @@ class Source:
             parts.append(Part(None, 0, length - reached))
         return Stub((length,), dtype, parts)
 
-    def groups(self, frozen: bool = False) -> list[tuple[list[str], dict[str, Any]]]:
-        """Members and hyperparameters of the param groups, with or without what is frozen."""
-        return [
-            (
-                [m for m in group.members if frozen or m in self.trained],
-                {k: v for k, v in group.hyperparameters.items() if k not in ("params", "param_names")},
+    def groups(self, frozen: bool = False, sort: bool = False) -> list[tuple[list[str], dict[str, Any]]]:
+        """Members and hyperparameters of the param groups, with or without what is frozen; sorted by size as DeepSpeed's Muon sorts its
+        matrices, where it sees their shapes (stage 3 under `zero.Init` hides them)."""
+        found = []
+        for group in self.manifest.groups:
+            members = [m for m in group.members if frozen or m in self.trained]
+            if sort and group.hyperparameters.get("use_muon") and "ns_method" in group.hyperparameters:
+                members = sorted(members, key=self.shape, reverse=True)
+            found.append(
+                (members, {k: v for k, v in group.hyperparameters.items() if k not in ("params", "param_names")})
             )
-            for group in self.manifest.groups
-        ]
+        return found
+
+    def flat_groups(self) -> list[Group]:
+        """The groups of stages 1 and 2, whose engines have none without trained members."""
+        found = []
+        for members, hyperparameters in self.groups(sort=True):
+            if members:
+                found.append(self.common(members, hyperparameters))
+            else:
+                self.lost.append("A param group of frozen parameters alone is left out: stages 1 and 2 refuse one.")
+        return found
+
+    def local(self, layout: str, world_size: int, buffers: list[list[str]]) -> list[dict[str, list[Any]]]:
+        """For each buffer, the states of ranks' parts as such; see `rank_local`."""
+        found, why = rank_local.laid(self.manifest, layout, world_size, buffers)
+        if why:
+            self._lose(why, "nothing is lost with an optimizer that makes it anew at each step, as Adafactor does")
+        return [with_stubs(self.checkpoint, own) for own in found]
+
+    @property
+    def muon(self) -> bool:
+        """Whether DeepSpeed's Muon steps some of the groups."""
+        return any(hyperparameters.get("use_muon") for _, hyperparameters in self.groups())
+
+    def muon_in_parts(self, stage: int, asked: str | None) -> bool:
+        """Whether the engine of stage 1 or 2 that will load keeps Muon's momentum cut as it cuts the masters, not in whole matrices.
+
+        Source: deepspeed/runtime/engine.py, `_do_optimizer_sanity_check`, for when BF16_Optimizer is taken.
+        """
+        offload, types = self.zero_config.get("offload_optimizer"), self.config.get("data_types")
+        offloads = isinstance(offload, dict) and offload.get("device") not in (None, "none")
+        sums = types.get("grad_accum_dtype") if isinstance(types, dict) else None
+        accumulates = stage == 1 and self.dtype == torch.bfloat16 and sums in ("fp32", "float32")
+        parts = asked == "parts" or (asked is None and (offloads or accumulates))
+        if self.muon and not parts and self.zero_config.get("parameter_alignment") is True:
+            raise CheckpointError(
+                "the recorded configuration has parameter_alignment, under which DeepSpeed lays buffers anew as it loads, but not Muon's "
+                "momentum; write zero3, or call anon_dist.engines.zero_restore.restore"
+            )
+        if self.muon:
+            engine = (
+                "that offloads the optimizer, or sums bf16 gradients in float32 at stage 1"
+                if parts
+                else ("that neither offloads the optimizer nor sums bf16 gradients in float32 at stage 1")
+            )
+            self.lost.append(
+                f"Muon's momentum is laid for an engine {engine}; another would lose it (--muon-momentum)."
+            )
+        return parts
 
     def common(self, members: list[str], hyperparameters: dict[str, Any]) -> Group:
         """Members that are stored together, with states of one dtype and numbers that are equal."""

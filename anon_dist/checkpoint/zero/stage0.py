@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, need
@@ -67,9 +68,8 @@ def read(files: Files, name: str, names: Sequence[str] | None = None) -> Pieces:
     add_module(found, header, [*header.names, *header.buffers])
     for i, group in enumerate(saved):
         if flat is not None:
-            _add_flat(
-                found, header, scalars, members[i], {MASTER: flat[i], **inner["state"].get(group["params"][0], {})}
-            )
+            state = {MASTER: flat[i], **inner["state"].get(group["params"][0], {})}
+            _add_flat(found, header, scalars, members[i], state)
         else:
             for j, (index, parameter) in enumerate(zip(group["params"], members[i], strict=True)):
                 state = dict(inner["state"].get(index, {}))
@@ -120,7 +120,34 @@ def _members(
         tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim()]
         return not tensors or any(tuple(v.shape) == shapes[name] for v in tensors)
 
-    return name_members([len(g["params"]) for g in saved], shapes, fits, str(header.file))
+    runs = [run for i, g in enumerate(saved) for run in _runs(i, g, wrapper, states)]
+    named, sure = name_members(
+        [len(places) for _, places in runs],
+        shapes,
+        lambda r, at, name: fits(runs[r][0], runs[r][1][at], name),
+        str(header.file),
+    )
+    at = {
+        (g, place): n
+        for (g, places), own in zip(runs, named, strict=True)
+        for place, n in zip(places, own, strict=True)
+    }
+    return [[at[i, place] for place in range(len(g["params"]))] for i, g in enumerate(saved)], sure
+
+
+def _runs(
+    index: int, group: dict[str, Any], wrapper: dict[str, Any], states: dict[Any, Any]
+) -> list[tuple[int, list[int]]]:
+    """A group and its places, in runs that keep the model's order: DeepSpeed's Muon sorts its matrices by size, only equal ones keep it."""
+    places = list(range(len(group["params"])))
+    if not (group.get("use_muon") and "ns_method" in group):
+        return [(index, places)]
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for place in places:
+        held = states.get(group["params"][place], {}).get("momentum_buffer")
+        known = wrapper["fp32_groups"][index][place] if "fp32_groups" in wrapper else held
+        by_shape.setdefault(tuple(known.shape) if isinstance(known, Tensor) else (), []).append(place)
+    return [(index, run) for run in by_shape.values()]
 
 
 def _count(header: Header, group: dict[str, Any], flat: Any, index: int) -> int:
@@ -160,7 +187,7 @@ def _add_flat(
     shapes = [header.shape(name) for name in names]
     sizes = [numel(shape) for shape in shapes]
     for key, value in state.items():
-        if is_number(value):
+        if is_number(value) and rank_local.is_common(key, [value]):
             for name in names:
                 scalars.setdefault(name, {})[key] = fresh(value)
         elif isinstance(value, Tensor) and value.numel() == sum(sizes):
@@ -169,4 +196,6 @@ def _add_flat(
                 info = TensorInfo(shapes[cut.member], value.dtype)
                 found.add(Key(names[cut.member], key), info, [piece])
         else:
-            found.manifest.notes.append(f"State {key} of the group of {names[0]} is no tensor of its length: left out.")
+            path = f"{rank_local.KEY}.{names[0]}.{key}"
+            states = {key: [found.add_nested(path, value, header.file)]}
+            rank_local.keep(found.manifest, rank_local.WHOLE, 1, names, states)

@@ -2,8 +2,9 @@
 
 `mp_rank_00_model_states.pt` has the weights whole; `[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` has rank R's part of the float32
 masters (`single_partition_of_fp32_groups`, without the padding at the end) and of every state (`base_optimizer_state`, with it, except
-in elastic checkpoints). Order and shapes are `param_shapes` of the model states: `param_slice_mappings`, which DeepSpeed's own converter
-goes by, is wrong under `round_robin_gradients`, as it ignores the order in which that lays the parameters.
+in elastic checkpoints). DeepSpeed's Muon has its momentum otherwise, see `flat.whole_members`. Order and shapes are `param_shapes` of
+the model states: `param_slice_mappings`, which DeepSpeed's own converter goes by, is wrong under `round_robin_gradients`, as it ignores
+the order in which that lays the parameters.
 
 Source: deepspeed/runtime/zero/stage_1_and_2.py, `state_dict` and `_load_legacy_checkpoint`; runtime/bf16_optimizer.py, `state_dict`.
 """
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint import rank_local
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
-from anon_dist.checkpoint.zero.flat import ALIGNMENT, group_cuts, numel, round_robin
+from anon_dist.checkpoint.zero.flat import ALIGNMENT, Cut, group_cuts, numel, round_robin, whole_members
 from anon_dist.checkpoint.zero.header import (
     Header,
     add_module,
@@ -108,10 +110,9 @@ def _add_group(
 ) -> None:
     """The masters and states of a group's members; a state that is one number goes to `scalars`."""
     for part in held:
-        if part.partition != held[0].partition or set(part.states) != set(held[0].states):
+        if part.partition != held[0].partition:
             raise DamagedCheckpoint(
-                f"{part.file}: a partition of {part.partition} elements with states {sorted(part.states)}; "
-                f"{held[0].file.name} has {held[0].partition} with {sorted(held[0].states)}"
+                f"{part.file}: a partition of {part.partition} elements; {held[0].file.name} has {held[0].partition}"
             )
     wanted, found_here = sum(map(numel, shapes.values())) + sum(gaps), sum(part.master.numel() for part in held)
     if not wanted <= found_here < wanted + ALIGNMENT * len(held):  # BF16_Optimizer leaves the padding on
@@ -119,39 +120,71 @@ def _add_group(
             f"{held[0].file}: the ranks have {found_here} elements of the group of {next(iter(shapes), 'nothing')}, "
             f"its parameters {wanted}"
         )
-    for key in (MASTER, *held[0].states):
-        values = [part.master if key == MASTER else part.states[key] for part in held]
-        if is_number(values[0]):
-            number = agreed(key, values, [part.file for part in held])
+    sizes = [numel(shape) for shape in shapes.values()]
+    cuts = [group_cuts(sizes, gaps, part.partition, rank) for rank, part in enumerate(held)]
+    _add_flat(found, MASTER, shapes, cuts, held, [part.master for part in held])
+    local: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for part in held for key in part.states):
+        values = [part.states.get(key) for part in held]
+        for part, value, own in zip(held, values, cuts, strict=True):
+            if value is None and own:  # a rank whose part is padding may have made no state
+                raise CheckpointError(
+                    f"{part.file}: no {key} of the group of {next(iter(shapes))}, which other ranks have"
+                )
+        present = [(v, part.file) for v, part in zip(values, held, strict=True) if v is not None]
+        if all(is_number(v) for v, _ in present) and rank_local.is_common(key, [v for v, _ in present]):
+            number = agreed(key, *map(list, zip(*present, strict=True)))
             for name in shapes:
                 scalars.setdefault(name, {})[key] = fresh(number)
-        elif all(isinstance(v, Tensor) and v.dim() == 1 for v in values):
-            _add_flat(found, key, shapes, gaps, held, values)
+        elif key in rank_local.FLAT_STATES or _is_flat(values, sizes, cuts, held):
+            _add_flat(found, key, shapes, cuts, held, values)
         else:
-            found.manifest.notes.append(
-                f"State {key} of the group of {next(iter(shapes))} is no tensor of the group's length: left out."
-            )
+            path = f"{rank_local.KEY}.{next(iter(shapes))}.{key}"
+            local[key] = [
+                found.add_nested(f"{path}.{rank}", value, part.file)
+                for rank, (value, part) in enumerate(zip(values, held, strict=True))
+            ]
+    rank_local.keep(
+        found.manifest, rank_local.ALIGNED if any(gaps) else rank_local.FLAT, len(held), list(shapes), local
+    )
+
+
+def _is_flat(values: list[Any], sizes: list[int], cuts: list[list[Cut]], held: list[RankGroup]) -> bool:
+    """Whether a state has an element for each of a rank's parameters', on one rank at least: on the others it should then."""
+    return any(
+        isinstance(value, Tensor)
+        and value.dim() == 1
+        and value.numel() in (part.partition, part.master.numel(), whole_members(own, sizes)[1])
+        for value, own, part in zip(values, cuts, held, strict=True)
+        if own
+    )
 
 
 def _add_flat(
     found: Pieces,
     key: str,
     shapes: dict[str, tuple[int, ...]],
-    gaps: list[int],
+    cuts: list[list[Cut]],
     held: list[RankGroup],
-    values: list[Tensor],
+    values: list[Any],
 ) -> None:
-    sizes = [numel(shape) for shape in shapes.values()]
-    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
-    names = list(shapes)
-    for rank, (part, value) in enumerate(zip(held, values, strict=True)):
-        if value.numel() not in (part.partition, part.master.numel()):
+    """A state that ranks have of their part, or of every member whole of which they have a part."""
+    names, sizes = list(shapes), [numel(shape) for shape in shapes.values()]
+    pieces: dict[str, list[Piece]] = {name: [] for name in names}
+    whole = [whole_members(own, sizes) for own in cuts]
+    lengths = [value.numel() if isinstance(value, Tensor) and value.dim() == 1 else None for value in values]
+    wholes = all(length == w[1] for length, w, own in zip(lengths, whole, cuts, strict=True) if own)
+    for value, part, own, (members, _) in zip(values, held, cuts, whole, strict=True):
+        if not wholes and own and (value.dim() != 1 or value.numel() not in (part.partition, part.master.numel())):
             raise DamagedCheckpoint(f"{part.file}: {key} has {value.numel()} elements, the partition {part.partition}")
-        for cut in group_cuts(sizes, gaps, part.partition, rank):
-            pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, part.file))
+        for cut, member in zip(own, members, strict=True):
+            offset = member.offset + cut.start if wholes else cut.offset
+            pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, offset, part.file))
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
     for name, shape in shapes.items():
-        dtype = torch.float32 if key == MASTER else values[0].dtype
-        found.add(Key(name, key), TensorInfo(shape, dtype), pieces[name])
+        found.add(
+            Key(name, key), TensorInfo(shape, torch.float32 if key == MASTER else next(iter(dtypes))), pieces[name]
+        )
 
 
 def agreed(key: str, values: list[Any], files: list[Path]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
@@ -62,6 +63,13 @@ def add_weights(found: Pieces, headers: list[Header]) -> None:
     """Buffers, and the frozen parameters from every rank's share."""
     header = headers[0]
     add_module(found, header, header.buffers)
+    for name in header.buffers:
+        if any(
+            not torch.equal(other, header.module[name])
+            for h in headers[1:]
+            if (other := h.module.get(name)) is not None
+        ):
+            found.manifest.notes.append(f"Ranks have different values of the buffer {name}: rank 0's is taken.")
     for name, shape in header.frozen.items():
         dtype, pieces = header.module[name].dtype, []
         for rank, at in enumerate(headers):
@@ -93,18 +101,24 @@ def _add_sub_group(
                 f"{file}: sub-group {index} has states {sorted(states[-1])}; {files.optimizers[0].name} "
                 f"has {sorted(states[0])}"
             )
+    sizes = [numel(shape) for shape in shapes.values()]
+    length, local = sum(shard(size, len(states)) for size in sizes), dict[str, list[Any]]()
     for key in states[0]:
         values = [state[key] for state in states]
-        if is_number(values[0]):
+        if all(map(is_number, values)) and rank_local.is_common(key, values):
             number = agreed(key, values, files.optimizers)
             for name in shapes:
                 scalars.setdefault(name, {})[key] = fresh(number)
-        elif all(isinstance(v, Tensor) and v.dim() == 1 for v in values):
+        elif key in (MASTER, *rank_local.FLAT_STATES) or any(
+            isinstance(v, Tensor) and v.shape == (length,) for v in values
+        ):
             _add_flat(found, header, key, shapes, values, files)
         else:
-            found.manifest.notes.append(
-                f"State {key} of the sub-group of {next(iter(shapes))} is no tensor of its length: left out."
-            )
+            local[key] = [
+                found.add_nested(f"{rank_local.KEY}.{next(iter(shapes))}.{key}.{rank}", value, file)
+                for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True))
+            ]
+    rank_local.keep(found.manifest, rank_local.SHARDS, len(states), list(shapes), local)
 
 
 def _add_flat(
@@ -115,10 +129,9 @@ def _add_flat(
     names = list(shapes)
     pieces: dict[str, list[Piece]] = {name: [] for name in names}
     for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True)):
-        if value.numel() != length:
-            raise DamagedCheckpoint(
-                f"{file}: {key} of {names[0]} …: {value.numel()} elements, its shares have {length}"
-            )
+        if not isinstance(value, Tensor) or value.numel() != length:
+            held = f"{value.numel()} elements" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise DamagedCheckpoint(f"{file}: {key} of {names[0]} …: {held}, its shares have {length} elements")
         for cut in shard_cuts(sizes, world_size, rank):
             pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
     for name, shape in shapes.items():

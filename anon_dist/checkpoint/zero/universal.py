@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, TensorInfo
@@ -63,7 +64,7 @@ def _add_numbers(found: Pieces, header: Header, saved: dict[str, Any], scalars: 
     dropped: set[str] = set()
     for i, shapes in enumerate(header.shapes):
         for key, value in states.get(i, {}).items():
-            if is_number(value):
+            if is_number(value) and rank_local.is_common(key, [value]):
                 for name in shapes:
                     scalars.setdefault(name, {})[key] = fresh(value)
             elif key not in ("exp_avg", "exp_avg_sq"):

@@ -10,8 +10,17 @@ from typing import Any
 
 import torch
 
+from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.schema import MASTER
-from anon_dist.checkpoint.zero.flat import group_cuts, group_partition, round_robin, shard, shard_cuts, sub_groups
+from anon_dist.checkpoint.zero.flat import (
+    group_cuts,
+    group_partition,
+    round_robin,
+    shard,
+    shard_cuts,
+    sub_groups,
+    whole_members,
+)
 from anon_dist.checkpoint.zero.header import fresh
 from anon_dist.checkpoint.zero.model_states import VERSION, config, loss_scaler, model_states, slice_mapping
 from anon_dist.checkpoint.zero.source import Group, Source
@@ -21,7 +30,7 @@ MODEL = "mp_rank_00_model_states.pt"
 
 def stage0(source: Source, world_size: int) -> dict[str, Any]:
     """File name → object. A bf16 or fp16 model gets the masters that FP16_UnfusedOptimizer keeps, which leaves out what is frozen."""
-    groups, state, index, param_groups = source.groups(source.dtype == torch.float32), {}, 0, []
+    groups, state, index, param_groups = source.groups(source.dtype == torch.float32, sort=True), {}, 0, []
     for members, hyperparameters in groups:
         first = index
         for name in members:
@@ -45,19 +54,24 @@ def stage0(source: Source, world_size: int) -> dict[str, Any]:
     return {MODEL: {**states, "frozen_param_shapes": None, "frozen_param_fragments": None}}
 
 
-def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[str, Any]:
+def stage12(
+    source: Source, stage: int, world_size: int, rotate: bool, muon_momentum: str | None = None
+) -> dict[str, Any]:
     """File name → object. Both stages, and BF16_Optimizer, load the same file.
 
     Args:
         rotate: lay parameters as an engine with `round_robin_gradients` does.
+        muon_momentum: see `WriteOptions`.
     """
-    groups, scaler = [source.common(*group) for group in source.groups()], loss_scaler(source)
+    groups, scaler = source.flat_groups(), loss_scaler(source)
+    whole = not source.muon_in_parts(stage, muon_momentum)
     orders = [
         [g.members[i] for i in round_robin(len(g.members), world_size)] if rotate else list(g.members) for g in groups
     ]
     zero = {"stage": stage, "round_robin_gradients": rotate, "elastic_checkpoint": False}
     files: dict[str, Any] = {MODEL: model_states(source, world_size, orders, zero=zero)}
     totals = [sum(source.numel(name) for name in order) for order in orders]
+    local = source.local(rank_local.FLAT, world_size, orders)
     for rank in range(world_size):
         masters, states, paddings, mappings = [], {}, [], []
         for i, (group, order, total) in enumerate(zip(groups, orders, totals, strict=True)):
@@ -69,7 +83,14 @@ def stage12(source: Source, stage: int, world_size: int, rotate: bool) -> dict[s
             paddings.append(length - held)
             mappings.append(slice_mapping(order, cuts))
             flat = {k: source.laid(order, k, dtype, cuts, length) for k, dtype in group.states.items()}
-            states[i] = {**group.numbers, **flat}
+            if whole and group.hyperparameters.get("use_muon") and "momentum_buffer" in flat:
+                members, elements = whole_members(cuts, sizes)
+                dtype = group.states["momentum_buffer"]
+                flat = (
+                    {"momentum_buffer": source.laid(order, "momentum_buffer", dtype, members, elements)} if cuts else {}
+                )
+            own = {k: v[rank] for k, v in local[i].items() if v[rank] is not None}
+            states[i] = {**group.numbers, **flat, **own}
         base = {"state": states, "param_groups": [{**g.hyperparameters, "params": [i]} for i, g in enumerate(groups)]}
         # No param_alignment_paddings: without them an engine with parameter_alignment lays the buffers anew when it loads.
         optimizer = {
@@ -104,6 +125,7 @@ def stage3(source: Source, world_size: int, sub_group_size: int) -> dict[str, An
             parts.append(source.common([members[i] for i in places], hyperparameters))
         param_groups.append({**hyperparameters, "params": list(range(first, len(parts)))})
     zero = {"stage": 3, "sub_group_size": sub_group_size}
+    local = source.local(rank_local.SHARDS, world_size, [part.members for part in parts])
     files: dict[str, Any] = {}
     for rank in range(world_size):
         masters, states = [], {}
@@ -112,7 +134,7 @@ def stage3(source: Source, world_size: int, sub_group_size: int) -> dict[str, An
             cuts, length = shard_cuts(sizes, world_size, rank), sum(shard(size, world_size) for size in sizes)
             masters.append(source.laid(part.members, MASTER, torch.float32, cuts, length))
             flat = {k: source.laid(part.members, k, dtype, cuts, length) for k, dtype in part.states.items()}
-            states[i] = {**part.numbers, **flat}
+            states[i] = {**part.numbers, **flat, **{k: v[rank] for k, v in local[i].items()}}
         optimizer = {
             "zero_stage": 3,
             "loss_scaler": scaler,
@@ -130,7 +152,7 @@ def stage3(source: Source, world_size: int, sub_group_size: int) -> dict[str, An
 
 def universal(source: Source) -> dict[str, Any]:
     """File name → object. It has model states for stages 0 to 2 and for stage 3, and so loads into either."""
-    groups, scaler = [source.common(*group) for group in source.groups()], loss_scaler(source)
+    groups, scaler = source.flat_groups(), loss_scaler(source)
     orders = [group.members for group in groups]
     files: dict[str, Any] = {
         MODEL: model_states(source, 1, orders, zero={"round_robin_gradients": False}),
