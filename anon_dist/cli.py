@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from anon_dist.launcher import leave
+
 COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
 
   data prepare   tokenise text into shards for pretraining
@@ -106,18 +108,6 @@ def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
     except expected as error:
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}")
-
-
-def leave() -> None:
-    """End a rank that has done its work, at once.
-
-    gloo's threads outlive its process groups, as torch keeps device meshes. Seldom, one of them aborts the process while it shuts down
-    ("terminate called without an active exception", exit code -6), and the launcher takes a finished run for a failed one.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

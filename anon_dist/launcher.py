@@ -7,6 +7,7 @@ takes seconds in which a launcher may end. What a shell started has no launcher:
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def _launcher_name(command: list[str]) -> str | None:
     if name in _COMMANDS:
         return name
     return next((m for m, script in zip(_MODULES, _SCRIPTS, strict=True) if f"/{program}".endswith(script)), None)
+
+
+def leave() -> None:
+    """End a rank that has done its work, at once.
+
+    gloo's threads outlive its process groups, as torch keeps device meshes. Seldom, one of them aborts the process while it shuts down
+    ("terminate called without an active exception", exit code -6), and the launcher takes a finished run for a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 LAUNCHER = find()

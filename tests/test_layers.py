@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine"),
-    ("optim",),
+    ("files", "machine", "launcher"),
+    ("agreement", "optim"),
     ("data",),
     ("checkpoint",),
     ("engines",),

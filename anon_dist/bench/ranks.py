@@ -159,7 +159,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from anon_dist.cli import leave
+    from anon_dist.launcher import leave
 
     main()
     leave()
