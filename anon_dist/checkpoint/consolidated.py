@@ -49,7 +49,7 @@ def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:
     tree = open_torch(path, options.unsafe)
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of state dictionaries")
-    return interpret(tree, str(path), options.names, format="consolidated", world_size=None)
+    return interpret(tree, str(path), options, format="consolidated", world_size=None)
 
 
 def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
@@ -63,7 +63,7 @@ def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
     elif weight_files(folder):
         tree["model"] = read_weights(folder)
     beside, ordered = read_beside(folder, options.unsafe), model is not None
-    return interpret(tree, str(optimizer), options.names, beside, ordered, format="consolidated", world_size=None)
+    return interpret(tree, str(optimizer), options, beside, ordered, format="consolidated", world_size=None)
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:

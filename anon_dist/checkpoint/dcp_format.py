@@ -51,7 +51,7 @@ def open_dcp(path: Path, options: ReadOptions) -> Checkpoint:
     _nest(tree)
     around = path.parent if path.name in (_MODEL, _OPTIMIZER) else path
     beside = {**read_beside(around, options.unsafe), **tree.pop(_OWN, {})}
-    return interpret(tree, str(path), options.names, beside, format="dcp", world_size=ranks)
+    return interpret(tree, str(path), options, beside, format="dcp", world_size=ranks)
 
 
 def _nest(tree: dict[str, Any]) -> None:

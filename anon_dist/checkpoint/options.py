@@ -15,6 +15,8 @@ class ReadOptions:
 
     names: Sequence[str] | None = None
     """Of the parameters in the optimizer's order, for optimizers that number them."""
+    names_in_model_order: bool = False
+    """That such an optimizer was made from `model.parameters()`, or that each of its groups is a filter over them."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
     check: bool = False

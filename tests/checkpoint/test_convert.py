@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import OPTIMIZERS, assert_equal, assert_same, fresh, step, trained
+from checkpoints import OPTIMIZERS, assert_equal, assert_same, fresh, groups_of, step, trained
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from anon_dist.checkpoint import CheckpointError, load_sharded, save_sharded
+from anon_dist.checkpoint import CheckpointError, cli, load_sharded, save_sharded
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.names import assign
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Key
 from anon_dist.checkpoint.semantics import AnonOptions
@@ -278,8 +279,9 @@ def test_ambiguous_numbers_ask_for_names(tmp_path):
     optimizer.step()
     path = tmp_path / "a.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    with pytest.raises(CheckpointError, match=r"a.pt: the optimizer fits .* in more than one way. Give --names FILE"):
-        open_checkpoint(path)
+    for in_order in (False, True):  # which fits in two ways, too
+        with pytest.raises(CheckpointError, match=r"a.pt: .* in more than one way.*Give --names FILE"):
+            open_checkpoint(path, ReadOptions(names_in_model_order=in_order))
     found = open_checkpoint(path, ReadOptions(names=["1.weight", "0.weight", "2.weight"]))
     assert [g.members for g in found.manifest.groups] == [["1.weight"], ["0.weight", "2.weight"]]
     assert torch.equal(found.read(Key("1.weight", "exp_avg"), 0, 16), optimizer.state[p[1]]["exp_avg"].flatten())
@@ -298,11 +300,77 @@ def test_the_order_of_safetensors_is_not_the_models(tmp_path):
     optimizer.step()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
-    with pytest.raises(CheckpointError, match=r"optimizer.bin: the optimizer fits .* Give --names FILE"):
+    with pytest.raises(CheckpointError, match=r"optimizer.bin: .* in more than one way. Give --names FILE"):
         open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"optimizer.bin: .* has lost its order. Give --names FILE"):
+        open_checkpoint(tmp_path, ReadOptions(names_in_model_order=True))
     found = open_checkpoint(tmp_path, ReadOptions(names=[n for n, _ in model.named_parameters()]))
     expected = optimizer.state[model["z"].weight]["exp_avg"]
     assert torch.equal(found.read(Key("z.weight", "exp_avg"), 0, 16), expected.flatten())
+
+
+def test_the_models_order_is_no_evidence(tmp_path):
+    """minGPT's optimizer is made from sorted names: h.0, h.1, h.10, h.11, h.2, …, which fits the model's order as well."""
+    model = torch.nn.ModuleDict({"h": torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(12))})
+    named = sorted(model.named_parameters())
+    named = [(n, p) for n, p in named if p.ndim > 1] + [(n, p) for n, p in named if p.ndim == 1]
+    decayed, plain = [p for _, p in named[:12]], [p for _, p in named[12:]]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}])
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    path, names = tmp_path / "a.pt", tmp_path / "names"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"more than one way. Give --names .* --names-in-model-order says so"):
+        open_checkpoint(path)
+    with pytest.raises(SystemExit, match="more than one way"):
+        cli.run("convert", [str(path), str(tmp_path / "b.pt"), "--to", "consolidated"])
+    names.write_text("\n".join(n for n, _ in named))
+    for more in ([], ["--keyed", "index"]):
+        cli.run(
+            "convert",
+            [str(path), str(tmp_path / "b.pt"), "--to=consolidated", "--overwrite", f"--names={names}", *more],
+        )
+        cli.run("convert", [str(tmp_path / "b.pt"), str(tmp_path / "c.pt"), "--to=consolidated", "--overwrite"])
+        states = torch.load(tmp_path / "c.pt")["optimizer"]["state"]
+        assert all(torch.equal(states[n]["exp_avg"], optimizer.state[p]["exp_avg"]) for n, p in named)
+    cli.run("convert", [str(path), str(tmp_path / "d.pt"), "--to", "consolidated", "--names-in-model-order"])
+    states = torch.load(tmp_path / "d.pt")["optimizer"]["state"]
+    own = [[n for n, p in model.named_parameters() if p.ndim == d] for d in (2, 1)]
+    assert list(states) == [*own[0], *own[1]]  # what was said is done
+
+
+def test_shapes_that_are_all_different_need_no_names(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 5))
+    p = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [p["2.bias"], p["0.weight"]]}, {"params": [p["1.weight"], p["0.bias"]]}])
+    for q in model.parameters():
+        q.grad = torch.randn_like(q)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    found = open_checkpoint(tmp_path / "a.pt").manifest
+    assert [g.members for g in found.groups] == [["2.bias", "0.weight"], ["1.weight", "0.bias"]]
+    assert found.frozen == ["2.weight"]
+
+
+def test_only_what_is_certain_is_named():
+    """Against all assignments, tried one by one."""
+    generator = random.Random(0)
+    outcomes = set()
+    for _ in range(300):
+        count, spare = generator.randint(1, 4), generator.randint(0, 1)
+        model = [f"p{i}" for i in range(count + spare)]
+        fitting = {i: {n for n in model if generator.random() < 0.5} for i in range(count)}
+        right = [
+            names for names in itertools.permutations(model, count) if all(n in fitting[i] for i, n in enumerate(names))
+        ]
+        outcomes.add(min(len(right), 2))
+        if len(right) == 1:
+            assert assign([range(count)], fitting, model, "here") == dict(enumerate(right[0]))
+        else:
+            with pytest.raises(CheckpointError, match="in more than one way" if right else "here: "):
+                assign([range(count)], fitting, model, "here")
+    assert outcomes == {0, 1, 2}
 
 
 def test_recorded_names_are_used(tmp_path):
@@ -322,14 +390,21 @@ def test_recorded_names_are_used(tmp_path):
 
 def test_names_that_do_not_fit(tmp_path):
     model, optimizer = trained("adamw")
+    for group in optimizer.param_groups:
+        del group["param_names"]
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     with pytest.raises(CheckpointError, match=r"numbers its 7 parameters, and no model is beside it"):
         open_checkpoint(tmp_path / "o.pt")
     torch.save({"model": torch.nn.Linear(2, 2).state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"do not fit the 2 of the model beside it"):
         open_checkpoint(tmp_path / "m.pt")
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    names = [n for g in groups_of(model) for n, _ in g["params"]]
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "n.pt")
+    for wrapper in ("", "module.", "_orig_mod."):
+        found = open_checkpoint(tmp_path / "n.pt", ReadOptions(names=[wrapper + n for n in names]))
+        assert [m for g in found.manifest.groups for m in g.members] == names
+    with pytest.raises(CheckpointError, match=r"--names has inner.0.wieght, and the model beside"):
+        open_checkpoint(tmp_path / "n.pt", ReadOptions(names=[n.replace("0.weight", "0.wieght") for n in names]))
     with pytest.raises(CheckpointError, match=r"--names calls parameter \d .*, but its states have shape"):
         open_checkpoint(tmp_path / "n.pt", ReadOptions(names=names[::-1]))
 

@@ -58,7 +58,7 @@ class ZeroFormat:
         files = find(path, options.unsafe)
         with _named(files.folder):
             if self.stage == 0:
-                found = stage0.read(files, self.name, options.names)
+                found = stage0.read(files, self.name, options)
             else:
                 found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
         _find_dimensionless(found, path)
