@@ -15,7 +15,8 @@ from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref, schedule_key
+from anon_dist.checkpoint.schedules import schedule_key
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 
 _BLOCK = 1 << 22
 """Elements compared at a time."""
@@ -137,10 +138,16 @@ def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng", "ds_config"}
     sides = [{k: c.manifest.extras[k] for k in common} for c in (a, b)]
     schedules = [schedule_key(c.manifest.extras) for c in (a, b)]
-    lost = []
+    different = []
     if None in schedules and any(schedules):
-        lost = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
-    return lost + _mappings("extra", {"": sides[0]}, {"": sides[1]})
+        different = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+    elif (
+        schedules[0] is not None and schedules[1] is not None and schedules[0] != schedules[1]
+    ):  # of another name there
+        values = [c.manifest.extras[key] for c, key in zip((a, b), schedules, strict=True) if key is not None]
+        if not same(*values):
+            different = [Difference(f"extra {schedules[0]}", f"differs from {schedules[1]} in B")]
+    return different + _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
 
 def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[Difference]:

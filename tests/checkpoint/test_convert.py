@@ -483,20 +483,52 @@ def test_a_lost_schedule_is_a_difference(scripts, tmp_path):
     assert verify(tmp_path / "a.pt", scripts["adamw"]) == [("extra scheduler", "only in B")]
 
 
-def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
-    """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
+@pytest.mark.parametrize("named", ["scheduler", "schedule", "cosine"])
+def test_the_schedule_reaches_deepspeed_under_any_name(tmp_path, named):
+    """Scripts mostly say `scheduler`, the README `schedule`; DeepSpeed would begin its own anew, with the first step's rate."""
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.named_parameters())
     model(torch.ones(3)).sum().backward()
     optimizer.step()
-    schedule = {"last_epoch": 7}
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule}, tmp_path / "a.pt"
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)).state_dict()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), named: schedule}, tmp_path / "a.pt")
     for name in ("zero0", "zero2", "zero3", "universal"):
         files = list(to(tmp_path / "a.pt", tmp_path / name, name, world_size=2).rglob("*_model_states.pt"))
         assert files
         assert all(torch.load(f, weights_only=False)["lr_scheduler"] == schedule for f in files)
+
+
+def test_a_schedule_stays_where_a_script_looks_for_it(tmp_path):
+    """In the DCP folder, as the README's snippet has it; `dcp.load` is the judge."""
+
+    def made():
+        model, optimizer = trained("adamw", steps=1)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+
+    def tree(model, optimizer, schedule):
+        weights, states = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": states, "schedule": schedule}
+
+    model, optimizer, schedule = made()
+    for i in range(3):
+        step(model, optimizer, i)
+        schedule.step()
+    dcp.save(tree(model, optimizer, schedule), checkpoint_id=tmp_path / "a")
+    to(to(tmp_path / "a", tmp_path / "b", "canonical"), tmp_path / "c", "dcp", world_size=2)
+    assert verify(tmp_path / "a", tmp_path / "c") == []
+    other, reference, later = made()
+    saved = tree(other, reference, later)
+    dcp.load(saved, checkpoint_id=tmp_path / "c")
+    set_state_dict(other, reference, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    assert_same(model, optimizer, other, reference)
+    assert_equal(later.state_dict(), schedule.state_dict(), "schedule")
+    convert(tmp_path / "a", tmp_path / "d", "dcp", optimizer=AnonOptions(gamma=0.5))
+    found = open_checkpoint(tmp_path / "d").manifest
+    rates = [g.hyperparameters["lr"] / h["lr"] for g, h in zip(found.groups, optimizer.param_groups, strict=True)]
+    assert found.extras["schedule"]["base_lrs"] == pytest.approx(
+        [f * x for f, x in zip(rates, schedule.base_lrs, strict=True)]
+    )
+    assert "schedule" in found.inside
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "universal"])

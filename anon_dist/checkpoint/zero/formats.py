@@ -15,7 +15,8 @@ from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo, schedule_key
+from anon_dist.checkpoint.schedules import is_schedule, schedule_key
+from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo
 from anon_dist.checkpoint.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
@@ -103,8 +104,10 @@ class ZeroFormat:
         if not source.config:
             notes.append("The source records no DeepSpeed configuration: ds_config names the layout alone.")
         if schedule_key(source.manifest.extras) is None:
+            several = [str(k) for k, v in source.manifest.extras.items() if is_schedule(v)]
             notes.append(
-                "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
+                f"{'Of the schedules ' + ', '.join(several) + ' none is' if several else 'There is no'} lr_scheduler state: "
+                "an engine with one loads with load_lr_scheduler_states=False."
             )
         if self.stage is None:
             notes.append(
