@@ -71,7 +71,8 @@ class Convert:
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
     layout: Layout = "anon_dist"
-    """Of a DCP folder: whose code will load it."""
+    """Whose code will load it; trainer is transformers'. Of a DCP folder, of the files beside DeepSpeed's, and of a consolidated
+    checkpoint, which for accelerate and trainer is a folder, as they write for one process and DDP."""
     keyed: Literal["name", "index"] = "name"
     """How a consolidated optimizer calls its parameters."""
     workers: int = 2

@@ -3,6 +3,7 @@
 - anon_dist: one folder with `model.…` and `optimizer.…`; trainer.json, random states and other extras as files beside, but for those that
   a script's folder had in it (`dcp.save({"model": …, "optimizer": …, "schedule": …})`).
 - accelerate: `pytorch_model_fsdp_0/` and `optimizer_0/`; scheduler.bin, random_states_*.pkl and so on beside them.
+- trainer: the same two folders; scheduler.pt, rng_state_*.pth, trainer_state.json beside them.
 - torchtitan: one folder; the model's keys bare, `optimizer.state.NAME.KEY`, `optimizer.param_groups.NAME.KEY`, the rest under its name.
 """
 
@@ -85,13 +86,13 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
         return dcp_files(here, {**model, **flat, **rest}, ranks)
     trees: Mapping[str, Any] = {k: v for k, v in (("model", model), ("optimizer", optimizer)) if v}
     extras = extras_and_step(checkpoint)
-    if options.layout == "accelerate":
+    if options.layout in ("accelerate", "trainer"):
         places = {"model": here / _MODEL, "optimizer": here / _OPTIMIZER}
         files = [f for name, tree in trees.items() for f in dcp_files(places[name], {name: tree}, ranks)]
     else:
         inside = {k: extras.pop(k) for k in checkpoint.manifest.inside if k in extras and k not in trees}
         files = dcp_files(here, {**trees, **inside}, ranks)
-    return files + write_beside(extras, options.layout, ranks)
+    return files + write_beside(extras, options.layout, ranks, checkpoint.manifest.step)
 
 
 def _flat(optimizer: Mapping[str, Any]) -> dict[str, Any]:

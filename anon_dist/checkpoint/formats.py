@@ -98,4 +98,10 @@ def plan(checkpoint: Checkpoint, name: str, options: WriteOptions) -> list[OutFi
     planner = known[name].plan
     if planner is None:
         raise CheckpointError(f"--to {name} is only read; write {', '.join(n for n, f in known.items() if f.plan)}")
-    return planner(checkpoint, options)
+    files = planner(checkpoint, options)
+    if options.layout == "trainer" and "trainer_state" not in checkpoint.manifest.extras and name != "hf":
+        checkpoint.manifest.notes.append(
+            "trainer_state.json is made up of the step alone: the Trainer takes logging_steps, save_steps and eval_steps from it, "
+            "which are its defaults (500) then; write yours into it"
+        )
+    return files

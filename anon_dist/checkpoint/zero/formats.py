@@ -159,14 +159,15 @@ def _tag(checkpoint: Checkpoint, layout: Layout) -> str:
     """The folder's name that the code which loads it looks for: accelerate's, the training loop's, else DeepSpeed's own."""
     if layout == "accelerate":
         return "pytorch_model"
-    return "deepspeed" if "progress" in checkpoint.manifest.extras else f"global_step{checkpoint.manifest.step or 0}"
+    own = "progress" in checkpoint.manifest.extras and layout != "trainer"
+    return "deepspeed" if own else f"global_step{checkpoint.manifest.step or 0}"
 
 
 def _beside(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     """Files for the extras that DeepSpeed has no place for."""
-    also = ("lr_scheduler",) if options.layout == "accelerate" else ()
+    also = ("lr_scheduler",) if options.layout in ("accelerate", "trainer") else ()
     extras = {k: v for k, v in extras_tree(checkpoint).items() if k not in KNOWN or k in also}
-    return write_beside(extras, options.layout, options.world_size)
+    return write_beside(extras, options.layout, options.world_size, checkpoint.manifest.step)
 
 
 _RANKS = "zero_pp_rank_*_optim_states.pt"
