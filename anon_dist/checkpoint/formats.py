@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf
+from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf, rank_files
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.folder import Checkpoints
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
@@ -42,6 +42,7 @@ _OWN = {
         consolidated.open_consolidated,
         consolidated.plan,
     ),
+    "rank_files": Format("optimizer_0_rank*.bin", _by_name(rank_files.detect), rank_files.open_rank_files, None),
     "hf": Format("*.safetensors", _by_name(hf.detect), hf.open_hf, hf.plan),
 }
 

@@ -23,13 +23,14 @@ from anon_dist.checkpoint.stored_zip import StoredZip
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 
-def open_torch(path: Path, unsafe: bool = False) -> Any:
+def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any] | None = None) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
 
     Classes of packages that write such files (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
 
     Args:
         unsafe: build whatever classes the file asks for, which may run any code.
+        also: see `pickles.restricted`.
 
     Raises:
         CheckpointError: no such file, damaged, or it asks for a class that is not known.
@@ -43,17 +44,15 @@ def open_torch(path: Path, unsafe: bool = False) -> Any:
     try:
         if unsafe:
             return load(weights_only=False)
-        return _load_safely(load)
+        return load(weights_only=False, pickle_module=restricted(also=also)) if also else _load_safely(load)
     except ForbiddenClass as error:
         if str(error).startswith(_SHARDS):
             raise CheckpointError(
                 f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
                 "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
             ) from None
-        raise CheckpointError(
-            f"{path} holds an object of {error}, which could run code when read. "
-            "If you trust the file's origin, read it with --unsafe"
-        ) from None
+        advice = "" if also else ". If you trust the file's origin, read it with --unsafe"
+        raise CheckpointError(f"{path} holds an object of {error}, which could run code when read{advice}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a complete checkpoint has it") from None
     except Exception as error:  # damaged files raise whatever the first wrong byte leads to
