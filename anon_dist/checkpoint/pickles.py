@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-STAND_INS = ("deepspeed", "megatron", "accelerate", "transformers", "omegaconf", "argparse", "torch.optim")
-"""Packages whose classes are kept as `StandIn`s: their state is read, their code is not."""
+STAND_INS = ("deepspeed", "megatron", "accelerate", "transformers", "omegaconf", "argparse", "torch.optim", "__main__")
+"""Packages whose classes are kept as `StandIn`s: their state is read, their code is not. `__main__`: the training script's own."""
 
 _HARMLESS = {
     "collections": ("OrderedDict", "Counter", "defaultdict", "deque"),

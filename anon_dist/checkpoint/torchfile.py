@@ -22,6 +22,11 @@ from anon_dist.checkpoint.stored_zip import StoredZip
 
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
+_SUBCLASS = (
+    "holds tensors of a subclass, as torchao's 8-bit and 4-bit optimizers keep their states (OptimState8bit, OptimState4bit): their "
+    "numbers are not read here. Save state[key].dequantize() in place of each, and load it into an optimizer of full precision"
+)
+
 
 def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any] | None = None) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
@@ -51,6 +56,8 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
                 f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
                 "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
             ) from None
+        if str(error).endswith("_rebuild_wrapper_subclass"):
+            raise CheckpointError(f"{path} {_SUBCLASS}") from None
         advice = "" if also else ". If you trust the file's origin, read it with --unsafe"
         raise CheckpointError(f"{path} holds an object of {error}, which could run code when read{advice}") from None
     except FileNotFoundError:
@@ -143,6 +150,8 @@ def open_embedded(file: MappedFile, start: int, size: int) -> Any:
             pickled = archive.read(f"{folder}/data.pkl")
         return _embedded_unpickler(file, records, pickled).load()
     except ForbiddenClass as error:
+        if str(error).endswith("_rebuild_wrapper_subclass"):
+            raise CheckpointError(f"{file.path} {_SUBCLASS}") from None
         raise CheckpointError(f"{file.path} holds an object of {error}, which could run code when read") from None
     except CheckpointError:
         raise

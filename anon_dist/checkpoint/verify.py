@@ -15,6 +15,7 @@ from anon_dist.checkpoint.assemble import model_names, weight_key
 from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
+from anon_dist.checkpoint.pickles import StandIn
 from anon_dist.checkpoint.schedules import schedule_key
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 
@@ -182,6 +183,9 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, Ref) and isinstance(b, Ref):
         return a == b
+    if isinstance(a, StandIn) and isinstance(b, StandIn):  # each file's have a class of their own
+        kinds = [(type(x).__module__, type(x).__qualname__) for x in (a, b)]
+        return kinds[0] == kinds[1] and same(vars(a), vars(b))
     if type(a) is not type(b):
         return False
     if isinstance(a, np.ndarray):

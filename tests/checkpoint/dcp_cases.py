@@ -129,9 +129,7 @@ def check_rank_files(folder):
         held.rename(moved)
         refused(folder / "ranks", r"optimizer_0_rank1.bin is missing")
         torch.save({"state": Payload(folder / "ran"), "param_groups": []}, held)
-        refused(
-            folder / "ranks", r"optimizer_0_rank1.bin holds an object of .*touch|optimizer_0_rank1.bin holds .*pathlib"
-        )
+        refused(folder / "ranks", r"optimizer_0_rank1.bin holds an object of .*which could run code when read$")
         assert not (folder / "ran").exists()
 
     on_first(check)

@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -591,3 +593,57 @@ def test_several_optimizers_are_carried_and_said_to_be(tmp_path, both):
     assert any("optimizer" in note and "among the extras" in note for note in notes)
     back = torch.load(to(tmp_path / "dcp", tmp_path / "b.pt", "consolidated"))
     assert_equal({k: v for k, v in back.items() if k != "model"}, both(*states), "optimizers")
+
+
+def test_a_scripts_own_classes_are_carried_and_never_run(tmp_path):
+    """argparse's namespace, and a dataclass and an object of the script's `__main__`: by value, inert."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import argparse, sys, torch\n"
+        "from dataclasses import dataclass\n"
+        "open(sys.argv[0] + '.ran', 'a').write('x')\n"
+        "@dataclass\nclass Config:\n    width: int\n    rates: list\n"
+        "class Loud:\n    def __setstate__(self, state):\n        open('ran', 'w').close()\n        self.__dict__ = state\n"
+        "loud = Loud()\nloud.tokens = torch.arange(3)\n"
+        "for name, width in (('a', 3), ('b', 3), ('c', 4)):\n"
+        "    args = argparse.Namespace(width=width, lr=[0.1], inner=argparse.Namespace(x=1))\n"
+        "    saved = {'model': torch.nn.Linear(2, 2).state_dict(), 'args': args, 'config': Config(width, [1]), 'loud': loud}\n"
+        "    saved['model'] = {k: torch.ones_like(v) for k, v in saved['model'].items()}\n"
+        "    torch.save(saved, sys.argv[1] + '/' + name + '.pt')\n"
+        "again = torch.load(sys.argv[2], weights_only=False) if len(sys.argv) > 2 else saved\n"
+        "assert again['config'] == Config(4, [1]) and again['args'] == args, again\n"
+        "assert type(again['loud']) is Loud and again['loud'].tokens.tolist() == [0, 1, 2]\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
+    assert verify(tmp_path / "a.pt", tmp_path / "b.pt") == []
+    assert {d.what for d in verify(tmp_path / "a.pt", tmp_path / "c.pt")} == {"extra args", "extra config"}
+    for name in ("canonical", "dcp", "torchtitan"):
+        target = to(tmp_path / "c.pt", tmp_path / name, name)
+        assert verify(tmp_path / "c.pt", target) == []
+    back = to(target, tmp_path / "back.pt", "consolidated")
+    assert not (tmp_path / "ran").exists()
+    subprocess.run([sys.executable, script, tmp_path, back], check=True, cwd=tmp_path)  # its own loader
+    assert (tmp_path / "ran").exists()
+
+
+def test_tensor_subclasses_are_refused_for_what_they_are(tmp_path):
+    """In the structure of torchao 0.18's states: `torch.save` of a wrapper subclass."""
+
+    class OptimState8bit(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes):
+            self.codes = codes
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return cls(args[0].codes)
+
+    globals()["OptimState8bit"] = OptimState8bit
+    OptimState8bit.__qualname__ = "OptimState8bit"
+    state = {0: {"step": 1, "exp_avg": OptimState8bit(torch.zeros(4, dtype=torch.uint8))}}
+    torch.save({"state": state, "param_groups": [{"params": [0]}]}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a.pt holds tensors of a subclass, as torchao's .*dequantize"):
+        open_checkpoint(tmp_path / "a.pt")
