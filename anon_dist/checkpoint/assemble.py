@@ -72,6 +72,8 @@ def model_tree(checkpoint: Checkpoint) -> dict[str, Any]:
 def optimizer_tree(checkpoint: Checkpoint, keyed: Keyed = "name") -> dict[str, Any]:
     """`{"state": …, "param_groups": …}`, as `Optimizer.state_dict` or `get_optimizer_state_dict` give it; empty if there is none.
 
+    Where parameters are numbered, groups have their names too, as torch's do of optimizers that were given named parameters.
+
     Raises:
         CheckpointError: states of a parameter that is in no group, which has no number.
     """
@@ -84,7 +86,11 @@ def optimizer_tree(checkpoint: Checkpoint, keyed: Keyed = "name") -> dict[str, A
     if stray := sorted(set(states) - set(order)):
         raise CheckpointError(f"{stray[0]} has states of the optimizer, but is in none of its param groups")
     called = numbers if keyed == "index" else {n: n for n in order}
-    groups = [{**g.hyperparameters, "params": [called[m] for m in g.members]} for g in manifest.groups]
+    named = [{"param_names": list(g.members)} if keyed == "index" else {} for g in manifest.groups]
+    groups = [
+        {**names, **g.hyperparameters, "params": [called[m] for m in g.members]}
+        for names, g in zip(named, manifest.groups, strict=True)
+    ]
     return {"state": {called[n]: states[n] for n in order if n in states}, "param_groups": groups}
 
 

@@ -32,6 +32,9 @@ class Reading:
 
     names: Path | None = None
     """A file with one parameter name on each line, in the optimizer's order: for optimizers that number their parameters."""
+    names_in_model_order: bool = False
+    """Say that such an optimizer was made from model.parameters(), or that each of its groups has that order. It is not looked for
+    in the files, where it does not show."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
@@ -40,7 +43,8 @@ class Reading:
 
     def options(self) -> ReadOptions:
         """For the readers."""
-        return ReadOptions(read_names(self.names) if self.names else None, self.unsafe, self.check)
+        names = read_names(self.names) if self.names else None
+        return ReadOptions(names, self.names_in_model_order, self.unsafe, self.check)
 
 
 @dataclass
@@ -67,7 +71,8 @@ class Convert:
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
     layout: Layout = "anon_dist"
-    """Of a DCP folder: whose code will load it."""
+    """Whose code will load it; trainer is transformers'. Of a DCP folder, of the files beside DeepSpeed's, and of a consolidated
+    checkpoint, which for accelerate and trainer is a folder, as they write for one process and DDP."""
     keyed: Literal["name", "index"] = "name"
     """How a consolidated optimizer calls its parameters."""
     workers: int = 2

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anon_dist.checkpoint.assemble import extras_and_step, model_tree, optimizer_tree
-from anon_dist.checkpoint.beside import read_beside
+from anon_dist.checkpoint.assemble import extras_and_step, model_names, model_tree, optimizer_tree, weight_key
+from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.hf import read_weights, weight_files
+from anon_dist.checkpoint.hf import read_weights, shard_file, weight_files
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
 from anon_dist.checkpoint.statedict import interpret
@@ -43,7 +43,7 @@ def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:
     tree = open_torch(path, options.unsafe)
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of state dictionaries")
-    return interpret(tree, str(path), options.names, format="consolidated", world_size=None)
+    return interpret(tree, str(path), options, format="consolidated", world_size=None)
 
 
 def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
@@ -57,12 +57,28 @@ def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
     elif weight_files(folder):
         tree["model"] = read_weights(folder)
     beside, ordered = read_beside(folder, options.unsafe), model is not None
-    return interpret(tree, str(optimizer), options.names, beside, ordered, format="consolidated", world_size=None)
+    return interpret(tree, str(optimizer), options, beside, ordered, format="consolidated", world_size=None)
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
-    """One file: a dictionary of `model`, `optimizer` and the extras; the optimizer's state dictionary alone if that is all there is."""
+    """One file: a dictionary of `model`, `optimizer` and the extras; the optimizer's state dictionary alone if that is all there is.
+
+    For accelerate and the Trainer a folder, as they write it where the model is not sharded.
+    """
+    if options.layout in ("accelerate", "trainer"):
+        return _plan_folder(checkpoint, options)
     model, optimizer = model_tree(checkpoint), optimizer_tree(checkpoint, options.keyed)
     tree = {k: v for k, v in (("model", model), ("optimizer", optimizer)) if v}
     tree.update(extras_and_step(checkpoint))
     return [lay_out(PurePosixPath("."), optimizer if list(tree) == ["optimizer"] else tree)]
+
+
+def _plan_folder(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
+    """model.safetensors, the optimizer with its parameters numbered, and what lies beside them."""
+    weights = {name: weight_key(checkpoint, name) for name in model_names(checkpoint)}
+    files = [shard_file(checkpoint, "model.safetensors", weights, {"format": "pt"})] if weights else []
+    name = "optimizer.pt" if options.layout == "trainer" else "optimizer.bin"
+    if optimizer := optimizer_tree(checkpoint, "index"):
+        files.append(lay_out(PurePosixPath(name), optimizer))
+    step = checkpoint.manifest.step
+    return files + write_beside(extras_and_step(checkpoint), options.layout, options.world_size, step)

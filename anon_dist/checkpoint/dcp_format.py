@@ -1,7 +1,9 @@
 """DCP folders as checkpoints, in the layouts of this package, of accelerate, of torchtitan, and of plain torch scripts.
 
-- anon_dist: one folder with `model.…` and `optimizer.…`; trainer.json, random states and other extras as files beside.
+- anon_dist: one folder with `model.…` and `optimizer.…`; trainer.json, random states and other extras as files beside, but for those that
+  a script's folder had in it (`dcp.save({"model": …, "optimizer": …, "schedule": …})`).
 - accelerate: `pytorch_model_fsdp_0/` and `optimizer_0/`; scheduler.bin, random_states_*.pkl and so on beside them.
+- trainer: the same two folders; scheduler.pt, rng_state_*.pth, trainer_state.json beside them.
 - torchtitan: one folder; the model's keys bare, `optimizer.state.NAME.KEY`, `optimizer.param_groups.NAME.KEY`, the rest under its name.
 """
 
@@ -51,7 +53,9 @@ def open_dcp(path: Path, options: ReadOptions) -> Checkpoint:
     _nest(tree)
     around = path.parent if path.name in (_MODEL, _OPTIMIZER) else path
     beside = {**read_beside(around, options.unsafe), **tree.pop(_OWN, {})}
-    return interpret(tree, str(path), options.names, beside, format="dcp", world_size=ranks)
+    found = interpret(tree, str(path), options, beside, format="dcp", world_size=ranks)
+    found.manifest.inside = [k for k in found.manifest.extras if k not in beside]
+    return found
 
 
 def _nest(tree: dict[str, Any]) -> None:
@@ -81,12 +85,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
         flat = {"optimizer": _flat(optimizer)} if optimizer else {}
         return dcp_files(here, {**model, **flat, **rest}, ranks)
     trees: Mapping[str, Any] = {k: v for k, v in (("model", model), ("optimizer", optimizer)) if v}
-    if options.layout == "accelerate":
+    extras = extras_and_step(checkpoint)
+    if options.layout in ("accelerate", "trainer"):
         places = {"model": here / _MODEL, "optimizer": here / _OPTIMIZER}
         files = [f for name, tree in trees.items() for f in dcp_files(places[name], {name: tree}, ranks)]
     else:
-        files = dcp_files(here, trees, ranks)
-    return files + write_beside(extras_and_step(checkpoint), options.layout, ranks)
+        inside = {k: extras.pop(k) for k in checkpoint.manifest.inside if k in extras and k not in trees}
+        files = dcp_files(here, {**trees, **inside}, ranks)
+    return files + write_beside(extras, options.layout, ranks, checkpoint.manifest.step)
 
 
 def _flat(optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf, rank_local
+from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf, rank_files, rank_local
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.folder import Checkpoints
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
@@ -42,6 +42,7 @@ _OWN = {
         consolidated.open_consolidated,
         consolidated.plan,
     ),
+    "rank_files": Format("optimizer_0_rank*.bin", _by_name(rank_files.detect), rank_files.open_rank_files, None),
     "hf": Format("*.safetensors", _by_name(hf.detect), hf.open_hf, hf.plan),
 }
 
@@ -98,4 +99,10 @@ def plan(checkpoint: Checkpoint, name: str, options: WriteOptions) -> list[OutFi
     planner = known[name].plan
     if planner is None:
         raise CheckpointError(f"--to {name} is only read; write {', '.join(n for n, f in known.items() if f.plan)}")
-    return planner(rank_local.prepared(checkpoint, name, options.allow_loss), options)
+    files = planner(rank_local.prepared(checkpoint, name, options.allow_loss), options)
+    if options.layout == "trainer" and "trainer_state" not in checkpoint.manifest.extras and name != "hf":
+        checkpoint.manifest.notes.append(
+            "trainer_state.json is made up of the step alone: the Trainer takes logging_steps, save_steps and eval_steps from it, "
+            "which are its defaults (500) then; write yours into it"
+        )
+    return files

@@ -64,7 +64,7 @@ def read_weights(path: Path) -> dict[str, Boxes]:
 def open_hf(path: Path, options: ReadOptions) -> Checkpoint:
     """See `formats.Format`."""
     beside = read_beside(path, options.unsafe) if path.is_dir() else {}
-    return interpret({"model": read_weights(path)}, str(path), None, beside, format="hf", world_size=None)
+    return interpret({"model": read_weights(path)}, str(path), options, beside, format="hf", world_size=None)
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:

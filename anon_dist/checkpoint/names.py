@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 Shape = tuple[int, ...]
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_ELEMENTWISE = ("exp_avg", "momentum_buffer", "precond", "fixed_lr", "exp_avg_sq", "square_avg", "sum", "variance")
+"""States that have the parameter's shape in the optimizers that have them, unless they project (GaLore), which has more to keep."""
+_FACTORS = {"exp_avg_sq_row": ("exp_avg_sq_col", None), "row_var": ("col_var", -1)}
+"""Adafactor's means over rows, transformers' and torch's, which keeps the dimension → those over columns."""
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 
 
 def unwrapped(names: Sequence[str]) -> dict[str, str]:
@@ -42,61 +52,133 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
+def fitting_names(state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> set[str]:
+    """The parameters whose shapes a parameter's states allow."""
+    own = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor | Boxes) and k != "step"}
+    plain = all(k in own or v is None or isinstance(v, int | float | str | Tensor) for k, v in state.items())
+    exact = next((own[k] for k in _ELEMENTWISE if k in own), None) if plain else None
+    for rows, (columns, stop) in _FACTORS.items():
+        if exact is None and rows in own and own.get(columns):
+            exact = (*own[rows][:stop], own[columns][-1])
+    if exact is not None:
+        return {name for name, shape in shapes.items() if shape == exact}
+    agreed = {s for s in own.values() if s} or set(own.values())
+    if len(agreed) != 1:
+        return set(shapes)  # nothing is known of such states
+    only = agreed.pop()
+    return {n for n, shape in shapes.items() if shape == only or (len(only) < len(shape) and {*only} <= {*shape})}
+
+
 def assign(
-    groups: Sequence[Sequence[int]],
-    shapes: Mapping[int, Shape | None],
-    model: Mapping[str, Shape],
+    groups: Sequence[Sequence[Any]],
+    fitting: Mapping[Any, AbstractSet[str]],
+    model: Sequence[str],
     where: str,
+    stateless: AbstractSet[Any] = frozenset(),
     ordered: bool = True,
-) -> dict[int, str]:
-    """Names for an optimizer that numbers its parameters: those of the model beside it, in the model's order within each group.
+    in_model_order: bool = False,
+) -> dict[Any, str]:
+    """Names for an optimizer that numbers its parameters: those of the model beside it, where only one assignment fits.
+
+    Order is no evidence: an optimizer made from sorted names, whose blocks h.1, h.10, h.2 … are alike, fits the model's order too.
 
     Args:
         groups: the numbers in each group.
-        shapes: of the parameters, by number, where a state of the parameter's shape tells.
-        model: the model's parameters in its order.
-        ordered: whether that order is known; safetensors files sort by name.
+        fitting: number → names that its states allow.
+        model: names of the model's entries that may be parameters, in its order.
+        stateless: numbers without a state: within a group it makes no difference which is which.
+        ordered: whether the model's order is known; safetensors files sort by name.
+        in_model_order: the user says that each group has the model's order; parameters may be left over (frozen ones).
 
     Raises:
-        CheckpointError: no assignment fits the shapes, or several do.
+        CheckpointError: no assignment fits, or several do.
     """
-    if not ordered and len(set(model.values())) < len(model):
-        solutions: list[dict[int, str]] = [{}, {}]
-    else:
-        solutions = _solutions([list(g) for g in groups], shapes, list(model.items()))
-    if len(solutions) == 1:
-        return solutions[0]
-    count = sum(map(len, groups))
-    problem = (
-        f"fits the {len(model)} parameters of the model beside it in more than one way"
-        if solutions
-        else f"has states of {count} parameters that do not fit the {len(model)} of the model beside it"
-        if model
-        else f"numbers its {count} parameters, and no model is beside it"
-    )
+    only = _only({number: fitting[number] for own in groups for number in own})
+    if only is not None and (rest := [n for own in groups for n in own if n not in only]):
+        left = [name for name in model if name not in set(only.values())]
+        together = any(stateless >= set(rest) and set(rest) <= set(own) for own in groups)
+        only = {**only, **dict(zip(rest, left, strict=True))} if together and len(left) == len(rest) else {}
+    if only or not any(groups):
+        return only or {}
+    known = [name for name in model if not is_buffer(name, True)]
+    by_order = _in_order([list(own) for own in groups], fitting, known) if ordered and only is not None else []
+    if in_model_order and len(by_order) == 1:
+        return by_order[0]
     raise CheckpointError(
-        f"{where}: the optimizer {problem}. Give --names FILE, one parameter name on each line in the optimizer's order: "
-        "of its first group, then of the second, … In the script that made it: names = {p: n for n, p in model.named_parameters()}; "
-        'print(*(names[p] for g in optimizer.param_groups for p in g["params"]), sep="\\n")'
+        f"{where}: the optimizer {_problem(groups, model, only, ordered, in_model_order)}. {_remedy(by_order)}"
     )
 
 
-def _solutions(
-    groups: list[list[int]], shapes: Mapping[int, Shape | None], model: list[tuple[str, Shape]]
-) -> list[dict[int, str]]:
+def _problem(
+    groups: Sequence[Sequence[Any]], model: Sequence[str], only: Any, ordered: bool, in_model_order: bool
+) -> str:
+    count = sum(map(len, groups))
+    if not model:
+        return f"numbers its {count} parameters, and no model is beside it"
+    if only is None:
+        return f"has states of {count} parameters that do not fit the {len(model)} of the model beside it"
+    if in_model_order and not ordered:
+        return f"numbers its {count} parameters, and the model beside it, in safetensors, has lost its order"
+    also = ", in the model's order too" if in_model_order else ""
+    return f"numbers its {count} parameters, and their states fit the {len(model)} of the model beside it in more than one way{also}"
+
+
+def _remedy(by_order: Sequence[Any]) -> str:
+    short = (
+        " If each of its groups has the order of model.parameters(), --names-in-model-order says so and is enough"
+        if len(by_order) == 1
+        else ""
+    )
+    return (
+        "Give --names FILE, one parameter name on each line in the optimizer's order: "
+        "of its first group, then of the second, … In the script that made it: names = {p: n for n, p in model.named_parameters()}; "
+        f'print(*(names[p] for g in optimizer.param_groups for p in g["params"]), sep="\\n").{short}'
+    )
+
+
+def _only(fitting: Mapping[Any, AbstractSet[str]]) -> dict[Any, str] | None:
+    """The names that are certain, each number with its own; None: they cannot all have one.
+
+    If there is only one assignment, all are: some number has a single name left then, and without the two the same holds of the rest (a
+    bipartite graph with one perfect matching has leaves on both sides).
+    """
+    left = {number: set(names) for number, names in fitting.items()}
+    wanted: dict[str, list[Any]] = {}
+    for number, names in left.items():
+        for name in names:
+            wanted.setdefault(name, []).append(number)
+    found: dict[Any, str] = {}
+    ready = [number for number, names in left.items() if len(names) <= 1]
+    while ready:
+        number = ready.pop()
+        if not left[number]:
+            return None
+        found[number] = name = left[number].pop()
+        for other in wanted[name]:
+            if other not in found:
+                left[other].discard(name)
+                if len(left[other]) <= 1 and other not in ready:
+                    ready.append(other)
+    alike = Counter(frozenset(names) for number, names in left.items() if number not in found)
+    return None if any(count > len(names) for names, count in alike.items()) else found
+
+
+def _in_order(
+    groups: list[list[Any]], fitting: Mapping[Any, AbstractSet[str]], model: Sequence[str]
+) -> list[dict[Any, str]]:
     """Up to two assignments that keep the model's order within each group; parameters may be left over (frozen ones)."""
     spare = len(model) - sum(map(len, groups))
     if spare < 0:
         return []
     # Ways through the model, parameter by parameter: how many of each group are taken → up to two assignments so far.
-    ways: dict[tuple[int, ...], list[dict[int, str]]] = {(0,) * len(groups): [{}]}
-    for position, (name, shape) in enumerate(model):
-        following: dict[tuple[int, ...], list[dict[int, str]]] = {}
+    ways: dict[tuple[int, ...], list[dict[Any, str]]] = {(0,) * len(groups): [{}]}
+    for position, name in enumerate(model):
+        following: dict[tuple[int, ...], list[dict[Any, str]]] = {}
         for taken, so_far in ways.items():
             if position - sum(taken) < spare:
                 following.setdefault(taken, []).extend(so_far)
             for g, members in enumerate(groups):
-                if taken[g] < len(members) and shapes.get(members[taken[g]]) in (None, shape):
+                if taken[g] < len(members) and name in fitting[members[taken[g]]]:
                     further = (*taken[:g], taken[g] + 1, *taken[g + 1 :])
                     following.setdefault(further, []).extend({**s, members[taken[g]]: name} for s in so_far)
         ways = {taken: found[:2] for taken, found in following.items()}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["anon_dist", "accelerate", "torchtitan"]
+Layout = Literal["anon_dist", "accelerate", "torchtitan", "trainer"]
+"""Whose code will load it; `trainer` is transformers'."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class ReadOptions:
 
     names: Sequence[str] | None = None
     """Of the parameters in the optimizer's order, for optimizers that number them."""
+    names_in_model_order: bool = False
+    """That such an optimizer was made from `model.parameters()`, or that each of its groups is a filter over them."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
     check: bool = False
@@ -28,7 +31,7 @@ class WriteOptions:
     world_size: int = 1
     """Ranks whose files are written; the format may have one file anyway."""
     layout: Layout = "anon_dist"
-    """Of a DCP folder."""
+    """Of a DCP folder and of what lies beside DeepSpeed's; a consolidated checkpoint is a file, and for accelerate and trainer a folder."""
     keyed: Literal["name", "index"] = "name"
     """How a consolidated optimizer state dictionary calls its parameters."""
     allow_loss: bool = False

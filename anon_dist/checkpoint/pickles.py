@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+ANY_NAME = ("*",)
+"""Of a module of `STAND_INS`: any class, but none of another's attributes."""
 _MEGATRON = ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType", "InitType")
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 STAND_INS: Mapping[str, Collection[str]] = {
@@ -46,6 +48,7 @@ STAND_INS: Mapping[str, Collection[str]] = {
     ),
     "typing": ("Any", "Dict", "List"),
     "argparse": ("Namespace",),
+    "__main__": ANY_NAME,  # the training script's own
     "torch.optim.lr_scheduler": tuple(torch.optim.lr_scheduler.__all__),
     **{f"torch.optim.{module}": (name,) for module, name in _OPTIMIZERS.items()},
 }
@@ -184,7 +187,8 @@ def restricted(
                 return getattr(importlib.import_module(module), name)
             if (module, name) in _REPLACED:
                 return _REPLACED[module, name]
-            if name in stand_ins.get(module, ()):
+            names = stand_ins.get(module, ())
+            if name in names or (names is ANY_NAME and name.isidentifier()):
                 attributes = {"__module__": module, "__qualname__": name}
                 return made.setdefault((module, name), type(name, (StandIn,), attributes))
             raise ForbiddenClass(f"{module}.{name}")

@@ -42,7 +42,9 @@ def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Ma
 
 def training_step(extras: Mapping[str, Any], scalars: Mapping[str, Mapping[str, Any]]) -> int | None:
     """Steps of training: what the checkpoint says of itself, else the largest `step` of a parameter."""
-    said = {**extras, **_mapping(extras.get("train_state")), **_mapping(extras.get("progress"))}
+    said = dict(extras)
+    for inner in ("train_state", "trainer_state", "progress"):
+        said.update(_mapping(extras.get(inner)))
     for key in ("step", "global_step", "global_steps", "iteration", "iter"):
         value = said.get(key)
         if isinstance(value, Tensor) and value.numel() == 1:

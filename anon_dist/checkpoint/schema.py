@@ -30,9 +30,6 @@ MASTER = "master"
 EXTRA = "extra"
 """State key of a large tensor in `Manifest.extras`, whose path there stands for the parameter's name."""
 
-SCHEDULERS = ("lr_scheduler", "scheduler", "lr_scheduler_state_dict", "scheduler_state_dict")
-"""Names that scripts give a learning-rate scheduler's state. It keeps the one it has; formats with a place for it know it by all."""
-
 
 class Key(NamedTuple):
     """A tensor of a checkpoint."""
@@ -100,13 +97,10 @@ class Manifest:
     extras: dict[str, Any] = field(default_factory=dict)
     """Everything else a resume needs, by its usual name: lr_scheduler, loss_scaler, data, rng, client_state, …. Large tensors
     in it (a moving average of the weights, say) are `Ref`s."""
+    inside: list[str] = field(default_factory=list)
+    """Extras that a script's DCP has among its tensors, as `dcp.load` looks for them there; the others lie in files beside."""
     notes: list[str] = field(default_factory=list)
     """What a reader had to assume or leave out, for the user to see."""
-
-
-def schedule_key(extras: Mapping[str, Any]) -> str | None:
-    """Under which of its usual names the learning-rate scheduler's state is among the extras; None: there is none."""
-    return next((name for name in SCHEDULERS if extras.get(name) is not None), None)
 
 
 class Checkpoint(ABC):

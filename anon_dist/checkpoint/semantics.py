@@ -5,8 +5,8 @@ AdamW → Anon, a warm start. With v̂ = exp_avg_sq / (1 − β2^t), AdamW's deb
 - d = (v̂ + ε)^γ, so that at γ = 1 the next step is AdamW's, but for what its gradient adds to v̂;
 - the step count stays, and with it m's debiasing and the position in the refresh schedule;
 - s, which Anon has accumulated since the refresh before t, is what it would be had every squared gradient since been v̂: v̂ (1 − β2^age);
-- for γ ≠ 1 the learning rate is multiplied, group by group, by the ratio of the two updates' root mean squares, and the decay divided by
-  it, so that steps keep their size and η λ its value.
+- for γ ≠ 1 the learning rate is multiplied, group by group, by the f that `step_size` finds, and clip and decay are divided by it, so
+  that steps keep their size, an element moves by at most η c, and η λ keeps its value.
 
 Anon → AdamW. σ = d^(1/γ) − ε is the second moment at the last refresh, older ones mixed in by β3; the present one is s + β2^age σ. γ = 0
 says nothing about it and is refused. What AdamW has no place for is named in the notes.
@@ -28,7 +28,9 @@ from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
-from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo, schedule_key
+from anon_dist.checkpoint.schedules import GROUP_RATES, configured, rescaled
+from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo
+from anon_dist.checkpoint.step_size import step_factor
 from anon_dist.optim import Anon
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.update import D_MAX, D_MIN
@@ -52,14 +54,14 @@ class AnonOptions:
     beta3: float = 0.93
     """Weight of the old preconditioner at a refresh."""
     update_clip: float | None = 1.0
-    """Largest magnitude of an element of v · m̂."""
+    """Largest magnitude of an element of v · m̂, meant for γ = 1: converted with the learning rate."""
     window: int | Literal["auto"] | None = 64
     """Steps before a refresh in which the second moment is accumulated. auto: so many that what is left out weighs at most
     2^-24. None: all of them."""
     hold_silent: bool = False
     """Elements without gradient since the last refresh keep their preconditioner."""
     keep_lr: bool = False
-    """Whether the learning rate stays as it is also where γ ≠ 1."""
+    """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
     decoupled: bool = False
     """For the paper's port, whose checkpoint does not say how it decays weights: that it was built with weight_decouple=True."""
 
@@ -113,7 +115,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         )
     computed: dict[Key, Read] = {}
     dropped: set[Key] = set()
-    notes, groups = [], []
+    notes, groups, factors = [], [], list[float]()
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
         if old.get("weight_decay") and not old.get("decoupled_weight_decay", found == ADAMW):
@@ -133,11 +135,11 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             weight, _ = _accumulated(new, step)
             computed[Key(name, "precond")] = _preconditioner(stepped_with, eps, options.gamma)
             computed[Key(name, "exp_avg_sq")] = _scaled(moment, weight)
-        factor = (
-            1.0
-            if options.gamma == 1.0 or options.keep_lr
-            else _rms_ratio(checkpoint, group, computed, float(old["eps"]))
-        )
+        factor = 1.0
+        if options.gamma != 1.0 and not options.keep_lr:
+            sides = _updates(checkpoint, group, computed, float(old["eps"]))
+            factor = step_factor(sides, options.update_clip)
+        factors.append(factor)
         _rescale(new, factor)
         groups.append(ParamGroup(list(group.members), new))
         notes.append(_position(checkpoint, group, new, index) + _said_factor(factor))
@@ -145,7 +147,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         notes.append(
             "AMSGrad's max_exp_avg_sq became the preconditioner and is not kept: Anon's is refreshed from recent gradients"
         )
-    return _finish(checkpoint, ANON, groups, computed, dropped, notes)
+    return _finish(checkpoint, ANON, groups, computed, dropped, notes, factors)
 
 
 def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Checkpoint:
@@ -166,7 +168,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
         )
     computed: dict[Key, Read] = {}
     dropped = {key for key in checkpoint.tensors if key.state == "precond"}
-    notes, groups = [], []
+    notes, groups, factors = [], [], list[float]()
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
         gamma = Regime(old).gamma_in_force
@@ -177,8 +179,8 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
             )
         adamw = torch.optim.AdamW([torch.zeros(1)], lr=1.0, betas=tuple(old["betas"]), eps=options.eps)
         defaults = {k: v for k, v in adamw.param_groups[0].items() if k != "params"}
-        carried = {k: v for k, v in old.items() if k in ("lr", "initial_lr", "weight_decay", "maximize", "param_names")}
-        new = {**defaults, **carried}
+        carried = {k: v for k, v in old.items() if k in ("lr", "weight_decay", "maximize")}
+        new = {**defaults, **carried, **_foreign(old, Anon)}
         for name in _with_state(checkpoint, group):
             step = _step(checkpoint, name)
             _, remaining = _accumulated(old, step)
@@ -186,7 +188,9 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
             computed[Key(name, "exp_avg_sq")] = _scaled(present, 1.0 - float(old["betas"][1]) ** step)
         factor = 1.0
         if gamma != 1.0 and not options.keep_lr:
-            factor = 1.0 / _rms_ratio(checkpoint, group, _own_preconditioner(checkpoint, group), options.eps, computed)
+            sides = _updates(checkpoint, group, _own_preconditioner(checkpoint, group), options.eps, computed)
+            factor = step_factor([(theirs, ours) for ours, theirs in sides], old.get("update_clip"))
+        factors.append(factor)
         _rescale(new, factor)
         groups.append(ParamGroup(list(group.members), new))
         lost = ("gamma", "refresh_ratio", "beta3", "update_clip", "window", "hold_silent")
@@ -194,7 +198,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
             f"group {index}: lost: " + ", ".join(f"{k} = {old[k]}" for k in lost if k in old) + _said_factor(factor)
         )
     notes.append("older second moments that β3 keeps in the preconditioner are taken for the latest")
-    return _finish(checkpoint, ADAMW, groups, computed, dropped, notes)
+    return _finish(checkpoint, ADAMW, groups, computed, dropped, notes, factors)
 
 
 def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
@@ -219,7 +223,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
         new = _anon_group(old, paper, eps=float(old["eps"]), gamma=float(old["gamma"]))
         groups.append(ParamGroup(list(group.members), {k: v for k, v in new.items() if k != "buffer"}))
     notes = ["the port's schedule and hyperparameters are kept: refreshes at powers of 2, beta3 = 0.5"]
-    converted = _finish(checkpoint, ANON, groups, computed, dropped, notes)
+    converted = _finish(checkpoint, ANON, groups, computed, dropped, notes, [1.0] * len(groups))
     converted.manifest.scalars = {
         name: {**values, "step": _as_step(values["step"])} for name, values in scalars.items()
     }
@@ -249,24 +253,36 @@ def _anon_group(old: Mapping[str, Any], options: AnonOptions, eps: float, gamma:
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     new = {k: v for k, v in anon.param_groups[0].items() if k != "params"}
-    return new | {k: v for k, v in old.items() if k in ("initial_lr", "param_names", "name")}
+    return new | _foreign(old, torch.optim.AdamW)
+
+
+def _foreign(group: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """What schedulers and scripts keep in a group: all that its optimizer does not know."""
+    own = {*optimizer([torch.zeros(1)], lr=1.0).param_groups[0], *_OTHER_ADAMS}  # type: ignore[call-arg]
+    return {k: v for k, v in group.items() if k not in own}
+
+
+_OTHER_ADAMS = ("bias_correction", "correct_bias", "step", "buffer", "gamma")
+"""Hyperparameters of Adams that are not torch's, and of the port."""
 
 
 def _rescale(group: dict[str, Any], factor: float) -> None:
-    """lr · factor, and weight_decay / factor, whose product stays."""
+    """lr · factor, and update_clip and weight_decay / factor, whose products with it stay."""
     if factor == 1.0:
         return
-    for key in ("lr", "initial_lr"):
-        if key in group:
+    for key in GROUP_RATES:
+        if group.get(key) is not None:
             group[key] = float(group[key]) * factor
-    group["weight_decay"] = float(group["weight_decay"]) / factor
+    for key in ("weight_decay", "update_clip"):
+        if group.get(key) is not None:
+            group[key] = float(group[key]) / factor
 
 
 def _said_factor(factor: float) -> str:
     return (
         ""
         if factor == 1.0
-        else f"; lr × {factor:.4g} and weight_decay / {factor:.4g}, so that updates keep their root mean square"
+        else f"; lr × {factor:.4g}, update_clip and weight_decay / {factor:.4g}, so that updates keep their root mean square"
     )
 
 
@@ -341,33 +357,30 @@ def _own_preconditioner(checkpoint: Checkpoint, group: ParamGroup) -> dict[Key, 
     return {Key(n, "precond"): _reader(checkpoint, Key(n, "precond")) for n in _with_state(checkpoint, group)}
 
 
-def _rms_ratio(
+def _updates(
     checkpoint: Checkpoint,
     group: ParamGroup,
     anon: Mapping[Key, Read],
     eps: float,
     adamw: Mapping[Key, Read] | None = None,
-) -> float:
-    """Root mean square of AdamW's update over that of Anon's, over the group: Σ (m̂ / (√v̂ + ε))² / Σ (v m̂)². Reads the group once.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Elements of Anon's updates v m̂ and of AdamW's, m̂ / (√v̂ + ε), over the group, block by block.
 
     Args:
         eps: AdamW's.
         adamw: its second moments, by key; None: the checkpoint's.
     """
-    ours = theirs = 0.0
+    beta1, beta2 = map(float, group.hyperparameters["betas"])
     for name in _with_state(checkpoint, group):
         step = _step(checkpoint, name)
-        beta2 = float(group.hyperparameters["betas"][1])
         if step == 0:
             continue
-        m = _reader(checkpoint, Key(name, "exp_avg"))
+        m = _scaled(_reader(checkpoint, Key(name, "exp_avg")), 1.0 / (1.0 - beta1**step))
         second = _reader(checkpoint, Key(name, "exp_avg_sq")) if adamw is None else adamw[Key(name, "exp_avg_sq")]
         for start, stop in _blocks(checkpoint.tensors[Key(name, "exp_avg")].numel):
-            update = m(start, stop)  # both updates debias it alike
+            update = m(start, stop)
             denominator = second(start, stop).div_(1.0 - beta2**step).sqrt_().add_(eps)
-            theirs += float((update / denominator).square_().sum())
-            ours += float((update * anon[Key(name, "precond")](start, stop)).square_().sum())
-    return math.sqrt(theirs / ours) if ours > 0.0 else 1.0
+            yield update * anon[Key(name, "precond")](start, stop), update / denominator
 
 
 def _blocks(numel: int) -> Iterator[tuple[int, int]]:
@@ -401,40 +414,25 @@ def _finish(
     computed: dict[Key, Read],
     dropped: set[Key],
     notes: list[str],
+    factors: list[float],
 ) -> Converted:
-    """The converted checkpoint; a learning-rate schedule's own record of the rates follows the groups."""
+    """The converted checkpoint; schedules' own records of the rates follow the groups."""
     old = checkpoint.manifest
     scalars = {
         name: {**values, "step": _as_step(values["step"])} if "step" in values else dict(values)
         for name, values in old.scalars.items()
     }
     extras = dict(old.extras)
-    rates = [
-        float(new.hyperparameters["lr"]) / float(was.hyperparameters["lr"]) if was.hyperparameters["lr"] else 1.0
-        for new, was in zip(groups, old.groups, strict=True)
-    ]
-    if named := schedule_key(extras):
-        extras[named] = _rescaled(extras[named], rates)
+    if any(factor != 1.0 for factor in factors):
+        extras = rescaled(extras, factors)
+        notes += [
+            f"the schedule {name} takes its rates from the run's configuration: multiply them there, as lr above"
+            for name in configured(extras)
+        ]
     manifest = replace(
         old, optimizer=optimizer, groups=groups, scalars=scalars, extras=extras, notes=[*old.notes, *notes]
     )
     return Converted(checkpoint, manifest, computed, dropped)
-
-
-def _rescaled(schedule: Any, rates: list[float]) -> Any:
-    """A scheduler's state with other learning rates; SequentialLR and ChainedScheduler have further ones inside."""
-    if isinstance(schedule, list):
-        return [_rescaled(inner, rates) for inner in schedule]
-    if not isinstance(schedule, dict):
-        return schedule
-    return {
-        k: [rate * float(x) for rate, x in zip(rates, v, strict=True)]
-        if k in ("base_lrs", "_last_lr") and len(v) == len(rates)
-        else _rescaled(v, rates)
-        if k == "_schedulers"
-        else v
-        for k, v in schedule.items()
-    }
 
 
 def to_optimizer(checkpoint: Checkpoint, options: AnonOptions | AdamWOptions) -> Checkpoint:

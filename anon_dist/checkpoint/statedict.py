@@ -18,7 +18,8 @@ from torch import Tensor
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.flat_keys import nested
-from anon_dist.checkpoint.names import Shape, assign, is_buffer, unwrapped
+from anon_dist.checkpoint.names import assign, fitting_names, is_buffer, unwrapped
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
 
@@ -81,7 +82,7 @@ class _Reading:
 def interpret(
     tree: Mapping[str, Any],
     where: str,
-    names: Sequence[str] | None = None,
+    options: ReadOptions,
     extras: Mapping[str, Any] | None = None,
     ordered: bool = True,
     **manifest: Any,
@@ -90,7 +91,7 @@ def interpret(
 
     Args:
         where: file or folder, for messages.
-        names: of the parameters in the optimizer's order, for optimizers that number them.
+        options: for optimizers that number their parameters.
         extras: more of them, from files beside.
         ordered: whether the model's entries are in the model's order.
         manifest: format and world_size.
@@ -106,7 +107,7 @@ def interpret(
     reading = _Reading(where, ordered)
     weights = _read_model(reading, model)
     if optimizer:
-        _read_optimizer(reading, optimizer, weights, names)
+        _read_optimizer(reading, optimizer, weights, options)
     members = {m for g in reading.groups for m in g.members}
     if optimizer:
         _find_tied(reading, weights, members)
@@ -203,13 +204,13 @@ def _read_model(reading: _Reading, model: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _read_optimizer(
-    reading: _Reading, optimizer: Mapping[str, Any], weights: Mapping[str, bool], names: Sequence[str] | None
+    reading: _Reading, optimizer: Mapping[str, Any], weights: Mapping[str, bool], options: ReadOptions
 ) -> None:
     if "state" not in optimizer:
         optimizer = nested(optimizer, weights.keys())
     states, groups = optimizer["state"], optimizer["param_groups"]
     members = [list(g["params"]) for g in groups]
-    named = _names(reading, states, members, groups, weights, names)
+    named = _names(reading, states, members, groups, weights, options)
     for group, own in zip(groups, members, strict=True):
         hyperparameters = {k: _value(v) for k, v in group.items() if k != "params"}
         reading.groups.append(ParamGroup([named[m] for m in own], hyperparameters))
@@ -264,51 +265,48 @@ def _names(
     members: list[list[Any]],
     groups: Sequence[Mapping[str, Any]],
     weights: Mapping[str, bool],
-    names: Sequence[str] | None,
+    options: ReadOptions,
 ) -> dict[Any, str]:
     """What the optimizer calls each parameter → its name."""
     flat = [m for own in members for m in own]
     if all(isinstance(m, str) for m in flat):
         clean = unwrapped(flat)
         return {m: reading.tied.get(n, n) for m, n in clean.items()}
-    if names is not None:
-        if len(names) != len(flat):
+    model = [n for n, floating in weights.items() if floating]
+    own = {m: states.get(m, states.get(str(m), {})) for m in flat}
+    recorded = all(len(g.get("param_names") or ()) == len(m) for g, m in zip(groups, members, strict=True))
+    if options.names is not None or recorded:
+        given = [str(n) for g in groups for n in g["param_names"]] if options.names is None else list(options.names)
+        if len(given) != len(flat):
             raise CheckpointError(
-                f"{reading.where}: --names has {len(names)} names for {len(flat)} parameters of the optimizer"
+                f"{reading.where}: --names has {len(given)} names for {len(flat)} parameters of the optimizer"
             )
-        _check_shapes(reading, states, dict(zip(flat, names, strict=True)))
-        return dict(zip(flat, names, strict=True))
-    if all(len(g.get("param_names") or ()) == len(own) for g, own in zip(groups, members, strict=True)):
-        recorded = [str(n) for g in groups for n in g["param_names"]]
-        clean = unwrapped(recorded)
-        return {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, recorded, strict=True)}
-    shapes = {m: _shape_of(states.get(m, states.get(str(m), {}))) for m in flat}
-    model = {n: reading.sources[Key(n, WEIGHT)].shape for n, floating in weights.items() if not is_buffer(n, floating)}
-    found = assign(members, shapes, model, reading.where, reading.ordered)
-    reading.notes.append(
-        "the optimizer numbers its parameters; they were named after the model beside it, in its order"
-    )
-    return dict(found)
+        clean = unwrapped(given)
+        found = {m: reading.tied.get(clean[n], clean[n]) for m, n in zip(flat, given, strict=True)}
+        _check_names(reading, own, found, model, "param_names" if options.names is None else "--names")
+        return found
+    shapes = {n: reading.sources[Key(n, WEIGHT)].shape for n in model}
+    fitting = {m: fitting_names(state, shapes) for m, state in own.items()}
+    stateless = {m for m, state in own.items() if not state}
+    how = {"ordered": reading.ordered, "in_model_order": options.names_in_model_order}
+    found = assign(members, fitting, model, reading.where, stateless, **how)
+    reading.notes.append("the optimizer numbers its parameters; they were named after the model beside it")
+    return found
 
 
-def _check_shapes(reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str]) -> None:
+def _check_names(
+    reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str], model: Sequence[str], said_by: str
+) -> None:
     for member, name in named.items():
-        weight, shape = reading.sources.get(Key(name, WEIGHT)), _shape_of(states.get(member, {}))
-        factored = (
-            weight is not None and shape is not None and len(shape) < len(weight.shape)
-        )  # rows' and columns' means
-        if weight is not None and shape is not None and weight.shape != shape and not factored:
+        if model and name not in model:
+            raise CheckpointError(f"{reading.where}: {said_by} has {name}, and the model beside the optimizer does not")
+        weight = reading.sources.get(Key(name, WEIGHT))
+        if weight is not None and not fitting_names(states[member], {name: weight.shape}):
+            shapes = sorted({tuple(v.shape) for v in states[member].values() if isinstance(v, Tensor | Boxes)})
             raise CheckpointError(
-                f"{reading.where}: --names calls parameter {member} {name}, but its states have shape {shape} and {name} has "
+                f"{reading.where}: {said_by} calls parameter {member} {name}, but its states have shape {shapes[-1]} and {name} has "
                 f"{weight.shape}"
             )
-
-
-def _shape_of(state: Mapping[str, Any]) -> Shape | None:
-    """The parameter's shape, if all of its states but `step` agree on one."""
-    shapes = {tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor | Boxes) and k != "step"}
-    shapes = {s for s in shapes if s} or shapes
-    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _read_state(reading: _Reading, name: str, key: str, value: Any) -> None:

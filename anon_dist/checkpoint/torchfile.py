@@ -10,7 +10,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,14 +27,24 @@ LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """The magic number that files before torch 1.6 begin with."""
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
+_SUBCLASS = (
+    "holds tensors of a subclass, as torchao's 8-bit and 4-bit optimizers keep their states (OptimState8bit, OptimState4bit): their "
+    "numbers are not read here. Save state[key].dequantize() in place of each, and load it into an optimizer of full precision"
+)
 
-def open_torch(path: Path, unsafe: bool = False) -> Any:
+
+def _nothing_else(module: str, name: str) -> None:
+    """No further class; see `pickles.restricted`."""
+
+
+def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any] = _nothing_else) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
 
     Classes that such files often hold (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
 
     Args:
         unsafe: build whatever classes the file asks for, which may run any code.
+        also: see `pickles.restricted`.
 
     Raises:
         DamagedCheckpoint: no such file, or damaged.
@@ -47,15 +57,16 @@ def open_torch(path: Path, unsafe: bool = False) -> Any:
         zipped = zipfile.is_zipfile(path)
         if zipped and not unsafe:
             file = MappedFile(path)
-            return open_embedded(file, 0, file.size)
+            return open_embedded(file, 0, file.size, also=also)
         if not zipped and not starts(path, LEGACY):
             raise pickle.UnpicklingError("it begins with neither of torch's marks")
         if sums_of(path) is not None:
             MappedFile(path).check(0, path.stat().st_size)
         # files before torch 1.6 cannot be mapped
-        return torch.load(path, "cpu", mmap=zipped, weights_only=False, pickle_module=None if unsafe else restricted())
+        how = None if unsafe else restricted(also=also)
+        return torch.load(path, "cpu", mmap=zipped, weights_only=False, pickle_module=how)
     except ForbiddenClass as error:
-        raise _forbidden(path, error) from None
+        raise _forbidden(path, error, advice=also is _nothing_else) from None
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} does not exist; a complete checkpoint has it") from None
     except CheckpointError:
@@ -70,16 +81,16 @@ def starts(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _forbidden(path: Path, error: ForbiddenClass) -> CheckpointError:
+def _forbidden(path: Path, error: ForbiddenClass, advice: bool) -> CheckpointError:
+    if str(error).endswith("_rebuild_wrapper_subclass"):
+        return CheckpointError(f"{path} {_SUBCLASS}")
     if str(error).startswith(_SHARDS):
         return CheckpointError(
             f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
             "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
         )
-    return CheckpointError(
-        f"{path} holds an object of {error}, which could run code when read. "
-        "If you trust the file's origin, read it with --unsafe"
-    )
+    said = ". If you trust the file's origin, read it with --unsafe" if advice else ""
+    return CheckpointError(f"{path} holds an object of {error}, which could run code when read{said}")
 
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
@@ -222,11 +233,17 @@ class _Slice(io.RawIOBase):
         return data
 
 
-def open_embedded(file: MappedFile, start: int, size: int, stand_ins: Any = STAND_INS) -> Any:
+def open_embedded(
+    file: MappedFile,
+    start: int,
+    size: int,
+    stand_ins: Any = STAND_INS,
+    also: Callable[[str, str], Any] = _nothing_else,
+) -> Any:
     """What `torch.save` wrote into bytes [start, start + size) of a file, as `open_torch` reads it.
 
     Args:
-        stand_ins: see `pickles.restricted`.
+        stand_ins, also: see `pickles.restricted`.
 
     Raises:
         CheckpointError: see `open_torch`.
@@ -239,11 +256,11 @@ def open_embedded(file: MappedFile, start: int, size: int, stand_ins: Any = STAN
             order = archive.read(f"{folder}/byteorder").decode() if "byteorder" in records else sys.byteorder
         if order != sys.byteorder:
             raise CheckpointError(f"{file.path} was written on a {order}-endian machine; save it again on this kind")
-        found = _Embedded(file, start, size, records, stand_ins).load(pickled)
+        found = _Embedded(file, start, size, records).load(pickled, stand_ins, also)
         torch._utils._validate_loaded_sparse_tensors()
         return found
     except ForbiddenClass as error:
-        raise _forbidden(file.path, error) from None
+        raise _forbidden(file.path, error, advice=also is _nothing_else) from None
     except CheckpointError:
         raise
     except Exception as error:
@@ -253,13 +270,18 @@ def open_embedded(file: MappedFile, start: int, size: int, stand_ins: Any = STAN
 class _Embedded:
     """The records of a `torch.save` in a part of a file."""
 
-    def __init__(self, file: MappedFile, start: int, size: int, records: Mapping[str, Any], stand_ins: Any) -> None:
-        self._file, self._start, self._size, self._records, self._stand_ins = file, start, size, records, stand_ins
+    def __init__(self, file: MappedFile, start: int, size: int, records: Mapping[str, Any]) -> None:
+        self._file, self._start, self._size, self._records = file, start, size, records
         self._storages: dict[str, Any] = {}
 
-    def load(self, pickled: bytes) -> Any:
+    def load(self, pickled: bytes, stand_ins: Any, also: Callable[[str, str], Any]) -> Any:
         """The object."""
-        unpickler = restricted(self._stand_ins, also=_storage_kind).Unpickler(io.BytesIO(pickled))
+
+        def known(module: str, name: str) -> Any:
+            found = also(module, name)
+            return _storage_kind(module, name) if found is None else found
+
+        unpickler = restricted(stand_ins, also=known).Unpickler(io.BytesIO(pickled))
         unpickler.persistent_load = self._storage
         return unpickler.load()
 

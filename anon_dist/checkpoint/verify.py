@@ -18,7 +18,9 @@ from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref, schedule_key
+from anon_dist.checkpoint.pickles import StandIn
+from anon_dist.checkpoint.schedules import schedule_key
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 
 _BLOCK = 1 << 22
 """Elements compared at a time."""
@@ -153,14 +155,20 @@ def _extras(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     common = a.manifest.extras.keys() & b.manifest.extras.keys() - {"progress", "rng", "ds_config"}
     sides = [{k: c.manifest.extras[k] for k in common} for c in (a, b)]
     schedules = [schedule_key(c.manifest.extras) for c in (a, b)]
-    lost = []
+    different = []
     if None in schedules and any(schedules):
-        lost = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+        different = [Difference(f"extra {schedules[0] or schedules[1]}", f"only in {'A' if schedules[0] else 'B'}")]
+    elif (
+        schedules[0] is not None and schedules[1] is not None and schedules[0] != schedules[1]
+    ):  # of another name there
+        values = [c.manifest.extras[key] for c, key in zip((a, b), schedules, strict=True) if key is not None]
+        if not same(*values):
+            different = [Difference(f"extra {schedules[0]}", f"differs from {schedules[1]} in B")]
     if (rank_local.KEY in a.manifest.extras) != (rank_local.KEY in b.manifest.extras):
         side = a if rank_local.KEY in a.manifest.extras else b
         states = ", ".join(sorted(rank_local.keys(side.manifest)))
-        lost.append(Difference(f"states of ranks' parts: {states}", f"only in {'A' if side is a else 'B'}"))
-    return lost + _mappings("extra", {"": sides[0]}, {"": sides[1]})
+        different.append(Difference(f"states of ranks' parts: {states}", f"only in {'A' if side is a else 'B'}"))
+    return different + _mappings("extra", {"": sides[0]}, {"": sides[1]})
 
 
 def _mappings(kind: str, a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
@@ -195,6 +203,9 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, Ref) and isinstance(b, Ref):
         return a == b
+    if isinstance(a, StandIn) and isinstance(b, StandIn):  # each file's have a class of their own
+        kinds = [(type(x).__module__, type(x).__qualname__) for x in (a, b)]
+        return kinds[0] == kinds[1] and same(vars(a), vars(b))
     if type(a) is not type(b):
         return False
     if isinstance(a, np.ndarray):

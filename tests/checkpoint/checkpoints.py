@@ -93,11 +93,11 @@ OPTIMIZERS = {"anon": anon, "adamw": adamw, "lion": Lion, "shampoo": Shampooish}
 
 
 def groups_of(model):
-    """Two, of different hyperparameters: matrices and the rest."""
-    own = [p for p in model.parameters() if p.requires_grad]
+    """Two, of different hyperparameters: matrices and the rest; with their names, which an optimizer that numbers them then records."""
+    own = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for p in own if p.ndim > 1], "lr": 3e-3},
-        {"params": [p for p in own if p.ndim <= 1], "lr": 7e-3},
+        {"params": [(n, p) for n, p in own if p.ndim > 1], "lr": 3e-3},
+        {"params": [(n, p) for n, p in own if p.ndim <= 1], "lr": 7e-3},
     ]
 
 

@@ -7,7 +7,10 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,7 +31,7 @@ from helpers import forget_accelerate
 from launch_cases import run_cases, shared_folder
 
 from anon_dist import Anon
-from anon_dist.checkpoint import load_sharded
+from anon_dist.checkpoint import CheckpointError, load_sharded
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import WriteOptions
@@ -88,6 +91,50 @@ def save_both(model, optimizer):
     return folder
 
 
+def save_by_rank(model, optimizer, folder):
+    """accelerate's own `use_dcp=False`: a file of pickled DTensors for each rank."""
+    from accelerate.utils import fsdp_utils
+
+    kind = {"state_dict_type": StateDictType.SHARDED_STATE_DICT, "fsdp_version": 2, "cpu_ram_efficient_loading": False}
+    plugin = SimpleNamespace(**kind, state_dict_config=SimpleNamespace(offload_to_cpu=False))
+    here = SimpleNamespace(process_index=dist.get_rank(), num_processes=RANKS)
+    with mock.patch.object(fsdp_utils, "logger"):  # it wants an Accelerator
+        fsdp_utils.save_fsdp_model(plugin, here, model, folder, use_dcp=False)
+        fsdp_utils.save_fsdp_optimizer(plugin, here, optimizer, model, folder, use_dcp=False)
+    dist.barrier()
+
+
+def refused(folder, match):
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(folder)
+
+
+class Payload:
+    """Leaves a file behind, if it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def check_rank_files(folder):
+    def check():
+        same(folder / "ranks", folder / "full.pt")
+        assert open_checkpoint(folder / "ranks").manifest.world_size == RANKS
+        convert(folder / "ranks", folder / "of_ranks", "dcp", WriteOptions(world_size=3))
+        same(folder / "of_ranks", folder / "full.pt")
+        held, moved = folder / "ranks" / "optimizer_0_rank1.bin", folder / "moved"
+        held.rename(moved)
+        refused(folder / "ranks", r"optimizer_0_rank1.bin is missing")
+        torch.save({"state": Payload(folder / "ran"), "param_groups": []}, held)
+        refused(folder / "ranks", r"optimizer_0_rank1.bin holds an object of .*which could run code when read$")
+        assert not (folder / "ran").exists()
+
+    on_first(check)
+
+
 def same(a, b):
     found = verify(a, b)
     assert not found, found
@@ -107,7 +154,10 @@ def case_fsdp2():
     model = fully_shard(Blocks())
     optimizer = torch.optim.AdamW(groups(model))
     train(model, optimizer)
-    check_reading(save_both(model, optimizer))
+    folder = save_both(model, optimizer)
+    save_by_rank(model, optimizer, folder / "ranks")
+    check_reading(folder)
+    check_rank_files(folder)
 
 
 def case_hsdp():
@@ -117,7 +167,9 @@ def case_hsdp():
     optimizer.init_state()
     train(model, optimizer)
     folder = save_both(model, optimizer)
+    save_by_rank(model, optimizer, folder / "ranks")
     on_first(lambda: same(folder / "dcp", folder / "full.pt"))
+    check_rank_files(folder)
 
 
 def case_tensor_parallel():
@@ -132,6 +184,8 @@ def case_tensor_parallel():
     train(model, optimizer)
     folder = save_both(model, optimizer)
     on_first(lambda: same(folder / "dcp", folder / "full.pt"))
+    save_by_rank(model, optimizer, folder / "ranks")
+    on_first(lambda: refused(folder / "ranks", r"rank\*.bin: up.*_StridedShard .*use_dcp=True"))
 
 
 def case_fsdp1():
@@ -237,6 +291,29 @@ def case_accelerate_goes_on_from_what_is_converted():
         losses.append(accelerate_fsdp2.train(str(folder / name))[-1])
     assert losses[0] == losses[1], losses
     assert len(losses[0]) == accelerate_fsdp2.STEPS - 5
+    forget_accelerate()
+    on_first(lambda: shutil.rmtree(folder))
+
+
+def case_the_trainer_goes_on_from_what_is_converted():
+    """transformers' Trainer under FSDP2 → canonical → its layout → `resume_from_checkpoint`: the same losses, to the bit."""
+    import trainer
+
+    folder = Path(shared_folder(OUT))
+    forget_accelerate()
+    losses = trainer.train(str(folder / "a"), fsdp=True)[-1]
+
+    def write():
+        (folder / "b").mkdir()
+        convert(folder / "a" / "checkpoint-5", folder / "canonical", "canonical")
+        options = WriteOptions(world_size=RANKS, layout="trainer")
+        convert(folder / "canonical", folder / "b" / "checkpoint-5", "dcp", options)
+        own, theirs = ({p.name for p in (folder / x / "checkpoint-5").iterdir()} for x in "ab")
+        assert own == theirs, own ^ theirs
+
+    on_first(write)
+    forget_accelerate()
+    assert trainer.train(str(folder / "b"), fsdp=True)[-1] == losses
     forget_accelerate()
     on_first(lambda: shutil.rmtree(folder))
 

@@ -4,19 +4,22 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import OPTIMIZERS, assert_equal, assert_same, fresh, step, trained
+from checkpoints import OPTIMIZERS, assert_equal, assert_same, fresh, groups_of, step, trained
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from anon_dist.checkpoint import CheckpointError, load_sharded, save_sharded
+from anon_dist.checkpoint import CheckpointError, cli, load_sharded, save_sharded
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.names import assign
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Key
 from anon_dist.checkpoint.semantics import AnonOptions
@@ -278,8 +281,9 @@ def test_ambiguous_numbers_ask_for_names(tmp_path):
     optimizer.step()
     path = tmp_path / "a.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    with pytest.raises(CheckpointError, match=r"a.pt: the optimizer fits .* in more than one way. Give --names FILE"):
-        open_checkpoint(path)
+    for in_order in (False, True):  # which fits in two ways, too
+        with pytest.raises(CheckpointError, match=r"a.pt: .* in more than one way.*Give --names FILE"):
+            open_checkpoint(path, ReadOptions(names_in_model_order=in_order))
     found = open_checkpoint(path, ReadOptions(names=["1.weight", "0.weight", "2.weight"]))
     assert [g.members for g in found.manifest.groups] == [["1.weight"], ["0.weight", "2.weight"]]
     assert torch.equal(found.read(Key("1.weight", "exp_avg"), 0, 16), optimizer.state[p[1]]["exp_avg"].flatten())
@@ -298,11 +302,77 @@ def test_the_order_of_safetensors_is_not_the_models(tmp_path):
     optimizer.step()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
-    with pytest.raises(CheckpointError, match=r"optimizer.bin: the optimizer fits .* Give --names FILE"):
+    with pytest.raises(CheckpointError, match=r"optimizer.bin: .* in more than one way. Give --names FILE"):
         open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"optimizer.bin: .* has lost its order. Give --names FILE"):
+        open_checkpoint(tmp_path, ReadOptions(names_in_model_order=True))
     found = open_checkpoint(tmp_path, ReadOptions(names=[n for n, _ in model.named_parameters()]))
     expected = optimizer.state[model["z"].weight]["exp_avg"]
     assert torch.equal(found.read(Key("z.weight", "exp_avg"), 0, 16), expected.flatten())
+
+
+def test_the_models_order_is_no_evidence(tmp_path):
+    """minGPT's optimizer is made from sorted names: h.0, h.1, h.10, h.11, h.2, …, which fits the model's order as well."""
+    model = torch.nn.ModuleDict({"h": torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(12))})
+    named = sorted(model.named_parameters())
+    named = [(n, p) for n, p in named if p.ndim > 1] + [(n, p) for n, p in named if p.ndim == 1]
+    decayed, plain = [p for _, p in named[:12]], [p for _, p in named[12:]]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}])
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    path, names = tmp_path / "a.pt", tmp_path / "names"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"more than one way. Give --names .* --names-in-model-order says so"):
+        open_checkpoint(path)
+    with pytest.raises(SystemExit, match="more than one way"):
+        cli.run("convert", [str(path), str(tmp_path / "b.pt"), "--to", "consolidated"])
+    names.write_text("\n".join(n for n, _ in named))
+    for more in ([], ["--keyed", "index"]):
+        cli.run(
+            "convert",
+            [str(path), str(tmp_path / "b.pt"), "--to=consolidated", "--overwrite", f"--names={names}", *more],
+        )
+        cli.run("convert", [str(tmp_path / "b.pt"), str(tmp_path / "c.pt"), "--to=consolidated", "--overwrite"])
+        states = torch.load(tmp_path / "c.pt")["optimizer"]["state"]
+        assert all(torch.equal(states[n]["exp_avg"], optimizer.state[p]["exp_avg"]) for n, p in named)
+    cli.run("convert", [str(path), str(tmp_path / "d.pt"), "--to", "consolidated", "--names-in-model-order"])
+    states = torch.load(tmp_path / "d.pt")["optimizer"]["state"]
+    own = [[n for n, p in model.named_parameters() if p.ndim == d] for d in (2, 1)]
+    assert list(states) == [*own[0], *own[1]]  # what was said is done
+
+
+def test_shapes_that_are_all_different_need_no_names(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 5))
+    p = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [p["2.bias"], p["0.weight"]]}, {"params": [p["1.weight"], p["0.bias"]]}])
+    for q in model.parameters():
+        q.grad = torch.randn_like(q)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    found = open_checkpoint(tmp_path / "a.pt").manifest
+    assert [g.members for g in found.groups] == [["2.bias", "0.weight"], ["1.weight", "0.bias"]]
+    assert found.frozen == ["2.weight"]
+
+
+def test_only_what_is_certain_is_named():
+    """Against all assignments, tried one by one."""
+    generator = random.Random(0)
+    outcomes = set()
+    for _ in range(300):
+        count, spare = generator.randint(1, 4), generator.randint(0, 1)
+        model = [f"p{i}" for i in range(count + spare)]
+        fitting = {i: {n for n in model if generator.random() < 0.5} for i in range(count)}
+        right = [
+            names for names in itertools.permutations(model, count) if all(n in fitting[i] for i, n in enumerate(names))
+        ]
+        outcomes.add(min(len(right), 2))
+        if len(right) == 1:
+            assert assign([range(count)], fitting, model, "here") == dict(enumerate(right[0]))
+        else:
+            with pytest.raises(CheckpointError, match="in more than one way" if right else "here: "):
+                assign([range(count)], fitting, model, "here")
+    assert outcomes == {0, 1, 2}
 
 
 def test_recorded_names_are_used(tmp_path):
@@ -322,14 +392,21 @@ def test_recorded_names_are_used(tmp_path):
 
 def test_names_that_do_not_fit(tmp_path):
     model, optimizer = trained("adamw")
+    for group in optimizer.param_groups:
+        del group["param_names"]
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     with pytest.raises(CheckpointError, match=r"numbers its 7 parameters, and no model is beside it"):
         open_checkpoint(tmp_path / "o.pt")
     torch.save({"model": torch.nn.Linear(2, 2).state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"do not fit the 2 of the model beside it"):
         open_checkpoint(tmp_path / "m.pt")
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    names = [n for g in groups_of(model) for n, _ in g["params"]]
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "n.pt")
+    for wrapper in ("", "module.", "_orig_mod."):
+        found = open_checkpoint(tmp_path / "n.pt", ReadOptions(names=[wrapper + n for n in names]))
+        assert [m for g in found.manifest.groups for m in g.members] == names
+    with pytest.raises(CheckpointError, match=r"--names has inner.0.wieght, and the model beside"):
+        open_checkpoint(tmp_path / "n.pt", ReadOptions(names=[n.replace("0.weight", "0.wieght") for n in names]))
     with pytest.raises(CheckpointError, match=r"--names calls parameter \d .*, but its states have shape"):
         open_checkpoint(tmp_path / "n.pt", ReadOptions(names=names[::-1]))
 
@@ -408,20 +485,52 @@ def test_a_lost_schedule_is_a_difference(scripts, tmp_path):
     assert verify(tmp_path / "a.pt", scripts["adamw"]) == [("extra scheduler", "only in B")]
 
 
-def test_the_schedule_reaches_deepspeed_under_any_of_its_names(tmp_path):
-    """Scripts mostly say `scheduler`; DeepSpeed would begin its own anew, with the first step's rate."""
+@pytest.mark.parametrize("named", ["scheduler", "schedule", "cosine"])
+def test_the_schedule_reaches_deepspeed_under_any_name(tmp_path, named):
+    """Scripts mostly say `scheduler`, the README `schedule`; DeepSpeed would begin its own anew, with the first step's rate."""
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.named_parameters())
     model(torch.ones(3)).sum().backward()
     optimizer.step()
-    schedule = {"last_epoch": 7}
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule}, tmp_path / "a.pt"
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)).state_dict()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), named: schedule}, tmp_path / "a.pt")
     for name in ("zero0", "zero2", "zero3", "universal"):
         files = list(to(tmp_path / "a.pt", tmp_path / name, name, world_size=2).rglob("*_model_states.pt"))
         assert files
         assert all(torch.load(f, weights_only=False)["lr_scheduler"] == schedule for f in files)
+
+
+def test_a_schedule_stays_where_a_script_looks_for_it(tmp_path):
+    """In the DCP folder, as the README's snippet has it; `dcp.load` is the judge."""
+
+    def made():
+        model, optimizer = trained("adamw", steps=1)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+
+    def tree(model, optimizer, schedule):
+        weights, states = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": states, "schedule": schedule}
+
+    model, optimizer, schedule = made()
+    for i in range(3):
+        step(model, optimizer, i)
+        schedule.step()
+    dcp.save(tree(model, optimizer, schedule), checkpoint_id=tmp_path / "a")
+    to(to(tmp_path / "a", tmp_path / "b", "canonical"), tmp_path / "c", "dcp", world_size=2)
+    assert verify(tmp_path / "a", tmp_path / "c") == []
+    other, reference, later = made()
+    saved = tree(other, reference, later)
+    dcp.load(saved, checkpoint_id=tmp_path / "c")
+    set_state_dict(other, reference, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    assert_same(model, optimizer, other, reference)
+    assert_equal(later.state_dict(), schedule.state_dict(), "schedule")
+    convert(tmp_path / "a", tmp_path / "d", "dcp", optimizer=AnonOptions(gamma=0.5))
+    found = open_checkpoint(tmp_path / "d").manifest
+    rates = [g.hyperparameters["lr"] / h["lr"] for g, h in zip(found.groups, optimizer.param_groups, strict=True)]
+    assert found.extras["schedule"]["base_lrs"] == pytest.approx(
+        [f * x for f, x in zip(rates, schedule.base_lrs, strict=True)]
+    )
+    assert "schedule" in found.inside
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "universal"])
@@ -484,3 +593,57 @@ def test_several_optimizers_are_carried_and_said_to_be(tmp_path, both):
     assert any("optimizer" in note and "among the extras" in note for note in notes)
     back = torch.load(to(tmp_path / "dcp", tmp_path / "b.pt", "consolidated"))
     assert_equal({k: v for k, v in back.items() if k != "model"}, both(*states), "optimizers")
+
+
+def test_a_scripts_own_classes_are_carried_and_never_run(tmp_path):
+    """argparse's namespace, and a dataclass and an object of the script's `__main__`: by value, inert."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import argparse, sys, torch\n"
+        "from dataclasses import dataclass\n"
+        "open(sys.argv[0] + '.ran', 'a').write('x')\n"
+        "@dataclass\nclass Config:\n    width: int\n    rates: list\n"
+        "class Loud:\n    def __setstate__(self, state):\n        open('ran', 'w').close()\n        self.__dict__ = state\n"
+        "loud = Loud()\nloud.tokens = torch.arange(3)\n"
+        "for name, width in (('a', 3), ('b', 3), ('c', 4)):\n"
+        "    args = argparse.Namespace(width=width, lr=[0.1], inner=argparse.Namespace(x=1))\n"
+        "    saved = {'model': torch.nn.Linear(2, 2).state_dict(), 'args': args, 'config': Config(width, [1]), 'loud': loud}\n"
+        "    saved['model'] = {k: torch.ones_like(v) for k, v in saved['model'].items()}\n"
+        "    torch.save(saved, sys.argv[1] + '/' + name + '.pt')\n"
+        "again = torch.load(sys.argv[2], weights_only=False) if len(sys.argv) > 2 else saved\n"
+        "assert again['config'] == Config(4, [1]) and again['args'] == args, again\n"
+        "assert type(again['loud']) is Loud and again['loud'].tokens.tolist() == [0, 1, 2]\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
+    assert verify(tmp_path / "a.pt", tmp_path / "b.pt") == []
+    assert {d.what for d in verify(tmp_path / "a.pt", tmp_path / "c.pt")} == {"extra args", "extra config"}
+    for name in ("canonical", "dcp", "torchtitan"):
+        target = to(tmp_path / "c.pt", tmp_path / name, name)
+        assert verify(tmp_path / "c.pt", target) == []
+    back = to(target, tmp_path / "back.pt", "consolidated")
+    assert not (tmp_path / "ran").exists()
+    subprocess.run([sys.executable, script, tmp_path, back], check=True, cwd=tmp_path)  # its own loader
+    assert (tmp_path / "ran").exists()
+
+
+def test_tensor_subclasses_are_refused_for_what_they_are(tmp_path):
+    """In the structure of torchao 0.18's states: `torch.save` of a wrapper subclass."""
+
+    class OptimState8bit(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes):
+            self.codes = codes
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return cls(args[0].codes)
+
+    globals()["OptimState8bit"] = OptimState8bit
+    OptimState8bit.__qualname__ = "OptimState8bit"
+    state = {0: {"step": 1, "exp_avg": OptimState8bit(torch.zeros(4, dtype=torch.uint8))}}
+    torch.save({"state": state, "param_groups": [{"params": [0]}]}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a.pt holds tensors of a subclass, as torchao's .*dequantize"):
+        open_checkpoint(tmp_path / "a.pt")

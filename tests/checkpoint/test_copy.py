@@ -47,7 +47,14 @@ def large(tmp_path_factory):
         for i in range(8)
     }
     torch.save(
-        {"model": model, "optimizer": {"state": state, "param_groups": [{"lr": 0.1, "params": list(range(8))}]}}, path
+        {
+            "model": model,
+            "optimizer": {
+                "state": state,
+                "param_groups": [{"lr": 0.1, "params": list(range(8)), "param_names": list(model)}],
+            },
+        },
+        path,
     )
     return path
 

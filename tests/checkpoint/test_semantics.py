@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError
@@ -145,12 +147,35 @@ def test_the_update_keeps_its_size_and_its_decay(gamma):
         ours = theirs = 0.0
         for name in group.members:
             state = adamw.state[parameters(adamw)[list(SHAPES).index(name)]]
-            m = state["exp_avg"].double().flatten()
+            m = state["exp_avg"].double().flatten() / (1 - 0.9**100)
             moment = state["exp_avg_sq"].double().flatten() / (1 - 0.95**100)
-            theirs += float((m / (moment.sqrt() + 1e-8)).square().sum())
-            ours += float((m * checkpoint.read(Key(name, "precond"), 0, m.numel()).double()).square().sum())
-        assert new["lr"] * math.sqrt(ours) == pytest.approx(old["lr"] * math.sqrt(theirs), rel=1e-5)
+            theirs += float((m / (moment.sqrt() + 1e-8)).clamp(-1, 1).square().sum())
+            v = checkpoint.read(Key(name, "precond"), 0, m.numel()).double()
+            ours += float((m * v).clamp(-new["update_clip"], new["update_clip"]).square().sum())
+        assert new["lr"] * math.sqrt(ours) == pytest.approx(old["lr"] * math.sqrt(theirs), rel=1e-2)
+        assert new["lr"] * new["update_clip"] == pytest.approx(old["lr"], rel=1e-9)
         assert new["lr"] * new["weight_decay"] == pytest.approx(old["lr"] * old["weight_decay"], rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.5])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_the_next_step_of_another_gamma_has_adamws_size(gamma, clip):
+    """Gradients of a model's scale, far from 1: a clip that kept its number would bind everywhere, or never."""
+    adamw = made(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95))
+
+    def steps(optimizer, numbers):
+        for t in numbers:
+            generator = torch.Generator().manual_seed(t)
+            for p in parameters(optimizer):
+                p.grad = torch.randn(p.shape, generator=generator) * 1e-4
+            optimizer.step()
+
+    steps(adamw, range(60))
+    anon = load(to_anon(Live(adamw), AnonOptions(gamma=gamma, update_clip=clip)), twin(adamw, Anon))
+    before = flat(adamw)
+    steps(adamw, [60])
+    steps(anon, [60])
+    assert 0.7 < float((flat(anon) - before).norm() / (flat(adamw) - before).norm()) < 1.4
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, -1.0])
@@ -165,7 +190,7 @@ def test_there_and_back_is_the_same_adamw(gamma):
         torch.testing.assert_close(moment, adamw.state[p]["exp_avg_sq"].flatten(), rtol=1e-6 / abs(gamma), atol=1e-20)
     for group, old in zip(back.manifest.groups, adamw.param_groups, strict=True):
         for key in ("lr", "weight_decay"):
-            assert group.hyperparameters[key] == pytest.approx(old[key], rel=1e-4)
+            assert group.hyperparameters[key] == pytest.approx(old[key], rel=1e-2)
         assert set(group.hyperparameters) == set(old) - {"params"}
 
 
@@ -197,37 +222,89 @@ def test_a_checkpoint_of_that_optimizer_already_is_itself():
         assert to_optimizer(live, options) is live
 
 
-@pytest.mark.parametrize("named", ["lr_scheduler", "scheduler"])
-def test_schedules_follow_the_learning_rate(named):
+SCHEDULES = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "step": lambda o: lr_scheduler.StepLR(o, 4),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 30),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, [3e-3, 1e-3], total_steps=40, cycle_momentum=False),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, [1e-4, 2e-4], [3e-3, 1e-3], step_size_up=5, cycle_momentum=False),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.3, min_lr=[1e-4, 2e-4], eps=0.0),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=5), lr_scheduler.CosineAnnealingLR(o, 20)], [5]
+    ),
+    "chain": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "swa": lambda o: SWALR(o, [1e-4, 2e-4], 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("place", [("lr_scheduler",), ("schedule",), ("client_state", "train", "plan")])
+def test_schedules_follow_the_learning_rate(kind, place):
+    """Wherever they are: torch's own scheduler goes on from the converted state as from the other one, by the factor."""
+
+    def go_on(schedule, count):
+        for _ in range(count):
+            schedule.step(*([1.0] if kind == "plateau" else []))
+
+    adamw = made(torch.optim.AdamW, lr=1e-3)
+    schedule = SCHEDULES[kind](adamw)
+    take(adamw, range(10))
+    go_on(schedule, 10)
+    live = Live(adamw)
+    saved = copy.deepcopy(schedule.state_dict())
+    inner = live.manifest.extras
+    for name in place[:-1]:
+        inner = inner.setdefault(name, {"note": [1.5]})
+    inner[place[-1]] = saved
+    checkpoint = to_anon(live, AnonOptions(gamma=0.5))
+    found = checkpoint.manifest.extras
+    for name in place:
+        assert found.keys() == live.manifest.extras.keys() or name != place[0]
+        found = found[name]
+    assert repr(saved) == repr(schedule.state_dict()), "the source's own is not touched"
+    anon = made(Anon, lr=1e-3)
+    own = SCHEDULES[kind](anon)
+    anon = load(checkpoint, anon)
+    own.load_state_dict(found)
+    groups = [g.hyperparameters["lr"] for g in checkpoint.manifest.groups]
+    factors = [new / old["lr"] for new, old in zip(groups, adamw.param_groups, strict=True)]
+    assert all(abs(f - 1) > 0.1 for f in factors)
+    for _ in range(12):
+        for optimizer, one in ((adamw, schedule), (anon, own)):
+            optimizer.step()
+            go_on(one, 1)
+        for f, new, old in zip(factors, anon.param_groups, adamw.param_groups, strict=True):
+            assert new["lr"] == pytest.approx(f * old["lr"], rel=1e-6)
+
+
+def test_a_schedule_with_one_floor_for_groups_of_two_factors_is_refused():
+    adamw = made(torch.optim.AdamW, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 30, eta_min=1e-5)
+    take(adamw, range(10))
+    live = Live(adamw)
+    live.manifest.extras["schedule"] = schedule.state_dict()
+    with pytest.raises(CheckpointError, match=r"the schedule schedule has eta_min = 1e-05 for all .*--anon.keep-lr"):
+        to_anon(live, AnonOptions(gamma=0.5))
+    assert to_anon(live, AnonOptions(gamma=0.5, keep_lr=True)).manifest.extras == live.manifest.extras
+    assert to_anon(live).manifest.extras == live.manifest.extras
+
+
+def test_a_learning_rate_of_zero_keeps_its_schedule_right():
+    """At the start of a warm-up, the rates to come are in the schedule alone."""
     adamw = made(torch.optim.AdamW, lr=1e-3)
     take(adamw, range(10))
     live = Live(adamw)
-    live.manifest.extras[named] = {"base_lrs": [2e-3, 1e-3], "_last_lr": [1e-3, 5e-4], "last_epoch": 10}
-    checkpoint = to_anon(live, AnonOptions(gamma=0.5))
-    lr = [g.hyperparameters["lr"] for g in checkpoint.manifest.groups]
-    schedule = checkpoint.manifest.extras[named]
-    assert schedule["_last_lr"] == pytest.approx(lr)
-    assert schedule["base_lrs"] == pytest.approx([2 * x for x in lr])
-    assert live.manifest.extras[named]["_last_lr"] == [1e-3, 5e-4]
-
-
-def test_schedules_within_schedules_follow_the_learning_rate():
-    adamw = made(torch.optim.AdamW, lr=1e-3)
-    warmup = torch.optim.lr_scheduler.LinearLR(adamw, total_iters=5)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(adamw, [warmup, decay], [5])
-    for t in range(10):
-        take(adamw, [t])
-        schedule.step()
-    live = Live(adamw)
-    live.manifest.extras["lr_scheduler"] = schedule.state_dict()
-    checkpoint = to_anon(live, AnonOptions(gamma=0.5))
-    rates = [
-        new.hyperparameters["lr"] / was["lr"]
-        for new, was in zip(checkpoint.manifest.groups, adamw.param_groups, strict=True)
-    ]
-    for new, was in zip(checkpoint.manifest.extras["lr_scheduler"]["_schedulers"], [warmup, decay], strict=True):
-        assert new["base_lrs"] == pytest.approx([rate * x for rate, x in zip(rates, was.base_lrs, strict=True)])
+    live.manifest.extras["schedule"] = {"base_lrs": [1e-3, 5e-4], "_last_lr": [0.0, 0.0], "last_epoch": 0}
+    expected = to_anon(live, AnonOptions(gamma=0.5)).manifest.extras["schedule"]["base_lrs"]
+    for group in adamw.param_groups:
+        group["lr"] = 0.0
+    zero = Live(adamw)
+    zero.manifest.extras = live.manifest.extras
+    assert to_anon(zero, AnonOptions(gamma=0.5)).manifest.extras["schedule"]["base_lrs"] == expected
 
 
 def test_the_papers_port():

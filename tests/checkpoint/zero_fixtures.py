@@ -67,6 +67,8 @@ def make_engine(optimizer, stage, config, seed=0, one_group=False):
     names = {p: n for n, p in model.named_parameters()}
     split = [{"params": [p for g in groups(model) for p in g["params"]]}] if one_group else groups(model)
     members = [[names[p] for p in g["params"]] for g in split]
+    if stage == 0:  # whose files say nothing else of names
+        split = [{**g, "params": [(names[p], p) for p in g["params"]]} for g in split]
     zero = {"stage": stage, **config.get("zero_optimization", {})}
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -173,7 +175,7 @@ def oracle(engine):
         name: {k: _full_state(engine, name, k).detach().clone().view(value.shape) for k in tensor_keys}
         for name, value in values.items()
     }
-    hyper = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    hyper = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups]
     return {
         "weights": weights,
         "buffers": {n: b.clone() for n, b in engine.module.named_buffers()},

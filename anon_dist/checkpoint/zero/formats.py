@@ -16,7 +16,8 @@ from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo, schedule_key
+from anon_dist.checkpoint.schedules import is_schedule, schedule_key
+from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo
 from anon_dist.checkpoint.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
@@ -59,7 +60,7 @@ class ZeroFormat:
         files = find(path, options.unsafe)
         with _named(files.folder):
             if self.stage == 0:
-                found = stage0.read(files, self.name, options.names)
+                found = stage0.read(files, self.name, options)
             else:
                 found = {None: universal, 1: stage12, 2: stage12, 3: stage3}[self.stage].read(files, self.name)
         _find_dimensionless(found, path)
@@ -113,8 +114,10 @@ class ZeroFormat:
         if not source.config:
             notes.append("The source records no DeepSpeed configuration: ds_config names the layout alone.")
         if schedule_key(source.manifest.extras) is None:
+            several = [str(k) for k, v in source.manifest.extras.items() if is_schedule(v)]
             notes.append(
-                "There is no lr_scheduler state: an engine with one loads with load_lr_scheduler_states=False."
+                f"{'Of the schedules ' + ', '.join(several) + ' none is' if several else 'There is no'} lr_scheduler state: "
+                "an engine with one loads with load_lr_scheduler_states=False."
             )
         if self.stage == 3 and source.muon:
             notes.append(
@@ -171,14 +174,15 @@ def _tag(checkpoint: Checkpoint, layout: Layout) -> str:
     """The folder's name that the code which loads it looks for: accelerate's, the training loop's, else DeepSpeed's own."""
     if layout == "accelerate":
         return "pytorch_model"
-    return "deepspeed" if "progress" in checkpoint.manifest.extras else f"global_step{checkpoint.manifest.step or 0}"
+    own = "progress" in checkpoint.manifest.extras and layout != "trainer"
+    return "deepspeed" if own else f"global_step{checkpoint.manifest.step or 0}"
 
 
 def _beside(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
     """Files for the extras that DeepSpeed has no place for."""
-    also = ("lr_scheduler",) if options.layout == "accelerate" else ()
+    also = ("lr_scheduler",) if options.layout in ("accelerate", "trainer") else ()
     extras = {k: v for k, v in extras_tree(checkpoint).items() if k not in (*KNOWN, rank_local.KEY) or k in also}
-    return write_beside(extras, options.layout, options.world_size)
+    return write_beside(extras, options.layout, options.world_size, checkpoint.manifest.step)
 
 
 _RANKS = "zero_pp_rank_*_optim_states.pt"

@@ -2,7 +2,7 @@
 
 In float32 the optimizer steps the weights themselves. In bf16 and fp16 a wrapper keeps masters: FP16_UnfusedOptimizer by parameter
 (`fp32_groups`), FP16_Optimizer, which takes FusedAdam, one flat tensor without padding for each group (`fp32_groups_flat`).
-Names are nowhere: see `names`. Masters help, as the weights are the masters rounded.
+Names are nowhere: see `anon_dist.checkpoint.names`. Masters help, as the weights are the masters rounded.
 
 Source: deepspeed/runtime/engine.py, `_common_checkpoint_state`; runtime/fp16/unfused_optimizer.py and fused_optimizer.py, `state_dict`.
 """
@@ -17,22 +17,23 @@ from torch import Tensor
 
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.names import assign, fitting_names
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, need
 from anon_dist.checkpoint.zero.flat import group_cuts, numel
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
-from anon_dist.checkpoint.zero.names import name_members
 from anon_dist.checkpoint.zero.pieces import Piece, Pieces, entire
 
 PROBE = 4096
-"""Elements of a master that are compared to a weight."""
+"""Elements of a master that are compared to a weight before all of them are."""
 
 
-def read(files: Files, name: str, names: Sequence[str] | None = None) -> Pieces:
+def read(files: Files, name: str, options: ReadOptions) -> Pieces:
     """A checkpoint of stage 0, or of weights alone.
 
     Args:
-        names: of the optimizer's parameters, in its order, where the files do not tell.
+        options: what the optimizer's parameters are called, where the files do not tell.
 
     Raises:
         CheckpointError: files are damaged, or parameters cannot be named; naming the file.
@@ -50,18 +51,13 @@ def read(files: Files, name: str, names: Sequence[str] | None = None) -> Pieces:
     inner = wrapper.get("optimizer_state_dict", wrapper)
     saved = need(inner, "param_groups", header.file, list)
     flat = wrapper.get("fp32_groups_flat")
-    members, sure = _members(header, saved, wrapper, flat, names)
+    members = _members(header, saved, wrapper, flat, options)
     groups = [
         ParamGroup(m, {k: v for k, v in g.items() if k not in ("params", "param_names")})
         for m, g in zip(members, saved, strict=True)
     ]
     scalars: dict[str, dict[str, Any]] = {}
     found = opened(header, name, groups, scalars)
-    if not sure:
-        found.manifest.notes.append(
-            "Which parameters are frozen is not recorded at stage 0; taken to be whole modules: "
-            + ", ".join(found.manifest.frozen)
-        )
     loss = {k: v for k, v in wrapper.items() if k not in ("optimizer_state_dict", "fp32_groups", "fp32_groups_flat")}
     if inner is not wrapper:
         add_scaler(found, loss)
@@ -91,85 +87,107 @@ def _mark_idle(found: Pieces) -> None:
 
 
 def _members(
-    header: Header, saved: list[dict[str, Any]], wrapper: dict[str, Any], flat: Any, names: Sequence[str] | None
-) -> tuple[list[list[str]], bool]:
-    """The names of each group's members, from the file, from the user, or by the evidence; and whether that allows only one answer."""
+    header: Header, saved: list[dict[str, Any]], wrapper: dict[str, Any], flat: Any, options: ReadOptions
+) -> list[list[str]]:
+    """The names of each group's members: from the file, from the user, or where the evidence allows one answer."""
     if header.shapes:
-        return [list(group) for group in header.shapes], True
-    if all(len(g.get("param_names") or ()) == len(g["params"]) for g in saved):
-        return [list(g["param_names"]) for g in saved], True
+        return [list(group) for group in header.shapes]
     shapes = {name: tuple(header.module[name].shape) for name in header.names}
-    if names is not None:
-        counts = [_count(header, g, flat, i) for i, g in enumerate(saved)]
-        return _cut(header, list(names), counts, shapes), True
+    recorded = all(len(g.get("param_names") or ()) == len(g["params"]) for g in saved)
+    given = [str(n) for g in saved for n in g["param_names"]] if recorded and not options.names else options.names
     if flat is not None:
-        if len(saved) == 1 and flat[0].numel() == sum(numel(s) for s in shapes.values()):
-            return [list(shapes)], True
-        raise CheckpointError(
-            f"{header.file}: FP16_Optimizer does not say which parameters are in its {len(saved)} flat "
-            "groups; give the names of the optimizer's parameters, in its order"
+        return _cut_flat(header, given, flat, shapes, options.names_in_model_order)
+    numbers = [list(g["params"]) for g in saved]
+    fitting = _fitting(header, numbers, wrapper, shapes)
+    if given is None:
+        states = wrapper.get("optimizer_state_dict", wrapper)["state"]
+        stateless = {n for own in numbers for n in own if not states.get(n) and "fp32_groups" not in wrapper}
+        names = assign(
+            numbers, fitting, list(shapes), str(header.file), stateless, in_model_order=options.names_in_model_order
         )
-    states = wrapper.get("optimizer_state_dict", wrapper)["state"]
+        return [[names[n] for n in own] for own in numbers]
+    _check_names(header, given, sum(map(len, numbers)), shapes)
+    names = dict(zip((n for own in numbers for n in own), given, strict=True))
+    if odd := next((n for n in names if names[n] not in fitting[n]), None):
+        raise CheckpointError(
+            f"{header.file}: {names[odd]} is not its optimizer's parameter {odd}, whose states say otherwise"
+        )
+    return [[names[n] for n in own] for own in numbers]
 
-    def fits(group: int, place: int, name: str) -> bool:
-        if "fp32_groups" in wrapper:
-            master, weight = wrapper["fp32_groups"][group][place], header.module[name]
-            same = master.shape == weight.shape
-            return same and torch.equal(master.reshape(-1)[:PROBE].to(weight.dtype), weight.reshape(-1)[:PROBE])
-        state = states.get(saved[group]["params"][place], {})
-        tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim()]
-        return not tensors or any(tuple(v.shape) == shapes[name] for v in tensors)
 
-    runs = [run for i, g in enumerate(saved) for run in _runs(i, g, wrapper, states)]
-    named, sure = name_members(
-        [len(places) for _, places in runs],
-        shapes,
-        lambda r, at, name: fits(runs[r][0], runs[r][1][at], name),
-        str(header.file),
-    )
-    at = {
-        (g, place): n
-        for (g, places), own in zip(runs, named, strict=True)
-        for place, n in zip(places, own, strict=True)
+def _fitting(
+    header: Header, numbers: list[list[int]], wrapper: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[int, set[str]]:
+    """Number → the names that its master's contents, else its states' shapes allow."""
+    masters = {
+        n: m
+        for own, held in zip(numbers, wrapper.get("fp32_groups", ()), strict=False)
+        for n, m in zip(own, held, strict=True)
     }
-    return [[at[i, place] for place in range(len(g["params"]))] for i, g in enumerate(saved)], sure
+    states = wrapper.get("optimizer_state_dict", wrapper)["state"]
+    return {
+        number: {n for n in shapes if _rounds_to(masters[number], header.module[n])}
+        if number in masters
+        else fitting_names(states.get(number, {}), shapes)
+        for own in numbers
+        for number in own
+    }
 
 
-def _runs(
-    index: int, group: dict[str, Any], wrapper: dict[str, Any], states: dict[Any, Any]
-) -> list[tuple[int, list[int]]]:
-    """A group and its places, in runs that keep the model's order: DeepSpeed's Muon sorts its matrices by size, only equal ones keep it."""
-    places = list(range(len(group["params"])))
-    if not (group.get("use_muon") and "ns_method" in group):
-        return [(index, places)]
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for place in places:
-        held = states.get(group["params"][place], {}).get("momentum_buffer")
-        known = wrapper["fp32_groups"][index][place] if "fp32_groups" in wrapper else held
-        by_shape.setdefault(tuple(known.shape) if isinstance(known, Tensor) else (), []).append(place)
-    return [(index, run) for run in by_shape.values()]
+def _rounds_to(master: Tensor, weight: Tensor) -> bool:
+    if master.shape != weight.shape:
+        return False
+    one, two = master.reshape(-1), weight.reshape(-1)
+    return torch.equal(one[:PROBE].to(two.dtype), two[:PROBE]) and torch.equal(one.to(two.dtype), two)
 
 
-def _count(header: Header, group: dict[str, Any], flat: Any, index: int) -> int:
-    """Members of a group; of a flat one, its elements, negated."""
-    return len(group["params"]) if flat is None else -int(flat[index].numel())
-
-
-def _cut(header: Header, names: list[str], counts: list[int], shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """The user's names, group by group."""
+def _check_names(header: Header, names: Sequence[str], count: int, shapes: dict[str, tuple[int, ...]]) -> None:
     unknown = [n for n in names if n not in shapes]
-    groups: list[list[str]] = []
-    rest = list(names)
-    for count in counts:
-        group: list[str] = []
-        while rest and (len(group) < count or sum(numel(shapes.get(n, ())) for n in group) < -count):
-            group.append(rest.pop(0))
-        groups.append(group)
-    if unknown or rest or any(len(g) < c for g, c in zip(groups, counts, strict=True)):
+    if unknown or len(names) != count:
         raise CheckpointError(
-            f"{header.file}: the names given are not those of its optimizer's parameters"
-            + (f": {unknown[0]} is not in the model" if unknown else "")
+            f"{header.file}: the names given are not those of its optimizer's {count} parameters"
+            + (f": {unknown[0]} is not in the model" if unknown else f": there are {len(names)}")
         )
+
+
+def _cut_flat(
+    header: Header,
+    names: Sequence[str] | None,
+    flat: list[Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    in_model_order: bool,
+) -> list[list[str]]:
+    """Members of FP16_Optimizer's flat groups: as the user says, else those whose weights the masters round to, one after the other."""
+    if names is None and in_model_order and len(flat) == 1 and flat[0].numel() == sum(map(numel, shapes.values())):
+        names = list(shapes)
+    if names is not None:
+        _check_names(header, names, len(names), shapes)
+    rest, groups = list(names or shapes), []
+    for masters in flat:
+        group, at = [], 0
+        while at < masters.numel():
+            fitting = [
+                n
+                for n in rest[: 1 if names else None]
+                if _rounds_to(masters[at : at + numel(shapes[n])], header.module[n].reshape(-1))
+            ]
+            if len(fitting) != 1:
+                problem = (
+                    f"{rest[0]} is not what its flat groups have next"
+                    if names and rest
+                    else "the names given end too early"
+                    if names
+                    else "its flat groups do not say which parameters are in them"
+                )
+                raise CheckpointError(
+                    f"{header.file}: FP16_Optimizer: {problem}; give the names of the optimizer's parameters in its order (--names FILE)"
+                )
+            group.append(fitting[0])
+            rest.remove(fitting[0])
+            at += numel(shapes[fitting[0]])
+        groups.append(group)
+    if names and rest:
+        raise CheckpointError(f"{header.file}: its optimizer does not have {rest[0]}, which the names given have")
     return groups
 
 
