@@ -29,6 +29,8 @@ OPTIM = (
     ("backends.foreach", "backends.cpu", "backends.gpu_step"),
     ("backends.gpu",),
     ("backends.choice", "gather"),
+    ("members",),
+    ("stepper",),
     ("anon",),
     ("monitor",),
 )

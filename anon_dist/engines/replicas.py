@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from anon_dist.checkpoint.names import unwrapped
-from anon_dist.engines.agreement import named
+from anon_dist.engines.comparison import named
 from anon_dist.engines.errors import EngineError
 
 ROW = 1 << 14

@@ -87,13 +87,18 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
         CheckpointError: it cannot be opened, on some rank: raised on all.
     """
     check_present(folder)
-    inner = folder / DEEPSPEED
     with on_every_rank():
-        checkpoint = open_checkpoint(inner if inner.is_dir() else folder)
+        checkpoint = open_checkpoint(state_folder(folder))
     try:
         yield checkpoint
     finally:
         checkpoint.close()
+
+
+def state_folder(folder: Path) -> Path:
+    """Where the state lies in a folder that some engine saved to."""
+    inner = folder / DEEPSPEED
+    return inner if inner.is_dir() else folder
 
 
 def check_present(folder: Path) -> None:

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from anon_dist.engines import cpu, peers
-from anon_dist.engines.agreement import check_alike, surroundings
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import check_launcher, check_same_start, check_world
+from anon_dist.engines.comparison import check_alike, surroundings
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
 from anon_dist.engines.register import register

@@ -1,13 +1,12 @@
 """Anon as a `torch.optim.Optimizer`: torch's contract of param groups, state and `step`.
 
-What a step does is said by the group's `Regime`, on which tensors by `gather`; a backend does it.
+A `Stepper` makes each step ready: what it does is said by the group's `Regime`, to which tensors by `gather`; a backend does it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
@@ -16,31 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim import update
-from anon_dist.optim.backends import choice
-from anon_dist.optim.gather import Bucket, Gathered, gather
-from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.optim.hyper import is_plain, normalise, state_dtypes, validate
-from anon_dist.optim.plan import StepPlan
-from anon_dist.optim.regime import HISTORY, Regime, Turn
+from anon_dist.optim.hyper import normalise, state_dtypes, validate
+from anon_dist.optim.members import absent, allocate, has_absent, steps_taken
+from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, fresh_state, local, named_parameters
+from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, named_parameters
+from anon_dist.optim.stepper import Stepper, Told, Work, convert
 
 _UNSET: Any = object()
-
-
-@dataclass
-class _Work:
-    """The update of a bucket, to be run once."""
-
-    bucket: Bucket
-    plans: list[StepPlan]
-    backend: choice.Backend
-
-    @torch.no_grad()
-    def run(self) -> None:
-        self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
-        self.bucket.count()
 
 
 class Anon(Optimizer):
@@ -104,13 +86,6 @@ class Anon(Optimizer):
     """If it is set and not 0, the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
     _step_supports_amp_scaling = True  # tells torch's GradScaler of the two
 
-    _kernel_agreed: bool | None = None
-    """Whether all ranks can use the fused kernel; None before the first step."""
-    _last: Sequence[Gathered] = ()
-    """What each group's tensors were when they were last gathered."""
-    _unsettled: tuple[HostCopy, list[Bucket]] | None = None
-    """The flag of the last step, where the host does not know it yet, and what was counted."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -152,6 +127,7 @@ class Anon(Optimizer):
         validate(defaults)
         super().__init__(params, defaults)
         self.state = LazyState()
+        self._stepper = Stepper()
 
     # -- param groups ------------------------------------------------------------------------------
 
@@ -212,7 +188,7 @@ class Anon(Optimizer):
                 its parameters at a time (DeepSpeed), so that not all state could be converted.
         """
         self.settle()
-        if self._has_absent_state():
+        if has_absent(self.param_groups, self.state):
             raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
         given = {"gamma": gamma, "refresh_ratio": refresh_ratio, "beta3": beta3}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -227,11 +203,11 @@ class Anon(Optimizer):
                 new["betas"] = (old["betas"][0], beta2)
             normalise(new)
             validate(new)
-            new[HISTORY], ratio = Regime(old).rebased(index, new, self._steps_taken(old), names)
+            new[HISTORY], ratio = Regime(old).rebased(index, new, steps_taken(old, self.state), names)
             changed.append((old, new, ratio))
         for old, new, ratio in changed:
             if ratio != 1.0:
-                self._convert([self.state[p] for p in old["params"] if p in self.state], ratio)
+                convert((self.state[p] for p in old["params"] if p in self.state), ratio)
             old.update(new)
 
     def next_gammas(self) -> list[float]:
@@ -247,19 +223,7 @@ class Anon(Optimizer):
         gradients.
         """
         self.settle()
-        return [Regime(group).next_gamma(self._steps_taken(group)) for group in self.param_groups]
-
-    @staticmethod
-    def _convert(states: list[dict[str, Tensor]], ratio: float) -> None:
-        update.convert_exponent([local(s["precond"]) for s in states], ratio)
-
-    def _steps_taken(self, group: dict[str, Any]) -> int:
-        """The largest step count of the group's parameters."""
-        return max((int(self.state[p]["step"]) for p in group["params"] if p in self.state), default=0)
-
-    def _has_absent_state(self) -> bool:
-        """Whether there is state of parameters that are not in the groups at the moment."""
-        return len(self.state) > sum(p in self.state for group in self.param_groups for p in group["params"])
+        return [Regime(group).next_gamma(steps_taken(group, self.state)) for group in self.param_groups]
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -269,32 +233,9 @@ class Anon(Optimizer):
         Idempotent. Call it when the engine has wrapped the parameters, and before a checkpoint library looks at the optimizer: torch's
         makes missing states with a step on zero gradients, which would count as Anon's first refresh.
         """
-        self._ensure_state()
-        current = {p for group in self.param_groups for p in group["params"]}
-        for key in [k for k in self.state if isinstance(k, Tensor) and k not in current]:
-            del self.state[key]
-
-    def _ensure_state(self) -> None:
-        """`init_state`, but state of absent parameters is dropped only where it has not been stepped and others have taken their place.
-
-        DeepSpeed shows the optimizer one param group, or in stage 3 one sub-group, at a time; and it holds on to the state's tensors.
-        """
-        state, present, replaced = self.state, 0, False
-        for group in self.param_groups:
-            dtypes = state_dtypes(group)
-            for p in group["params"]:
-                known = state.get(p)
-                if known and known["exp_avg"].device != p.device and int(known["step"]) == 0:
-                    known = None  # the model was moved since
-                if not known and (p.requires_grad or p.grad is not None):
-                    state[p] = fresh_state(p, dtypes)
-                    replaced = True
-                present += p in state
-        if replaced and len(state) != present:
-            current = {p for group in self.param_groups for p in group["params"]}
-            absent = [k for k in state if isinstance(k, Tensor) and k not in current]
-            for key in [k for k in absent if int(state[k].get("step", 0)) == 0]:
-                del state[key]
+        allocate(self.param_groups, self.state)
+        for p in absent(self.param_groups, self.state):
+            del self.state[p]
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch has it, with the state of every trainable parameter in it, also before the first step.
@@ -302,7 +243,7 @@ class Anon(Optimizer):
         An 8-bit exp_avg is in it as bfloat16 (a copy, 2 bytes per parameter), so that any checkpoint library can reshard it.
         """
         self.settle()
-        self._ensure_state()
+        allocate(self.param_groups, self.state)
         found = super().state_dict()
         return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
 
@@ -332,7 +273,7 @@ class Anon(Optimizer):
             warnings.warn(
                 f"Anon: the loaded state has nothing for {', '.join(missing)}: it starts afresh there", stacklevel=2
             )
-        self._ensure_state()
+        allocate(self.param_groups, self.state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
@@ -349,6 +290,8 @@ class Anon(Optimizer):
             if key in names:
                 checked[key] = checked_state(names[key], key, values, dtypes[key])
         super().__setstate__({**state, "param_groups": groups, "state": checked})
+        if "_stepper" not in self.__dict__:  # copied, or from a pickle
+            self._stepper = Stepper()
         self.defaults.pop("differentiable", None)  # torch adds it; here it would be an option without effect
 
     # -- step --------------------------------------------------------------------------------------
@@ -378,7 +321,7 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for work in self._work(())[0]:
+        for work in self._ready(())[0]:
             work.run()
         return loss
 
@@ -387,11 +330,7 @@ class Anon(Optimizer):
 
         Everything here that needs to know calls it. What reads `state[p]["step"]` itself should, before.
         """
-        if self._unsettled is not None:
-            (flag, buckets), self._unsettled = self._unsettled, None
-            if flag.value():
-                for bucket in buckets:
-                    bucket.count(-1.0)
+        self._stepper.settle()
 
     @torch.no_grad()
     def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
@@ -410,137 +349,13 @@ class Anon(Optimizer):
         Raises:
             RuntimeError, ValueError: as `step`.
         """
-        return [partial(_run_all, work) for work in self._work(parts)]
+        return [partial(_run, work) for work in self._ready(parts)]
 
-    def _work(self, parts: Sequence[Iterable[Tensor]]) -> list[list[_Work]]:
-        """The updates of a step, checked, of each part and of the parameters that are in none."""
-        _refuse_capture()
-        self.settle()
-        if self._kernel_agreed is None and (kinds := choice.kinds(self.param_groups)):
-            self._kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
-        work: list[list[_Work]] = [[] for _ in range(len(parts) + 1)]
-        found = self._buckets()
-        if not any(found) and self._has_no_gradient():
-            warnings.warn(
-                "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
-                "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
-                stacklevel=3,
-            )
-            return work
-        for index, group in enumerate(self.param_groups):
-            self._check_group(index, group)
-        flag = getattr(self, "found_inf", None)
-        if flag is not None and known_to_the_host(flag) and bool(flag):
-            return work
-        part_of = {p: i for i, part in enumerate(parts) for p in part}
-        turns = [self._turn(i, group, b) for i, (group, b) in enumerate(zip(self.param_groups, found, strict=True))]
-        if any(turns) and flag is not None and bool(flag):  # rare enough to wait for a GPU
-            return work
-        for group, buckets, turn in zip(self.param_groups, found, turns, strict=True):
-            for bucket in buckets:
-                backend = choice.choose(bucket.lists, group, bool(self._kernel_agreed))
-                plans = self._plans(group, bucket, turn[0] if turn else None, bool(parts))
-                for part, indices in _by_part(bucket, part_of).items():
-                    chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
-                    work[part].append(_Work(chosen, [plans[i] for i in indices], backend))
-        for group, turn in zip(self.param_groups, turns, strict=True):
-            if turn:
-                self._convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
-                group[HISTORY] = Regime(group).turned(turn[0], self._has_absent_state())
-        if flag is not None and not known_to_the_host(flag) and not any(turns):
-            self._unsettled = HostCopy(flag), [x.bucket for one in work for x in one]
-        return work
-
-    def _buckets(self) -> list[list[Bucket]]:
-        """The buckets of each group."""
-        groups = self.param_groups
-        known = self._last if len(self._last) == len(groups) else [None] * len(groups)
-        found = [k.buckets(group, self.state) if k else None for k, group in zip(known, groups, strict=True)]
-        renewed = [buckets for buckets in found if buckets is not None]
-        if any(renewed) and len(renewed) == len(groups):
-            return renewed
-        if self._has_no_gradient():
-            return [[] for _ in groups]
-        self._ensure_state()
-        gathered = [gather(index, group, self.state) for index, group in enumerate(groups)]
-        self._last = [remembered for _, remembered in gathered]
-        return [buckets for buckets, _ in gathered]
-
-    def _plans(self, group: dict[str, Any], bucket: Bucket, turn: Turn | None, later: bool) -> list[StepPlan]:
-        """The plan of each parameter; `later`: when `lr` may have changed."""
-        regime, lr, device = Regime(group), group["lr"], bucket.lists[0][0].device
-        if isinstance(lr, Tensor):
-            on_gpu = device.type != "cpu" and lr.device.type != "cpu"
-            lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
-        scale, flag = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        scale, flag = (None if x is None else x.to(device) for x in (scale, flag))
-        made = {step: regime.plan(step, turn, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
-        return [made[step] for step in bucket.steps]
-
-    def _turn(
-        self, index: int, group: dict[str, Any], buckets: list[Bucket]
-    ) -> tuple[Turn, list[dict[str, Tensor]]] | None:
-        """If a pending γ comes into force in this step: the turn, and the states that are converted alongside, not being refreshed."""
-        regime = Regime(group)
-        steps = {step for bucket in buckets for step in bucket.steps}
-        turn = regime.turn(steps, self._steps_taken(group)) if regime.is_pending else None
-        if turn is None:
-            return None
-        refreshed = {
-            id(counter)
-            for bucket in buckets
-            for counter, step in zip(bucket.counters, bucket.steps, strict=True)
-            if regime.schedule.at(step).refresh
-        }
-        states = [self.state[p] for p in group["params"] if p in self.state]
-        left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
-        absent = self._has_absent_state()
-        if left and (turn.ratio is None or absent):
-            raise RuntimeError(
-                f"Anon: gamma of param group {index} was changed from {turn.old!r} to {turn.new!r}, and {len(left)} of its parameters have "
-                "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
-                f"{'not all parameters are in it' if absent else regime.why_not(turn)}. Put them in a param group of their own, or set "
-                f"{turn.old!r} again"
-            )
-        return turn, left
-
-    def _has_no_gradient(self) -> bool:
-        """Whether there are parameters, and none of them has a gradient."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.numel()]
-        return bool(parameters) and all(p.grad is None for p in parameters)
-
-    def _check_group(self, index: int, group: dict[str, Any]) -> None:
-        """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
-        if not is_plain(group):
-            normalise(group)
-        validate(group)
-        regime = Regime(group)
-        if regime.drift():
-            if self._steps_taken(group) or self._has_absent_state():
-                regime.check_drift(index)
-            else:
-                group[HISTORY] = regime.fresh()
+    def _ready(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+        told = Told(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return self._stepper.ready(self.param_groups, self.state, told, parts)
 
 
-def _run_all(work: Iterable[_Work]) -> None:
+def _run(work: Iterable[Work]) -> None:
     for one in work:
         one.run()
-
-
-def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:
-    """Indices of the bucket's parameters by the part of the step that they are in; -1 for those in none."""
-    if not part_of:
-        return {-1: range(len(bucket.params))}
-    found: dict[int, list[int]] = {}
-    for i, p in enumerate(bucket.params):
-        found.setdefault(part_of.get(p, -1), []).append(i)
-    return dict(found)
-
-
-def _refuse_capture() -> None:
-    """A CUDA graph would replay one step's variant and numbers for ever."""
-    if torch.cuda.is_available() and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Anon: step() cannot be captured in a CUDA graph, since the host chooses what each step does (refresh, window, counts). "
-            "Capture forward and backward, and call step() outside"
-        )

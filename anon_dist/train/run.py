@@ -18,16 +18,16 @@ import transformers
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from anon_dist.agreement import agree, failures, first_does, is_first
+from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.folder import read_progress, step_of
 from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
-from anon_dist.engines.agreement import check_alike
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
+from anon_dist.engines.comparison import check_alike
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
@@ -341,14 +341,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         )
     run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
-    found, failed = False, None
-    try:
-        found = randomness.load(source, rank)
-    except DamagedCheckpoint as error:
-        failed = error
-    if what := failures(failed):
-        raise DamagedCheckpoint(what) from failed
-    if not found:
+    if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
     say = print if run.accelerator.is_main_process else (lambda _: None)
     with run.engine.whole_optimizer() as optimizer:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
-from anon_dist.engines.restore import opened
+from anon_dist.engines.restore import state_folder
 from anon_dist.optim.matching import Spectra, Spectrum
 from anon_dist.optim.regime import Regime
 
@@ -39,7 +41,7 @@ def spectra_of(path: Path) -> Spectra:
     Raises:
         CheckpointError: it is another optimizer's, has γ = 0, has taken no step, or cannot be read.
     """
-    with opened(path) as checkpoint:
+    with closing(open_checkpoint(state_folder(path))) as checkpoint:
         return _read(path, checkpoint)
 
 

@@ -31,7 +31,7 @@ from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.data import Index
-from anon_dist.engines import agreement
+from anon_dist.engines import comparison
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import global_norm, scale_gradients
@@ -155,7 +155,7 @@ def case_a_rank_left_without_parameters_takes_part():
     optimizer.step()
     patch.close()
     assert time.monotonic() - begun < choice.AGREEMENT_SECONDS / 2
-    assert optimizer._kernel_agreed is True
+    assert optimizer._stepper.kernel_agreed is True
 
 
 def case_state_is_sharded_and_the_step_adds_no_communication():
@@ -417,7 +417,7 @@ def case_ranks_with_other_surroundings_are_named():
     (other / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": rank_1(1, 2)}}))
     index = Index.load(other / "data")
     if dist.get_rank() == 1:
-        changed = dataclasses.replace(index, eod_id=index.eod_id + 1, fingerprint="")
+        changed = dataclasses.replace(index, tokenizer_hash="0" * 32, fingerprint="")
         (other / "data" / "index.json").write_text(json.dumps(changed.to_json()))
     for name, action, words in (
         ("version", None, 'the version of torch is "2.0"'),
@@ -432,9 +432,9 @@ def case_ranks_with_other_surroundings_are_named():
     ):
         patch, config = Patch(), run_config(DATA, f"{folder}/run")
         if name == "version":
-            patch.setattr(agreement, "_version", lambda library: rank_1("1.0", "2.0"))
+            patch.setattr(comparison, "_version", lambda library: rank_1("1.0", "2.0"))
         if name == "sources":
-            patch.setattr(agreement, "_source_hash", lambda: rank_1("1", "2"))
+            patch.setattr(comparison, "_source_hash", lambda: rank_1("1", "2"))
         if name == "accelerate" and dist.get_rank() == 1:
             os.environ["FSDP_SHARDING"] = "FULL"
         if action:

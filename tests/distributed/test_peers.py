@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from anon_dist.engines import peers
-from anon_dist.engines.agreement import check_alike
+from anon_dist.engines.comparison import check_alike
 
 HERE = socket.gethostname()
 FORK = multiprocessing.get_context("fork")

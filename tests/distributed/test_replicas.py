@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from anon_dist.engines import replicas
-from anon_dist.engines.agreement import named
+from anon_dist.engines.comparison import named
 from anon_dist.engines.replicas import fingerprint
 
 MASK = (1 << 64) - 1

@@ -96,7 +96,7 @@ def test_a_change_between_steps_is_seen(change, fused):
             if t == 17:
                 change(optimizer, params)
             give_gradients(params, t, but)
-        optimizers[1]._last = ()
+        optimizers[1]._stepper.known = ()
         for optimizer in optimizers:
             optimizer.step()
         remembering, forgetting = optimizers
@@ -115,7 +115,7 @@ def test_steps_are_remembered():
     for t in range(4):
         give_gradients(params, t)
         optimizer.step()
-        known.append(optimizer._last)
+        known.append(optimizer._stepper.known)
     assert known[0]
     assert all(k is known[0] for k in known)
     assert [float(optimizer.state[p]["step"]) for p in params] == [4.0] * 4

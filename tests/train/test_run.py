@@ -300,7 +300,7 @@ def test_the_host_asks_the_device_for_nothing_between_records(run_config, train,
         return done
 
     monkeypatch.setattr(loop, "take_step", watched)
-    for module in ("anon_dist.train.loop", "anon_dist.optim.anon"):
+    for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
         monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
     monkeypatch.setattr("anon_dist.optim.backends.choice.choose", lambda *args: lambda *work: None)
     monkeypatch.setattr("anon_dist.optim.host_copy.HostCopy.value", lambda self: self._copy.numpy().item())
@@ -323,7 +323,7 @@ def test_a_skipped_step_is_learnt_of_one_step_late(run_config, train, tmp_path, 
 
         monkeypatch.setattr(loop, "token_loss", poisoned)
         if late:
-            for module in ("anon_dist.train.loop", "anon_dist.optim.anon"):
+            for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
                 monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
         options = {"log__every": 1, "checkpoint__every": 5, "optim__refresh_ratio": 1.1}
         folders.append(train(run_config(run_dir=str(tmp_path / str(late)), **options)))

@@ -1,0 +1,53 @@
+"""The state of the parameters in param groups: what there is of it, and its allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from anon_dist.optim.hyper import state_dtypes
+from anon_dist.optim.state import fresh_state
+
+Groups = Sequence[dict[str, Any]]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+def steps_taken(group: Mapping[str, Any], state: States) -> int:
+    """The largest step count of the group's parameters."""
+    return max((int(state[p]["step"]) for p in group["params"] if p in state), default=0)
+
+
+def has_absent(groups: Groups, state: States) -> bool:
+    """Whether there is state of parameters that are not in the groups at the moment."""
+    return len(state) > sum(p in state for group in groups for p in group["params"])
+
+
+def allocate(groups: Groups, state: States) -> None:
+    """Make the state of every parameter that has none.
+
+    State of absent parameters is dropped only where it has not been stepped and others have taken their place: DeepSpeed shows the
+    optimizer one param group, or in stage 3 one sub-group, at a time; and it holds on to the state's tensors.
+    """
+    present, replaced = 0, False
+    for group in groups:
+        dtypes = state_dtypes(group)
+        for p in group["params"]:
+            known = state.get(p)
+            if known and known["exp_avg"].device != p.device and int(known["step"]) == 0:
+                known = None  # the model was moved since
+            if not known and (p.requires_grad or p.grad is not None):
+                state[p] = fresh_state(p, dtypes)
+                replaced = True
+            present += p in state
+    if replaced and len(state) != present:
+        for p in absent(groups, state):
+            if int(state[p].get("step", 0)) == 0:
+                del state[p]
+
+
+def absent(groups: Groups, state: States) -> list[Tensor]:
+    """The tensors with state that are in no group."""
+    current = {p for group in groups for p in group["params"]}
+    return [p for p in state if isinstance(p, Tensor) and p not in current]

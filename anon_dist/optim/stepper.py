@@ -1,0 +1,215 @@
+"""A step made ready: which tensors, under which plans, by which backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.optim import update
+from anon_dist.optim.backends import choice
+from anon_dist.optim.gather import Bucket, Gathered, gather
+from anon_dist.optim.host_copy import HostCopy, known_to_the_host
+from anon_dist.optim.hyper import is_plain, normalise, validate
+from anon_dist.optim.members import Groups, States, allocate, has_absent, steps_taken
+from anon_dist.optim.plan import StepPlan
+from anon_dist.optim.regime import HISTORY, Regime, Turn
+from anon_dist.optim.state import local
+
+
+@dataclass
+class Work:
+    """The update of a bucket, to be run once."""
+
+    bucket: Bucket
+    plans: list[StepPlan]
+    backend: choice.Backend
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Update the tensors in place, and count the step."""
+        self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
+        self.bucket.count()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step takes from the device; see `Anon.grad_scale` and `Anon.found_inf`."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the host knows at once that the step is none."""
+        return self.found_inf is not None and known_to_the_host(self.found_inf) and bool(self.found_inf)
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The two on a device."""
+        scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
+        return scale, flag
+
+
+class Stepper:
+    """Makes an optimizer's steps ready. From one to the next it remembers what the groups' tensors were, what the ranks agreed on, and
+    what it has counted before it knew."""
+
+    def __init__(self) -> None:
+        self.known: Sequence[Gathered] = ()
+        """What each group's tensors were when they were last gathered."""
+        self.kernel_agreed: bool | None = None
+        """Whether all ranks can use the fused kernel; None before the first step."""
+        self._unsettled: tuple[HostCopy, list[Bucket]] | None = None
+
+    def settle(self) -> None:
+        """Take back the counts of the last step, if it was none."""
+        if self._unsettled is not None:
+            (flag, buckets), self._unsettled = self._unsettled, None
+            if flag.value():
+                for bucket in buckets:
+                    bucket.count(-1.0)
+
+    def ready(self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+        """The updates of a step, checked, of each part and of the parameters that are in none.
+
+        Raises:
+            RuntimeError, ValueError: see `Anon.step`.
+        """
+        _refuse_capture()
+        self.settle()
+        if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
+            self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
+        work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
+        found = self._buckets(groups, state)
+        if not any(found) and _has_no_gradient(groups):
+            warnings.warn(
+                "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
+                "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
+                stacklevel=4,
+            )
+            return work
+        for index, group in enumerate(groups):
+            _check_group(index, group, groups, state)
+        if told.skips:
+            return work
+        absent = has_absent(groups, state)
+        turns = [_turn(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
+        late = told.found_inf is not None and not known_to_the_host(told.found_inf)
+        if late and any(turns):  # rare enough to wait for a GPU
+            if bool(told.found_inf):
+                return work
+            late = False
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
+        for group, buckets, turn in zip(groups, found, turns, strict=True):
+            for bucket in buckets:
+                backend = choice.choose(bucket.lists, group, bool(self.kernel_agreed))
+                plans = _plans(group, bucket, turn[0] if turn else None, told, later=bool(parts))
+                for part, indices in _by_part(bucket, part_of).items():
+                    chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
+                    work[part].append(Work(chosen, [plans[i] for i in indices], backend))
+        for group, turn in zip(groups, turns, strict=True):
+            if turn:
+                convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
+                group[HISTORY] = Regime(group).turned(turn[0], absent)
+        if late and told.found_inf is not None:
+            self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
+        return work
+
+    def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
+        """The buckets of each group."""
+        known = self.known if len(self.known) == len(groups) else [None] * len(groups)
+        found = [k.buckets(group, state) if k else None for k, group in zip(known, groups, strict=True)]
+        renewed = [buckets for buckets in found if buckets is not None]
+        if any(renewed) and len(renewed) == len(groups):
+            return renewed
+        if _has_no_gradient(groups):
+            return [[] for _ in groups]
+        allocate(groups, state)
+        gathered = [gather(index, group, state) for index, group in enumerate(groups)]
+        self.known = [remembered for _, remembered in gathered]
+        return [buckets for buckets, _ in gathered]
+
+
+def convert(states: Iterable[Mapping[str, Tensor]], ratio: float) -> None:
+    """Convert preconditioners to another γ, `ratio` times theirs."""
+    update.convert_exponent([local(s["precond"]) for s in states], ratio)
+
+
+def _plans(group: dict[str, Any], bucket: Bucket, turn: Turn | None, told: Told, later: bool) -> list[StepPlan]:
+    """The plan of each parameter; `later`: when `lr` may have changed."""
+    regime, lr, device = Regime(group), group["lr"], bucket.lists[0][0].device
+    if isinstance(lr, Tensor):
+        on_gpu = device.type != "cpu" and lr.device.type != "cpu"
+        lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
+    scale, flag = told.on(device)
+    made = {step: regime.plan(step, turn, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
+    return [made[step] for step in bucket.steps]
+
+
+def _turn(
+    index: int, group: dict[str, Any], buckets: list[Bucket], state: States, absent: bool
+) -> tuple[Turn, list[dict[str, Tensor]]] | None:
+    """If a pending γ comes into force in this step: the turn, and the states that are converted alongside, not being refreshed."""
+    regime = Regime(group)
+    steps = {step for bucket in buckets for step in bucket.steps}
+    turn = regime.turn(steps, steps_taken(group, state)) if regime.is_pending else None
+    if turn is None:
+        return None
+    refreshed = {
+        id(counter)
+        for bucket in buckets
+        for counter, step in zip(bucket.counters, bucket.steps, strict=True)
+        if regime.schedule.at(step).refresh
+    }
+    states = [state[p] for p in group["params"] if p in state]
+    left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
+    if left and (turn.ratio is None or absent):
+        raise RuntimeError(
+            f"Anon: gamma of param group {index} was changed from {turn.old!r} to {turn.new!r}, and {len(left)} of its parameters have "
+            "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
+            f"{'not all parameters are in it' if absent else regime.why_not(turn)}. Put them in a param group of their own, or set "
+            f"{turn.old!r} again"
+        )
+    return turn, left
+
+
+def _has_no_gradient(groups: Groups) -> bool:
+    """Whether there are parameters, and none of them has a gradient."""
+    parameters = [p for group in groups for p in group["params"] if p.numel()]
+    return bool(parameters) and all(p.grad is None for p in parameters)
+
+
+def _check_group(index: int, group: dict[str, Any], groups: Groups, state: States) -> None:
+    """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
+    if not is_plain(group):
+        normalise(group)
+    validate(group)
+    regime = Regime(group)
+    if regime.drift():
+        if steps_taken(group, state) or has_absent(groups, state):
+            regime.check_drift(index)
+        else:
+            group[HISTORY] = regime.fresh()
+
+
+def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:
+    """Indices of the bucket's parameters by the part of the step that they are in; -1 for those in none."""
+    if not part_of:
+        return {-1: range(len(bucket.params))}
+    found: dict[int, list[int]] = {}
+    for i, p in enumerate(bucket.params):
+        found.setdefault(part_of.get(p, -1), []).append(i)
+    return dict(found)
+
+
+def _refuse_capture() -> None:
+    """A CUDA graph would replay one step's variant and numbers for ever."""
+    if torch.cuda.is_available() and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Anon: step() cannot be captured in a CUDA graph, since the host chooses what each step does (refresh, window, counts). "
+            "Capture forward and backward, and call step() outside"
+        )
