@@ -1,4 +1,4 @@
-"""Which settings of a run must be the same on every rank; `engines.agreement` compares them."""
+"""Which settings of a run must be the same on every rank; `engines.comparison` compares them."""
 
 from __future__ import annotations
 
