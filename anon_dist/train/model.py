@@ -60,7 +60,8 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
         shape = model_config(config, vocab_size, eod_id)
         _check_memory(shape)
         try:
-            model = AutoModelForCausalLM.from_config(shape, attn_implementation=config.attention, dtype=torch.float32)
+            attention = _without_masks() if config.attention == "sdpa" else config.attention
+            model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
     else:
@@ -86,6 +87,19 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
     model.config.use_cache = False
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _without_masks() -> str:
+    """Name of transformers' own SDPA, registered once more, so that no mask is made for it: none is causal, and one that is given stays.
+
+    Under the name "sdpa" each forward looks in the position ids for packed sequences, for which the host waits for the device. Not for
+    models with sliding windows, which need the masks.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    return "sdpa_causal"
 
 
 def _check_memory(shape: PretrainedConfig) -> None:
