@@ -18,6 +18,8 @@ class ReadOptions:
     """Of the parameters in the optimizer's order, for optimizers that number them."""
     names_in_model_order: bool = False
     """That such an optimizer was made from `model.parameters()`, or that each of its groups is a filter over them."""
+    order: Sequence[str] | None = None
+    """The same, as a run knows it of the checkpoints that it wrote itself; used where neither `names` nor the file says."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
     check: bool = False

@@ -6,7 +6,7 @@ For the engines of torch alone; DeepSpeed's are filled by `zero_restore`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.names import unwrapped
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
@@ -80,19 +81,28 @@ def _fill(
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Checkpoint]:
+def opened(folder: Path, order: Sequence[str]) -> Iterator[Checkpoint]:
     """The checkpoint in a folder that some engine saved to, of whatever format; closed again in the end. Every rank must call it.
+
+    Args:
+        order: see `parameter_order`.
 
     Raises:
         CheckpointError: it cannot be opened, on some rank: raised on all.
     """
     check_present(folder)
     with on_every_rank():
-        checkpoint = open_checkpoint(state_folder(folder))
+        checkpoint = open_checkpoint(state_folder(folder), ReadOptions(order=order))
     try:
         yield checkpoint
     finally:
         checkpoint.close()
+
+
+def parameter_order(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in its order, before an engine wraps the two: DeepSpeed's stage 0 numbers them when it saves."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
 def state_folder(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from anon_dist.engines.check import check_optimizer
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.restore import parameter_order
 from anon_dist.engines.torch_native import TorchEngine
 
 BLOCK_PLAN: dict[str, type[ColwiseParallel] | type[RowwiseParallel]] = {
@@ -54,6 +55,7 @@ class TensorParallelEngine(TorchEngine):
             EngineError: the model is no Llama, or its sizes do not divide by `ranks`.
         """
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._order = parameter_order(model, optimizer)
         names = {p: name for name, p in model.named_parameters()}
         members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         self.name, self._accelerator, self.model = f"{name}+tp{ranks}", accelerator, model.to(accelerator.device)

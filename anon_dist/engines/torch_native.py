@@ -22,7 +22,7 @@ from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.replicas import Copy, copies_of, states_of
-from anon_dist.engines.restore import check_present, opened, restore
+from anon_dist.engines.restore import check_present, opened, parameter_order, restore
 from anon_dist.optim import Anon
 
 
@@ -44,6 +44,7 @@ class TorchEngine:
     ) -> None:
         """`overlap`: step in the background (see `overlap`). `sharded_sums`: of FSDP, see `start.wrap`."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._order = parameter_order(model, optimizer)
         self.name, self._accelerator, self._sharded_sums = name, accelerator, sharded_sums
         self.model, prepared = accelerator.prepare(model, optimizer)
         check_optimizer(prepared, self.model, type(optimizer), groups)
@@ -115,7 +116,7 @@ class TorchEngine:
         if (folder / ".metadata").exists():
             load_sharded(folder, self.model, self.optimizer)
         else:
-            with opened(folder) as checkpoint:
+            with opened(folder, self._order) as checkpoint:
                 restore(self.model, self.optimizer, checkpoint)
 
     def full_weights(self) -> dict[str, Tensor]:

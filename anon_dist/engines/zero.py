@@ -22,7 +22,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
 from anon_dist.engines.register import NVME, refuse_other_steppers
 from anon_dist.engines.replicas import Copy, copies_of, states_of
-from anon_dist.engines.restore import DEEPSPEED, opened
+from anon_dist.engines.restore import DEEPSPEED, opened, parameter_order
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 
 
@@ -82,6 +82,7 @@ class ZeroEngine:
 
     def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._order = parameter_order(model, optimizer)
         self.name = name
         watch = GradientWatch(model)
         self.model, _ = accelerator.prepare(model, optimizer)
@@ -201,7 +202,7 @@ class ZeroEngine:
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`. DeepSpeed's own loading runs whatever its pickles ask for, so it is never called."""
-        with opened(folder) as checkpoint:
+        with opened(folder, self._order) as checkpoint:
             zero_restore.restore(self._engine, checkpoint)
 
     def full_weights(self) -> dict[str, Tensor]:

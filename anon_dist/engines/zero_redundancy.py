@@ -20,7 +20,7 @@ from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import Copy, copies_of
-from anon_dist.engines.restore import check_present, opened, restore
+from anon_dist.engines.restore import check_present, opened, parameter_order, restore
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.optim.regime import HISTORY
 from anon_dist.optim.state import decoded_states
@@ -31,6 +31,7 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._order = parameter_order(model, optimizer)
         self.name, self._accelerator = name, accelerator
         self.model = accelerator.prepare(model)
         accepted = inspect.signature(type(optimizer)).parameters  # AdamW's defaults hold more than it takes
@@ -77,7 +78,7 @@ class ZeroRedundancyEngine(TorchEngine):
         """See `base.Engine`."""
         check_present(folder)
         if not (folder / ".metadata").exists():
-            with self.whole_optimizer() as optimizer, opened(folder) as checkpoint:
+            with self.whole_optimizer() as optimizer, opened(folder, self._order) as checkpoint:
                 restore(self.model, optimizer, checkpoint)
             return
         with decoded_states(self.optimizer):

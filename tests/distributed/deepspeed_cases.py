@@ -31,7 +31,8 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.engines import cpu, zero_restore
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.start import start
-from anon_dist.optim import STATE_KEYS, anon
+from anon_dist.optim import STATE_KEYS
+from anon_dist.optim.backends import cpu, foreach
 from anon_dist.train import loop
 from anon_dist.train.config import Config, load_config
 from anon_dist.train.run import set_up, wanted_engine
@@ -168,11 +169,9 @@ def case_user_stage3_offload_client():
 
 def check_kernel(stage):
     """All of this rank's masters go through the C kernel, and through nothing else."""
-    patch, stepped, fused = Patch(), [], anon.update_bucket_fused
-    patch.setattr(
-        anon, "update_bucket_fused", lambda bucket, group: (stepped.extend(bucket.theta), fused(bucket, group))
-    )
-    patch.setattr(anon, "update_bucket", lambda *_: 1 / 0)
+    patch, stepped, kernel = Patch(), [], cpu.run
+    patch.setattr(cpu, "run", lambda lists, *rest: (stepped.extend(lists[0]), kernel(lists, *rest)))
+    patch.setattr(foreach, "run", lambda *_: 1 / 0)
     config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
     engine = user_training(config, client=True, steps=2)
     patch.close()
@@ -450,7 +449,7 @@ def case_torch_engines_take_deepspeeds_checkpoints():
         config.optim.name = "adamw"
         raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
         config = configured(config, name.removesuffix("-torch"))
-        config.train.engine = name.removesuffix("-torch")
+        config.train.engine, config.train.deepspeed_config = name.removesuffix("-torch"), None
         config.optim.name = "adamw"
         raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
         config.optim.name = "anon"

@@ -25,7 +25,8 @@ from launch_cases import Patch, raises, run_cases, shared_folder
 from anon_dist import Anon
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.overlap import OverlappedStep
-from anon_dist.optim import STATE_KEYS, anon, param_groups
+from anon_dist.optim import STATE_KEYS, param_groups
+from anon_dist.optim.backends import cpu
 from anon_dist.train import config as c
 from anon_dist.train import loop
 
@@ -269,10 +270,8 @@ def case_the_kernel_steps_the_shards():
     background, patch = OverlappedStep(model, optimizer), Patch()
     model(rows(0), True).sum().backward()
     stepped = []
-    fused = anon.update_bucket_fused
-    patch.setattr(
-        anon, "update_bucket_fused", lambda bucket, group: (stepped.extend(bucket.theta), fused(bucket, group))
-    )
+    kernel = cpu.run
+    patch.setattr(cpu, "run", lambda lists, *rest: (stepped.extend(lists[0]), kernel(lists, *rest)))
     background.step()
     background.wait()
     patch.close()

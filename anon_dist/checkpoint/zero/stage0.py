@@ -94,7 +94,7 @@ def _members(
         return [list(group) for group in header.shapes]
     shapes = {name: tuple(header.module[name].shape) for name in header.names}
     recorded = all(len(g.get("param_names") or ()) == len(g["params"]) for g in saved)
-    given = [str(n) for g in saved for n in g["param_names"]] if recorded and not options.names else options.names
+    given = options.names or ([str(n) for g in saved for n in g["param_names"]] if recorded else options.order)
     if flat is not None:
         return _cut_flat(header, given, flat, shapes, options.names_in_model_order)
     numbers = [list(g["params"]) for g in saved]
