@@ -44,7 +44,7 @@ class Reading:
     def options(self) -> ReadOptions:
         """For the readers."""
         names = read_names(self.names) if self.names else None
-        return ReadOptions(names, self.names_in_model_order, self.unsafe, self.check)
+        return ReadOptions(names, self.names_in_model_order, unsafe=self.unsafe, check=self.check)
 
 
 @dataclass

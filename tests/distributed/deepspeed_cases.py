@@ -32,7 +32,8 @@ from anon_dist.engines import cpu, zero_restore
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.start import start
 from anon_dist.optim import STATE_KEYS
-from anon_dist.optim.backends import cpu, foreach
+from anon_dist.optim.backends import cpu as on_cpu
+from anon_dist.optim.backends import foreach
 from anon_dist.train import loop
 from anon_dist.train.config import Config, load_config
 from anon_dist.train.run import set_up, wanted_engine
@@ -169,8 +170,8 @@ def case_user_stage3_offload_client():
 
 def check_kernel(stage):
     """All of this rank's masters go through the C kernel, and through nothing else."""
-    patch, stepped, kernel = Patch(), [], cpu.run
-    patch.setattr(cpu, "run", lambda lists, *rest: (stepped.extend(lists[0]), kernel(lists, *rest)))
+    patch, stepped, kernel = Patch(), [], on_cpu.run
+    patch.setattr(on_cpu, "run", lambda lists, *rest: (stepped.extend(lists[0]), kernel(lists, *rest)))
     patch.setattr(foreach, "run", lambda *_: 1 / 0)
     config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
     engine = user_training(config, client=True, steps=2)
