@@ -33,7 +33,7 @@ def fail(rank: int, ranks: int, port, when: str, error: Exception, queue, folder
     peers.sign_in()
     if when == NEVER:
         return
-    while when == LATER and not peers._store().check(["report/1"]):
+    while when == LATER and not peers.store(30).check(["report/1"]):
         time.sleep(0.1)
     with suppress(type(error)), peers.who_stopped():
         raise error
