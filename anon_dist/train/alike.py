@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from anon_dist.data import Index
+from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config
 
 BY_CONTENT = ("data.path", "train.deepspeed_config", "model.from_pretrained", "optim.match")
@@ -17,17 +17,17 @@ BY_CONTENT = ("data.path", "train.deepspeed_config", "model.from_pretrained", "o
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """Every field of the configuration but those paths, and the fingerprint of the data.
-
-    Raises:
-        DataError: there is no prepared data.
-    """
+    """Every field of the configuration but those paths, and the fingerprint of the data. A fault of the data is said later."""
     found = dict(_fields(asdict(config), ""))
     for name in BY_CONTENT:
         path = found.pop(name)
         if name in ("model.from_pretrained", "optim.match"):
             found[name] = None if path is None else "a path"
-    return {**found, "the fingerprint of the data": Index.load(config.data.path).fingerprint}
+    try:
+        fingerprint = Index.load(config.data.path).fingerprint
+    except DataError:
+        fingerprint = "none, as there is no data that can be read"
+    return {**found, "the fingerprint of the data": fingerprint}
 
 
 def pretrained_settings(built: PretrainedConfig) -> dict[str, Any]:

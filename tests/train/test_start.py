@@ -70,7 +70,7 @@ def test_a_tokenizer_that_is_not_the_datas_is_refused_at_start(damage, data, run
     with pytest.raises(ConfigError, match=message) as error:
         train(run_config(data__path=str(data)))
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_pretrained_model_of_other_tokens_is_refused_at_start(pretrained, run_
         match=r"has other tokens than .*\(2 of 257; 97 is 'a' in the data and 'b' there\); .*--tokenizer hf:",
     ):
         train(config)
-    assert not (tmp_path / "run").exists()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]
 
     def space(content):
         content["pre_tokenizer"]["add_prefix_space"] = True
@@ -154,7 +154,7 @@ def test_missing_data_is_answered_with_the_presets_own_command(preset, tmp_path,
     file = (shipped_configs() / "train" / f"{preset}.yaml").read_text().replace("\\\n#     ", "")
     script = (shipped_configs().parent / "launch" / "quickstart.sh").read_text()
     assert f"anon-dist data prepare {command}" in (script if preset == "quickstart" else file)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["run.lock"]
 
 
 def test_missing_data_elsewhere(tmp_path):
