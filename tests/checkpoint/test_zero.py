@@ -172,7 +172,7 @@ def test_a_run_goes_with_what_lies_beside(launched, tmp_path):
     convert(run, tmp_path / "out", "zero3", WriteOptions(world_size=4))
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     ranks = {f"deepspeed/zero_pp_rank_{r}_mp_rank_00_{k}_states.pt" for r in range(4) for k in ("optim", "model")}
-    assert names == {"latest", "trainer.json", "random-00000.pt", *ranks}
+    assert names == {"latest", "trainer.json", "checksums.json", "random-00000.pt", *ranks}
     found = open_checkpoint(tmp_path / "out")
     assert found.manifest.extras["progress"] == {"step": 4, "samples": 32, "world_size": 4}
     assert found.manifest.extras["rng"][0]["torch"].tolist() == [0, 1, 2, 3, 4]
