@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.optim import optimizer as global_hooks
 
 from anon_dist.engines.errors import EngineError
 from anon_dist.optim import Anon
@@ -87,9 +88,11 @@ class OverlappedStep:
                     f"a parameter is on {local(p).device}: only a step on the CPU can run in the background; give fully_shard "
                     "offload_policy=CPUOffloadPolicy()"
                 )
-        if len(optimizer._optimizer_step_pre_hooks) > 1 or optimizer._optimizer_step_post_hooks:
+        of_all = (*global_hooks._global_optimizer_pre_hooks, *global_hooks._global_optimizer_post_hooks)
+        if len(optimizer._optimizer_step_pre_hooks) > 1 or optimizer._optimizer_step_post_hooks or of_all:
             raise EngineError(
-                "hooks of optimizer.step() would run before the update; remove them, or step without overlap"
+                "hooks of optimizer.step(), or torch's of every optimizer's, would run before the update or not at all; remove them, or "
+                "step without overlap"
             )
         keys = [*self._called, *(key for key in self._parts if key not in self._called)]
         updates = optimizer.split_step([self._parts[key] for key in keys])

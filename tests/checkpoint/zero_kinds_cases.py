@@ -56,8 +56,8 @@ def make(name):
 
 
 def read(source):
-    """Stage 0 in float32 with frozen members does not tell which they are."""
-    if source == "frozen_group_0":
+    """Stage 0 in float32 numbers its parameters, and some that are alike are of one shape."""
+    if source in ("frozen_group_0", "muon_0"):
         return ReadOptions(names=[n for group in told(source)["members"] for n in group])
     return ReadOptions()
 

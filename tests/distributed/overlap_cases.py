@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import forget_accelerate, metrics
@@ -256,6 +257,9 @@ def case_what_a_step_refuses_is_refused_at_once():
     raises(ValueError, "lr", background.step)
     optimizer.param_groups[1]["lr"] = 0.1
     hook = optimizer.register_step_post_hook(lambda *_: None)
+    raises(EngineError, "hooks", background.step)
+    hook.remove()
+    hook = register_optimizer_step_post_hook(lambda *_: None)
     raises(EngineError, "hooks", background.step)
     hook.remove()
     assert_same(everything(model, optimizer), before)
