@@ -27,7 +27,7 @@ def test_a_wheel_prepares_and_trains_outside_of_the_clone(texts, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert (tmp_path / "site" / "anon_dist" / "configs" / "train" / "quickstart.yaml").is_file()
     assert (tmp_path / "site" / "anon_dist" / "py.typed").is_file()
-    assert (tmp_path / "site" / "anon_dist" / "optim" / "kernels" / "anon.c").is_file()
+    assert (tmp_path / "site" / "anon_dist" / "optim" / "backends" / "anon.c").is_file()
     assert (tmp_path / "site" / "anon_dist" / "bench" / "stream.c").is_file()
     work = tmp_path / "work"
     work.mkdir()

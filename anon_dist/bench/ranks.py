@@ -80,7 +80,9 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
         clip=None,
         shard_ranks=job.shard if name == "hsdp" else None,
         tensor_parallel=job.tensor if name == "fsdp2+tp" else None,
-        deepspeed_config=str(shipped_configs() / "deepspeed" / f"{name.removesuffix('-deepspeed')}.json"),
+        deepspeed_config=str(shipped_configs() / "deepspeed" / f"{name.removesuffix('-deepspeed')}.json")
+        if is_deepspeed(name)
+        else None,
     )
     torch.manual_seed(0)
     model = build_model(config_of(job.shape), job.shape.vocab, 0, job.seq_len)

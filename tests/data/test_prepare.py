@@ -93,7 +93,9 @@ def test_large_vocabularies_are_uint32(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "Tokenizer", type("Large", (Tokenizer,), {"__init__": with_a_large_id}))
     index = prepare(config(corpus, tmp_path, tokenizer="bytes"))
     assert index.dtype == "uint32"
-    texts_of(tmp_path, "val")
+    shards = TokenShards(tmp_path, "val")
+    tokens = shards.tokens(0, len(shards))
+    assert (tokens == index.eod_id).sum() == index.splits["val"].documents
 
 
 def test_complete_is_left_alone(corpus, tmp_path, reference, capsys, monkeypatch):
