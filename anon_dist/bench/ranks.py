@@ -71,8 +71,10 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
     GradientState._reset_state()
     for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_USE_DEEPSPEED"):  # left by the engine before
         os.environ.pop(key, None)
+    deepspeed = is_deepspeed(name)  # type: ignore[arg-type]
+    file = shipped_configs() / "deepspeed" / f"{name.removesuffix('-deepspeed')}.json"
     wanted = Wanted(
-        "deepspeed" if is_deepspeed(name) else name.removesuffix("+tp"),  # type: ignore[arg-type]
+        "deepspeed" if deepspeed else name.removesuffix("+tp"),  # type: ignore[arg-type]
         "bf16" if job.bf16 else "fp32",
         timedelta(minutes=1),
         job.micro_batch,
@@ -80,9 +82,7 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
         clip=None,
         shard_ranks=job.shard if name == "hsdp" else None,
         tensor_parallel=job.tensor if name == "fsdp2+tp" else None,
-        deepspeed_config=str(shipped_configs() / "deepspeed" / f"{name.removesuffix('-deepspeed')}.json")
-        if is_deepspeed(name)
-        else None,
+        deepspeed_config=str(file) if deepspeed else None,
     )
     torch.manual_seed(0)
     model = build_model(config_of(job.shape), job.shape.vocab, 0, job.seq_len)

@@ -41,11 +41,15 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
+        return [p for p in self.present() if _is_complete(p)]
+
+    def present(self) -> list[Path]:
+        """The complete ones, and those that have lost what makes them complete; oldest first."""
         try:
             entries = list(self.folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted((p for p in entries if _NAME.fullmatch(p.name) and _is_complete(p)), key=step_of)
+        return sorted((p for p in entries if _NAME.fullmatch(p.name) and (_is_complete(p) or _was_one(p))), key=step_of)
 
     def latest(self) -> Path | None:
         """The one to resume from."""
@@ -171,7 +175,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     try:
         return checksums.unsealed(path)[0]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint of a training run: {error}") from None
+        if _was_one(checkpoint):
+            raise DamagedCheckpoint(f"{path} is missing") from None
+        why = error if checkpoint.exists() else "there is no such folder"
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint of a training run: {why}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
 
@@ -179,6 +186,14 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         return (checkpoint / PROGRESS).is_file()
+    except OSError:
+        return False
+
+
+def _was_one(checkpoint: Path) -> bool:
+    """Whether a folder without `PROGRESS` is a checkpoint all the same: folders get their names when they are complete."""
+    try:
+        return any((checkpoint / name).exists() for name in (checksums.NAME, ".metadata", "deepspeed"))
     except OSError:
         return False
 

@@ -169,7 +169,7 @@ class BatchLoader(Iterator[Tensor]):
             if state.get(key) != mine
         ]
         if differences:
-            raise DataError("BatchLoader: cannot resume: " + "; ".join(differences))
+            raise DataError("data: cannot resume: " + "; ".join(differences))
         cursor = state.get("cursor")
         if not isinstance(cursor, int) or cursor < 0:
             raise DataError(f"BatchLoader: cannot resume: cursor must be an integer ≥ 0, not {cursor!r}")

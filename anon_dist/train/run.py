@@ -240,7 +240,7 @@ def _in_folder(folder: Path, action: Callable[[], object]) -> None:
 
 def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     """Load the checkpoint that `resume` asks for; with the hyperparameters of the present configuration."""
-    present, error = first_does(run.checkpoints.complete)
+    present, error = first_does(run.checkpoints.present)
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
     if run.config.resume == "auto":
@@ -365,7 +365,11 @@ def _agreed_progress(source: Path) -> dict[str, Any]:
             numbers = {key: outcome.get(key) for key in ("step", "skipped", "world_size")}
             numbers["data.cursor"] = data.get("cursor") if isinstance(data, dict) else None
             if wrong := [key for key, value in numbers.items() if type(value) is not int or value < 0]:
-                raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {', '.join(wrong)} missing, or no number")
+                raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {', '.join(wrong)} missing, or no count")
+            if step_of(source) not in (-1, numbers["step"]):
+                raise DamagedCheckpoint(
+                    f"{source} is not what its name says: {PROGRESS} in it is of step {numbers['step']}"
+                )
         except CheckpointError as error:
             outcome = error
     outcome = agree(outcome)

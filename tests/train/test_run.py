@@ -397,3 +397,39 @@ def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
 def test_trackers(run_config, train):
     folder = train(run_config(log__trackers=("tensorboard",)))
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("left", ["all", "newest"])
+def test_a_checkpoint_that_has_lost_its_progress_is_damaged(left, run_config, train, tmp_path, monkeypatch, capsys):
+    """Without trainer.json a checkpoint was taken for none, and the run began anew over its own results."""
+    at_step(monkeypatch, 10, crash)
+    with pytest.raises(Crash):
+        train(run_config())
+    monkeypatch.undo()
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints if left == "all" else checkpoints[1:]:
+        (checkpoint / "trainer.json").unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    if left == "all":
+        with pytest.raises(DamagedCheckpoint, match=r"no checkpoint that can be loaded \(.*trainer.json is missing"):
+            train(run_config())
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+        return
+    train(run_config())
+    said = capsys.readouterr().out
+    assert f"{checkpoints[1].name} is damaged, and set aside as {checkpoints[1].name}.damaged: " in said
+    assert "are lost" in said
+
+
+def test_a_checkpoint_under_another_name_is_damaged(run_config, train, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 10, crash)
+    with pytest.raises(Crash):
+        train(run_config())
+    monkeypatch.undo()
+    older, newer = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newer.rename(older.with_name("aside"))
+    older.rename(newer)
+    older.with_name("aside").rename(older)
+    with pytest.raises(DamagedCheckpoint, match=r"is not what its name says: trainer\.json in it is of step"):
+        train(run_config())
