@@ -244,6 +244,8 @@ class Anon(Optimizer):
         """
         self.settle()
         allocate(self.param_groups, self.state)
+        for group in self.param_groups:
+            normalise(group)  # numbers that were set since the last step
         found = super().state_dict()
         return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
 
@@ -303,7 +305,7 @@ class Anon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of every parameter that has a gradient; the others' step counts stay.
+        """One step of every parameter that has a gradient, or no elements; the others' step counts stay.
 
         Args:
             closure: re-evaluates the model and returns the loss.

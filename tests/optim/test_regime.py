@@ -112,6 +112,8 @@ def test_numpy_scalars_in_param_groups_are_numbers():
     optimizer.param_groups[0].update(lr=np.float32(0.02), gamma=np.float64(0.5), weight_decay=np.float16(0.25))
     optimizer.param_groups[0].update(update_clip=np.int64(2), window=np.int64(4) and None)
     other.param_groups[0].update(lr=0.02, gamma=0.5, weight_decay=0.25, update_clip=2)
+    assert {type(v).__module__ for v in optimizer.state_dict()["param_groups"][0].values()} == {"builtins"}
+    optimizer.param_groups[0].update(lr=np.float32(0.02))
     for t in range(9):
         for x, o in ((p, optimizer), (q, other)):
             x.grad = torch.randn(400, generator=torch.Generator().manual_seed(t))
