@@ -96,7 +96,7 @@ class Stepper:
             _check_group(index, group, groups, state)
         if told.skips:
             return work
-        absent = has_absent(groups, state)
+        absent = any(Regime(group).is_pending for group in groups) and has_absent(groups, state)  # it takes time
         turns = [_turn(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
         late = told.found_inf is not None and not known_to_the_host(told.found_inf)
         if late and any(turns):  # rare enough to wait for a GPU
