@@ -89,7 +89,7 @@ def _forbidden(path: Path, error: ForbiddenClass, advice: bool) -> CheckpointErr
             f"{path} holds one rank's shard of a tensor ({error}), without the others. Save with torch.distributed.checkpoint, or "
             "gather the state dictionaries first (StateDictOptions(full_state_dict=True))"
         )
-    said = ". If you trust the file's origin, read it with --unsafe" if advice else ""
+    said = ". If you trust the file's origin, `anon-dist ckpt convert --unsafe` reads it" if advice else ""
     return CheckpointError(f"{path} holds an object of {error}, which could run code when read{said}")
 
 
