@@ -21,7 +21,8 @@ FOLDERS = (
 """From the lowest. A folder imports none that comes later, nor its neighbour."""
 
 OPTIM = (
-    ("schedule", "rounding", "update", "plan", "groups", "host_copy", "matching", "reference"),
+    ("schedule", "rounding", "update", "plan", "groups", "host_copy", "matching", "reference", "basis"),
+    ("frame",),
     ("state",),
     ("hyper",),
     ("regime",),
@@ -29,7 +30,7 @@ OPTIM = (
     ("backends.foreach", "backends.cpu", "backends.gpu_step"),
     ("backends.gpu",),
     ("backends.choice", "gather"),
-    ("members",),
+    ("members", "turned"),
     ("stepper",),
     ("anon",),
     ("monitor",),

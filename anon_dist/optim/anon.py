@@ -21,6 +21,7 @@ from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, named_parameters
 from anon_dist.optim.stepper import Stepper, Told, Work, convert
+from anon_dist.optim.turned import TurnedWork
 
 _UNSET: Any = object()
 
@@ -100,6 +101,11 @@ class Anon(Optimizer):
         update_clip: float | None = None,
         window: Window = None,
         hold_silent: bool = False,
+        max_interval: int | None = None,
+        nesterov: bool = False,
+        cautious_decay: bool = False,
+        basis: str | None = None,
+        basis_block: int = 128,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -117,6 +123,11 @@ class Anon(Optimizer):
             "update_clip": update_clip,
             "window": window,
             "hold_silent": hold_silent,
+            "max_interval": max_interval,
+            "nesterov": nesterov,
+            "cautious_decay": cautious_decay,
+            "basis": basis,
+            "basis_block": basis_block,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -165,16 +176,21 @@ class Anon(Optimizer):
         beta2: float | None = None,
         beta3: float | None = None,
         window: Window = _UNSET,
+        max_interval: int | None = _UNSET,
+        basis: str | None = _UNSET,
+        basis_block: int | None = None,
         group: int | None = None,
     ) -> None:
         """Change, in the middle of a run, hyperparameters that the state depends on.
 
-        The others (lr, weight_decay, eps, update_clip, β1, maximize, hold_silent) can be set in `param_groups` at any time and act at
-        once; so can gamma, which acts from a refresh on (see `next_gammas`). Here:
+        The others (lr, weight_decay, eps, update_clip, β1, maximize, hold_silent, nesterov, cautious_decay) can be set in `param_groups` at
+        any time and act at once; so can gamma, which acts from a refresh on (see `next_gammas`). Here:
 
         - gamma: the preconditioner is converted, d ← d^(γ'/γ), at once;
         - beta3: from the next refresh on;
-        - refresh_ratio, beta2, window: after the largest step count in the group, keeping the age of the second moment (see
+        - basis, basis_block: at once. A new basis starts at I, so that the next step is as it would have been. From one that is left the
+          momentum is turned back exactly, the preconditioner approximately (see `frame.change`);
+        - refresh_ratio, beta2, window, max_interval: after the largest step count in the group, keeping the age of the second moment (see
           `schedule.Schedule`). A parameter that is behind, for want of gradients, keeps the old values until its own count is there.
 
         Every rank must make the same call between the same two steps.
@@ -190,10 +206,10 @@ class Anon(Optimizer):
         self.settle()
         if has_absent(self.param_groups, self.state):
             raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
-        given = {"gamma": gamma, "refresh_ratio": refresh_ratio, "beta3": beta3}
+        given = {"gamma": gamma, "refresh_ratio": refresh_ratio, "beta3": beta3, "basis_block": basis_block}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if window is not _UNSET:
-            changes["window"] = window
+        may_be_none = {"window": window, "max_interval": max_interval, "basis": basis}
+        changes |= {name: value for name, value in may_be_none.items() if value is not _UNSET}
         names = {*changes, *(["beta2"] if beta2 is not None else [])}
         changed = []
         for index in range(len(self.param_groups)) if group is None else [group]:
@@ -208,6 +224,7 @@ class Anon(Optimizer):
         for old, new, ratio in changed:
             if ratio != 1.0:
                 convert((self.state[p] for p in old["params"] if p in self.state), ratio)
+            self._stepper.change_frames(old, new, self.state)
             old.update(new)
 
     def next_gammas(self) -> list[float]:
@@ -287,10 +304,10 @@ class Anon(Optimizer):
             group.setdefault(HISTORY, Regime(group).fresh())
         checked = LazyState()
         names = dict(named_parameters(groups))
-        dtypes = {p: state_dtypes(g) for g in groups for p in g["params"]}
+        group_of = {p: group for group in groups for p in group["params"]}
         for key, values in state.get("state", self.__dict__.get("state", {})).items():
             if key in names:
-                checked[key] = checked_state(names[key], key, values, dtypes[key])
+                checked[key] = checked_state(names[key], key, values, state_dtypes(group_of[key]), group_of[key])
         super().__setstate__({**state, "param_groups": groups, "state": checked})
         if "_stepper" not in self.__dict__:  # copied, or from a pickle
             self._stepper = Stepper()
@@ -325,6 +342,7 @@ class Anon(Optimizer):
                 loss = closure()
         for work in self._ready(())[0]:
             work.run()
+        self._stepper.start_renewals()
         return loss
 
     def settle(self) -> None:
@@ -353,11 +371,11 @@ class Anon(Optimizer):
         """
         return [partial(_run, work) for work in self._ready(parts)]
 
-    def _ready(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+    def _ready(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work | TurnedWork]]:
         told = Told(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return self._stepper.ready(self.param_groups, self.state, told, parts)
 
 
-def _run(work: Iterable[Work]) -> None:
+def _run(work: Iterable[Work | TurnedWork]) -> None:
     for one in work:
         one.run()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from anon_dist.optim.backends.layout import Addresses, Lists, addresses_of
+from anon_dist.optim.frame import sides
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
 LAST_STEP = 1 << 24
@@ -33,7 +34,8 @@ _values = itemgetter(*STATE_KEYS)
 
 @dataclass
 class Bucket:
-    """Local tensors of one param group and one device, whose dtypes agree role by role. All lists have a member for each parameter."""
+    """Local tensors of one param group and one device, whose dtypes agree role by role, and all of which are turned or none. All lists have
+    a member for each parameter."""
 
     params: list[Tensor]
     lists: Lists
@@ -187,7 +189,7 @@ def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathe
             _check(index, position, p, state[p], tensors)
         elif tensors[0].numel() != tensors[2].numel():
             continue
-        key = (tensors[0].device, *(t.dtype for t in tensors))
+        key = (tensors[0].device, *(t.dtype for t in tensors), bool(sides(p, group)))
         positions, params, lists = kinds.setdefault(key, ([], [], tuple([] for _ in tensors)))
         positions.append(position)
         params.append(p)

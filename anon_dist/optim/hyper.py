@@ -15,12 +15,31 @@ from anon_dist.optim.state import STATE_KEYS
 
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
+NUMBERS = (
+    "lr",
+    "eps",
+    "gamma",
+    "weight_decay",
+    "refresh_ratio",
+    "beta3",
+    "update_clip",
+    "window",
+    "max_interval",
+    "basis_block",
+)
+SWITCHES = ("maximize", "hold_silent", "nesterov", "cautious_decay", "stochastic_rounding")
+BASES = (None, "columns", "rows", "both")
+
 Group = Mapping[str, Any]
 
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a plain real number (a bool is not) and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
@@ -30,11 +49,11 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 def normalise(group: dict[str, Any]) -> None:
     """Bring the hyperparameters of a group to plain Python values, which every checkpoint format keeps; numpy's scalars, say."""
-    for name in ("lr", "eps", "gamma", "weight_decay", "refresh_ratio", "beta3", "update_clip", "window"):
+    for name in NUMBERS:
         group[name] = _plain(group[name])
     if isinstance(group["betas"], tuple | list):
         group["betas"] = tuple(_plain(beta) for beta in group["betas"])
-    for name in ("maximize", "hold_silent", "stochastic_rounding", "foreach", "fused"):
+    for name in (*SWITCHES, "foreach", "fused"):
         if type(group[name]).__name__ in ("bool", "bool_"):
             group[name] = bool(group[name])
     group["state_dtype"] = _state_dtype_text(group["state_dtype"])
@@ -42,8 +61,7 @@ def normalise(group: dict[str, Any]) -> None:
 
 def is_plain(group: Group) -> bool:
     """Whether `normalise` would find nothing to change, but for what `validate` refuses."""
-    numbers = (group["lr"], group["eps"], group["gamma"], group["weight_decay"], group["refresh_ratio"], group["beta3"])
-    values = (*numbers, group["update_clip"], group["window"], *group["betas"])
+    values = (*(group[name] for name in NUMBERS), *group["betas"])
     return type(group["state_dtype"]) is str and not any(type(value).__module__ == "numpy" for value in values)
 
 
@@ -68,11 +86,12 @@ def state_dtypes(group: Group) -> dict[str, torch.dtype]:
 @lru_cache(maxsize=64)
 def _parsed_dtypes(text: str) -> tuple[tuple[str, torch.dtype], ...]:
     states = STATE_KEYS[1:]
-    named = dict.fromkeys(states, text)
+    named, twice = dict.fromkeys(states, text), False
     if "=" in text:
         pairs = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
         named = {**dict.fromkeys(states, "float32"), **{pair[0]: pair[-1] for pair in pairs}}
-    known = set(named) == set(states) and set(named.values()) <= set(STATE_DTYPES)
+        twice = len({pair[0] for pair in pairs}) < len(pairs)
+    known = set(named) == set(states) and set(named.values()) <= set(STATE_DTYPES) and not twice
     _require(
         known and "int8" not in (named["exp_avg_sq"], named["precond"]),
         "state_dtype",
@@ -119,9 +138,12 @@ def validate(group: Group) -> None:
     _require(
         clip is None or (is_number(clip) and 0.0 < clip < math.inf), "update_clip", clip, "None or a finite number > 0"
     )
-    whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
-    _require(window is None or window == "auto" or whole, "window", window, "None, 'auto' or an integer ≥ 1")
-    for name in ("maximize", "hold_silent", "stochastic_rounding"):
+    _require(window is None or window == "auto" or _counts(window), "window", window, "None, 'auto' or an integer ≥ 1")
+    longest, block = group["max_interval"], group["basis_block"]
+    _require(longest is None or _counts(longest), "max_interval", longest, "None or an integer ≥ 1")
+    _require(group["basis"] in BASES, "basis", group["basis"], "None, 'columns', 'rows' or 'both'")
+    _require(_counts(block), "basis_block", block, "an integer ≥ 1")
+    for name in SWITCHES:
         _require(isinstance(group[name], bool), name, group[name], "True or False")
     for name in ("foreach", "fused"):
         _require(group[name] in (None, True, False), name, group[name], "None, True or False")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anon_dist.optim.frame import KEYS, length, sides
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.state import fresh_state
 
@@ -35,16 +36,23 @@ def allocate(groups: Groups, state: States) -> None:
         dtypes = state_dtypes(group)
         for p in group["params"]:
             known = state.get(p)
-            if known and known["exp_avg"].device != p.device and int(known["step"]) == 0:
-                known = None  # the model was moved since
+            if known and int(known["step"]) == 0 and not _fits(known, p, group):
+                known = None  # the model was moved, or the basis set, since
             if not known and (p.requires_grad or p.grad is not None):
-                state[p] = fresh_state(p, dtypes)
+                state[p] = fresh_state(p, dtypes, group)
                 replaced = True
             present += p in state
     if replaced and len(state) != present:
         for p in absent(groups, state):
             if int(state[p].get("step", 0)) == 0:
                 del state[p]
+
+
+def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a state is on the parameter's device and has its bases."""
+    wanted = {KEYS[side][0]: min(group["basis_block"], length(p, side)) for side in sides(p, group)}
+    found = {key: known[key].shape[1] for key in (keys[0] for keys in KEYS.values()) if key in known}
+    return known["exp_avg"].device == p.device and wanted == found
 
 
 def absent(groups: Groups, state: States) -> list[Tensor]:

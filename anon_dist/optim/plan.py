@@ -48,6 +48,10 @@ class StepPlan:
     eps: float = 1e-16
     hold_silent: bool = False
     """At a refresh: elements with s = 0 keep their v."""
+    nesterov: bool = False
+    """θ moves by the mean that the same gradient would make of m once more: β1 m + (1 − β1) g in place of m."""
+    cautious: bool = False
+    """θ is decayed only where that and the update go the same way, u θ ≥ 0."""
     stochastic: frozenset[str] = frozenset()
     """Which of θ, m, s and v (as `ROLES`) are rounded stochastically where they are stored in bfloat16 or int8 (see `rounding`)."""
     grad_scale: Tensor | None = None
@@ -57,9 +61,9 @@ class StepPlan:
 
     @property
     def debias_m(self) -> float:
-        """1 − β1^t, the summed weight of what m holds."""
-        return float(1.0 - self.beta1**self.step)
+        """The summed weight of what θ moves by: of m 1 − β1^t, one step more with Nesterov."""
+        return float(1.0 - self.beta1 ** (self.step + self.nesterov))
 
     def handing_back(self) -> StepPlan:
         """The plan under which θ becomes the update clip(v · m̂) itself, whatever (finite) it was: (1 − η λ) θ − η u with η = λ = −1."""
-        return replace(self, lr=-1.0, weight_decay=-1.0)
+        return replace(self, lr=-1.0, weight_decay=-1.0, cautious=False)

@@ -17,6 +17,7 @@ class ReferenceAnon:
 
     Attributes:
         theta, m, s, v: float64 tensors of the parameter's shape.
+        left, right: the bases of rows and of columns, if they are turned; m, s and v are of the turned matrix then.
         gamma: to be set between steps; the next refresh takes it up.
         v_gamma: the γ that v is of.
         t: steps taken.
@@ -38,6 +39,11 @@ class ReferenceAnon:
         window: int | str | None = None,
         hold_silent: bool = False,
         maximize: bool = False,
+        nesterov: bool = False,
+        cautious_decay: bool = False,
+        max_interval: int | None = None,
+        basis: str | None = None,
+        basis_block: int = 128,
     ) -> None:
         self.theta = theta.detach().to(torch.float64, copy=True)
         self.m = torch.zeros_like(self.theta)
@@ -46,11 +52,15 @@ class ReferenceAnon:
         self.lr, (self.beta1, self.beta2), self.eps, self.gamma = lr, betas, eps, gamma
         self.v_gamma = gamma
         self.weight_decay, self.beta3, self.update_clip = weight_decay, beta3, update_clip
-        self.hold_silent, self.maximize = hold_silent, maximize
+        self.hold_silent, self.maximize, self.nesterov, self.cautious = hold_silent, maximize, nesterov, cautious_decay
+        self.max_interval: float = math.inf if max_interval is None else max_interval
         self.ratio = Fraction(str(refresh_ratio))
         if window == "auto":
             window = math.ceil(24 * math.log(2) / -math.log(self.beta2)) if self.beta2 > 0 else 1
         self.window = math.inf if window is None else int(window)
+        rows, columns = basis in ("rows", "both"), basis in ("columns", "both")
+        self.left = _Side(self.theta.shape[0], basis_block) if rows else None
+        self.right = _Side(self.theta.shape[1], basis_block) if columns else None
         self.t = 0
         self.k = 0
         self.last_refresh = 0
@@ -61,17 +71,46 @@ class ReferenceAnon:
         g = grad.detach().to(torch.float64)
         if self.maximize:
             g = -g
+        g = self._turned(g)
         self.t += 1
-        self.theta = (1 - self.lr * self.weight_decay) * self.theta
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         if self.next_refresh - self.t < self.window:
             self.s = self.beta2 * self.s + (1 - self.beta2) * g * g
-        if self.t == self.next_refresh:
-            self._refresh()
-        update = self.v * self.m / (1 - self.beta1**self.t)
+        refreshes, keep = self.t == self.next_refresh, self.beta3
+        if refreshes:
+            keep = self._refresh()
+        mean, weight = self.m, 1 - self.beta1**self.t
+        if self.nesterov:
+            mean, weight = self.beta1 * self.m + (1 - self.beta1) * g, self.beta1 * weight + 1 - self.beta1
+        update = self.v * mean / weight
         if self.update_clip is not None:
             update = update.clamp(-self.update_clip, self.update_clip)
-        self.theta = self.theta - self.lr * update
+        update = self._turned(update, back=True)
+        decayed = self.theta * (update * self.theta >= 0) if self.cautious else self.theta
+        self.theta = self.theta - self.lr * (self.weight_decay * decayed + update)
+        if refreshes:
+            self._renew(keep)
+
+    def _turned(self, x: Tensor, back: bool = False) -> Tensor:
+        """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ."""
+        if self.left is not None:
+            x = (self.left.q if back else self.left.q.T) @ x
+        if self.right is not None:
+            x = x @ (self.right.q.T if back else self.right.q)
+        return x
+
+    def _renew(self, keep: float) -> None:
+        """The bases after a refresh; m is turned with them, and d = σ^γ as the diagonal of a turned matrix whose diagonal was σ."""
+        m = self._turned(self.m, back=True)
+        power = self.gamma if abs(self.gamma) >= 0.25 else 1.0  # below, d itself is turned
+        sigma = self.v ** (-2 / power)
+        if self.left is not None:
+            sigma = (self.left.renew(m @ m.T, keep) ** 2).T @ sigma
+        if self.right is not None:
+            sigma = sigma @ self.right.renew(m.T @ m, keep) ** 2
+        if self.gamma:
+            self.v = sigma ** (-power / 2)
+        self.m = self._turned(m)
 
     def skip_to(self, t: int) -> None:
         """Move the counters (not the tensors) to where they stand after `t` steps."""
@@ -80,7 +119,8 @@ class ReferenceAnon:
             self._advance()
         self.t = t
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> float:
+        """Returns the weight of the old preconditioner."""
         age = min(self.window, self.next_refresh - self.last_refresh)
         sigma = self.s / (1 - self.beta2**age) + self.eps
         fresh = (sigma**self.gamma).clamp(2.0**-126, 2.0**127)
@@ -96,8 +136,36 @@ class ReferenceAnon:
         self.v = torch.where(self.s == 0, self.v, v) if self.hold_silent and self.gamma < 0 else v
         self.s = torch.zeros_like(self.s)
         self._advance()
+        return self.beta3 if old_says_something else 0.0
 
     def _advance(self) -> None:
         self.last_refresh = self.next_refresh
-        self.next_refresh = max(self.last_refresh + 1, math.ceil(self.ratio * self.last_refresh))
+        following = max(self.last_refresh + 1, math.ceil(self.ratio * self.last_refresh))
+        self.next_refresh = int(min(following, self.last_refresh + self.max_interval))
         self.k += 1
+
+
+class _Side:
+    """An orthogonal basis of one side of a matrix, with zeros outside of its blocks, and the covariance that it is made of."""
+
+    def __init__(self, n: int, block: int) -> None:
+        self.q = torch.eye(n, dtype=torch.float64)
+        self.c = torch.zeros(n, n, dtype=torch.float64)
+        self.blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
+
+    def renew(self, outer: Tensor, keep: float) -> Tensor:
+        """Mix in a covariance, of whatever scale; step to the basis that iterates orthogonally towards its eigenvectors.
+
+        Returns:
+            The old basis' transpose times the new one.
+        """
+        old = self.q.clone()
+        for b in self.blocks:
+            n = b.stop - b.start
+            if outer[b, b].trace() == 0:
+                continue
+            self.c[b, b] = keep * self.c[b, b] + (1 - keep) * n * outer[b, b] / outer[b, b].trace()
+            ridge = 1e-6 * self.c[b, b].trace() / n * torch.eye(n, dtype=torch.float64)
+            q, r = torch.linalg.qr((self.c[b, b] + ridge) @ old[b, b])
+            self.q[b, b] = q * r.diagonal().sign()
+        return old.T @ self.q

@@ -1,15 +1,15 @@
 """A param group's regime: what its state was made with, and what follows from that for the next step.
 
-The preconditioner and the second moment mean something only together with the γ, ρ, β2, β3 and window that made them. Each group therefore
-carries its *history* under the key `HISTORY`: a record for each stretch of steps in which these values were the same. It is a JSON string,
-one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2, β3 or the
-window in the middle of a run goes through it:
+The preconditioner and the second moment mean something only together with the γ, ρ, β2, β3, window and basis that made them. Each group
+therefore carries its *history* under the key `HISTORY`: a record for each stretch of steps in which these values were the same. It is a
+JSON string, one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2,
+β3 or the window in the middle of a run goes through it:
 
 - `rebase`: new values act at once, and the preconditioner is converted to the new γ, d ← d^(γ'/γ).
 - an edit of `group["gamma"]`: the γ *in force*, which made the group's preconditioners, stays. The new one is *pending* until a step
   refreshes the group's foremost parameters, those with the most steps: the *turn*. Preconditioners that are refreshed in it are converted
   as a part of the refresh, the others alongside, since a group has one γ.
-- an edit of ρ, β2, β3 or the window: refused by the next step.
+- an edit of ρ, β2, β3, the window, the longest interval or the basis: refused by the next step.
 
 What can be converted is decided in one place, `update.gamma_ratio`, by the two γ and the dtype of the preconditioner.
 """
@@ -37,6 +37,10 @@ ROUNDED = MEANS | {"v"}
 ROUNDED_WITH_THETA = ROUNDED | {"theta"}
 
 
+RECORDED = ("gamma", "refresh_ratio", "beta2", "beta3", "window", "max_interval", "basis", "basis_block")
+"""The hyperparameters that a state depends on."""
+
+
 @dataclass(frozen=True)
 class Record:
     """The values that a group's state is made with after step `since`."""
@@ -47,6 +51,10 @@ class Record:
     beta2: float
     beta3: float
     window: Window
+    max_interval: int | None = None
+    basis: str | None = None
+    basis_block: int = 0
+    """0: no basis."""
     turned_at: int = 0
     """The step in which `gamma` came into force, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
     in parts): until they take that step, their preconditioners are of `gamma_before`."""
@@ -55,12 +63,13 @@ class Record:
     @classmethod
     def of(cls, group: Mapping[str, Any], since: int = 0) -> Record:
         """Of a group's present values."""
-        values = {key: group[key] for key in ("gamma", "refresh_ratio", "beta3", "window")}
-        return cls(since=since, beta2=group["betas"][1], **values)
+        values = {key: group[key] for key in ("gamma", "refresh_ratio", "beta3", "window", "max_interval", "basis")}
+        block = group["basis_block"] if group["basis"] else 0  # without a basis it means nothing
+        return cls(since=since, beta2=group["betas"][1], basis_block=block, **values)
 
     def values(self) -> dict[str, Any]:
         """The hyperparameters in it."""
-        return {key: getattr(self, key) for key in ("gamma", "refresh_ratio", "beta2", "beta3", "window")}
+        return {name: getattr(self, name) for name in RECORDED}
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class Regime:
     @cached_property
     def schedule(self) -> Schedule:
         """When the preconditioner is refreshed, past changes included."""
-        return schedule(*(Phase(r.since, r.refresh_ratio, r.beta2, r.window) for r in self.history))
+        return schedule(*(Phase(r.since, r.refresh_ratio, r.beta2, r.window, r.max_interval) for r in self.history))
 
     @property
     def precond_dtype(self) -> torch.dtype:
@@ -195,6 +204,8 @@ class Regime:
             ratio,
             group["eps"],
             group["hold_silent"] and gamma < 0.0,
+            group["nesterov"],
+            group["cautious_decay"],
             ROUNDED_WITH_THETA if group["stochastic_rounding"] else ROUNDED,
             grad_scale,
             found_inf,
@@ -249,8 +260,9 @@ class Regime:
 def _text(history: tuple[Record, ...]) -> str:
     kept = [asdict(record) for record in history]
     for entry in kept:
-        if not entry["turned_at"]:
-            del entry["turned_at"], entry["gamma_before"]
+        unused = ("turned_at", "gamma_before") if not entry["turned_at"] else ()
+        for key in (*unused, *(key for key in ("max_interval", "basis", "basis_block") if not entry[key])):
+            del entry[key]
     return json.dumps(kept)
 
 

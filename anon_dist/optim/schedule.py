@@ -1,7 +1,8 @@
 """When the preconditioner is refreshed and which steps feed it: integers only.
 
-The paper refreshes at a_k = 2^k. Here a_0 = 1 and a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉), which is the paper's for ρ = 2. Everything
-follows from a parameter's own step count and its group's hyperparameters; there is no counter that a checkpoint could lose.
+The paper refreshes at a_k = 2^k. Here a_0 = 1 and a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉), which is the paper's for ρ = 2, or
+a_k + `max_interval` if that comes before. Everything follows from a parameter's own step count and its group's hyperparameters; there is
+no counter that a checkpoint could lose.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ WINDOW_BITS = 24
 """What an automatic window leaves out of the second moment weighs at most 2^-24, a float32's half unit of rounding."""
 
 
-def refresh_after(step: int, ratio: float) -> int:
-    """The refresh that follows one at `step`: max(step + 1, ⌈ratio · step⌉).
+def refresh_after(step: int, ratio: float, max_interval: int | None = None) -> int:
+    """The refresh that follows one at `step`: max(step + 1, ⌈ratio · step⌉), but no more than `max_interval` steps later.
 
     The ratio is taken at its decimal face value. As a binary float 1.1 lies above 11/10, and ⌈1.1 · 170⌉ would be 188, not 187.
     """
-    return max(step + 1, math.ceil(Fraction(str(ratio)) * step))
+    following = max(step + 1, math.ceil(Fraction(str(ratio)) * step))
+    return following if max_interval is None else min(following, step + max_interval)
 
 
 def window_length(window: Window, beta2: float) -> int | None:
@@ -48,6 +50,11 @@ class Phase:
     refresh_ratio: float
     beta2: float
     window: Window
+    max_interval: int | None = None
+
+    def refresh_after(self, step: int) -> int:
+        """The refresh that follows one at `step` in this phase."""
+        return refresh_after(step, self.refresh_ratio, self.max_interval)
 
 
 @dataclass(frozen=True)
@@ -153,10 +160,10 @@ class Schedule:
             index += 1
         phase = self._phases[index]
         if done.last == done.target:
-            target = refresh_after(done.target, phase.refresh_ratio)
+            target = phase.refresh_after(done.target)
             stretch = self._stretch(done.last + 1, done.target, target, index, 0.0, 0)
         else:
-            target = max(done.last + 1, refresh_after(done.previous, phase.refresh_ratio) if done.previous else 1)
+            target = max(done.last + 1, phase.refresh_after(done.previous) if done.previous else 1)
             accumulated = done.accumulated_after
             if accumulated < done.last - done.previous:
                 length = window_length(phase.window, phase.beta2) or window_length("auto", phase.beta2) or 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from anon_dist.optim import frame
 from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
@@ -51,15 +52,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def fresh_state(p: Tensor, dtypes: Dtypes) -> dict[str, Tensor]:
-    """The state before the first step: sharded as the parameter is, and neutral (v = 1)."""
-    p = p.detach()
+def fresh_state(p: Tensor, dtypes: Dtypes, group: frame.Group) -> dict[str, Tensor]:
+    """The state before the first step: sharded as the parameter is, and neutral (v = 1, nothing turned)."""
+    p, sides = p.detach(), frame.sides(p, group)
+    layout = torch.contiguous_format if sides and p.dim() > 2 else torch.preserve_format  # to be seen as a matrix
     state = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        "exp_avg": torch.zeros_like(p, dtype=dtypes["exp_avg"], memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(p, dtype=dtypes["exp_avg_sq"], memory_format=torch.preserve_format),
-        "precond": torch.ones_like(p, dtype=dtypes["precond"], memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(p, dtype=dtypes["exp_avg"], memory_format=layout),
+        "exp_avg_sq": torch.zeros_like(p, dtype=dtypes["exp_avg_sq"], memory_format=layout),
+        "precond": torch.ones_like(p, dtype=dtypes["precond"], memory_format=layout),
     }
+    for side in sides:
+        state |= frame.fresh(p, side, group)
     if dtypes["exp_avg"] == torch.int8:
         state[EXPONENTS] = exponents_for(local(p))
     return state
@@ -105,27 +109,41 @@ def named_parameters(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor,
             index += 1
 
 
-def checked_state(name: str, p: Tensor, loaded: dict[str, Any], dtypes: Dtypes) -> dict[str, Tensor]:
+def checked_state(
+    name: str, p: Tensor, loaded: dict[str, Any], dtypes: Dtypes, group: frame.Group
+) -> dict[str, Tensor]:
     """A loaded state in the dtypes asked for and on the parameter's device.
 
     Raises:
         ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
     """
     values = decoded({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
-    missing, foreign = [k for k in STATE_KEYS if k not in values], [k for k in values if k not in STATE_KEYS]
-    if missing or foreign:
+    bases = {key: value for side in frame.sides(p, group) for key, value in frame.fresh(p, side, group).items()}
+    keys = {*STATE_KEYS, *bases}
+    if keys != set(values):
+        theirs = (
+            "another optimizer's"
+            if not set(STATE_KEYS) <= set(values) <= {*keys, *frame.BASIS_KEYS}
+            else "of another basis"
+        )
         raise ValueError(
-            f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's has {sorted(STATE_KEYS)}: it is another optimizer's. "
-            "Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
+            f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's, with basis={group['basis']!r}, has {sorted(keys)}: it "
+            f"is {theirs}. Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
         )
     state = {"step": torch.tensor(float(values["step"]), dtype=torch.float32, device="cpu")}
-    for key in STATE_KEYS[1:]:
-        value = values[key]
-        if not isinstance(value, Tensor) or value.shape != p.shape or _layout(value) != _layout(p):
-            raise ValueError(
-                f"Anon: {key} of {name} is a {_describe(value)}, but the parameter is a {_describe(p)}: the checkpoint is of another "
-                "model, or sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
+    for key in (*STATE_KEYS[1:], *bases):
+        value, like = values[key], bases.get(key, p)
+        if not isinstance(value, Tensor) or value.shape != like.shape or _layout(value) != _layout(like):
+            should = f"the parameter is a {_describe(p)}" + (
+                f" and it should be a {_describe(like)}" if key in bases else ""
             )
+            raise ValueError(
+                f"Anon: {key} of {name} is a {_describe(value)}, but {should}: the checkpoint is of another model or basis_block, or "
+                "sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
+            )
+        if key in bases:
+            state[key] = value.to(dtype=torch.float32, device=p.device)
+            continue
         if value.dtype == torch.int8:
             raise ValueError(
                 f"Anon: {key} of {name} is int8, and the exponents of its blocks ({EXPONENTS}) are missing"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.optim import update
+from anon_dist.optim import frame, update
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
@@ -18,7 +18,8 @@ from anon_dist.optim.hyper import is_plain, normalise, validate
 from anon_dist.optim.members import Groups, States, allocate, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime, Turn
-from anon_dist.optim.state import local
+from anon_dist.optim.state import EXPONENTS, local
+from anon_dist.optim.turned import Renewal, TurnedWork
 
 
 @dataclass
@@ -64,16 +65,21 @@ class Stepper:
         self.kernel_agreed: bool | None = None
         """Whether all ranks can use the fused kernel; None before the first step."""
         self._unsettled: tuple[HostCopy, list[Bucket]] | None = None
+        self._renewals: list[Renewal] = []
 
     def settle(self) -> None:
-        """Take back the counts of the last step, if it was none."""
+        """Finish the last step: take back its counts, if it was none; renew the bases of what it has refreshed."""
+        while self._renewals:
+            self._renewals.pop(0).finish()
         if self._unsettled is not None:
             (flag, buckets), self._unsettled = self._unsettled, None
             if flag.value():
                 for bucket in buckets:
                     bucket.count(-1.0)
 
-    def ready(self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]) -> list[list[Work]]:
+    def ready(
+        self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
+    ) -> list[list[Work | TurnedWork]]:
         """The updates of a step, checked, of each part and of the parameters that are in none.
 
         Raises:
@@ -83,7 +89,7 @@ class Stepper:
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
             self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
-        work: list[list[Work]] = [[] for _ in range(len(parts) + 1)]
+        work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
         found = self._buckets(groups, state)
         if not any(found) and _has_no_gradient(groups):
             warnings.warn(
@@ -99,7 +105,7 @@ class Stepper:
         absent = any(Regime(group).is_pending for group in groups) and has_absent(groups, state)  # it takes time
         turns = [_turn(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
         late = told.found_inf is not None and not known_to_the_host(told.found_inf)
-        if late and any(turns):  # rare enough to wait for a GPU
+        if late and (any(turns) or _renews(groups, found)):  # rare enough to wait for a GPU
             if bool(told.found_inf):
                 return work
             late = False
@@ -110,7 +116,7 @@ class Stepper:
                 plans = _plans(group, bucket, turn[0] if turn else None, told, later=bool(parts))
                 for part, indices in _by_part(bucket, part_of).items():
                     chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
-                    work[part].append(Work(chosen, [plans[i] for i in indices], backend))
+                    work[part].append(self._work(chosen, [plans[i] for i in indices], backend, group, state))
         for group, turn in zip(groups, turns, strict=True):
             if turn:
                 convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
@@ -118,6 +124,28 @@ class Stepper:
         if late and told.found_inf is not None:
             self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
         return work
+
+    def _work(
+        self, bucket: Bucket, plans: list[StepPlan], backend: choice.Backend, group: dict[str, Any], state: States
+    ) -> Work | TurnedWork:
+        turned = [frame.sides(p, group) for p in bucket.params] if group["basis"] else []
+        if not any(turned):
+            return Work(bucket, plans, backend)
+        return TurnedWork(bucket, plans, backend, [state[p] for p in bucket.params], turned, self._renewals)
+
+    def change_frames(self, before: Mapping[str, Any], after: Mapping[str, Any], state: States) -> None:
+        """Bring the states of a group's parameters to other bases."""
+        if (before["basis"], before["basis_block"]) != (after["basis"], after["basis_block"]):
+            self.known = ()
+            gamma = Regime(after).gamma_in_force
+            for p in before["params"]:
+                if p in state:
+                    frame.change(p, state[p], before, after, gamma, EXPONENTS)
+
+    def start_renewals(self) -> None:
+        """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
+        for renewal in self._renewals:
+            renewal.start()
 
     def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
         """The buckets of each group."""
@@ -175,6 +203,17 @@ def _turn(
             f"{turn.old!r} again"
         )
     return turn, left
+
+
+def _renews(groups: Groups, found: list[list[Bucket]]) -> bool:
+    """Whether a basis is renewed after this step."""
+    return any(
+        Regime(group).schedule.at(step).refresh
+        for group, buckets in zip(groups, found, strict=True)
+        if group["basis"]
+        for bucket in buckets
+        for step in set(bucket.steps)
+    )
 
 
 def _has_no_gradient(groups: Groups) -> bool:

@@ -2,14 +2,17 @@
 
 For t = 1, 2, …, gradient g and learning rate η:
 
-    θ ← (1 − η λ) θ                                  decay_weights
     m ← β1 m + (1 − β1) g                            update_momentum
     s ← β2 s + (1 − β2) g²                           accumulate
     if t = a_k:                                      refresh
         σ = s / (1 − β2^age) + ε
         d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ       γ° = γ at the last refresh
         v ← d^(−1/2);  s ← 0
-    θ ← θ − η · clip(v · m / (1 − β1^t))             apply_update
+    u = clip(v · m / (1 − β1^t))                     updates
+    θ ← (1 − η λ) θ − η u                            apply_update
+
+With Nesterov momentum (Dozat 2016, "Incorporating Nesterov Momentum into Adam") u is made of (β1 m + (1 − β1) g) / (1 − β1^(t+1)), whose
+weights sum to 1 too. Cautious decay (arXiv 2510.12402) takes λ = 0 where u θ < 0.
 
 Each function takes lists whose i-th members belong together, all of one device; lists are what `torch._foreach_*` fuses, and a list of one
 tensor is the plain case. An element's result does not depend on its position, so neither on how a parameter was cut into shards.
@@ -40,7 +43,8 @@ REFRESH_ELEMENTS = 1 << 22
 
 def decay_weights(theta: Tensors, factor: float | Tensor) -> None:
     """θ ← factor · θ, in place; factor = 1 − η λ."""
-    torch._foreach_mul_(theta, factor)
+    if isinstance(factor, Tensor) or factor != 1.0:
+        torch._foreach_mul_(theta, factor)
 
 
 def update_momentum(m: Tensors, g: Tensors, beta1: float) -> None:
@@ -92,18 +96,50 @@ def refresh(
         whole_s.zero_()
 
 
+def looked_ahead(m: Tensors, g: Tensors, beta1: float) -> Tensors:
+    """β1 m + (1 − β1) g, Nesterov's in place of m."""
+    return list(torch._foreach_lerp(m, g, 1.0 - beta1))
+
+
 def apply_update(
-    theta: Tensors, v: Tensors, m: Tensors, *, lr: float | Tensor, debias: float, clip: float | None
+    theta: Tensors,
+    v: Tensors,
+    m: Tensors,
+    *,
+    lr: float | Tensor,
+    debias: float,
+    clip: float | None,
+    decay: float | Tensor = 1.0,
+    cautious: bool = False,
 ) -> None:
-    """θ ← θ − lr · clip(v · m / debias), in place; debias = 1 − β1^t, and clip limits the magnitude of each element."""
+    """θ ← decay · θ − lr · u with u = clip(v · m / debias), in place.
+
+    Args:
+        m: the mean that θ moves by.
+        debias: the summed weight of what it holds.
+        clip: limits the magnitude of each element of u.
+        decay: 1 − η λ.
+        cautious: decay only where u θ ≥ 0.
+    """
     scale = lr / debias
-    if clip is None and isinstance(scale, float):
+    if clip is None and isinstance(scale, float) and not cautious:
+        decay_weights(theta, decay)
         torch._foreach_addcmul_(theta, v, m, value=-scale)
         return
     update = list(torch._foreach_mul(v, m))
     if clip is not None:
         torch._foreach_clamp_max_(update, clip * debias)
         torch._foreach_clamp_min_(update, -clip * debias)
+    move(theta, update, scale=scale, decay=decay, cautious=cautious)
+
+
+def move(theta: Tensors, update: Tensors, *, scale: float | Tensor, decay: float | Tensor, cautious: bool) -> None:
+    """θ ← decay · θ − scale · u, in place; cautious: decay only where u θ ≥ 0. The updates u are overwritten."""
+    if cautious:
+        for theta_i, u_i in zip(theta, update, strict=True):
+            theta_i.copy_(torch.where(u_i * theta_i < 0.0, theta_i, theta_i * decay))
+    else:
+        decay_weights(theta, decay)
     if isinstance(scale, float):
         torch._foreach_add_(theta, update, alpha=-scale)
     else:  # a learning rate that lives on the device stays there

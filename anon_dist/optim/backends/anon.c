@@ -13,7 +13,7 @@
 
 #include <omp.h>
 
-#define ABI 4
+#define ABI 5
 #define TILE 1024              /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * TILE)      /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
@@ -44,7 +44,10 @@ struct step {
     double gamma_ratio;  /* gamma over the one that v was made with; 1: the same */
     double eps;
     double bound;        /* of |v m|, or infinity */
-    double scale;        /* lr / (1 - beta1^t) */
+    double scale;        /* lr over the summed weight of what theta moves by */
+    double look_m;       /* with Nesterov theta moves by look_m m + look_g g */
+    double look_g;       /* 0: it moves by m */
+    double decay_against; /* in place of decay where the update and theta have different signs */
 };
 
 int anon_abi(void) { return ABI; }
@@ -220,15 +223,18 @@ static INLINE void put(void *tensor, int dtype, struct rounding how, long i, flo
 static INLINE void update(long n, void *theta, int t, const void *g, int gt, void *m, int mt, void *s, int st, const void *v, int vt,
                           const struct step *step) {
     const float decay = step->decay, keep_m = step->keep_m, add_m = step->add_m, bound = step->bound, scale = step->scale;
-    const float keep_s = step->keep_s, add_s = step->add_s;
+    const float keep_s = step->keep_s, add_s = step->add_s, look_m = step->look_m, look_g = step->look_g;
+    const float decay_against = step->decay_against;
+    const int looks = look_g != 0.0f; /* 0 times an infinite gradient would be none */
     const struct rounding round_theta = rounding_of(step, THETA), round_m = rounding_of(step, M), round_s = rounding_of(step, S);
     for (long i = 0; i < n; i++) {
         const float grad = get(g, gt, i);
         if (st != NONE) put(s, st, round_s, i, keep_s * get(s, st, i) + add_s * (grad * grad));
         const float mean = keep_m * get(m, mt, i) + add_m * grad;
         put(m, mt, round_m, i, mean);
-        const float update = get(v, vt, i) * mean, below = update > bound ? bound : update;
-        put(theta, t, round_theta, i, decay * get(theta, t, i) - scale * (below < -bound ? -bound : below));
+        const float ahead = look_m * mean + look_g * grad, wanted = get(v, vt, i) * (looks ? ahead : mean);
+        const float below = wanted > bound ? bound : wanted, update = below < -bound ? -bound : below, old = get(theta, t, i);
+        put(theta, t, round_theta, i, (update * old < 0.0f ? decay_against : decay) * old - scale * update);
     }
 }
 

@@ -20,7 +20,7 @@ from anon_dist.optim.backends.build import BuildError, load
 from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan
 
-ABI = 4
+ABI = 5
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, tuple(CODES), _WIDE, _WIDE), strict=True))
@@ -32,6 +32,7 @@ STEP = np.dtype(
         *((name, np.int32) for name in ("variant", "hold_silent", "stochastic", "step")),
         *((name, np.float64) for name in ("decay", "keep_m", "add_m", "keep_s", "add_s", "debias_s", "keep_d")),
         *((name, np.float64) for name in ("gamma", "gamma_ratio", "eps", "bound", "scale")),
+        *((name, np.float64) for name in ("look_m", "look_g", "decay_against")),
     ]
 )
 """`struct step` of anon.c, which says what each field is."""
@@ -137,14 +138,15 @@ def _table(plans: list[StepPlan]) -> tuple[np.ndarray[Any, Any], array[int]]:
 def _row(plan: StepPlan) -> tuple[float, ...]:
     lr, inverse = float(plan.lr), 1.0 if plan.grad_scale is None else 1.0 / float(plan.grad_scale)
     add_m, debias_m = (1.0 - plan.beta1) * inverse, plan.debias_m
+    add_m, decay = -add_m if plan.maximize else add_m, 1.0 - lr * plan.weight_decay
     return (
         plan.variant,
         plan.hold_silent,
         _mask(plan.stochastic),
         plan.step,
-        1.0 - lr * plan.weight_decay,
+        decay,
         plan.beta1,
-        -add_m if plan.maximize else add_m,
+        add_m,
         plan.beta2,
         (1.0 - plan.beta2) * (inverse * inverse),
         plan.debias_s,
@@ -154,6 +156,9 @@ def _row(plan: StepPlan) -> tuple[float, ...]:
         plan.eps,
         math.inf if plan.clip is None else plan.clip * debias_m,
         lr / debias_m,
+        plan.beta1,
+        add_m if plan.nesterov else 0.0,
+        1.0 if plan.cautious else decay,
     )
 
 

@@ -78,8 +78,6 @@ def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
         grad = list(torch._foreach_neg(grad))
     theta, s, v = (_in(compute, x) for x in (stored_theta, stored_s, stored_v))
     m = _in(compute, _decoded(stored_m, exponents))
-    if plan.weight_decay:
-        update.decay_weights(theta, 1.0 - lr * plan.weight_decay)
     update.update_momentum(m, grad, plan.beta1)
     if plan.variant >= Variant.ACCUMULATE:
         update.accumulate(s, grad, plan.beta2)
@@ -95,7 +93,16 @@ def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
             hold_silent=plan.hold_silent,
         )
         _round(v, stored_v, _salt(plan, "v", PRECOND))
-    update.apply_update(theta, v, m, lr=lr, debias=plan.debias_m, clip=plan.clip)
+    update.apply_update(
+        theta,
+        v,
+        update.looked_ahead(m, grad, plan.beta1) if plan.nesterov else m,
+        lr=lr,
+        debias=plan.debias_m,
+        clip=plan.clip,
+        decay=1.0 - lr * plan.weight_decay,
+        cautious=plan.cautious,
+    )
     _round(theta, stored_theta, _salt(plan, "theta", THETA))
     if exponents:
         _encode(stored_m, exponents, m, _salt(plan, "m", EXP_AVG))

@@ -65,16 +65,18 @@ def agrees(variant: Variant, device: torch.device) -> bool:
     drawn = torch.randn(5, 3 * TILE + 7, generator=torch.Generator().manual_seed(0))
     theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
     mine = tuple([x.clone()] for x in (theta, g, m, s, v))
-    plan = StepPlan(3, variant, 0.1, 0.1, 0.9, 0.95, 1.0, debias_s=0.3, keep_d=0.5, gamma=0.5, gamma_ratio=-0.5)
+    plan = StepPlan(
+        3, variant, 0.1, 0.1, 0.9, 0.95, 1.0, debias_s=0.3, keep_d=0.5, gamma=0.5, gamma_ratio=-0.5, nesterov=True
+    )
     run(mine, [plan])
-    update.decay_weights([theta], 1.0 - 0.1 * 0.1)
     update.update_momentum([m], [g], 0.9)
     if variant != Variant.PLAIN:
         update.accumulate([s], [g], 0.95)
     if variant == Variant.REFRESH:
         how = {"gamma": 0.5, "gamma_ratio": -0.5, "keep": 0.5, "eps": 1e-16, "debias": 0.3}
         update.refresh([v], [s], **how, hold_silent=False)
-    update.apply_update([theta], [v], [m], lr=0.1, debias=1.0 - 0.9**3, clip=1.0)
+    ahead = update.looked_ahead([m], [g], 0.9)
+    update.apply_update([theta], [v], ahead, lr=0.1, debias=1.0 - 0.9**4, clip=1.0, decay=1.0 - 0.1 * 0.1)
     pairs = zip(mine, (theta, g, m, s, v), strict=True)
     return all(torch.allclose(x[0], y, rtol=1e-5, atol=1e-5) for x, y in pairs)
 
@@ -163,6 +165,8 @@ def _values(plan: StepPlan) -> list[float]:
         0.0 if plan.hold_silent else -1.0,  # a second moment up to here holds the preconditioner
         float(plan.step),
         plan.gamma_ratio,
+        float(plan.nesterov),
+        float(plan.cautious),
     ]
 
 

@@ -24,7 +24,7 @@ VALUES = (
         "eps",
         "bound",
     ),
-    *("silent", "step", "gamma_ratio"),
+    *("silent", "step", "gamma_ratio", "nesterov", "cautious"),
 )
 """A step's values, float64: the fields of `struct step` of anon.c, but lr, weight_decay and debias_m, from which the kernel makes `decay`
 and `scale`, and `silent`, the second moment up to which an element keeps its preconditioner."""

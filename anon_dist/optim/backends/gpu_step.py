@@ -34,6 +34,8 @@ ROW, TILE, WIDTH = tl.constexpr(ROW_LENGTH), tl.constexpr(TILE_LENGTH), tl.const
     SILENT,
     STEP,
     GAMMA_RATIO,
+    NESTEROV,
+    CAUTIOUS,
 ) = (tl.constexpr(i) for i in range(len(VALUES)))
 
 THETA, EXP_AVG, EXP_AVG_SQ, PRECOND = (
@@ -130,7 +132,10 @@ def _tile(
     decay = (1.0 - rate * tl.load(values + WEIGHT_DECAY)).to(tl.float32)
     scale = (rate / tl.load(values + DEBIAS_M)).to(tl.float32)
     bound = _float32(values + BOUND)
-    theta = decay * theta - scale * _clamped(v * m, -bound, bound)
+    ahead = tl.where(tl.load(values + NESTEROV) != 0.0, _float32(values + KEEP_M) * m + add_m.to(tl.float32) * g, m)
+    update = _clamped(v * ahead, -bound, bound)
+    against = (tl.load(values + CAUTIOUS) != 0.0) & (update * theta < 0.0)
+    theta = tl.where(against, 1.0, decay) * theta - scale * update
 
     # Stores come last: the compiler takes no load past them.
     first = 4 * tl.load(values + STEP).to(tl.int64) + 1

@@ -1,0 +1,215 @@
+"""The frame of a parameter: which sides of a matrix are turned into a basis of their own, and the state that belongs to that.
+
+A parameter of two or more dimensions is a matrix of m rows, its first dimension, and n columns, all others. Where a side is turned, its
+state has a basis and a covariance (see `basis.py`), and exp_avg, exp_avg_sq and precond are of the turned matrix. Ranks that hold other
+rows of a matrix have the same basis of its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from anon_dist.optim import basis, update
+from anon_dist.optim.rounding import EXP_AVG, PRECOND, decode_blocks, encode_blocks, salt_of, to_bfloat16_stochastically
+
+Side = Literal["columns", "rows"]
+KEYS: dict[Side, tuple[str, str]] = {"columns": ("column_basis", "column_cov"), "rows": ("row_basis", "row_cov")}
+"""The state of a turned side: basis and covariance, float32 (length of the side, block)."""
+BASIS_KEYS = tuple(key for keys in KEYS.values() for key in keys)
+
+MOST_ROWS = 16
+"""Rows are turned only where there are at most so many to a column: those of an embedding, which stand for tokens, are not."""
+
+LEAST_GAMMA = 0.25
+"""|γ| from which on σ = d^(1/γ) is turned; below, where that would be beyond float64, d itself."""
+
+Group = Mapping[str, Any]
+
+
+def sides(p: Tensor, group: Group) -> tuple[Side, ...]:
+    """The sides of a parameter that are turned."""
+    wanted = group["basis"]
+    if wanted is None or p.dim() < 2 or p.numel() == 0:
+        return ()
+    rows, columns = p.shape[0], p.numel() // p.shape[0]
+    found: list[Side] = []
+    if wanted in ("columns", "both") and columns > 1:
+        found.append("columns")
+    if wanted in ("rows", "both") and 1 < rows <= MOST_ROWS * columns:
+        found.append("rows")
+    return tuple(found)
+
+
+def length(p: Tensor, side: Side) -> int:
+    """Elements of a side."""
+    return p.shape[0] if side == "rows" else p.numel() // p.shape[0]
+
+
+def fresh(p: Tensor, side: Side, group: Group) -> dict[str, Tensor]:
+    """The state of a side that is not turned yet: basis I, covariance 0. DTensors, if p is one.
+
+    Raises:
+        RuntimeError: blocks of the side would lie across shards, or p is cut in another way that a basis cannot follow.
+    """
+    n = length(p, side)
+    block = min(group["basis_block"], n)
+    if not isinstance(p, DTensor):
+        bases = basis.identity(n, block, p.device), torch.zeros(n, block, device=p.device)
+        return dict(zip(KEYS[side], bases, strict=True))
+    placements = [_placement(p, x, side) for x in p.placements]
+    _check_blocks(p, side, placements, n, block)
+    own = p.to_local()
+    here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
+    own_bases = basis.identity(here, block, own.device), torch.zeros(here, block, device=own.device)
+    whole = torch.Size((n, block))
+    return {
+        key: DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=whole, stride=(block, 1))
+        for key, x in zip(KEYS[side], own_bases, strict=True)
+    }
+
+
+def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
+    """How a side's state is placed where the parameter is placed so."""
+    if placement.is_replicate():
+        return Replicate()
+    cut = getattr(placement, "dim", None)
+    if cut == 0 and not placement.is_partial():
+        return placement if side == "rows" else Replicate()
+    if cut == 1 and p.dim() == 2 and isinstance(placement, Shard):
+        return Shard(0) if side == "columns" else Replicate()
+    raise RuntimeError(
+        f"Anon: basis={side!r} is not possible for a parameter of shape {tuple(p.shape)} that is placed {placement}: a matrix can be cut "
+        "by its rows or its columns. Give its param group basis=None"
+    )
+
+
+def _check_blocks(p: DTensor, side: Side, placements: list[Placement], n: int, block: int) -> None:
+    """Refuse blocks across shards; on every rank alike."""
+    cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
+    ranks = math.prod(cuts)
+    share = -(-n // ranks)
+    if ranks == 1 or (share % block == 0 and (len(cuts) == 1 or n % ranks == 0)):
+        return
+    fitting = max((b for b in range(1, block + 1) if share % b == 0), default=1)
+    remedy = f"basis_block={fitting} would fit" if n % ranks == 0 else "no block fits: give it basis=None"
+    other = "'columns'" if side == "rows" else "'rows'"
+    raise RuntimeError(
+        f"Anon: the {side} of a parameter of shape {tuple(p.shape)} are cut into {ranks} shards of {share}, across the basis's blocks of "
+        f"{block}: {remedy}, or basis={other} for its param group"
+    )
+
+
+def change(
+    p: Tensor, state: MutableMapping[str, Tensor], before: Group, after: Group, gamma: float, exponents: str
+) -> None:
+    """Bring a state to the sides and blocks of another group. A side that is left is turned back: m exactly, d and s as the diagonal of
+    the matrix that they are the diagonal of in the basis. A new one starts at I, which changes nothing.
+
+    Args:
+        gamma: of the preconditioner.
+        exponents: the key of an 8-bit exp_avg's.
+
+    Raises:
+        RuntimeError: as `fresh`; nothing has been changed then.
+    """
+    same = before["basis_block"] == after["basis_block"]
+    old, new = sides(p, before), sides(p, after)
+    left = [side for side in old if side not in new or not same]
+    added = {key: x for side in new if side not in old or not same for key, x in fresh(p, side, after).items()}
+    if left:
+        moved, s = Moved(state, exponents), matrix(_local(state["exp_avg_sq"]))
+        for side in left:
+            q = basis.transposed(_local(state.pop(KEYS[side][0])))
+            moved.by(side, q, gamma)
+            spread = basis.turn((s.mT if side == "rows" else s).float(), q.square())
+            s.copy_(spread.mT if side == "rows" else spread)
+            del state[KEYS[side][1]]
+        moved.store(int(state["step"]), frozenset())
+    state.update(added)
+
+
+def cut_over(p: Tensor, side: Side) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups whose ranks hold other parts of each vector of the side: over them its covariance is a sum."""
+    if not isinstance(p, DTensor):
+        return ()
+    across = 0 if side == "columns" else 1
+    return tuple(
+        p.device_mesh.get_group(i)
+        for i, (size, x) in enumerate(zip(p.device_mesh.shape, p.placements, strict=True))
+        if size > 1 and not x.is_replicate() and getattr(x, "dim", None) == across
+    )
+
+
+# -- of local tensors ----------------------------------------------------------------------------------------------------------
+
+
+def matrix(x: Tensor) -> Tensor:
+    """A local tensor as the matrix that is turned."""
+    return x if x.dim() == 2 else x.flatten(1)
+
+
+def turn(x: Tensor, state: Mapping[str, Tensor], *, back: bool = False) -> Tensor:
+    """A local matrix in the state's frame, or back from it; new."""
+    if (columns := state.get("column_basis")) is not None:
+        x = basis.turn(x, _local(columns), back=back, denoise=not back)
+    if (rows := state.get("row_basis")) is not None:
+        x = basis.turn(x.mT, _local(rows), back=back, denoise=not back).mT.contiguous()
+    return x
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Moved:
+    """exp_avg and precond of a parameter on their way to another frame, in float32; `store` rounds them as a step does."""
+
+    def __init__(self, state: MutableMapping[str, Tensor], exponents: str) -> None:
+        self._m, self._v, self._exponents = _local(state["exp_avg"]), _local(state["precond"]), state.get(exponents)
+        m = self._m if self._exponents is None else decode_blocks(self._m, self._exponents)
+        self.m, self.v = matrix(m).float(), matrix(self._v).float()
+
+    def by(self, side: Side, turning: Tensor, gamma: float) -> None:
+        """Turn a side by the blocks of `turning`, (length, block): m exactly, d = v^(−2) as the diagonal of a turned matrix,
+        σ'_j = Σ_i R_ij² σ_i with σ = d^(1/γ)."""
+        m, v = (self.m.mT, self.v.mT) if side == "rows" else (self.m, self.v)
+        power = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
+        for m_i, v_i in zip(_pieces(m), _pieces(v), strict=True):
+            m_i.copy_(basis.turn(m_i, turning, denoise=True))
+            if gamma != 0.0:
+                spread = basis.turn(v_i.double().log_().mul_(power).exp_(), turning.square())
+                v_i.copy_(spread.log_().mul_(1.0 / power).exp_().clamp_(update.V_MIN, update.V_MAX))
+
+    def store(self, step: int, stochastic: frozenset[str]) -> None:
+        """Write them back, in place."""
+        salt_m, salt_v = (
+            salt_of(step, x) if role in stochastic else None for role, x in (("m", EXP_AVG), ("v", PRECOND))
+        )
+        if self._exponents is None:
+            _put(self._m, self.m, salt_m)
+        else:
+            codes, exponents = encode_blocks(self.m.contiguous().view(self._m.shape), salt_m)
+            self._m.copy_(codes)
+            self._exponents.copy_(exponents)
+        _put(self._v, self.v, salt_v)
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    """Its rows, in pieces that a turn in float64 takes no more than some 100 MB for."""
+    yield from x.split(max(1, update.REFRESH_ELEMENTS // max(1, x.shape[1])))
+
+
+def _put(stored: Tensor, computed: Tensor, salt: int | None) -> None:
+    """Copy, stochastically rounded where that is bfloat16 and there is a salt."""
+    if computed.data_ptr() == stored.data_ptr():
+        return  # float32, changed in place
+    if salt is not None and stored.dtype == torch.bfloat16:
+        computed = to_bfloat16_stochastically(computed.float(), salt)
+    stored.copy_(computed.reshape(stored.shape))
