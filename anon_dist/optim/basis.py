@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RIDGE = 1e-6
+RIDGE = 1e-3
 """δ, of the mean eigenvalue."""
 
 

@@ -165,7 +165,7 @@ class _Side:
             if outer[b, b].trace() == 0:
                 continue
             self.c[b, b] = keep * self.c[b, b] + (1 - keep) * n * outer[b, b] / outer[b, b].trace()
-            ridge = 1e-6 * self.c[b, b].trace() / n * torch.eye(n, dtype=torch.float64)
+            ridge = 1e-3 * self.c[b, b].trace() / n * torch.eye(n, dtype=torch.float64)
             q, r = torch.linalg.qr((self.c[b, b] + ridge) @ old[b, b])
             self.q[b, b] = q * r.diagonal().sign()
         return old.T @ self.q

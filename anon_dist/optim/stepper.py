@@ -21,6 +21,9 @@ from anon_dist.optim.regime import HISTORY, Regime, Turn
 from anon_dist.optim.state import EXPONENTS, local
 from anon_dist.optim.turned import Renewal, TurnedWork
 
+LONGEST_VECTOR = 1 << 13
+"""A parameter with more elements and one dimension is taken for a flattened matrix."""
+
 
 @dataclass
 class Work:
@@ -156,6 +159,7 @@ class Stepper:
             return renewed
         if _has_no_gradient(groups):
             return [[] for _ in groups]
+        _check_matrices(groups)
         allocate(groups, state)
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
@@ -203,6 +207,22 @@ def _turn(
             f"{turn.old!r} again"
         )
     return turn, left
+
+
+def _check_matrices(groups: Groups) -> None:
+    """Refuse a basis where an engine has flattened the matrices; a rank that was left only vectors (ZeroRedundancyOptimizer) is told."""
+    asked = next((group["basis"] for group in groups if group["basis"]), None)
+    if asked is None or any(frame.sides(p, group) for group in groups for p in group["params"]):
+        return
+    longest = max((p.numel() for group in groups for p in group["params"]), default=0)
+    words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
+    if longest > LONGEST_VECTOR:
+        raise RuntimeError(
+            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP or "
+            "ZeroRedundancyOptimizer, or basis=None"
+        )
+    if longest:
+        warnings.warn(words, stacklevel=5)
 
 
 def _renews(groups: Groups, found: list[list[Bucket]]) -> bool:
