@@ -294,6 +294,11 @@ class Anon(Optimizer):
             )
         allocate(self.param_groups, self.state)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled, after the last step has come to its end."""
+        self.settle()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
         defaults = self.__dict__.get("defaults", state.get("defaults", {}))

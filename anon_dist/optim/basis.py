@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ RIDGE = 1e-3
 """δ, of the mean eigenvalue."""
 
 
-NOISE = 2.0**-20
-"""Elements below this part of their row's norm in a block are rounding: a float32 sum of a hundred products is good to 2^-22 of it."""
+Side = Literal["columns", "rows"]
+
+NOISE = 8.0
+"""An element below so many units of rounding of its vector's norm in a block is rounding: a sum of a hundred products is good to about 2."""
+SILENCED_AT_ONCE = 1 << 14
 
 
 def identity(n: int, block: int, device: torch.device | str | None = None) -> Tensor:
@@ -54,30 +57,52 @@ def transposed(blocked: Tensor) -> Tensor:
     return found
 
 
-def turn(x: Tensor, basis: Tensor, *, back: bool = False, denoise: bool = False) -> Tensor:
-    """x Q of an m × n matrix and a basis of its columns, or back, x Qᵀ; new, in x's dtype.
+def turn(x: Tensor, basis: Tensor, side: Side, *, back: bool = False, denoise: bool = False) -> Tensor:
+    """Of an m × n matrix x Q, a basis of its columns, or Qᵀ x, one of its rows; back, x Qᵀ or Q x. New, in x's dtype.
 
     Args:
         denoise: make 0 what is no more than the product's rounding. The optimizer would otherwise divide it by its own size, and move by
             noise in directions in which there is no gradient (a layer norm's output has one).
     """
-    turned = []
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for where, q in squares(basis.to(x.dtype)):
-        part = x[:, where].unflatten(1, (len(q), -1))
-        product = torch.einsum("mkb,kbc->mkc", part, q.mT if back else q)
+        source, target = blocks(x, side, where, len(q)), blocks(turned, side, where, len(q))
+        if side == "columns":
+            torch.bmm(source, q.mT if back else q, out=target)
+        else:
+            torch.bmm(q if back else q.mT, source, out=target)
         if denoise:
-            noise = NOISE * torch.linalg.vector_norm(product, dim=-1, keepdim=True)
-            product.masked_fill_(product.abs() <= noise, 0.0)
-        turned.append(product.flatten(1))
-    return torch.cat(turned, 1) if turned else x.clone()
+            _silence(target, side)
+    return turned
 
 
-def covariance(x: Tensor, block: int) -> Tensor:
-    """xᵀx of an m × n matrix, in blocks: (n, block), in x's dtype."""
-    found = x.new_zeros(x.shape[1], block)
+def _silence(product: Tensor, side: Side) -> None:
+    """0 where an element is rounding of its vector's; in pieces that stay in a CPU's caches."""
+    of_vector, others = (2, 1) if side == "columns" else (1, 2)
+    unit = torch.finfo(product.dtype).eps
+    length = max(1, SILENCED_AT_ONCE // max(1, product.shape[of_vector])) if product.device.type == "cpu" else 1 << 30
+    for block in product.unbind() if product.device.type == "cpu" else [product]:
+        for piece in block.split(length, others - 1) if block.dim() == 2 else [block]:
+            noise = torch.linalg.vector_norm(piece, dim=of_vector - product.dim(), keepdim=True).mul_(NOISE * unit)
+            piece.masked_fill_(piece.abs() <= noise, 0.0)
+
+
+def blocks(x: Tensor, side: Side, where: slice, count: int) -> Tensor:
+    """A view of the blocks of a matrix's side: (count, m, b) of its columns, (count, b, n) of its rows."""
+    view: Tensor = (
+        x[:, where].unflatten(1, (count, -1)).transpose(0, 1)
+        if side == "columns"
+        else x[where].unflatten(0, (count, -1))
+    )
+    return view
+
+
+def covariance(x: Tensor, block: int, side: Side) -> Tensor:
+    """xᵀx, or of rows x xᵀ, of an m × n matrix, in blocks: (length of the side, block), in x's dtype."""
+    found = x.new_zeros(x.shape[1 if side == "columns" else 0], block)
     for where, c in squares(found):
-        part = x[:, where].unflatten(1, (len(c), -1))
-        c.copy_(torch.einsum("mkb,mkc->kbc", part, part))
+        part = blocks(x, side, where, len(c))
+        torch.bmm(*((part.mT, part) if side == "columns" else (part, part.mT)), out=c)
     return found
 
 
@@ -122,9 +147,21 @@ def _mean_eigenvalue(c: Tensor) -> Tensor:
 
 def _orthogonal(a: Tensor) -> Tensor:
     """Q of a = Q R with a positive diagonal of R."""
+    if a.is_cuda:
+        return by_cholesky(a)
     q, r = torch.linalg.qr(a)
     signed: Tensor = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0).unsqueeze(-2)
     return signed
+
+
+def by_cholesky(a: Tensor) -> Tensor:
+    """The same, of float64 blocks that δ keeps from being singular: products, which a GPU is quick at. Twice, since the first time squares
+    the condition number (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm")."""
+    a = a / torch.linalg.vector_norm(a, dim=-2, keepdim=True)
+    for _ in range(2):
+        triangle, _info = torch.linalg.cholesky_ex(a.mT @ a)
+        a = torch.linalg.solve_triangular(triangle, a.mT, upper=False).mT
+    return a
 
 
 @contextmanager

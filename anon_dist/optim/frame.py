@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from anon_dist.optim import basis, update
+from anon_dist.optim.basis import Side
 from anon_dist.optim.rounding import EXP_AVG, PRECOND, decode_blocks, encode_blocks, salt_of, to_bfloat16_stochastically
 
-Side = Literal["columns", "rows"]
 KEYS: dict[Side, tuple[str, str]] = {"columns": ("column_basis", "column_cov"), "rows": ("row_basis", "row_cov")}
-"""The state of a turned side: basis and covariance, float32 (length of the side, block)."""
+"""The state of a turned side: basis and covariance, (length of the side, block)."""
 BASIS_KEYS = tuple(key for keys in KEYS.values() for key in keys)
 
 MOST_ROWS = 16
@@ -52,8 +52,11 @@ def length(p: Tensor, side: Side) -> int:
     return p.shape[0] if side == "rows" else p.numel() // p.shape[0]
 
 
-def fresh(p: Tensor, side: Side, group: Group) -> dict[str, Tensor]:
+def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state of a side that is not turned yet: basis I, covariance 0. DTensors, if p is one.
+
+    Args:
+        dtype: of the preconditioner; of float64's the basis is float64 too.
 
     Raises:
         RuntimeError: blocks of the side would lie across shards, or p is cut in another way that a basis cannot follow.
@@ -61,18 +64,23 @@ def fresh(p: Tensor, side: Side, group: Group) -> dict[str, Tensor]:
     n = length(p, side)
     block = min(group["basis_block"], n)
     if not isinstance(p, DTensor):
-        bases = basis.identity(n, block, p.device), torch.zeros(n, block, device=p.device)
-        return dict(zip(KEYS[side], bases, strict=True))
+        return dict(zip(KEYS[side], _start(n, block, dtype, p.device), strict=True))
     placements = [_placement(p, x, side) for x in p.placements]
     _check_blocks(p, side, placements, n, block)
     own = p.to_local()
     here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
-    own_bases = basis.identity(here, block, own.device), torch.zeros(here, block, device=own.device)
+    own_bases = _start(here, block, dtype, own.device)
     whole = torch.Size((n, block))
     return {
         key: DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=whole, stride=(block, 1))
         for key, x in zip(KEYS[side], own_bases, strict=True)
     }
+
+
+def _start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The basis and the covariance of a side that is not turned yet."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return basis.identity(n, block, device).to(wide), torch.zeros(n, block, dtype=wide, device=device)
 
 
 def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
@@ -122,14 +130,18 @@ def change(
     same = before["basis_block"] == after["basis_block"]
     old, new = sides(p, before), sides(p, after)
     left = [side for side in old if side not in new or not same]
-    added = {key: x for side in new if side not in old or not same for key, x in fresh(p, side, after).items()}
+    added = {
+        key: x
+        for side in new
+        if side not in old or not same
+        for key, x in fresh(p, side, after, state["precond"].dtype).items()
+    }
     if left:
         moved, s = Moved(state, exponents), matrix(_local(state["exp_avg_sq"]))
         for side in left:
             q = basis.transposed(_local(state.pop(KEYS[side][0])))
             moved.by(side, q, gamma)
-            spread = basis.turn((s.mT if side == "rows" else s).float(), q.square())
-            s.copy_(spread.mT if side == "rows" else spread)
+            s.copy_(basis.turn(s.float(), q.square(), side))
             del state[KEYS[side][1]]
         moved.store(int(state["step"]), frozenset())
     state.update(added)
@@ -158,9 +170,9 @@ def matrix(x: Tensor) -> Tensor:
 def turn(x: Tensor, state: Mapping[str, Tensor], *, back: bool = False) -> Tensor:
     """A local matrix in the state's frame, or back from it; new."""
     if (columns := state.get("column_basis")) is not None:
-        x = basis.turn(x, _local(columns), back=back, denoise=not back)
+        x = basis.turn(x, _local(columns), "columns", back=back, denoise=not back)
     if (rows := state.get("row_basis")) is not None:
-        x = basis.turn(x.mT, _local(rows), back=back, denoise=not back).mT.contiguous()
+        x = basis.turn(x, _local(rows), "rows", back=back, denoise=not back)
     return x
 
 
@@ -169,22 +181,21 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Moved:
-    """exp_avg and precond of a parameter on their way to another frame, in float32; `store` rounds them as a step does."""
+    """exp_avg and precond of a parameter on their way to another frame, in float32 or more; `store` rounds them as a step does."""
 
     def __init__(self, state: MutableMapping[str, Tensor], exponents: str) -> None:
         self._m, self._v, self._exponents = _local(state["exp_avg"]), _local(state["precond"]), state.get(exponents)
         m = self._m if self._exponents is None else decode_blocks(self._m, self._exponents)
-        self.m, self.v = matrix(m).float(), matrix(self._v).float()
+        self.m, self.v = (matrix(x).to(torch.promote_types(x.dtype, torch.float32)) for x in (m, self._v))
 
     def by(self, side: Side, turning: Tensor, gamma: float) -> None:
         """Turn a side by the blocks of `turning`, (length, block): m exactly, d = v^(−2) as the diagonal of a turned matrix,
         σ'_j = Σ_i R_ij² σ_i with σ = d^(1/γ)."""
-        m, v = (self.m.mT, self.v.mT) if side == "rows" else (self.m, self.v)
         power = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
-        for m_i, v_i in zip(_pieces(m), _pieces(v), strict=True):
-            m_i.copy_(basis.turn(m_i, turning, denoise=True))
+        for m_i, v_i in zip(_pieces(self.m, side), _pieces(self.v, side), strict=True):
+            m_i.copy_(basis.turn(m_i, turning.to(m_i.dtype), side, denoise=True))
             if gamma != 0.0:
-                spread = basis.turn(v_i.double().log_().mul_(power).exp_(), turning.square())
+                spread = basis.turn(v_i.double().log_().mul_(power).exp_(), turning.double().square(), side)
                 v_i.copy_(spread.log_().mul_(1.0 / power).exp_().clamp_(update.V_MIN, update.V_MAX))
 
     def store(self, step: int, stochastic: frozenset[str]) -> None:
@@ -201,9 +212,10 @@ class Moved:
         _put(self._v, self.v, salt_v)
 
 
-def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """Its rows, in pieces that a turn in float64 takes no more than some 100 MB for."""
-    yield from x.split(max(1, update.REFRESH_ELEMENTS // max(1, x.shape[1])))
+def _pieces(x: Tensor, side: Side) -> Iterator[Tensor]:
+    """Its vectors of the side, in pieces that a turn in float64 takes no more than some 100 MB for."""
+    of_side, others = (1, 0) if side == "columns" else (0, 1)
+    yield from x.split(max(1, update.REFRESH_ELEMENTS // max(1, x.shape[of_side])), others)
 
 
 def _put(stored: Tensor, computed: Tensor, salt: int | None) -> None:

@@ -63,7 +63,7 @@ def fresh_state(p: Tensor, dtypes: Dtypes, group: frame.Group) -> dict[str, Tens
         "precond": torch.ones_like(p, dtype=dtypes["precond"], memory_format=layout),
     }
     for side in sides:
-        state |= frame.fresh(p, side, group)
+        state |= frame.fresh(p, side, group, dtypes["precond"])
     if dtypes["exp_avg"] == torch.int8:
         state[EXPONENTS] = exponents_for(local(p))
     return state
@@ -118,7 +118,9 @@ def checked_state(
         ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
     """
     values = decoded({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
-    bases = {key: value for side in frame.sides(p, group) for key, value in frame.fresh(p, side, group).items()}
+    bases: dict[str, Tensor] = {}
+    for side in frame.sides(p, group):
+        bases |= frame.fresh(p, side, group, dtypes["precond"])
     keys = {*STATE_KEYS, *bases}
     if keys != set(values):
         theirs = (
@@ -142,7 +144,7 @@ def checked_state(
                 "sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
             )
         if key in bases:
-            state[key] = value.to(dtype=torch.float32, device=p.device)
+            state[key] = value.to(dtype=like.dtype, device=p.device)
             continue
         if value.dtype == torch.int8:
             raise ValueError(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from anon_dist.optim import basis, frame, update
 from anon_dist.optim.backends.choice import Backend
-from anon_dist.optim.frame import KEYS, Moved, Side
+from anon_dist.optim.basis import Side
+from anon_dist.optim.frame import KEYS, Moved
 from anon_dist.optim.gather import Bucket
 from anon_dist.optim.host_copy import known_to_the_host
 from anon_dist.optim.plan import StepPlan, Variant
@@ -137,7 +138,7 @@ class Renewal:
                 m = _momentum(member.state)
                 for side in member.sides:
                     block = member.state[KEYS[side][0]].shape[1]
-                    member.fresh[side] = basis.covariance(m.mT if side == "rows" else m, block)
+                    member.fresh[side] = basis.covariance(m, block, side)
                     groups = frame.cut_over(member.p, side)
                     key = (*(group.group_name for group in groups), str(m.device))
                     together.setdefault(key, (groups, []))[1].append((member, side))
@@ -182,5 +183,5 @@ def _renew(member: Member) -> None:
         turning, turned = basis.rotation(mean, member.fresh[side], plan.keep_d)
         q.copy_(basis.renewed(q, turning))
         mean.copy_(turned)
-        moved.by(side, turning.to(moved.m.dtype), plan.gamma)
+        moved.by(side, turning, plan.gamma)
     moved.store(plan.step, plan.stochastic)

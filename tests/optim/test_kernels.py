@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference import but_clipped, copy_state, hyperparameters, new_gammas, set_gamma
+from test_reference import but_clipped, copy_state, hyperparameters, moved_by, new_gammas, set_gamma, undecided
 from torch import nn
 
 from anon_dist import Anon
@@ -91,11 +91,13 @@ def test_each_step_is_within_its_bounds(hyper, edits, length, seed):
         g, state, beta1, beta2 = p.grad.double().abs(), optimizer.state[p], reference.beta1, reference.beta2
         m_size = beta1 * old["exp_avg"].abs() + (1 - beta1) * g
         s_size = beta2 * old["exp_avg_sq"] + (1 - beta2) * g * g
-        step_size = reference.lr * but_clipped(reference, reference.v * m_size / (1 - beta1**reference.t))
+        size = moved_by(reference, m_size, g)
+        step_size = reference.lr * but_clipped(reference, size, p.grad.double())
+        unclear = undecided(reference, size, p.grad.double(), theta) / UNIT
         for actual, expected, bound in (
             (state["exp_avg"], reference.m, 4 * m_size),
             (state["exp_avg_sq"], reference.s, 4 * s_size),
-            (p.detach(), reference.theta, 4 * (theta + step_size) + 4 * step_size),
+            (p.detach(), reference.theta, 4 * (theta + step_size) + 4 * step_size + unclear),
             (state["precond"], reference.v, 2 * reference.v),
         ):
             assert ((actual.double() - expected).abs() <= UNIT * bound + 2.0**-148).all()

@@ -28,6 +28,9 @@ hyperparameters = st.fixed_dictionaries(
         "window": st.sampled_from([None, "auto", 1, 3, 7]),
         "hold_silent": st.booleans(),
         "maximize": st.booleans(),
+        "nesterov": st.booleans(),
+        "cautious_decay": st.booleans(),
+        "max_interval": st.sampled_from([None, 1, 4]),
     }
 )
 new_gammas = st.dictionaries(
@@ -52,13 +55,30 @@ def assert_close(actual, expected, magnitude, what):
     )
 
 
-def but_clipped(reference, magnitude):
+def moved_by(reference, m, g):
+    """v times the mean that θ moves by, of these m and g: their values or their magnitudes."""
+    beta1, weight = reference.beta1, 1 - reference.beta1**reference.t
+    if reference.nesterov:
+        m, weight = beta1 * m + (1 - beta1) * g, 1 - beta1 ** (reference.t + 1)
+    return reference.v * m / weight
+
+
+def but_clipped(reference, magnitude, g):
     """The magnitudes of what an update is summed from, no more than the clip where rounding could not undo the clipping."""
     clip = reference.update_clip
     if clip is None:
         return magnitude
-    update = reference.v * reference.m.abs() / (1 - reference.beta1**reference.t)
+    update = moved_by(reference, reference.m, -g if reference.maximize else g).abs()
     return torch.where(update - 16 * UNIT * magnitude > clip, clip * (1 + 8 * UNIT), magnitude)
+
+
+def undecided(reference, magnitude, g, theta):
+    """What decay adds where rounding decides whether it does: where the update is as small as its own rounding."""
+    if not reference.cautious:
+        return 0.0
+    update = moved_by(reference, reference.m, -g if reference.maximize else g).abs()
+    unclear = (update <= 16 * UNIT * magnitude) | (update * theta < 2.0**-120)
+    return unclear * reference.lr * reference.weight_decay * theta
 
 
 def assert_one_step_agrees(optimizer, p, reference, grad):
@@ -77,11 +97,10 @@ def assert_one_step_agrees(optimizer, p, reference, grad):
     # The preconditioner is made from the second moment as rounded: 4 units of it are up to 2 |γ| in v.
     v_units = ULPS * 2 + UNITS * abs(reference.gamma)
     assert ((state["precond"].double() / reference.v - 1).abs() <= v_units * UNIT).all()
-    step = but_clipped(
-        reference,
-        reference.v * (beta1 * old["exp_avg"] + 2 * (1 - beta1) * (g + old["exp_avg"])) / (1 - beta1**reference.t),
-    )
-    assert_close(p.detach(), reference.theta, theta + reference.lr * step * (1 + v_units), "theta")
+    size = moved_by(reference, beta1 * old["exp_avg"] + 2 * (1 - beta1) * (g + old["exp_avg"]), 2 * g)
+    step = but_clipped(reference, size, p.grad.double())
+    unclear = undecided(reference, size, p.grad.double(), theta) / (UNITS * UNIT)
+    assert_close(p.detach(), reference.theta, theta + reference.lr * step * (1 + v_units) + unclear, "theta")
 
 
 def set_gamma(optimizer, reference, gamma):

@@ -1,0 +1,473 @@
+"""Matrices in bases of their own: against the float64 reference, and what a user relies on."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis
+from anon_dist.optim.frame import BASIS_KEYS
+
+LM = {"lr": 0.02, "betas": (0.9, 0.95), "refresh_ratio": 1.3, "beta3": 0.8, "weight_decay": 0.1}
+
+
+def gradients(shape, steps, seed=0):
+    """Noise whose rows and columns are mixed, so that there is a basis to be found; of full rank in `shape`'s larger side's blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.empty(shape)[0].numel()
+    left, right = (torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n) for n in (shape[0], columns))
+    return [(left @ torch.randn(shape[0], columns, generator=generator) @ right).view(shape) for _ in range(steps)]
+
+
+def stepped(shape, steps=30, seed=0, dtype=torch.float32, **hyper):
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = Anon([p], **{**LM, **hyper})
+    for grad in gradients(shape, steps, seed):
+        p.grad = grad.to(dtype)
+        optimizer.step()
+    optimizer.settle()
+    return p, optimizer
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "block"), [(12, 4), (13, 4), (3, 3), (1, 1), (7, 5)])
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_turns_are_products_with_the_whole_matrix(n, block, side):
+    x = torch.randn((5, n) if side == "columns" else (n, 5), dtype=torch.float64)
+    blocked = torch.zeros(n, block, dtype=torch.float64)
+    whole = torch.zeros(n, n, dtype=torch.float64)
+    for where, part in basis.squares(blocked):
+        q, _ = torch.linalg.qr(torch.randn(part.shape, dtype=torch.float64))
+        part.copy_(q)
+        whole[where, where] = torch.block_diag(*q)
+    turned = basis.turn(x, blocked, side)
+    torch.testing.assert_close(turned, x @ whole if side == "columns" else whole.T @ x)
+    torch.testing.assert_close(basis.turn(turned, blocked, side, back=True), x)
+    outer = x.T @ x if side == "columns" else x @ x.T
+    for where, c in basis.squares(basis.covariance(x, block, side)):
+        inside = torch.block_diag(*torch.ones_like(c)) > 0
+        torch.testing.assert_close(torch.block_diag(*c)[inside], outer[where, where][inside])
+    for where, c in basis.squares(basis.transposed(blocked)):
+        torch.testing.assert_close(torch.block_diag(*c), whole[where, where].T)
+
+
+def test_a_basis_comes_to_the_eigenvectors_and_stays_orthogonal():
+    torch.manual_seed(0)
+    n, q = 24, basis.identity(24, 24)
+    wanted, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
+    sizes = torch.logspace(0, -2, n, dtype=torch.float64)
+    c = torch.zeros(n, n)
+    for _ in range(300):
+        x = torch.randn(4 * n, n, dtype=torch.float64) * sizes @ wanted.T
+        turned = basis.turn(x, q, "columns")
+        turning, c = basis.rotation(c, basis.covariance(turned, n, "columns"), 0.9)
+        q, c = basis.renewed(q, turning).float(), c.float()
+    assert (q.double().T @ q.double() - torch.eye(n)).abs().max() < 1e-6
+    assert ((q.double().T @ wanted).abs().diagonal() > 0.9).all()
+
+
+def test_both_factorisations_are_one():
+    torch.manual_seed(0)
+    x = torch.randn(3, 300, 64, dtype=torch.float64) * torch.logspace(0, -6, 64, dtype=torch.float64)
+    mixed, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
+    for c in (x.mT @ x, mixed @ (x.mT @ x) @ mixed.T, torch.eye(64, dtype=torch.float64).expand(2, -1, -1)):
+        c = c / basis._mean_eigenvalue(c) + basis.RIDGE * torch.eye(64, dtype=torch.float64)
+        torch.testing.assert_close(basis.by_cholesky(c), basis._orthogonal(c), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
+def test_blocks_without_a_usable_covariance_stay(bad):
+    fresh = torch.eye(8).repeat(2, 1) + 0.1
+    fresh[3] = bad
+    if bad == 0.0:
+        fresh[:8] = 0.0
+    turning, c = basis.rotation(basis.identity(16, 8), fresh, 0.5)
+    assert torch.equal(turning[:8], torch.eye(8, dtype=torch.float64))
+    assert torch.equal(c[:8], torch.eye(8, dtype=torch.float64))
+    assert not torch.equal(turning[8:], torch.eye(8, dtype=torch.float64))
+    assert turning.isfinite().all()
+    assert c.isfinite().all()
+
+
+# -- against the reference --------------------------------------------------------------------------------------------
+
+hyperparameters = st.fixed_dictionaries(
+    {
+        "basis": st.sampled_from(["columns", "rows", "both"]),
+        "basis_block": st.sampled_from([1, 4, 6, 128]),
+        "gamma": st.sampled_from([-0.5, 0.0, 0.1, 0.5, 1.0, 1.3]),
+        "refresh_ratio": st.sampled_from([1.05, 1.3, 2.0]),
+        "beta3": st.sampled_from([0.0, 0.5, 0.93]),
+        "max_interval": st.sampled_from([None, 1, 5]),
+        "window": st.sampled_from([None, "auto", 3]),
+        "update_clip": st.sampled_from([None, 1.0]),
+        "nesterov": st.booleans(),
+        "maximize": st.booleans(),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hyper=hyperparameters, shape=st.sampled_from([(12, 12), (14, 8), (13, 13)]), seed=st.integers(0, 1 << 20))
+def test_whole_runs_agree_in_float64(hyper, shape, seed):
+    """The reference keeps whole matrices, and the covariance where the parameter lives."""
+    p, optimizer = stepped(shape, 40, seed, torch.float64, **hyper, state_dtype="float64")
+    reference = ReferenceAnon(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), **{**LM, **hyper})
+    for grad in gradients(shape, 40, seed):
+        reference.step(grad)
+    assert (p.detach() - reference.theta).abs().max() < 1e-6
+    for side, own in (("column", reference.right), ("row", reference.left)):
+        if own is not None:
+            stored = torch.block_diag(*(b for _, q in basis.squares(optimizer.state[p][f"{side}_basis"]) for b in q))
+            assert (stored - own.q).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("which", ["columns", "rows", "both"])
+@pytest.mark.parametrize("hyper", [{}, {"nesterov": True, "gamma": 1.2}, {"cautious_decay": True, "update_clip": 1.0}])
+def test_float32_agrees(fused, which, hyper):
+    hyper = {"basis": which, "basis_block": 8, **hyper}
+    p, _ = stepped((24, 24), fused=fused, **hyper)
+    reference = ReferenceAnon(torch.randn((24, 24), generator=torch.Generator().manual_seed(0)), **{**LM, **hyper})
+    for grad in gradients((24, 24), 30):
+        reference.step(grad)
+    error = (p.detach() - reference.theta).abs()
+    assert error.max() < (2e-5 if "cautious_decay" not in hyper else 5e-3)  # a sign may fall the other way: λ η θ
+    assert error.median() < 1e-6
+
+
+def test_the_identity_is_anon_as_it_is():
+    """With blocks of one element, and until the first basis."""
+    plain, turned = (stepped((9, 7), basis=b, basis_block=1)[0] for b in (None, "both"))
+    torch.testing.assert_close(plain, turned, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16"])
+def test_compact_states_are_near(states):
+    exact = stepped((32, 32), basis="both", basis_block=16)[0]
+    compact, optimizer = stepped((32, 32), basis="both", basis_block=16, state_dtype=states)
+    start = torch.randn((32, 32), generator=torch.Generator().manual_seed(0))
+    moved = (exact - start).norm()
+    assert (compact - exact).norm() < 0.03 * moved
+    assert optimizer.state[compact]["exp_avg"].dtype != torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters(dtype):
+    exact = stepped((16, 16), basis="columns")[0]
+    rounded, optimizer = stepped((16, 16), dtype=dtype, basis="columns", stochastic_rounding=dtype == torch.bfloat16)
+    assert (rounded.float() - exact).abs().mean() < 0.02
+    assert optimizer.state[rounded]["column_basis"].dtype == torch.float32
+
+
+def test_a_tensor_of_more_dimensions_is_its_rows():
+    p, _ = stepped((6, 4, 3), basis="both", basis_block=4)
+    q = nn.Parameter(torch.randn((6, 4, 3), generator=torch.Generator().manual_seed(0)).flatten(1))
+    optimizer = Anon([q], **LM, basis="both", basis_block=4)
+    for grad in gradients((6, 4, 3), 30):
+        q.grad = grad.flatten(1)
+        optimizer.step()
+    torch.testing.assert_close(p.flatten(1), q, rtol=0, atol=0)
+
+
+# -- what steps do with it --------------------------------------------------------------------------------------------
+
+
+def test_a_scale_a_flag_and_tensors_for_lr():
+    """As in the plain step: the gradient is divided, and a step that is none changes nothing."""
+    p, plain = stepped((12, 12), 5, basis="both", basis_block=4)
+    q, told = stepped((12, 12), 5, basis="both", basis_block=4)
+    told.param_groups[0]["lr"] = torch.tensor(LM["lr"])
+    for t, grad in enumerate(gradients((12, 12), 8, 3)):
+        told.grad_scale, told.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+        if t == 4:
+            told.found_inf = torch.tensor(1.0)
+            before = copy.deepcopy((q.data, told.state_dict()))
+        p.grad, q.grad = grad, grad * 8.0
+        told.step()
+        if t == 4:
+            assert torch.equal(q.data, before[0])
+            after = told.state_dict()["state"][0]
+            assert all(torch.equal(after[k], x) for k, x in before[1]["state"][0].items())
+            continue
+        plain.step()
+    del told.grad_scale, told.found_inf
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_split_steps_are_the_same_bits():
+    runs = []
+    for split in (False, True):
+        params = [nn.Parameter(torch.randn(12, 12, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+        optimizer = Anon(params, **LM, basis="both", basis_block=4)
+        for t in range(12):
+            for i, p in enumerate(params):
+                p.grad = gradients((12, 12), 1, 10 * t + i)[0]
+            if split:
+                for part in optimizer.split_step([params[:1], params[2:]]):
+                    part()
+            else:
+                optimizer.step()
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+def test_many_matrices_at_once_are_the_same_bits_as_one_by_one():
+    shapes = [(8, 8), (30, 8), (8, 30), (64, 64)]
+    together = [nn.Parameter(torch.ones(s)) for s in shapes]
+    optimizer = Anon(together, **LM, basis="both", basis_block=8)
+    alone = [nn.Parameter(torch.ones(s)) for s in shapes]
+    others = [Anon([p], **LM, basis="both", basis_block=8) for p in alone]
+    for t in range(10):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad = gradients(p.shape, 1, 10 * t + i)[0]
+            q.grad = p.grad.clone()
+        for each in (optimizer, *others):
+            each.step()
+    assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
+
+
+def test_reduced_precision_of_products_elsewhere_does_not_matter():
+    exact = stepped((32, 32), basis="both")[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        asked = torch.backends.mkldnn.matmul.fp32_precision
+        assert torch.equal(stepped((32, 32), basis="both")[0], exact)
+        assert torch.backends.mkldnn.matmul.fp32_precision == asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_spike_of_the_gradient_does_not_take_over_the_basis():
+    """A thousand times as large a gradient in one window moves the basis by no more than another gradient would."""
+    bases = []
+    for spike in (1.0, 1000.0):
+        p = nn.Parameter(torch.zeros(16, 16))
+        optimizer = Anon([p], **{**LM, "betas": (0.0, 0.95), "max_interval": 2}, basis="columns")
+        for t, grad in enumerate(gradients((16, 16), 40)):
+            p.grad = grad * (spike if t == 20 else 1.0)
+            optimizer.step()
+        optimizer.settle()
+        bases.append(optimizer.state[p])
+    cosines = (bases[0]["column_basis"].T @ bases[1]["column_basis"]).abs().diagonal()
+    assert (cosines > 0.999).all()
+    torch.testing.assert_close(bases[0]["column_cov"], bases[1]["column_cov"], rtol=0, atol=0.02)
+
+
+def test_directions_without_gradient_are_left_alone():
+    """A gradient that is 0 along one direction, up to rounding, moves nothing along it, though the direction is no coordinate."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(32, 16))
+    optimizer = Anon([p], **{**LM, "weight_decay": 0.0}, basis="columns")
+    still = nn.functional.normalize(torch.randn(16, dtype=torch.float64), dim=0)
+    for t in range(120):
+        if t == 60:  # by then the basis has it
+            before = p.detach().clone()
+        grad = torch.randn(32, 16, dtype=torch.float64)
+        p.grad = (grad - (grad @ still)[:, None] * still).float()
+        optimizer.step()
+    moved = (p.detach() - before).double()
+    assert (moved @ still).abs().max() < 1e-4 * moved.abs().max()
+
+
+# -- which sides, and the state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "which", "keys"),
+    [
+        ((4, 6), "columns", {"column"}),
+        ((4, 6), "rows", {"row"}),
+        ((4, 6), "both", {"column", "row"}),
+        ((7,), "both", set()),
+        ((), "both", set()),
+        ((200, 4), "both", {"column"}),  # 50 rows to a column: an embedding's tokens
+        ((5, 1), "columns", set()),
+        ((2, 3, 5), "both", {"column", "row"}),
+    ],
+)
+def test_which_sides_are_turned(shape, which, keys):
+    p, other = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(2, 2))
+    optimizer = Anon([p, other], basis=which, basis_block=4)
+    optimizer.init_state()
+    found = {key for key in optimizer.state[p] if key not in STATE_KEYS}
+    assert found == {f"{side}_{what}" for side in keys for what in ("basis", "cov")}
+    for key in found:
+        side = p[0].numel() if key.startswith("column") else p.shape[0]
+        assert optimizer.state[p][key].shape == (side, min(4, side))
+
+
+@pytest.mark.parametrize("where", [3, 8])
+@pytest.mark.parametrize("states", ["float32", "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16"])
+def test_a_loaded_state_goes_on_to_the_bit(where, states, tmp_path):
+    hyper = {**LM, "basis": "both", "basis_block": 4, "state_dtype": states, "window": "auto", "nesterov": True}
+    p = nn.Parameter(torch.randn(12, 10))
+    optimizer = Anon([p], **hyper)
+    for t, grad in enumerate(gradients((12, 10), 20)):
+        if t == where:
+            torch.save((p.data, optimizer.state_dict()), tmp_path / "saved.pt")
+        p.grad = grad
+        optimizer.step()
+    weights, saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    q = nn.Parameter(weights)
+    resumed = Anon([q])
+    resumed.load_state_dict(saved)
+    for grad in gradients((12, 10), 20)[where:]:
+        q.grad = grad
+        resumed.step()
+    assert torch.equal(p, q)
+    a, b = copy.deepcopy(optimizer).state_dict(), resumed.state_dict()
+    assert all(torch.equal(x, b["state"][0][k]) for k, x in a["state"][0].items())
+
+
+def test_other_states_are_refused():
+    _p, optimizer = stepped((8, 8), basis="columns", basis_block=4)
+    saved = optimizer.state_dict()
+    for spoil, words in (
+        (lambda s: s["state"][0].pop("column_cov"), "of another basis"),
+        (lambda s: s["param_groups"][0].update(basis="both"), "of another basis"),
+        (lambda s: s["param_groups"][0].update(basis_block=2), "basis_block"),
+        (lambda s: s["state"][0].update(column_basis=torch.eye(8)), "column_basis of parameter 0"),
+        (lambda s: s["state"][0].pop("precond"), "another optimizer's"),
+    ):
+        wrong = copy.deepcopy(saved)
+        spoil(wrong)
+        with pytest.raises(ValueError, match=words):
+            Anon([nn.Parameter(torch.zeros(8, 8))]).load_state_dict(wrong)
+
+
+def test_bad_arguments():
+    p = nn.Parameter(torch.zeros(4, 4))
+    for wrong in (
+        {"basis": "column"},
+        {"basis": True},
+        {"basis_block": 0},
+        {"basis_block": 2.0},
+        {"max_interval": 0},
+        {"nesterov": 1},
+    ):
+        with pytest.raises(ValueError, match=f"Anon: {next(iter(wrong))} must be"):
+            Anon([p], **wrong)
+
+
+def test_a_flat_parameter_in_place_of_matrices_is_refused():
+    p = nn.Parameter(torch.zeros(100_000))
+    optimizer = Anon([p], basis="columns")
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="DeepSpeed and FSDP1 cut matrices"):
+        optimizer.step()
+    q = nn.Parameter(torch.zeros(10))
+    q.grad = torch.ones_like(q)
+    with pytest.warns(UserWarning, match="this optimizer has none"):
+        Anon([q], basis="columns").step()
+
+
+def test_an_edited_basis_is_refused_and_rebase_named():
+    p, optimizer = stepped((8, 8), basis=None)
+    optimizer.param_groups[0]["basis"] = "columns"
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"rebase\(basis='columns'\)"):
+        optimizer.step()
+    optimizer.param_groups[0]["basis"] = None
+    optimizer.param_groups[0]["basis_block"] = 4  # means nothing without a basis
+    optimizer.step()
+
+
+def test_a_basis_set_before_the_first_step():
+    p = nn.Parameter(torch.randn(8, 8))
+    optimizer = Anon([p], **LM)
+    optimizer.init_state()
+    optimizer.param_groups[0].update(basis="columns", basis_block=4)
+    for grad in gradients((8, 8), 3):
+        p.grad = grad
+        optimizer.step()
+    assert optimizer.state[p]["column_basis"].shape == (8, 4)
+
+
+def test_rebase_to_a_basis_and_back():
+    """The step after it is the one that would have been; back again, the momentum is exact, and the preconditioner as large as it was."""
+    grads = gradients((16, 16), 60)
+    p, optimizer = stepped((16, 16), 20)
+    q, plain = stepped((16, 16), 20)
+    optimizer.rebase(basis="both", basis_block=8)
+    p.grad = q.grad = grads[0]
+    optimizer.step(), plain.step()
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    for grad in grads[1:]:
+        p.grad = q.grad = grad
+        optimizer.step(), plain.step()
+    exp_avg = plain.state[q]["exp_avg"]
+    assert (optimizer.state[p]["exp_avg"] - exp_avg).abs().max() > 0.01
+    optimizer.rebase(basis=None)
+    assert set(optimizer.state[p]) == set(STATE_KEYS)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], exp_avg, rtol=0, atol=1e-5)
+    ratio = (optimizer.state[p]["precond"] / plain.state[q]["precond"]).log()
+    assert ratio.mean().abs() < 0.05
+    assert ratio.std() < 0.3
+    p.grad = grads[0]
+    optimizer.step()
+
+
+def test_rebase_to_other_blocks():
+    p, optimizer = stepped((16, 12), 20, basis="columns", basis_block=4)
+    kept = optimizer.state[p]["column_basis"].clone()
+    optimizer.rebase(basis="both")
+    assert torch.equal(optimizer.state[p]["column_basis"], kept)
+    assert torch.equal(optimizer.state[p]["row_basis"], basis.identity(16, 4))
+    optimizer.rebase(basis_block=6)
+    assert torch.equal(optimizer.state[p]["column_basis"], basis.identity(12, 6))
+    for grad in gradients((16, 12), 5):
+        p.grad = grad
+        optimizer.step()
+    assert p.isfinite().all()
+
+
+def test_groups_have_their_own():
+    shapes = [(8, 8), (8, 8), (8,)]
+    params = [nn.Parameter(torch.randn(s)) for s in shapes]
+    groups = [
+        {"params": params[:1], "basis": "both"},
+        {"params": params[1:2]},
+        {"params": params[2:], "basis": "columns"},
+    ]
+    optimizer = Anon(groups, **LM, basis_block=4)
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    found = [{key for key in optimizer.state[p] if key in BASIS_KEYS} for p in params]
+    assert [len(f) for f in found] == [4, 0, 0]
+
+
+def test_missing_gradients_keep_bases_where_they_are():
+    params = [nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    optimizer = Anon(params, **LM, basis="both", basis_block=4)
+    for t, grad in enumerate(gradients((8, 8), 12)):
+        params[0].grad, params[1].grad = grad, grad if t % 3 == 0 else None
+        before = params[1].detach().clone()
+        optimizer.step()
+        assert torch.equal(before, params[1]) == (t % 3 != 0)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [12, 4]
+
+
+def test_other_strides():
+    """A transposed parameter, and one whose gradient is laid out otherwise."""
+    plain = stepped((12, 9), basis="both", basis_block=4)[0]
+    start = torch.randn((12, 9), generator=torch.Generator().manual_seed(0))
+    for p, transposed in itertools.product((start.clone(), start.T.contiguous().T), (False, True)):
+        p = nn.Parameter(p.clone(memory_format=torch.preserve_format))
+        optimizer = Anon([p], **LM, basis="both", basis_block=4)
+        for grad in gradients((12, 9), 30):
+            p.grad = grad.T.contiguous().T if transposed else grad
+            optimizer.step()
+        torch.testing.assert_close(p, plain, rtol=0, atol=1e-5)
