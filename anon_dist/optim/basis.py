@@ -29,7 +29,7 @@ RIDGE = 1e-3
 Side = Literal["columns", "rows"]
 
 NOISE = 8.0
-"""An element below so many units of rounding of its vector's norm in a block is rounding: a sum of a hundred products is good to about 2."""
+"""An element below so many units of rounding of its vector's norm in a block is noise: a sum of a hundred products is good to about 2."""
 SILENCED_AT_ONCE = 1 << 14
 
 
