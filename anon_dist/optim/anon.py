@@ -41,6 +41,8 @@ class Anon(Optimizer):
     | `exp_avg` | m, the debiasable mean of the gradient | `state_dtype` |
     | `exp_avg_sq` | s, the mean of the squared gradient since the last refresh | `state_dtype` |
     | `precond` | v = d^(−1/2), the preconditioner, constant between refreshes | `state_dtype` |
+    | `column_basis`, `row_basis` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | float32 |
+    | `column_cov`, `row_cov` | the covariance of the momentum in it, of the same shape | float32 |
 
     Parameters may be DTensors (FSDP2, tensor parallelism): each rank updates its local shard, without communication.
 
@@ -61,6 +63,20 @@ class Anon(Optimizer):
             window and silent inside it gets a larger step than the paper's.
         hold_silent: an element whose squared gradients since the last refresh are all 0 keeps its preconditioner (1 at first)
             instead of being refreshed from ε alone; meant for γ < 0, where ε^γ would turn such elements off for a long time.
+        max_interval: no two refreshes are further apart than so many steps, whatever ρ says. None: no limit, as in the paper. Of use with a
+            basis, which is out of date long before the preconditioner is.
+        nesterov: move by the mean that the present gradient would make once more, (β1 m + (1 − β1) g) / (1 − β1^(t+1)), in place of m̂
+            (Dozat 2016, "Incorporating Nesterov Momentum into Adam").
+        cautious_decay: decay an element only where that moves it as the update does (arXiv 2510.12402).
+        basis: turn the gradients of matrices into a basis in which their columns, their rows, or both are uncorrelated, and be Anon there:
+            adaptivity for directions, not only for elements, as Shampoo, SOAP and Muon have it. The basis is renewed at refreshes, the only
+            steps after which ranks talk: those that hold other rows of a matrix add up the covariances of its columns. Parameters of more
+            dimensions are matrices of their first against the others; vectors are as without. The rows of embeddings stand for tokens and
+            should not be turned: `param_groups` sees to it; a matrix with more than 16 rows to a column is taken for one. It needs whole
+            rows or whole blocks of them on each rank: DDP, FSDP2, HSDP, tensor parallelism, `ZeroRedundancyOptimizer`; engines that flatten
+            parameters are refused. See `basis` and `turned` for the method.
+        basis_block: the basis is made of blocks of so many neighbours. State and time grow with it: 8 bytes a block's element for each
+            column, or row, of a matrix.
         maximize: ascend instead of descend.
         foreach: update all tensors at once (True) or one after the other (False). None: at once on accelerators only, since one after
             the other is kinder to a CPU's caches. The results are the same bits.
