@@ -139,7 +139,7 @@ def change(
     if left:
         moved, s = Moved(state, exponents), matrix(_local(state["exp_avg_sq"]))
         for side in left:
-            q = basis.transposed(_local(state.pop(KEYS[side][0])))
+            q = basis.transposed(_local(state.pop(KEYS[side][0]))).double()
             moved.by(side, q, gamma)
             s.copy_(basis.turn(s.float(), q.square(), side))
             del state[KEYS[side][1]]
@@ -191,12 +191,10 @@ class Moved:
     def by(self, side: Side, turning: Tensor, gamma: float) -> None:
         """Turn a side by the blocks of `turning`, (length, block): m exactly, d = v^(−2) as the diagonal of a turned matrix,
         σ'_j = Σ_i R_ij² σ_i with σ = d^(1/γ)."""
-        power = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
         for m_i, v_i in zip(_pieces(self.m, side), _pieces(self.v, side), strict=True):
             m_i.copy_(basis.turn(m_i, turning.to(m_i.dtype), side, denoise=True))
             if gamma != 0.0:
-                spread = basis.turn(v_i.double().log_().mul_(power).exp_(), turning.double().square(), side)
-                v_i.copy_(spread.log_().mul_(1.0 / power).exp_().clamp_(update.V_MIN, update.V_MAX))
+                v_i.copy_(_spread(v_i, turning, side, gamma).clamp_(update.V_MIN, update.V_MAX))
 
     def store(self, step: int, stochastic: frozenset[str]) -> None:
         """Write them back, in place."""
@@ -210,6 +208,14 @@ class Moved:
             self._m.copy_(codes)
             self._exponents.copy_(exponents)
         _put(self._v, self.v, salt_v)
+
+
+def _spread(v: Tensor, turning: Tensor, side: Side, gamma: float) -> Tensor:
+    """The preconditioner whose σ is the turned one's; in float64, unless it is a matter of squares and sums alone."""
+    if gamma == 1.0:
+        return basis.turn(v.square().reciprocal_(), turning.to(v.dtype).square(), side).rsqrt_()
+    power = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
+    return basis.turn(v.double().log_().mul_(power).exp_(), turning.square(), side).log_().mul_(1.0 / power).exp_()
 
 
 def _pieces(x: Tensor, side: Side) -> Iterator[Tensor]:
