@@ -31,7 +31,7 @@ OPTIM = (
     ("backends.gpu",),
     ("backends.choice", "gather"),
     ("members", "turned"),
-    ("stepper",),
+    ("stepper", "rebase"),
     ("anon",),
     ("monitor",),
 )

@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim.hyper import normalise, state_dtypes, validate
-from anon_dist.optim.members import absent, allocate, has_absent, steps_taken
+from anon_dist.optim.members import absent, allocate, steps_taken
+from anon_dist.optim.rebase import change
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, named_parameters
-from anon_dist.optim.stepper import Stepper, Told, Work, convert
+from anon_dist.optim.stepper import Stepper, Told, Work
 from anon_dist.optim.turned import TurnedWork
 
 _UNSET: Any = object()
@@ -128,28 +129,7 @@ class Anon(Optimizer):
         state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "gamma": gamma,
-            "weight_decay": weight_decay,
-            "refresh_ratio": refresh_ratio,
-            "beta3": beta3,
-            "update_clip": update_clip,
-            "window": window,
-            "hold_silent": hold_silent,
-            "max_interval": max_interval,
-            "nesterov": nesterov,
-            "cautious_decay": cautious_decay,
-            "basis": basis,
-            "basis_block": basis_block,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-        }
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         normalise(defaults)
         validate(defaults)
         super().__init__(params, defaults)
@@ -220,28 +200,19 @@ class Anon(Optimizer):
                 its parameters at a time (DeepSpeed), so that not all state could be converted.
         """
         self.settle()
-        if has_absent(self.param_groups, self.state):
-            raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
-        given = {"gamma": gamma, "refresh_ratio": refresh_ratio, "beta3": beta3, "basis_block": basis_block}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        values = {
+            "gamma": gamma,
+            "refresh_ratio": refresh_ratio,
+            "beta2": beta2,
+            "beta3": beta3,
+            "basis_block": basis_block,
+        }
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         may_be_none = {"window": window, "max_interval": max_interval, "basis": basis}
-        changes |= {name: value for name, value in may_be_none.items() if value is not _UNSET}
-        names = {*changes, *(["beta2"] if beta2 is not None else [])}
-        changed = []
-        for index in range(len(self.param_groups)) if group is None else [group]:
-            old = self.param_groups[index]
-            new = {**old, **changes}
-            if beta2 is not None:
-                new["betas"] = (old["betas"][0], beta2)
-            normalise(new)
-            validate(new)
-            new[HISTORY], ratio = Regime(old).rebased(index, new, steps_taken(old, self.state), names)
-            changed.append((old, new, ratio))
-        for old, new, ratio in changed:
-            if ratio != 1.0:
-                convert((self.state[p] for p in old["params"] if p in self.state), ratio)
-            self._stepper.change_frames(old, new, self.state)
-            old.update(new)
+        given |= {name: value for name, value in may_be_none.items() if value is not _UNSET}
+        chosen = range(len(self.param_groups)) if group is None else [group]
+        change(self.param_groups, self.state, given, chosen)
+        self._stepper.known = ()
 
     def next_gammas(self) -> list[float]:
         """For each group, the γ in force in the next step's update.

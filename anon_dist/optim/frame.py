@@ -65,8 +65,7 @@ def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, 
     block = min(group["basis_block"], n)
     if not isinstance(p, DTensor):
         return dict(zip(KEYS[side], _start(n, block, dtype, p.device), strict=True))
-    placements = [_placement(p, x, side) for x in p.placements]
-    _check_blocks(p, side, placements, n, block)
+    placements = _placements(p, side, n, block)
     own = p.to_local()
     here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
     own_bases = _start(here, block, dtype, own.device)
@@ -81,6 +80,24 @@ def _start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tupl
     """The basis and the covariance of a side that is not turned yet."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return basis.identity(n, block, device).to(wide), torch.zeros(n, block, dtype=wide, device=device)
+
+
+def check(p: Tensor, group: Group) -> None:
+    """Refuse a basis of a parameter that is cut in a way that it cannot follow.
+
+    Raises:
+        RuntimeError: naming the remedy; on every rank alike.
+    """
+    for side in sides(p, group) if isinstance(p, DTensor) else ():
+        n = length(p, side)
+        _placements(p, side, n, min(group["basis_block"], n))  # type: ignore[arg-type]
+
+
+def _placements(p: DTensor, side: Side, n: int, block: int) -> list[Placement]:
+    """Of a side's state."""
+    placements = [_placement(p, x, side) for x in p.placements]
+    _check_blocks(p, side, placements, n, block)
+    return placements
 
 
 def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:

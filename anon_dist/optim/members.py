@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from anon_dist.optim import update
 from anon_dist.optim.frame import KEYS, length, sides
 from anon_dist.optim.hyper import state_dtypes
-from anon_dist.optim.state import fresh_state
+from anon_dist.optim.state import fresh_state, local
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -53,6 +54,11 @@ def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> b
     wanted = {KEYS[side][0]: min(group["basis_block"], length(p, side)) for side in sides(p, group)}
     found = {key: known[key].shape[1] for key in (keys[0] for keys in KEYS.values()) if key in known}
     return known["exp_avg"].device == p.device and wanted == found
+
+
+def convert_preconds(states: Iterable[Mapping[str, Tensor]], ratio: float) -> None:
+    """Convert preconditioners to another γ, `ratio` times theirs."""
+    update.convert_exponent([local(s["precond"]) for s in states], ratio)
 
 
 def absent(groups: Groups, state: States) -> list[Tensor]:

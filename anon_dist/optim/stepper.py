@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.optim import frame, update
+from anon_dist.optim import frame
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.optim.hyper import is_plain, normalise, validate
-from anon_dist.optim.members import Groups, States, allocate, has_absent, steps_taken
+from anon_dist.optim.members import Groups, States, allocate, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime, Turn
-from anon_dist.optim.state import EXPONENTS, local
 from anon_dist.optim.turned import Renewal, TurnedWork
 
 LONGEST_VECTOR = 1 << 13
@@ -122,7 +121,7 @@ class Stepper:
                     work[part].append(self._work(chosen, [plans[i] for i in indices], backend, group, state))
         for group, turn in zip(groups, turns, strict=True):
             if turn:
-                convert(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
+                convert_preconds(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
                 group[HISTORY] = Regime(group).turned(turn[0], absent)
         if late and told.found_inf is not None:
             self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
@@ -135,15 +134,6 @@ class Stepper:
         if not any(turned):
             return Work(bucket, plans, backend)
         return TurnedWork(bucket, plans, backend, [state[p] for p in bucket.params], turned, self._renewals)
-
-    def change_frames(self, before: Mapping[str, Any], after: Mapping[str, Any], state: States) -> None:
-        """Bring the states of a group's parameters to other bases."""
-        if (before["basis"], before["basis_block"]) != (after["basis"], after["basis_block"]):
-            self.known = ()
-            gamma = Regime(after).gamma_in_force
-            for p in before["params"]:
-                if p in state:
-                    frame.change(p, state[p], before, after, gamma, EXPONENTS)
 
     def start_renewals(self) -> None:
         """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
@@ -164,11 +154,6 @@ class Stepper:
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
         return [buckets for buckets, _ in gathered]
-
-
-def convert(states: Iterable[Mapping[str, Tensor]], ratio: float) -> None:
-    """Convert preconditioners to another γ, `ratio` times theirs."""
-    update.convert_exponent([local(s["precond"]) for s in states], ratio)
 
 
 def _plans(group: dict[str, Any], bucket: Bucket, turn: Turn | None, told: Told, later: bool) -> list[StepPlan]:

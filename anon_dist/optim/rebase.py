@@ -1,0 +1,45 @@
+"""Changes, in the middle of a run, of hyperparameters that the state depends on: `Anon.rebase`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anon_dist.optim import frame
+from anon_dist.optim.hyper import normalise, validate
+from anon_dist.optim.members import Groups, States, convert_preconds, has_absent, steps_taken
+from anon_dist.optim.regime import HISTORY, Regime
+from anon_dist.optim.state import EXPONENTS
+
+
+def change(groups: Groups, state: States, given: Mapping[str, Any], indices: Iterable[int]) -> None:
+    """Give some groups new values, and convert their state to them. All is checked before anything is changed.
+
+    Args:
+        given: by name as in `Anon.rebase`; `beta2` is the second of `betas`.
+
+    Raises:
+        ValueError, RuntimeError: see `Anon.rebase`.
+    """
+    if has_absent(groups, state):
+        raise RuntimeError("Anon: rebase() needs all parameters in param_groups, and some with state are not there")
+    changed = []
+    for index in indices:
+        old = groups[index]
+        new = {**old, **{name: value for name, value in given.items() if name != "beta2"}}
+        if "beta2" in given:
+            new["betas"] = (old["betas"][0], given["beta2"])
+        normalise(new)
+        validate(new)
+        new[HISTORY], ratio = Regime(old).rebased(index, new, steps_taken(old, state), set(given))
+        for p in old["params"]:
+            frame.check(p, new)
+        changed.append((old, new, ratio))
+    for old, new, ratio in changed:
+        states = [(p, state[p]) for p in old["params"] if p in state]
+        if ratio != 1.0:
+            convert_preconds((own for _, own in states), ratio)
+        if (old["basis"], old["basis_block"]) != (new["basis"], new["basis_block"]):
+            for p, own in states:
+                frame.change(p, own, old, new, Regime(new).gamma_in_force, EXPONENTS)
+        old.update(new)
