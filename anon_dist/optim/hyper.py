@@ -109,19 +109,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def validate_lr(lr: Any) -> None:
+    """Check a learning rate.
+
+    Raises:
+        ValueError: it is out of its range.
+    """
+    if isinstance(lr, Tensor):
+        _require(lr.numel() == 1, "lr", lr, "a number or a tensor of one element")
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        value = float(lr) if isinstance(lr, Tensor) else lr
+        _require(is_number(value) and 0.0 <= value < math.inf, "lr", lr, "a finite number ≥ 0")
+
+
 def validate(group: Group) -> None:
     """Check every hyperparameter of a param group.
 
     Raises:
         ValueError: naming the first argument that is out of its range, and the range.
     """
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        _require(lr.numel() == 1, "lr", lr, "a number or a tensor of one element")
-    else:
-        _require(is_number(lr) and 0.0 <= lr < math.inf, "lr", lr, "a finite number ≥ 0")
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        _require(0.0 <= float(lr) < math.inf, "lr", lr, "a finite number ≥ 0")
+    validate_lr(group["lr"])
     betas = group["betas"]
     _require(isinstance(betas, tuple | list) and len(betas) == 2, "betas", betas, "a pair (β1, β2)")
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from anon_dist.optim import frame
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.optim.hyper import is_plain, normalise, validate
+from anon_dist.optim.hyper import is_plain, normalise, validate, validate_lr
 from anon_dist.optim.members import Groups, States, allocate, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime, Turn
@@ -68,6 +69,8 @@ class Stepper:
         """Whether all ranks can use the fused kernel; None before the first step."""
         self._unsettled: tuple[HostCopy, list[Bucket]] | None = None
         self._renewals: list[Renewal] = []
+        self._checked: dict[int, list[Any]] = {}
+        """What each group's hyperparameters were, without lr, when they were last found to be in order."""
 
     def settle(self) -> None:
         """Finish the last step: take back its counts, if it was none; renew the bases of what it has refreshed."""
@@ -101,7 +104,7 @@ class Stepper:
             )
             return work
         for index, group in enumerate(groups):
-            _check_group(index, group, groups, state)
+            self._check_group(index, group, groups, state)
         if told.skips:
             return work
         absent = any(Regime(group).is_pending for group in groups) and has_absent(groups, state)  # it takes time
@@ -139,6 +142,24 @@ class Stepper:
         """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
         for renewal in self._renewals:
             renewal.start()
+
+    def _check_group(self, index: int, group: dict[str, Any], groups: Groups, state: States) -> None:
+        """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
+        if not is_plain(group):
+            normalise(group)
+        values = [value for name, value in group.items() if name != "lr"]
+        if len(checked := self._checked.get(index, ())) == len(values) and all(map(is_, checked, values)):
+            validate_lr(group["lr"])
+            return
+        validate(group)
+        regime = Regime(group)
+        if regime.drift():
+            if steps_taken(group, state) or has_absent(groups, state):
+                regime.check_drift(index)
+            else:
+                group[HISTORY] = regime.fresh()
+        if type(group["betas"]) is tuple:  # a list could be changed where it is
+            self._checked[index] = values
 
     def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
         """The buckets of each group."""
@@ -225,19 +246,6 @@ def _has_no_gradient(groups: Groups) -> bool:
     """Whether there are parameters, and none of them has a gradient."""
     parameters = [p for group in groups for p in group["params"] if p.numel()]
     return bool(parameters) and all(p.grad is None for p in parameters)
-
-
-def _check_group(index: int, group: dict[str, Any], groups: Groups, state: States) -> None:
-    """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
-    if not is_plain(group):
-        normalise(group)
-    validate(group)
-    regime = Regime(group)
-    if regime.drift():
-        if steps_taken(group, state) or has_absent(groups, state):
-            regime.check_drift(index)
-        else:
-            group[HISTORY] = regime.fresh()
 
 
 def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:
