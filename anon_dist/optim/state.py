@@ -122,6 +122,11 @@ def checked_state(
     for side in frame.sides(p, group):
         bases |= frame.fresh(p, side, group, dtypes["precond"])
     keys = {*STATE_KEYS, *bases}
+    if not values:
+        raise ValueError(
+            f"Anon: the state of {name} is empty. torch fills a flattened state dict (flatten_optimizer_state_dict) by the state that the "
+            "optimizer has: call optimizer.init_state() before"
+        )
     if keys != set(values):
         theirs = (
             "another optimizer's"

@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -74,8 +80,12 @@ def assert_like_one_process(model, optimizer, hyper, shapes=None, steps=STEPS):
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         # Fewer rows than columns leave directions without gradient, of which the basis knows only rounding: 1/200 of a step then.
         bound = 1e-4 if q.dim() > 1 and q.shape[0] < q[0].numel() else 1e-5
-        error = float((full(p) - q).detach().abs().max())
-        assert error <= bound, (name, hyper, error)
+        errors = (full(p) - q).detach().abs()
+        if (
+            "cautious_decay" in hyper
+        ):  # where the update is next to nothing, rounding says whether an element is decayed
+            errors = errors - 2 * LM["lr"] * LM["weight_decay"] * q.abs() * (errors > bound) * (errors.median() < bound)
+        assert errors.max() <= bound, (name, hyper, float(errors.max()))
     return reference
 
 
@@ -206,6 +216,23 @@ def case_a_checkpoint_goes_on_to_the_bit():
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert optimizer.state[p].keys() == resumed.state[q].keys()
         assert all(torch.equal(local(x), local(resumed.state[q][key])) for key, x in optimizer.state[p].items())
+
+
+def case_a_flattened_state_dict():
+    """torch fills it by the state that is there; without, it says what to call."""
+    hyper = {"basis": "columns", "basis_block": 16}
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    models = [fully_shard(Bag()) for _ in range(2)]
+    optimizer, other = (Anon(m.parameters(), **{**LM, **hyper}) for m in models)
+    for t in range(4):
+        set_gradients(models[0], t)
+        optimizer.step()
+    saved = get_optimizer_state_dict(models[0], optimizer, options=options)
+    raises(ValueError, "init_state()", lambda: set_optimizer_state_dict(models[1], other, dict(saved), options=options))
+    other.init_state()
+    set_optimizer_state_dict(models[1], other, saved, options=options)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert all(torch.equal(local(x), local(other.state[q][key])) for key, x in optimizer.state[p].items())
 
 
 def case_a_basis_in_the_middle_of_a_run():
