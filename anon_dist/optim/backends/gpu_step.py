@@ -134,8 +134,8 @@ def _tile(
     bound = _float32(values + BOUND)
     ahead = tl.where(tl.load(values + NESTEROV) != 0.0, _float32(values + KEEP_M) * m + add_m.to(tl.float32) * g, m)
     update = _clamped(v * ahead, -bound, bound)
-    against = (tl.load(values + CAUTIOUS) != 0.0) & (update * theta < 0.0)
-    theta = tl.where(against, 1.0, decay) * theta - scale * update
+    decay_against = tl.where(tl.load(values + CAUTIOUS) != 0.0, 1.0, decay)
+    theta = tl.where(update * theta < 0.0, decay_against, decay) * theta - scale * update
 
     # Stores come last: the compiler takes no load past them.
     first = 4 * tl.load(values + STEP).to(tl.int64) + 1
