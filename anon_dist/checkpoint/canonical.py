@@ -24,11 +24,12 @@ from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.hf import SHARD, shard_file
 from anon_dist.checkpoint.inside import inside
 from anon_dist.checkpoint.json_values import decode, encode
+from anon_dist.checkpoint.mapped import MappedFile
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.safefile import DTYPES, Entry, Header, read_header
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, OutFile, ParamGroup
 from anon_dist.checkpoint.statedict import Pieces
-from anon_dist.checkpoint.torchfile import MappedFile, lay_out, open_torch
+from anon_dist.checkpoint.torchfile import lay_out, open_torch
 
 VERSION = 1
 _MARK = "anon_dist_checkpoint"

@@ -11,11 +11,11 @@ from anon_dist.checkpoint.beside import json_file, read_beside
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
+from anon_dist.checkpoint.mapped import MappedFile
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.safefile import read_header, write_header
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, OutFile, Part, Region
 from anon_dist.checkpoint.statedict import interpret
-from anon_dist.checkpoint.torchfile import MappedFile
 
 INDEX = "model.safetensors.index.json"
 SHARD = 2 * 10**9

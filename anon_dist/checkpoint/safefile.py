@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from anon_dist.checkpoint.torchfile import MappedFile
+from anon_dist.checkpoint.mapped import MappedFile
 
 DTYPES = {
     "F64": torch.float64,
