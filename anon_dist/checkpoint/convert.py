@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, overwrite)
-    checkpoint = formats.open_checkpoint(source, read)
+    read = read or ReadOptions()
+    checkpoint = formats.open_checkpoint(source, replace(read, nameless=to == "hf"))  # which has the weights alone
     try:
         if optimizer is not None:
             checkpoint = to_optimizer(checkpoint, optimizer)
@@ -92,7 +94,7 @@ def fingerprint(source: Path) -> list[list[Any]]:
 
 def inspect(source: Path, read: ReadOptions | None = None) -> dict[str, Any]:
     """What a checkpoint is, as JSON: format, optimizer, world size, step, groups, states with their shapes' totals and dtypes, extras."""
-    checkpoint = formats.open_checkpoint(Path(source), read)
+    checkpoint = formats.open_checkpoint(Path(source), replace(read or ReadOptions(), nameless=True))
     try:
         return describe(checkpoint)
     finally:

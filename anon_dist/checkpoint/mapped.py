@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.checksums import sums_of
+from anon_dist.checkpoint.checksums import BLOCK, FileSums, sums_of
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 
 
@@ -39,7 +39,11 @@ class MappedFile:
         if self._sums is not None and self.size != self._sums.size:
             raise self._sums.damaged(f"it has {self.size} bytes, and had {self._sums.size}")
         self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
-        self._checked = bytearray(-(-self.size // self._sums.block) if self._sums is not None else 0)
+        self._checked = bytearray(len(self._sums.starts) if self._sums is not None else 0)
+
+    def expect(self, sums: FileSums) -> None:
+        """From now on bytes are checked against these: of a format that keeps the checksums in the file itself."""
+        self._sums, self._checked = sums, bytearray(len(sums.starts))
 
     def check(self, start: int, stop: int) -> None:
         """Compare the blocks in which bytes [start, stop) lie with their checksums, those that have not been yet.
@@ -49,12 +53,12 @@ class MappedFile:
         """
         if self._sums is None:
             return
-        size = self._sums.block
-        if stop - start > size:
+        if stop - start > BLOCK:
             will_need(self._storage.data_ptr() + start, min(stop, self.size) - start)
-        for index in range(max(start, 0) // size, -(-min(stop, self.size) // size)):
+        for index in self._sums.blocks(start, stop):
             if not self._checked[index]:
-                self._sums.check(index, self._bytes[index * size : (index + 1) * size])
+                first, last = self._sums.bounds(index)
+                self._sums.check(index, self._bytes[first:last])
                 self._checked[index] = 1
 
     def read(self, start: int, size: int) -> bytes:

@@ -20,10 +20,10 @@ class ReadOptions:
     """That such an optimizer was made from `model.parameters()`, or that each of its groups is a filter over them."""
     order: Sequence[str] | None = None
     """The same, as a run knows it of the checkpoints that it wrote itself; used where neither `names` nor the file says."""
+    nameless: bool = False
+    """Call parameters by their numbers where they cannot be named: enough for a look at them, or for the weights alone."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
-    check: bool = False
-    """Compare a canonical source with its checksums before it is used."""
 
 
 @dataclass(frozen=True)

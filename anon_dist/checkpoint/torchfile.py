@@ -143,6 +143,8 @@ def open_embedded(
     try:
         with zipfile.ZipFile(_Slice(file, start, size)) as archive:
             records = {i.filename.partition("/")[2]: i for i in archive.infolist()}
+            if len(records) < len(archive.infolist()):
+                raise ValueError("a record is in it twice")
             folder = archive.infolist()[0].filename.partition("/")[0]
             pickled = archive.read(f"{folder}/data.pkl")
             order = archive.read(f"{folder}/byteorder").decode() if "byteorder" in records else sys.byteorder
