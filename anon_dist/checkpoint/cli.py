@@ -16,8 +16,7 @@ from rich.table import Table
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
-from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
-from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.verify import verify
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]

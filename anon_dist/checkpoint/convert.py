@@ -15,9 +15,10 @@ from typing import Any
 from anon_dist.checkpoint import formats
 from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
+from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
-from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions, to_optimizer
+from anon_dist.checkpoint.semantics import to_optimizer
 
 
 def convert(
@@ -140,7 +141,7 @@ def _elements(checkpoint: Checkpoint, members: list[str]) -> int:
     for key, info in checkpoint.tensors.items():
         if key.state in (WEIGHT, MASTER):
             sizes[key.parameter] = info.numel
-        elif key.state != EXTRA:
+        elif key.state not in (EXTRA, *BASIS_STATES):
             sizes.setdefault(key.parameter, info.numel)
     return sum(sizes.get(m, 0) for m in members)
 
