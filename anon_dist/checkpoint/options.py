@@ -88,7 +88,8 @@ class AnonOptions:
     keep_lr: bool = False
     """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
     decoupled: bool = False
-    """For the paper's port, whose checkpoint does not say how it decays weights: that it was built with weight_decouple=True."""
+    """For the paper's port and torchao's optimizers, whose checkpoints do not say how they decay weights: that the port was built with
+    weight_decouple=True, or torchao's is an AdamW."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from anon_dist.checkpoint.computed import (
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.frames import identities, turned, without_basis
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions
+from anon_dist.checkpoint.quantised import NOTE
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
 from anon_dist.checkpoint.schedules import GROUP_RATES, configured, rescaled
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
@@ -77,6 +78,12 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             raise CheckpointError(
                 f"param group {index} has weight_decay {old['weight_decay']} in Adam's coupled form, which Anon does not have: "
                 "its gradients are another's. Train on with decoupled decay (AdamW) first, or set it to 0"
+            )
+        if old.get("weight_decay") and NOTE in checkpoint.manifest.notes and not options.decoupled:
+            raise CheckpointError(
+                f"param group {index} has weight_decay {old['weight_decay']}, and torchao's checkpoint does not say whether it is "
+                "decoupled: if the optimizer was AdamW8bit, AdamW4bit or AdamWFp8, say so (--anon.decoupled); coupled decay Anon does "
+                "not have"
             )
         eps = options.eps if options.eps is not None else float(old["eps"]) ** 2
         new = _anon_group(old, options, eps=eps, gamma=options.gamma)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import quantised
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, NamesWanted
 from anon_dist.checkpoint.flat_keys import nested
 from anon_dist.checkpoint.names import NUMBERED, assign, check_once, fitting_names, is_buffer, unnamed, unwrapped
 from anon_dist.checkpoint.options import ReadOptions
+from anon_dist.checkpoint.quantised import Quantised
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
 
@@ -322,6 +324,8 @@ def _check_names(
 
 
 def _read_state(reading: _Reading, name: str, key: str, value: Any) -> None:
+    if isinstance(value, Quantised) and quantised.NOTE not in reading.notes:
+        reading.notes.append(quantised.NOTE)
     if isinstance(value, Tensor | Boxes) and len(value.shape) > 0:
         reading.sources[Key(name, key)] = _boxes(value)
     else:

@@ -27,8 +27,8 @@ LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 _SUBCLASS = (
-    "holds tensors of a subclass, as torchao's 8-bit and 4-bit optimizers keep their states (OptimState8bit, OptimState4bit): their "
-    "numbers are not read here. Save state[key].dequantize() in place of each, and load it into an optimizer of full precision"
+    "holds tensors of a subclass, as torchao's optimizers keep their states (OptimState8bit, OptimState4bit, OptimStateFp8): their "
+    "numbers are read from whole files of torch.save only, and those of these classes. Save state[key].dequantize() in place of each"
 )
 
 
@@ -36,7 +36,9 @@ def _nothing_else(module: str, name: str) -> None:
     """No further class; see `pickles.restricted`."""
 
 
-def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any] = _nothing_else) -> Any:
+def open_torch(
+    path: Path, unsafe: bool = False, also: Callable[[str, str], Any] = _nothing_else, advice: bool = True
+) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
 
     Classes that such files often hold (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
@@ -44,6 +46,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
     Args:
         unsafe: build whatever classes the file asks for, which may run any code.
         also: see `pickles.restricted`.
+        advice: whether a refusal names --unsafe.
 
     Raises:
         DamagedCheckpoint: no such file, or damaged.
@@ -56,7 +59,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
         zipped = zipfile.is_zipfile(path)
         if zipped and not unsafe:
             file = MappedFile(path)
-            return open_embedded(file, 0, file.size, also=also)
+            return open_embedded(file, 0, file.size, also=also, advice=advice)
         if not zipped and not starts(path, LEGACY):
             raise pickle.UnpicklingError("it begins with neither of torch's marks")
         if sums_of(path) is not None:
@@ -65,7 +68,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
         how = None if unsafe else restricted(also=also)
         return torch.load(path, "cpu", mmap=zipped, weights_only=False, pickle_module=how)
     except ForbiddenClass as error:
-        raise _forbidden(path, error, advice=also is _nothing_else) from None
+        raise _forbidden(path, error, advice) from None
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} does not exist; a complete checkpoint has it") from None
     except CheckpointError:
@@ -81,7 +84,7 @@ def starts(path: Path, magic: bytes) -> bool:
 
 
 def _forbidden(path: Path, error: ForbiddenClass, advice: bool) -> CheckpointError:
-    if str(error).endswith("_rebuild_wrapper_subclass"):
+    if str(error).endswith("_rebuild_wrapper_subclass") or str(error).startswith("torchao."):
         return CheckpointError(f"{path} {_SUBCLASS}")
     if str(error).startswith(_SHARDS):
         return CheckpointError(
@@ -131,11 +134,13 @@ def open_embedded(
     size: int,
     stand_ins: Any = STAND_INS,
     also: Callable[[str, str], Any] = _nothing_else,
+    advice: bool = True,
 ) -> Any:
     """What `torch.save` wrote into bytes [start, start + size) of a file, as `open_torch` reads it.
 
     Args:
         stand_ins, also: see `pickles.restricted`.
+        advice: see `open_torch`.
 
     Raises:
         CheckpointError: see `open_torch`.
@@ -154,7 +159,7 @@ def open_embedded(
         torch._utils._validate_loaded_sparse_tensors()
         return found
     except ForbiddenClass as error:
-        raise _forbidden(file.path, error, advice=also is _nothing_else) from None
+        raise _forbidden(file.path, error, advice) from None
     except CheckpointError:
         raise
     except Exception as error:

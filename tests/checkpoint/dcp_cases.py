@@ -299,7 +299,7 @@ def case_states_of_another_shape_follow_their_own_placement():
     wrapped = FullyShardedDataParallel(plain, use_orig_params=True, device_id=torch.device("cpu"))
     flat = Anon(wrapped.named_parameters(), lr=1e-3)
     flat.init_state()
-    with pytest.raises(CheckpointError, match=r"w has column_basis, .*--anon.drop-basis"):
+    with pytest.raises(CheckpointError, match=r"w has row_basis, .*--anon.drop-basis"):
         restore(wrapped, flat, open_checkpoint(folder / "c-0"))
 
 
