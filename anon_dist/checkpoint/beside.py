@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.checksums import PROGRESS, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.json_values import loads
 from anon_dist.checkpoint.schedules import schedule_key
 from anon_dist.checkpoint.schema import OutFile
 from anon_dist.checkpoint.torchfile import lay_out, open_torch
@@ -39,10 +40,12 @@ def read_beside(folder: Path, unsafe: bool = False) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         if match := _PICKLES.fullmatch(path.name):
             name = _STEMS.get(match[1], match[1]) + (match[2] or "")
+            _check_new(name, extras, path)
             _read_pickle(path, name, extras, unsafe)
         elif match := _RANDOM.fullmatch(path.name):
             rank = int(match[1] or 0)
-            extras.setdefault("rng", {})[rank] = _random(open_torch(path, unsafe), rank)
+            _check_new(rank, extras.setdefault("rng", {}), path)
+            extras["rng"][rank] = _random(open_torch(path, unsafe), rank)
         elif path.name == EXTRAS:
             extras.update(open_torch(path, unsafe))
         elif path.name in (PROGRESS, TRAINER, "config.json"):
@@ -56,6 +59,14 @@ def read_beside(folder: Path, unsafe: bool = False) -> dict[str, Any]:
     return extras
 
 
+def _check_new(key: Any, extras: Mapping[Any, Any], path: Path) -> None:
+    if key in extras:
+        what = f"the random state of rank {key}" if isinstance(key, int) else key
+        raise CheckpointError(
+            f"{path} holds {what}, and so does another file beside it; remove the one that is not meant"
+        )
+
+
 def _read_pickle(path: Path, name: str, extras: dict[str, Any], unsafe: bool) -> None:
     try:
         extras[name] = open_torch(path, unsafe)
@@ -67,7 +78,7 @@ def _read_pickle(path: Path, name: str, extras: dict[str, Any], unsafe: bool) ->
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import xxhash
 
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.json_values import loads
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.files import write_json
 
@@ -29,7 +31,8 @@ BLOCK = 1 << 20
 """Bytes under one checksum. The first and last block of a part are read whole, so a rank reads at most two blocks too many of each."""
 PROGRESS = "trainer.json"
 """What the training loop needs to go on; a folder that has it is complete."""
-_DIGITS = 16
+DIGITS = 16
+"""Hexadecimal digits of a checksum."""
 _MARK = "anon_dist_checksums"
 _SEAL = "xxh3"
 """Key of trainer.json."""
@@ -46,17 +49,28 @@ class FileSums:
     name: str
     """Relative to the checkpoint."""
     size: int
-    block: int
+    starts: Sequence[int]
+    """First byte of each block, which ends where the next one begins. What lies before the first block has no checksum."""
     digests: str
-    """Of each block, `_DIGITS` hexadecimal digits."""
+    """Of each block, `DIGITS` hexadecimal digits."""
+
+    def __post_init__(self) -> None:
+        if len(self.digests) != len(self.starts) * DIGITS:
+            raise ValueError(f"it has {len(self.digests) // DIGITS} checksums of {self.name}, {self.size} bytes")
+
+    def blocks(self, start: int, stop: int) -> range:
+        """The blocks in which bytes [start, stop) lie."""
+        return range(max(bisect_right(self.starts, start) - 1, 0), bisect_left(self.starts, min(stop, self.size)))
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """First byte of a block, and the first after it."""
+        return self.starts[index], self.starts[index + 1] if index + 1 < len(self.starts) else self.size
 
     def check(self, index: int, data: Any) -> None:
         """Raises `DamagedCheckpoint` unless `data` is block `index` as it was written."""
-        wanted = self.digests[index * _DIGITS : (index + 1) * _DIGITS]
-        if xxhash.xxh3_64_hexdigest(data) != wanted:
-            raise self.damaged(
-                f"the checksum of bytes {index * self.block} to {index * self.block + len(data)} differs"
-            )
+        if xxhash.xxh3_64_hexdigest(data) != self.digests[index * DIGITS : (index + 1) * DIGITS]:
+            start = self.starts[index]
+            raise self.damaged(f"the checksum of bytes {start} to {start + len(data)} differs")
 
     def damaged(self, how: str) -> DamagedCheckpoint:
         """An error that names file and checkpoint."""
@@ -134,7 +148,7 @@ def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
         OSError: there is none.
     """
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
+        progress = loads(path.read_text(encoding="utf-8"))
         sums = progress.pop(_SEAL, None)
         if sums is None:
             if (path.parent / NAME).exists():
@@ -155,12 +169,9 @@ class Checksums:
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder = folder
         self.files = {
-            name: FileSums(folder, name, sums["size"], content["block"], sums["xxh3"])
+            name: FileSums(folder, name, sums["size"], range(0, sums["size"], content["block"]), sums["xxh3"])
             for name, sums in content["files"].items()
         }
-        for sums in self.files.values():
-            if len(sums.digests) != -(-sums.size // sums.block) * _DIGITS:
-                raise ValueError(f"it has {len(sums.digests) // _DIGITS} checksums of {sums.name}, {sums.size} bytes")
 
     def check_present(self) -> None:
         """Raises `DamagedCheckpoint` if a file is missing or of another size."""
@@ -185,8 +196,9 @@ class Checksums:
             try:
                 self._check_present(sums)
                 with (self.folder / sums.name).open("rb", buffering=0) as file:
-                    for index in range(len(sums.digests) // _DIGITS):
-                        sums.check(index, _read(file, sums.block))
+                    for index in range(len(sums.starts)):
+                        start, stop = sums.bounds(index)
+                        sums.check(index, _read(file, stop - start))
             except (OSError, CheckpointError) as error:
                 return str(error)
             return None
@@ -227,7 +239,7 @@ def _checksums(folder: Path, stamps: tuple[Any, ...]) -> Checksums | None:
             f"{path} is damaged: its checksum differs. Take an earlier checkpoint than {folder.name}"
         )
     try:
-        content = json.loads(data)
+        content = loads(data)
         return Checksums(folder, content) if content.get(_MARK) == 1 else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}. Take an earlier checkpoint than {folder.name}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,7 @@ from rich.table import Table
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
-from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
-from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.verify import verify
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
@@ -38,13 +38,14 @@ class Reading:
     unsafe: bool = False
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
-    check: bool = False
-    """Compare a canonical checkpoint with its checksums first. (The training loop's are always compared with theirs as they are read.)"""
-
     def options(self) -> ReadOptions:
         """For the readers."""
+        if self.names and self.names_in_model_order:
+            raise CheckpointError(
+                "--names and --names-in-model-order both say what the parameters are called; give one"
+            )
         names = read_names(self.names) if self.names else None
-        return ReadOptions(names, self.names_in_model_order, unsafe=self.unsafe, check=self.check)
+        return ReadOptions(names, self.names_in_model_order, unsafe=self.unsafe)
 
 
 @dataclass
@@ -120,11 +121,25 @@ def run(command: str, args: list[str]) -> None:
         "verify": (Verify, _verify),
     }
     kind, action = kinds[command]
+    _check_options(args)
     parsed = tyro.cli(kind, args=args, prog=f"anon-dist ckpt {command}", description=kind.__doc__)
     try:
         action(parsed)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _check_options(args: list[str]) -> None:
+    """Ends with one line for an option that is given twice, of which the last would count, or would have no effect."""
+    words = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    options = [re.sub(r"(--|\.)no-", r"\1", word) for word in words]
+    if twice := next((option for option in options if options.count(option) > 1), None):
+        sys.exit(f"error: {twice} is given twice")
+    chosen = re.search(r"--optimizer[= ](\w+)", " ".join(args))
+    for option in options:
+        wanted = option[2:].partition(".")[0]
+        if "." in option and (chosen is None or chosen[1] != wanted):
+            sys.exit(f"error: {option} has no effect without --optimizer {wanted}")
 
 
 def _inspect(args: Inspect) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from anon_dist.checkpoint import quantised
 from anon_dist.checkpoint.assemble import extras_and_step, model_names, model_tree, optimizer_tree, weight_key
 from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError
@@ -40,7 +41,7 @@ def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:
     """
     if path.is_dir():
         return _open_folder(path, options)
-    tree = open_torch(path, options.unsafe)
+    tree = open_torch(path, options.unsafe, also=quantised.known)
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dictionary of state dictionaries")
     return interpret(tree, str(path), options, format="consolidated", world_size=None)
@@ -48,7 +49,7 @@ def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:
 
 def _open_folder(folder: Path, options: ReadOptions) -> Checkpoint:
     optimizer = next(folder / n for n in _OPTIMIZERS if (folder / n).is_file())
-    tree: dict[str, Any] = {"optimizer": open_torch(optimizer, options.unsafe)}
+    tree: dict[str, Any] = {"optimizer": open_torch(optimizer, options.unsafe, also=quantised.known)}
     if isinstance(tree["optimizer"], Mapping) and set(tree["optimizer"]) == {"optimizer"}:
         tree = dict(tree["optimizer"])
     model = next((folder / n for n in _MODELS if (folder / n).is_file()), None)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anon_dist.checkpoint import formats
 from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
+from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
-from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions, to_optimizer
+from anon_dist.checkpoint.semantics import to_optimizer
 
 
 def convert(
@@ -48,7 +50,8 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, overwrite)
-    checkpoint = formats.open_checkpoint(source, read)
+    read = read or ReadOptions()
+    checkpoint = formats.open_checkpoint(source, replace(read, nameless=to == "hf"))  # which has the weights alone
     try:
         if optimizer is not None:
             checkpoint = to_optimizer(checkpoint, optimizer)
@@ -92,7 +95,7 @@ def fingerprint(source: Path) -> list[list[Any]]:
 
 def inspect(source: Path, read: ReadOptions | None = None) -> dict[str, Any]:
     """What a checkpoint is, as JSON: format, optimizer, world size, step, groups, states with their shapes' totals and dtypes, extras."""
-    checkpoint = formats.open_checkpoint(Path(source), read)
+    checkpoint = formats.open_checkpoint(Path(source), replace(read or ReadOptions(), nameless=True))
     try:
         return describe(checkpoint)
     finally:
@@ -138,7 +141,7 @@ def _elements(checkpoint: Checkpoint, members: list[str]) -> int:
     for key, info in checkpoint.tensors.items():
         if key.state in (WEIGHT, MASTER):
             sizes[key.parameter] = info.numel
-        elif key.state != EXTRA:
+        elif key.state not in (EXTRA, *BASIS_STATES):
             sizes.setdefault(key.parameter, info.numel)
     return sum(sizes.get(m, 0) for m in members)
 

@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from anon_dist.checkpoint.dcp_read import DcpFiles
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.torchfile import copy_verified
+from anon_dist.checkpoint.mapped import copy_verified
 
 
 class Reader(FileSystemReader):

@@ -16,9 +16,10 @@ from torch.distributed.checkpoint import filesystem, metadata
 from anon_dist.checkpoint.boxes import Box, Boxes
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
+from anon_dist.checkpoint.mapped import MappedFile
 from anon_dist.checkpoint.pickles import STAND_INS, ForbiddenClass, restricted
 from anon_dist.checkpoint.safefile import Entry, read_header
-from anon_dist.checkpoint.torchfile import MappedFile, open_embedded
+from anon_dist.checkpoint.torchfile import open_embedded
 
 METADATA = ".metadata"
 _CLASSES = {

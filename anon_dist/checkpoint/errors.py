@@ -7,3 +7,7 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
     """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""
+
+
+class NamesWanted(CheckpointError):  # noqa: N818 - the same
+    """An optimizer numbers its parameters, and which is which does not show."""

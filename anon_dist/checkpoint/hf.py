@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,11 +10,12 @@ from anon_dist.checkpoint.beside import json_file, read_beside
 from anon_dist.checkpoint.boxes import Boxes
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
+from anon_dist.checkpoint.json_values import loads
+from anon_dist.checkpoint.mapped import MappedFile
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.safefile import read_header, write_header
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, OutFile, Part, Region
 from anon_dist.checkpoint.statedict import interpret
-from anon_dist.checkpoint.torchfile import MappedFile
 
 INDEX = "model.safetensors.index.json"
 SHARD = 2 * 10**9
@@ -33,7 +33,7 @@ def weight_files(path: Path) -> list[Path]:
     if not (path / INDEX).is_file():
         return [path / "model.safetensors"] if (path / "model.safetensors").is_file() else []
     try:
-        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(loads((path / INDEX).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX} cannot be read: {error}") from None
     blobs = (
@@ -52,11 +52,17 @@ def detect(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Boxes]:
-    """Name → tensor, in the order in which they lie."""
+    """Name → tensor, in the order in which they lie.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two have a tensor of one name.
+    """
     found: dict[str, Boxes] = {}
     for file_path in weight_files(path):
         file = MappedFile(file_path)
         for name, entry in read_header(file).entries.items():
+            if name in found:
+                raise CheckpointError(f"{file_path} has {name}, and so has another file of {path}; remove one of them")
             found[name] = Boxes.whole(file.tensor(entry.dtype, entry.start, entry.numel).view(entry.shape))
     return found
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.schema import Key, Ref
+
+
+def loads(text: str | bytes) -> Any:
+    """What a JSON text says, if each key is there once; Python's own would take the last.
+
+    Raises:
+        ValueError: it is no JSON, or a key is there twice; naming it.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has {next(k for i, k in enumerate(keys) if k in keys[:i])!r} twice")
+    return found
 
 
 def encode(value: Any, beyond: list[Any]) -> Any:

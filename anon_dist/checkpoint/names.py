@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from anon_dist.checkpoint.boxes import Boxes
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, NamesWanted
 
 Shape = tuple[int, ...]
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -20,6 +20,9 @@ _ELEMENTWISE = ("exp_avg", "momentum_buffer", "precond", "fixed_lr", "exp_avg_sq
 _FACTORS = {"exp_avg_sq_row": ("exp_avg_sq_col", None), "row_var": ("col_var", -1)}
 """Adafactor's means over rows, transformers' and torch's, which keeps the dimension → those over columns."""
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+
+NUMBERED = "the optimizer's parameters are called by their numbers here, #0, #1, …, and none of the model's is taken to be frozen: {}"
+"""Note, with the reason, where names are not needed."""
 
 
 def unwrapped(names: Sequence[str]) -> dict[str, str]:
@@ -47,9 +50,19 @@ def read_names(path: Path) -> list[str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"--names {path} cannot be read: {error}") from None
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise CheckpointError(f"--names {path} has {twice[0]} twice")
+    check_once(names, f"--names {path}")
     return names
+
+
+def check_once(names: Iterable[str], said_by: str) -> None:
+    """Raises `CheckpointError` if a name is there twice: the states of one parameter would take another's place."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise CheckpointError(f"{said_by} has {twice[0]} twice")
+
+
+def unnamed(number: Any) -> str:
+    """What a parameter is called that is known by its number alone, where names do not matter."""
+    return f"#{number}"
 
 
 def fitting_names(state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> set[str]:
@@ -91,7 +104,7 @@ def assign(
         in_model_order: the user says that each group has the model's order; parameters may be left over (frozen ones).
 
     Raises:
-        CheckpointError: no assignment fits, or several do.
+        NamesWanted: no assignment fits, or several do.
     """
     only = _only({number: fitting[number] for own in groups for number in own})
     if only is not None and (rest := [n for own in groups for n in own if n not in only]):
@@ -104,23 +117,35 @@ def assign(
     by_order = _in_order([list(own) for own in groups], fitting, known) if ordered and only is not None else []
     if in_model_order and len(by_order) == 1:
         return by_order[0]
-    raise CheckpointError(
-        f"{where}: the optimizer {_problem(groups, model, only, ordered, in_model_order)}. {_remedy(by_order)}"
-    )
+    problem = _problem(sum(map(len, groups)), len(known), only is not None)
+    if in_model_order and only is not None:
+        problem = _problem_of_order(problem, len(by_order), ordered)
+    raise NamesWanted(f"{where}: the optimizer {problem}. {_remedy(by_order)}")
 
 
-def _problem(
-    groups: Sequence[Sequence[Any]], model: Sequence[str], only: Any, ordered: bool, in_model_order: bool
-) -> str:
-    count = sum(map(len, groups))
-    if not model:
+def _problem(count: int, tensors: int, fits: bool) -> str:
+    """Args:
+    tensors: of the model, that may be parameters: those of the optimizer, frozen ones, buffers, and other names of tied ones.
+    """
+    if not tensors:
         return f"numbers its {count} parameters, and no model is beside it"
-    if only is None:
-        return f"has states of {count} parameters that do not fit the {len(model)} of the model beside it"
-    if in_model_order and not ordered:
-        return f"numbers its {count} parameters, and the model beside it, in safetensors, has lost its order"
-    also = ", in the model's order too" if in_model_order else ""
-    return f"numbers its {count} parameters, and their states fit the {len(model)} of the model beside it in more than one way{also}"
+    spare = tensors - count
+    more = (
+        f", of which {spare} {'is' if spare == 1 else 'are'} frozen, a buffer, or tied to another" if spare > 0 else ""
+    )
+    beside = f"the {tensors} tensors of the model beside it{more}"
+    if not fits:
+        return f"has states of {count} parameters that do not fit {beside}"
+    return f"numbers its {count} parameters, and their states fit {beside}, in more than one way"
+
+
+def _problem_of_order(problem: str, ways: int, ordered: bool) -> str:
+    """The same where it was said that the groups have the model's order."""
+    if not ordered:
+        return f"{problem}; the model, in safetensors, has lost its order"
+    if not ways:
+        return f"{problem}, none of which has the model's order in each group"
+    return f"{problem}, also if each group has the model's order"
 
 
 def _remedy(by_order: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a user may ask of reading and writing."""
+"""What a user may ask of reading, writing, and of the optimizer that is to be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Literal
 
 Layout = Literal["anon_dist", "accelerate", "torchtitan", "trainer"]
 """Whose code will load it; `trainer` is transformers'."""
+Basis = Literal["columns", "rows", "both"]
+"""Sides of a matrix that Anon turns into a basis of their own."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class ReadOptions:
     """That such an optimizer was made from `model.parameters()`, or that each of its groups is a filter over them."""
     order: Sequence[str] | None = None
     """The same, as a run knows it of the checkpoints that it wrote itself; used where neither `names` nor the file says."""
+    nameless: bool = False
+    """Call parameters by their numbers where they cannot be named: enough for a look at them, or for the weights alone."""
     unsafe: bool = False
     """Build whatever classes its pickles ask for, which may run any code."""
-    check: bool = False
-    """Compare a canonical source with its checksums before it is used."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,51 @@ class WriteOptions:
     buffers: Sequence[str] | None = None
     """zero3: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
     frozen parameters. None: not known, and refused where there are such."""
+
+
+@dataclass(frozen=True)
+class AnonOptions:
+    """Anon's hyperparameters that AdamW has no values for; the defaults are those of the language-model presets."""
+
+    gamma: float = 1.0
+    """Adaptivity γ."""
+    eps: float | None = None
+    """ε; None: the square of AdamW's, which stands outside the square root."""
+    refresh_ratio: float = 1.03
+    """ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, …"""
+    beta3: float = 0.93
+    """Weight of the old preconditioner at a refresh."""
+    update_clip: float | None = 1.0
+    """Largest magnitude of an element of v · m̂, meant for γ = 1: converted with the learning rate."""
+    window: int | Literal["auto"] | None = 64
+    """Steps before a refresh in which the second moment is accumulated. auto: so many that what is left out weighs at most
+    2^-24. None: all of them."""
+    hold_silent: bool = False
+    """Elements without gradient since the last refresh keep their preconditioner."""
+    max_interval: int | None = None
+    """Most steps from one refresh to the next. None: no bound."""
+    basis: Basis | None = None
+    """Sides of matrices that are turned into a basis of their own."""
+    basis_block: int = 128
+    """Largest block of a basis."""
+    nesterov: bool = False
+    """Whether a step looks ahead by its gradient."""
+    cautious_decay: bool = False
+    """Whether weights decay only where the update makes them smaller too."""
+    drop_basis: bool = False
+    """Of Anon's own checkpoint with a basis: turn its states back, for engines that cannot have one (DeepSpeed's ZeRO 1 to 3, FSDP1)."""
+    keep_lr: bool = False
+    """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
+    decoupled: bool = False
+    """For the paper's port and torchao's optimizers, whose checkpoints do not say how they decay weights: that the port was built with
+    weight_decouple=True, or torchao's is an AdamW."""
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Hyperparameters of the AdamW to be."""
+
+    eps: float = 1e-8
+    """ε, outside the square root."""
+    keep_lr: bool = False
+    """Whether the learning rate stays as it is also where γ ≠ 1."""

@@ -104,7 +104,8 @@ def open_rank_files(path: Path, options: ReadOptions) -> Checkpoint:
                 f"{path / f'{stem}{missing[0]}.bin'} is missing; a complete checkpoint has every rank's"
             )
         held = [
-            open_torch(files[rank], also=lambda module, name: _BY_NAME.get((module, name))) for rank in sorted(files)
+            open_torch(files[rank], also=lambda module, name: _BY_NAME.get((module, name)), advice=False)
+            for rank in sorted(files)
         ]
         tree[part] = _merged(held, f"{path}/{stem}*.bin")
         ranks = max(ranks, len(files))

@@ -11,6 +11,8 @@ from anon_dist.checkpoint.schema import MASTER, WEIGHT, ParamGroup
 
 ANON, PORT, ADAM, ADAMW = "Anon", "Anon (the paper's reference port)", "Adam", "AdamW"
 """Names that conversions go by."""
+BASIS_STATES = ("column_basis", "column_cov", "row_basis", "row_cov")
+"""Anon's states of a matrix's sides, see `frames`: not of the parameter's shape, or of it by chance."""
 
 
 def recognise(groups: Sequence[ParamGroup], states: Collection[str], scalars: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from anon_dist.checkpoint.torchfile import MappedFile
+from anon_dist.checkpoint.json_values import loads
+from anon_dist.checkpoint.mapped import MappedFile
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,6 +49,11 @@ class Entry(NamedTuple):
         """Elements."""
         return prod(self.shape)
 
+    @property
+    def stop(self) -> int:
+        """The first byte after it."""
+        return self.start + self.numel * self.dtype.itemsize
+
 
 class Header(NamedTuple):
     """What a safetensors file says of itself."""
@@ -66,7 +72,7 @@ def read_header(file: MappedFile) -> Header:
         (length,) = struct.unpack("<Q", file.read(0, 8))
         if length > file.size:
             raise ValueError("its header is longer than the file")
-        content = json.loads(file.read(8, length))
+        content = loads(file.read(8, length))
         metadata = content.pop("__metadata__", {})
         entries = {}
         for name, described in content.items():

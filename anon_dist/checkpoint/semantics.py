@@ -6,94 +6,46 @@ AdamW → Anon, a warm start. With v̂ = exp_avg_sq / (1 − β2^t), AdamW's deb
 - the step count stays, and with it m's debiasing and the position in the refresh schedule;
 - s, which Anon has accumulated since the refresh before t, is what it would be had every squared gradient since been v̂: v̂ (1 − β2^age);
 - for γ ≠ 1 the learning rate is multiplied, group by group, by the f that `step_size` finds, and clip and decay are divided by it, so
-  that steps keep their size, an element moves by at most η c, and η λ keeps its value.
+  that steps keep their size, an element moves by at most η c, and η λ keeps its value;
+- a basis, if asked for, begins at the identity, in which nothing is turned, and its covariance at 0.
 
 Anon → AdamW. σ = d^(1/γ) − ε is the second moment at the last refresh, older ones mixed in by β3; the present one is s + β2^age σ. γ = 0
-says nothing about it and is refused. What AdamW has no place for is named in the notes.
+says nothing about it and is refused. A basis is left first, see `frames`. What AdamW has no place for is named in the notes.
 
-Arithmetic is float64, results float32.
+Anon → Anon without a basis (`drop_basis`), for engines that cannot have one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint.computed import (
+    Converted,
+    Read,
+    accumulated,
+    blocks,
+    debiased,
+    preconditioner,
+    present_moment,
+    reader,
+    scaled,
+)
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.frames import identities, turned, without_basis
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions
+from anon_dist.checkpoint.quantised import NOTE
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON, PORT
 from anon_dist.checkpoint.schedules import GROUP_RATES, configured, rescaled
-from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo
+from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
 from anon_dist.checkpoint.step_size import step_factor
 from anon_dist.optim import Anon
-from anon_dist.optim.regime import HISTORY, Regime
-from anon_dist.optim.update import D_MAX, D_MIN
-
-BLOCK = 1 << 20
-"""Elements read at once where all of a tensor has to be looked at."""
-
-Read = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class AnonOptions:
-    """Anon's hyperparameters that AdamW has no values for; the defaults are those of the language-model presets."""
-
-    gamma: float = 1.0
-    """Adaptivity γ."""
-    eps: float | None = None
-    """ε; None: the square of AdamW's, which stands outside the square root."""
-    refresh_ratio: float = 1.03
-    """ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, …"""
-    beta3: float = 0.93
-    """Weight of the old preconditioner at a refresh."""
-    update_clip: float | None = 1.0
-    """Largest magnitude of an element of v · m̂, meant for γ = 1: converted with the learning rate."""
-    window: int | Literal["auto"] | None = 64
-    """Steps before a refresh in which the second moment is accumulated. auto: so many that what is left out weighs at most
-    2^-24. None: all of them."""
-    hold_silent: bool = False
-    """Elements without gradient since the last refresh keep their preconditioner."""
-    keep_lr: bool = False
-    """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
-    decoupled: bool = False
-    """For the paper's port, whose checkpoint does not say how it decays weights: that it was built with weight_decouple=True."""
-
-
-@dataclass(frozen=True)
-class AdamWOptions:
-    """Hyperparameters of the AdamW to be."""
-
-    eps: float = 1e-8
-    """ε, outside the square root."""
-    keep_lr: bool = False
-    """Whether the learning rate stays as it is also where γ ≠ 1."""
-
-
-class Converted(Checkpoint):
-    """A checkpoint some of whose tensors are computed, when read, from those of another."""
-
-    def __init__(self, source: Checkpoint, manifest: Manifest, computed: Mapping[Key, Read], dropped: set[Key]) -> None:
-        self._source, self._computed, self.manifest = source, computed, manifest
-        kept = {key: info for key, info in source.tensors.items() if key not in dropped}
-        shapes = {key.parameter: info.shape for key, info in source.tensors.items() if key.state == "exp_avg"}
-        self.tensors = kept | {key: TensorInfo(shapes[key.parameter], torch.float32) for key in computed}
-
-    def read(self, key: Key, start: int, stop: int) -> Tensor:
-        """See `Checkpoint`."""
-        if key in self._computed:
-            return self._computed[key](start, stop).to(torch.float32)
-        return self._source.read(key, start, stop)
-
-    def close(self) -> None:
-        """See `Checkpoint`."""
-        self._source.close()
+from anon_dist.optim.regime import Regime
 
 
 def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Checkpoint:
@@ -105,7 +57,11 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
     options = options or AnonOptions()
     found = checkpoint.manifest.optimizer
     if found == ANON:
-        return checkpoint
+        return _of_anon(checkpoint, options)
+    if options.drop_basis:
+        raise CheckpointError(
+            f"the optimizer state is {found or 'absent'}, which has no basis to drop (--anon.drop-basis)"
+        )
     if found == PORT:
         return _from_port(checkpoint, options)
     if found not in (ADAM, ADAMW):
@@ -113,7 +69,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             f"the optimizer state is {found or 'absent'}, not AdamW's (exp_avg, exp_avg_sq): only AdamW, Adam and the paper's port can "
             "become Anon"
         )
-    computed: dict[Key, Read] = {}
+    computed, shapes = dict[Key, Read](), dict[Key, tuple[int, ...]]()
     dropped: set[Key] = set()
     notes, groups, factors = [], [], list[float]()
     for index, group in enumerate(checkpoint.manifest.groups):
@@ -123,18 +79,27 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
                 f"param group {index} has weight_decay {old['weight_decay']} in Adam's coupled form, which Anon does not have: "
                 "its gradients are another's. Train on with decoupled decay (AdamW) first, or set it to 0"
             )
+        if old.get("weight_decay") and NOTE in checkpoint.manifest.notes and not options.decoupled:
+            raise CheckpointError(
+                f"param group {index} has weight_decay {old['weight_decay']}, and torchao's checkpoint does not say whether it is "
+                "decoupled: if the optimizer was AdamW8bit, AdamW4bit or AdamWFp8, say so (--anon.decoupled); coupled decay Anon does "
+                "not have"
+            )
         eps = options.eps if options.eps is not None else float(old["eps"]) ** 2
         new = _anon_group(old, options, eps=eps, gamma=options.gamma)
         for name in _with_state(checkpoint, group):
             beta2, step = float(old["betas"][1]), _step(checkpoint, name)
-            moment = _debiased(checkpoint, name, "exp_avg_sq", beta2, step)
+            moment = debiased(checkpoint, name, "exp_avg_sq", beta2, step)
             largest = Key(name, "max_exp_avg_sq")
             if largest in checkpoint.tensors:  # AMSGrad steps with the largest
                 dropped.add(largest)
-            stepped_with = _debiased(checkpoint, name, largest.state, beta2, step) if largest in dropped else moment
-            weight, _ = _accumulated(new, step)
-            computed[Key(name, "precond")] = _preconditioner(stepped_with, eps, options.gamma)
-            computed[Key(name, "exp_avg_sq")] = _scaled(moment, weight)
+            stepped_with = debiased(checkpoint, name, largest.state, beta2, step) if largest in dropped else moment
+            weight, _ = accumulated(new, step)
+            computed[Key(name, "precond")] = preconditioner(stepped_with, eps, options.gamma)
+            computed[Key(name, "exp_avg_sq")] = scaled(moment, weight)
+            shape = checkpoint.tensors[Key(name, "exp_avg")].shape
+            bases, their_shapes = identities(name, shape, options.basis, options.basis_block)
+            computed, shapes = computed | bases, shapes | their_shapes
         factor = 1.0
         if options.gamma != 1.0 and not options.keep_lr:
             sides = _updates(checkpoint, group, computed, float(old["eps"]))
@@ -147,7 +112,19 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         notes.append(
             "AMSGrad's max_exp_avg_sq became the preconditioner and is not kept: Anon's is refreshed from recent gradients"
         )
-    return _finish(checkpoint, ANON, groups, computed, dropped, notes, factors)
+    return _finish(checkpoint, ANON, groups, computed, dropped, notes, factors, shapes)
+
+
+def _of_anon(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
+    """Anon's own, as it is or without its basis."""
+    if replace(options, drop_basis=False) != AnonOptions():
+        raise CheckpointError(
+            "the optimizer state is Anon's already, and of --anon.… only --anon.drop-basis changes one: other values come from the run "
+            "that goes on with it, and optimizer.rebase"
+        )
+    if options.drop_basis and not turned(checkpoint):
+        checkpoint.manifest.notes.append("there is no basis to drop")
+    return without_basis(checkpoint) if options.drop_basis else checkpoint
 
 
 def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Checkpoint:
@@ -166,6 +143,7 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
         raise CheckpointError(
             f"the optimizer state is {found or 'absent'}, not Anon's (exp_avg, exp_avg_sq, precond): only Anon can become AdamW"
         )
+    own, checkpoint = checkpoint, without_basis(checkpoint)
     computed: dict[Key, Read] = {}
     dropped = {key for key in checkpoint.tensors if key.state == "precond"}
     notes, groups, factors = [], [], list[float]()
@@ -183,22 +161,31 @@ def to_adamw(checkpoint: Checkpoint, options: AdamWOptions | None = None) -> Che
         new = {**defaults, **carried, **_foreign(old, Anon)}
         for name in _with_state(checkpoint, group):
             step = _step(checkpoint, name)
-            _, remaining = _accumulated(old, step)
-            present = _present_moment(checkpoint, name, gamma, float(old["eps"]), remaining)
-            computed[Key(name, "exp_avg_sq")] = _scaled(present, 1.0 - float(old["betas"][1]) ** step)
+            _, remaining = accumulated(old, step)
+            present = present_moment(checkpoint, name, gamma, float(old["eps"]), remaining)
+            computed[Key(name, "exp_avg_sq")] = scaled(present, 1.0 - float(old["betas"][1]) ** step)
         factor = 1.0
         if gamma != 1.0 and not options.keep_lr:
-            sides = _updates(checkpoint, group, _own_preconditioner(checkpoint, group), options.eps, computed)
+            preconditioners = {
+                key: reader(own, key) for n in group.members if (key := Key(n, "precond")) in own.tensors
+            }
+            sides = _updates(checkpoint, group, preconditioners, options.eps, computed, own)
             factor = step_factor([(theirs, ours) for ours, theirs in sides], old.get("update_clip"))
         factors.append(factor)
         _rescale(new, factor)
         groups.append(ParamGroup(list(group.members), new))
-        lost = ("gamma", "refresh_ratio", "beta3", "update_clip", "window", "hold_silent")
-        notes.append(
-            f"group {index}: lost: " + ", ".join(f"{k} = {old[k]}" for k in lost if k in old) + _said_factor(factor)
-        )
+        lost = [k for k in _LOST if k in old] + [
+            k for k in _LOST_IF_SET if own.manifest.groups[index].hyperparameters.get(k)
+        ]
+        values = ", ".join(f"{k} = {own.manifest.groups[index].hyperparameters[k]}" for k in lost)
+        notes.append(f"group {index}: lost: {values}{_said_factor(factor)}")
     notes.append("older second moments that β3 keeps in the preconditioner are taken for the latest")
     return _finish(checkpoint, ADAMW, groups, computed, dropped, notes, factors)
+
+
+_LOST = ("gamma", "refresh_ratio", "beta3", "update_clip", "window", "hold_silent")
+_LOST_IF_SET = ("max_interval", "basis", "nesterov", "cautious_decay")
+"""Hyperparameters that AdamW has not; the younger ones are named only where they say something."""
 
 
 def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
@@ -207,7 +194,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
     dropped = {key for key in checkpoint.tensors if key.state == "fixed_lr"}
     scalars = {name: dict(values) for name, values in checkpoint.manifest.scalars.items()}
     groups = []
-    paper = replace(options, refresh_ratio=2.0, beta3=0.5, update_clip=None, window=None, hold_silent=False)
+    paper = AnonOptions(refresh_ratio=2.0, beta3=0.5, update_clip=None, window=None)
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
         if old.get("weight_decay") and not options.decoupled:
@@ -219,7 +206,7 @@ def _from_port(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:
             step, refreshes = _step(checkpoint, name), int(scalars[name].pop("t"))
             if refreshes != step.bit_length():
                 raise CheckpointError(f"{name}: t = {refreshes} refreshes do not fit step {step}; the state is damaged")
-            computed[Key(name, "precond")] = _reader(checkpoint, Key(name, "fixed_lr"))
+            computed[Key(name, "precond")] = reader(checkpoint, Key(name, "fixed_lr"))
         new = _anon_group(old, paper, eps=float(old["eps"]), gamma=float(old["gamma"]))
         groups.append(ParamGroup(list(group.members), {k: v for k, v in new.items() if k != "buffer"}))
     notes = ["the port's schedule and hyperparameters are kept: refreshes at powers of 2, beta3 = 0.5"]
@@ -249,11 +236,16 @@ def _anon_group(old: Mapping[str, Any], options: AnonOptions, eps: float, gamma:
             window=options.window,
             hold_silent=options.hold_silent,
             maximize=bool(old.get("maximize", False)),
+            **{key: value for key in _YOUNGER if (value := getattr(options, key)) != getattr(AnonOptions, key)},
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(str(error)) from None
     new = {k: v for k, v in anon.param_groups[0].items() if k != "params"}
     return new | _foreign(old, torch.optim.AdamW)
+
+
+_YOUNGER = ("max_interval", "basis", "basis_block", "nesterov", "cautious_decay")
+"""Hyperparameters whose defaults are Anon's own."""
 
 
 def _foreign(group: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -262,8 +254,8 @@ def _foreign(group: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -
     return {k: v for k, v in group.items() if k not in own}
 
 
-_OTHER_ADAMS = ("bias_correction", "correct_bias", "step", "buffer", "gamma")
-"""Hyperparameters of Adams that are not torch's, and of the port."""
+_OTHER_ADAMS = ("bias_correction", "correct_bias", "step", "buffer", "gamma", *_YOUNGER)
+"""Hyperparameters of Adams that are not torch's, of the port, and of Anon."""
 
 
 def _rescale(group: dict[str, Any], factor: float) -> None:
@@ -297,64 +289,7 @@ def _position(checkpoint: Checkpoint, group: ParamGroup, new: dict[str, Any], in
     return f"group {index}: step {steps[-1]} kept; as if refreshed at step {last}, and next at {following}"
 
 
-def _accumulated(group: Mapping[str, Any], step: int) -> tuple[float, float]:
-    """Summed weight of what s holds at a step, 1 − β2^age, and the rest, β2^age; age counts the accumulating steps since the refresh."""
-    age, beta2 = _age(group[HISTORY], step), float(group["betas"][1])
-    if age == 0:
-        return 0.0, 1.0
-    return (-math.expm1(age * math.log(beta2)), beta2**age) if beta2 else (1.0, 0.0)
-
-
-@lru_cache(maxsize=256)
-def _age(history: str, step: int) -> int:
-    """Accumulating steps up to `step` since the refresh before or at it."""
-    schedule = Regime({HISTORY: history}).schedule
-    for age in range(step):
-        due = schedule.at(step - age)
-        if due.refresh or not due.accumulate:
-            return age
-    return step
-
-
-# -- elements ---------------------------------------------------------------------------------------------------------
-
-
-def _reader(checkpoint: Checkpoint, key: Key) -> Read:
-    return lambda start, stop: checkpoint.read(key, start, stop).double()
-
-
-def _scaled(read: Read, factor: float) -> Read:
-    return lambda start, stop: read(start, stop) * factor
-
-
-def _debiased(checkpoint: Checkpoint, name: str, state: str, beta2: float, step: int) -> Read:
-    """v̂"""
-    return _scaled(_reader(checkpoint, Key(name, state)), 1.0 / (1.0 - beta2**step) if step else 0.0)
-
-
-def _preconditioner(moment: Read, eps: float, gamma: float) -> Read:
-    """v = d^(−1/2), d = (v̂ + ε)^γ."""
-
-    def read(start: int, stop: int) -> Tensor:
-        d = moment(start, stop).add_(eps).log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX)
-        return d.rsqrt_()
-
-    return read
-
-
-def _present_moment(checkpoint: Checkpoint, name: str, gamma: float, eps: float, remaining: float) -> Read:
-    """s + β2^age σ, with σ = d^(1/γ) − ε ≥ 0."""
-    v, s = _reader(checkpoint, Key(name, "precond")), _reader(checkpoint, Key(name, "exp_avg_sq"))
-
-    def read(start: int, stop: int) -> Tensor:
-        sigma = v(start, stop).log_().mul_(-2.0 / gamma).exp_().sub_(eps).clamp_(min=0.0)
-        return sigma.mul_(remaining).add_(s(start, stop))
-
-    return read
-
-
-def _own_preconditioner(checkpoint: Checkpoint, group: ParamGroup) -> dict[Key, Read]:
-    return {Key(n, "precond"): _reader(checkpoint, Key(n, "precond")) for n in _with_state(checkpoint, group)}
+# -- sizes of steps ---------------------------------------------------------------------------------------------------
 
 
 def _updates(
@@ -363,29 +298,29 @@ def _updates(
     anon: Mapping[Key, Read],
     eps: float,
     adamw: Mapping[Key, Read] | None = None,
+    frame: Checkpoint | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Elements of Anon's updates v m̂ and of AdamW's, m̂ / (√v̂ + ε), over the group, block by block.
 
     Args:
+        anon: its preconditioners, by key.
         eps: AdamW's.
         adamw: its second moments, by key; None: the checkpoint's.
+        frame: with Anon's first moments, if they are turned; a turn keeps the size of an update.
     """
     beta1, beta2 = map(float, group.hyperparameters["betas"])
     for name in _with_state(checkpoint, group):
         step = _step(checkpoint, name)
         if step == 0:
             continue
-        m = _scaled(_reader(checkpoint, Key(name, "exp_avg")), 1.0 / (1.0 - beta1**step))
-        second = _reader(checkpoint, Key(name, "exp_avg_sq")) if adamw is None else adamw[Key(name, "exp_avg_sq")]
-        for start, stop in _blocks(checkpoint.tensors[Key(name, "exp_avg")].numel):
+        unbias = 1.0 / (1.0 - beta1**step)
+        m, own = (scaled(reader(c, Key(name, "exp_avg")), unbias) for c in (checkpoint, frame or checkpoint))
+        second = reader(checkpoint, Key(name, "exp_avg_sq")) if adamw is None else adamw[Key(name, "exp_avg_sq")]
+        for start, stop in blocks(checkpoint.tensors[Key(name, "exp_avg")].numel):
             update = m(start, stop)
+            turned_update = update if own is m or frame is checkpoint else own(start, stop)
             denominator = second(start, stop).div_(1.0 - beta2**step).sqrt_().add_(eps)
-            yield update * anon[Key(name, "precond")](start, stop), update / denominator
-
-
-def _blocks(numel: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, numel, BLOCK):
-        yield start, min(numel, start + BLOCK)
+            yield turned_update * anon[Key(name, "precond")](start, stop), update / denominator
 
 
 # -- manifest ---------------------------------------------------------------------------------------------------------
@@ -415,6 +350,7 @@ def _finish(
     dropped: set[Key],
     notes: list[str],
     factors: list[float],
+    shapes: Mapping[Key, tuple[int, ...]] | None = None,
 ) -> Converted:
     """The converted checkpoint; schedules' own records of the rates follow the groups."""
     old = checkpoint.manifest
@@ -432,7 +368,7 @@ def _finish(
     manifest = replace(
         old, optimizer=optimizer, groups=groups, scalars=scalars, extras=extras, notes=[*old.notes, *notes]
     )
-    return Converted(checkpoint, manifest, computed, dropped)
+    return Converted(checkpoint, manifest, computed, dropped, shapes)
 
 
 def to_optimizer(checkpoint: Checkpoint, options: AnonOptions | AdamWOptions) -> Checkpoint:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anon_dist.checkpoint import quantised
 from anon_dist.checkpoint.boxes import Boxes
-from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, NamesWanted
 from anon_dist.checkpoint.flat_keys import nested
-from anon_dist.checkpoint.names import assign, fitting_names, is_buffer, unwrapped
+from anon_dist.checkpoint.names import NUMBERED, assign, check_once, fitting_names, is_buffer, unnamed, unwrapped
 from anon_dist.checkpoint.options import ReadOptions
+from anon_dist.checkpoint.quantised import Quantised
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
 
@@ -77,6 +79,7 @@ class _Reading:
     tied: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unnamed: bool = False
 
 
 def interpret(
@@ -113,6 +116,7 @@ def interpret(
         _find_tied(reading, weights, members)
     buffers = [n for n, floating in weights.items() if n not in members and is_buffer(n, floating)]
     order = [n for n in weights if n not in buffers] or [m for g in reading.groups for m in g.members]
+    idle = [n for n in order if n not in members] if optimizer and not reading.unnamed else []
     for key in (str(k) for k, v in rest.items() if not optimizer and _holds_optimizer(v)):
         reading.notes.append(f"{key} is not one optimizer's state dictionary: it stays as it is, among the extras")
     reading.extras.update(_extra(reading, k, v) for k, v in {**rest, **(extras or {})}.items())
@@ -126,8 +130,8 @@ def interpret(
         scalars=reading.scalars,
         order=order,
         buffers=buffers,
-        frozen=[n for n in order if n not in members] if optimizer else [],
-        unsure=[n for n in order if n not in members] if optimizer and "buffer_names" not in reading.extras else [],
+        frozen=idle,
+        unsure=idle if "buffer_names" not in reading.extras else [],
         tied=reading.tied,
         step=training_step(reading.extras, reading.scalars),
         extras=reading.extras,
@@ -271,7 +275,9 @@ def _names(
     flat = [m for own in members for m in own]
     if all(isinstance(m, str) for m in flat):
         clean = unwrapped(flat)
-        return {m: reading.tied.get(n, n) for m, n in clean.items()}
+        found = {m: reading.tied.get(n, n) for m, n in clean.items()}
+        check_once([found[m] for m in flat], f"{reading.where}: the optimizer")
+        return found
     model = [n for n, floating in weights.items() if floating]
     own = {m: states.get(m, states.get(str(m), {})) for m in flat}
     recorded = all(len(g.get("param_names") or ()) == len(m) for g, m in zip(groups, members, strict=True))
@@ -289,7 +295,14 @@ def _names(
     fitting = {m: fitting_names(state, shapes) for m, state in own.items()}
     stateless = {m for m, state in own.items() if not state}
     how = {"ordered": reading.ordered, "in_model_order": options.names_in_model_order}
-    found = assign(members, fitting, model, reading.where, stateless, **how)
+    try:
+        found = assign(members, fitting, model, reading.where, stateless, **how)
+    except NamesWanted as reason:
+        if not options.nameless:
+            raise
+        reading.unnamed = True
+        reading.notes.append(NUMBERED.format(reason))
+        return {m: unnamed(m) for m in flat}
     reading.notes.append("the optimizer numbers its parameters; they were named after the model beside it")
     return found
 
@@ -297,6 +310,7 @@ def _names(
 def _check_names(
     reading: _Reading, states: Mapping[Any, Any], named: Mapping[Any, str], model: Sequence[str], said_by: str
 ) -> None:
+    check_once(named.values(), f"{reading.where}: {said_by}")
     for member, name in named.items():
         if model and name not in model:
             raise CheckpointError(f"{reading.where}: {said_by} has {name}, and the model beside the optimizer does not")
@@ -310,6 +324,8 @@ def _check_names(
 
 
 def _read_state(reading: _Reading, name: str, key: str, value: Any) -> None:
+    if isinstance(value, Quantised) and quantised.NOTE not in reading.notes:
+        reading.notes.append(quantised.NOTE)
     if isinstance(value, Tensor | Boxes) and len(value.shape) > 0:
         reading.sources[Key(name, key)] = _boxes(value)
     else:

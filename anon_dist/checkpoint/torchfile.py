@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
-import os
 import pickle
 import struct
 import sys
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.checksums import sums_of
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.mapped import MappedFile, verified
 from anon_dist.checkpoint.pickles import EMPTY, STAND_INS, ForbiddenClass, Pickler, restricted
 from anon_dist.checkpoint.schema import OutFile, Part, Region, Stub
 from anon_dist.checkpoint.stored_zip import StoredZip
@@ -28,8 +27,8 @@ LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SHARDS = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 _SUBCLASS = (
-    "holds tensors of a subclass, as torchao's 8-bit and 4-bit optimizers keep their states (OptimState8bit, OptimState4bit): their "
-    "numbers are not read here. Save state[key].dequantize() in place of each, and load it into an optimizer of full precision"
+    "holds tensors of a subclass, as torchao's optimizers keep their states (OptimState8bit, OptimState4bit, OptimStateFp8): their "
+    "numbers are read from whole files of torch.save only, and those of these classes. Save state[key].dequantize() in place of each"
 )
 
 
@@ -37,7 +36,9 @@ def _nothing_else(module: str, name: str) -> None:
     """No further class; see `pickles.restricted`."""
 
 
-def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any] = _nothing_else) -> Any:
+def open_torch(
+    path: Path, unsafe: bool = False, also: Callable[[str, str], Any] = _nothing_else, advice: bool = True
+) -> Any:
     """What was saved with `torch.save`; its tensors are views of the mapped file.
 
     Classes that such files often hold (`pickles.STAND_INS`) become inert stand-ins with the attributes they had.
@@ -45,6 +46,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
     Args:
         unsafe: build whatever classes the file asks for, which may run any code.
         also: see `pickles.restricted`.
+        advice: whether a refusal names --unsafe.
 
     Raises:
         DamagedCheckpoint: no such file, or damaged.
@@ -57,7 +59,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
         zipped = zipfile.is_zipfile(path)
         if zipped and not unsafe:
             file = MappedFile(path)
-            return open_embedded(file, 0, file.size, also=also)
+            return open_embedded(file, 0, file.size, also=also, advice=advice)
         if not zipped and not starts(path, LEGACY):
             raise pickle.UnpicklingError("it begins with neither of torch's marks")
         if sums_of(path) is not None:
@@ -66,7 +68,7 @@ def open_torch(path: Path, unsafe: bool = False, also: Callable[[str, str], Any]
         how = None if unsafe else restricted(also=also)
         return torch.load(path, "cpu", mmap=zipped, weights_only=False, pickle_module=how)
     except ForbiddenClass as error:
-        raise _forbidden(path, error, advice=also is _nothing_else) from None
+        raise _forbidden(path, error, advice) from None
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} does not exist; a complete checkpoint has it") from None
     except CheckpointError:
@@ -82,7 +84,7 @@ def starts(path: Path, magic: bytes) -> bool:
 
 
 def _forbidden(path: Path, error: ForbiddenClass, advice: bool) -> CheckpointError:
-    if str(error).endswith("_rebuild_wrapper_subclass"):
+    if str(error).endswith("_rebuild_wrapper_subclass") or str(error).startswith("torchao."):
         return CheckpointError(f"{path} {_SUBCLASS}")
     if str(error).startswith(_SHARDS):
         return CheckpointError(
@@ -98,113 +100,6 @@ def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     return DamagedCheckpoint(
         f"{path} is damaged, truncated, or no file of torch.save: {reason}. Take another checkpoint, or copy it again"
     )
-
-
-def _map(path: Path, size: int) -> Any:
-    return torch.UntypedStorage.from_file(str(path), False, size) if size else torch.UntypedStorage(0)
-
-
-class MappedFile:
-    """A file that is read where it is needed: bytes by position, tensors as views.
-
-    If its checkpoint has checksums, bytes are checked as they are read, and the elements of a tensor by `verified`.
-
-    Raises:
-        DamagedCheckpoint: it cannot be opened, or is not of the size it had.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._sums = sums_of(path)
-        try:
-            self.size = path.stat().st_size
-            self._storage = _map(path, self.size)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise DamagedCheckpoint(f"{path} cannot be opened: {reason}; a complete checkpoint has it") from None
-        if self._sums is not None and self.size != self._sums.size:
-            raise self._sums.damaged(f"it has {self.size} bytes, and had {self._sums.size}")
-        self._bytes: Any = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
-        self._checked = bytearray(-(-self.size // self._sums.block) if self._sums is not None else 0)
-
-    def check(self, start: int, stop: int) -> None:
-        """Compare the blocks in which bytes [start, stop) lie with their checksums, those that have not been yet.
-
-        Raises:
-            DamagedCheckpoint: one differs.
-        """
-        if self._sums is None:
-            return
-        size = self._sums.block
-        if stop - start > size:
-            will_need(self._storage.data_ptr() + start, min(stop, self.size) - start)
-        for index in range(max(start, 0) // size, -(-min(stop, self.size) // size)):
-            if not self._checked[index]:
-                self._sums.check(index, self._bytes[index * size : (index + 1) * size])
-                self._checked[index] = 1
-
-    def read(self, start: int, size: int) -> bytes:
-        """Bytes [start, start + size), fewer at the end of the file."""
-        self.check(start, start + size)
-        return bytes(self._bytes[start : start + size].tobytes())
-
-    def tensor(self, dtype: torch.dtype, start: int, numel: int) -> Tensor:
-        """Elements from the byte `start` on, 1-D; a view of the file, to be given to `verified` before it is used, if it is large."""
-        stop = start + numel * dtype.itemsize
-        if start < 0 or numel < 0 or stop > self.size:
-            raise DamagedCheckpoint(
-                f"{self.path} ends at byte {self.size}, before a tensor in it does; it is truncated"
-            )
-        if not numel:
-            return torch.empty(0, dtype=dtype)
-        raw: Any = self._storage[start:stop]
-        if self._sums is not None:
-            if stop - start <= _SMALL:
-                self.check(start, stop)
-            else:
-                raw.mapped = (self, start)  # views of the tensor share the storage
-        return torch.empty(0, dtype=dtype).set_(raw)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_PAGE, _WILLNEED = os.sysconf("SC_PAGE_SIZE"), 3
-
-
-def will_need(address: int, size: int) -> None:
-    """Have a mapped file's pages read in one go, not one fault after the other."""
-    start = address // _PAGE * _PAGE
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), _WILLNEED)
-
-
-_SMALL = 1 << 16
-"""Bytes of a tensor that is checked when it is opened."""
-_PIECE = 4 << 20
-"""Bytes that are checked, and then copied, at a time: they are still in the processor's cache."""
-
-
-def verified(tensor: Tensor) -> Tensor:
-    """The same tensor, once the blocks of the file that it is a view of have been compared with their checksums, if there are any.
-
-    Raises:
-        DamagedCheckpoint: one differs; naming the file.
-    """
-    mapped = getattr(tensor.untyped_storage(), "mapped", None)
-    if mapped is not None and tensor.numel():
-        file, begin = mapped
-        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = begin + tensor.storage_offset() * tensor.itemsize
-        file.check(start, start + (last + 1) * tensor.itemsize)
-    return tensor
-
-
-def copy_verified(target: Tensor, source: Tensor) -> None:
-    """`target.copy_(source)`, of one shape, checked and copied piece by piece."""
-    if source.dim() == 0 or source.nbytes <= _PIECE:
-        target.copy_(verified(source))
-        return
-    rows = max(1, _PIECE * len(source) // source.nbytes)
-    for start in range(0, len(source), rows):
-        target[start : start + rows].copy_(verified(source[start : start + rows]))
 
 
 class _Slice(io.RawIOBase):
@@ -239,11 +134,13 @@ def open_embedded(
     size: int,
     stand_ins: Any = STAND_INS,
     also: Callable[[str, str], Any] = _nothing_else,
+    advice: bool = True,
 ) -> Any:
     """What `torch.save` wrote into bytes [start, start + size) of a file, as `open_torch` reads it.
 
     Args:
         stand_ins, also: see `pickles.restricted`.
+        advice: see `open_torch`.
 
     Raises:
         CheckpointError: see `open_torch`.
@@ -251,6 +148,8 @@ def open_embedded(
     try:
         with zipfile.ZipFile(_Slice(file, start, size)) as archive:
             records = {i.filename.partition("/")[2]: i for i in archive.infolist()}
+            if len(records) < len(archive.infolist()):
+                raise ValueError("a record is in it twice")
             folder = archive.infolist()[0].filename.partition("/")[0]
             pickled = archive.read(f"{folder}/data.pkl")
             order = archive.read(f"{folder}/byteorder").decode() if "byteorder" in records else sys.byteorder
@@ -260,7 +159,7 @@ def open_embedded(
         torch._utils._validate_loaded_sparse_tensors()
         return found
     except ForbiddenClass as error:
-        raise _forbidden(file.path, error, advice=also is _nothing_else) from None
+        raise _forbidden(file.path, error, advice) from None
     except CheckpointError:
         raise
     except Exception as error:

@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.frames import check_whole
 from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.recognise import ANON
+from anon_dist.checkpoint.recognise import ANON, BASIS_STATES
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.optim import Anon
@@ -175,6 +176,10 @@ class Ranges:
         """The parameter's shape, unsharded."""
         return self._shapes.get(owner, tuple(owner.shape))
 
+    def lays_out(self, owner: Tensor, state: Tensor) -> bool:
+        """Whether a state says nothing of how it is laid out itself: a flat part, or a plain tensor of a DTensor's."""
+        return owner in self._flat or (isinstance(owner, DTensor) and not isinstance(state, DTensor))
+
     def fill(self, local: Tensor, checkpoint: Checkpoint, key: Key, owner: Tensor) -> None:
         """Copy this rank's elements of a tensor that is laid out as the parameter `owner` is."""
         if owner in self._flat:
@@ -227,13 +232,13 @@ def _tensors(
     checkpoint: Checkpoint,
     ranges: Ranges,
 ) -> Iterator[tuple[Key, Tensor, Tensor]]:
-    """(key in the checkpoint, tensor to fill, parameter whose layout it has)."""
+    """(key in the checkpoint, tensor to fill, tensor whose layout it has: a parameter, or itself)."""
     for name, p in parameters.items():
         master = Key(name, MASTER)
         yield master if master in checkpoint.tensors else Key(name, WEIGHT), p, p
         for state, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor) and (value.dim() or ranges.shape(p) == ()) and state != "step":
-                yield Key(name, state), value, p
+                yield Key(name, state), value, p if ranges.lays_out(p, value) else value
     for name, buffer in buffers.items():
         key = Key(name, WEIGHT)
         if key in checkpoint.tensors:  # others are made by the model itself
@@ -242,6 +247,11 @@ def _tensors(
 
 def _check(key: Key, owner: Tensor, checkpoint: Checkpoint, ranges: Ranges) -> None:
     if key not in checkpoint.tensors:
+        if key.state in BASIS_STATES and Key(key.parameter, "exp_avg") in checkpoint.tensors:
+            raise CheckpointError(
+                f"the checkpoint has no {key.state} for {key.parameter}: it was written without a basis. Resume with basis None, and call "
+                "optimizer.rebase(basis=…)"
+            )
         raise CheckpointError(
             f"the checkpoint has no {key.state} for {key.parameter}: it is of another model or optimizer (its optimizer: "
             f"{checkpoint.manifest.optimizer}; `anon-dist ckpt convert --optimizer` changes it)"
@@ -260,6 +270,7 @@ def _check_nothing_is_left(
     held = {name for name, p in parameters.items() if p in optimizer.state}
     for key in checkpoint.tensors:
         if key.parameter in held and key.state not in (WEIGHT, MASTER) and key not in taken:
+            check_whole([key.state], key.parameter, f"{type(optimizer).__name__}, as it is made or sharded here,")
             raise CheckpointError(
                 f"the checkpoint has {key.state} for {key.parameter}, which {type(optimizer).__name__} has no place for: it is another "
                 f"optimizer's ({checkpoint.manifest.optimizer}); `anon-dist ckpt convert --optimizer` changes it"

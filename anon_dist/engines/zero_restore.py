@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.frames import check_whole
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
@@ -252,6 +253,9 @@ def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = F
     """The states of one of the optimizer's tensors; in the tensors and dtypes that it has already, where it has."""
     stored = [source.stored(name) for name in part.names]
     scalars, tensors = source.checkpoint.manifest.scalars, source.checkpoint.tensors
+    if part.layout is not None:
+        for name in stored:
+            check_whole(source.states.get(name, []), name, "an engine that lays parameters into flat buffers")
     keys, numbers = sorted(source.states.get(stored[0], [])), scalars.get(stored[0], {})
     for name in stored[1:]:
         mine = scalars.get(name, {})

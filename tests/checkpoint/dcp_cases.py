@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,6 +37,7 @@ from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Key
 from anon_dist.checkpoint.verify import verify
+from anon_dist.engines.restore import restore
 
 RANKS = 4
 
@@ -227,6 +228,79 @@ def case_fsdp1():
         same(folder / "full.pt", folder / "again")
 
     on_first(check)
+
+
+def frame_state(whole, dim):
+    """A parameter cut along `dim`, its Anon's state with both bases, placed as Anon places them; and its param group."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def placed(key):
+        own = Shard(dim) if whole[key].shape == whole["w"].shape and not key.endswith(("basis", "cov")) else None
+        side = {"column": 1, "row": 0}.get(key.partition("_")[0])
+        return distribute_tensor(whole[key].clone(), mesh, [own or (Shard(0) if side == dim else Replicate())])
+
+    state = {key: placed(key) for key in whole if key != "w"} | {"step": torch.tensor(3.0)}
+    group = {"lr": 0.1, "basis": "both", "basis_block": 4}
+    return placed("w"), state, group
+
+
+def case_states_of_another_shape_follow_their_own_placement():
+    """Bases of a matrix's sides, whole where the other side is cut: from either cut into the other, and refused by FSDP1."""
+    torch.manual_seed(0)
+    shapes = {"w": (16, 24), "exp_avg": (16, 24), "exp_avg_sq": (16, 24), "precond": (16, 24)}
+    shapes |= {"column_basis": (24, 4), "column_cov": (24, 4), "row_basis": (16, 4), "row_cov": (16, 4)}
+    whole = {key: torch.randn(shape) for key, shape in shapes.items()}
+    folder = Path(shared_folder(OUT))
+
+    def tree(tensors, dim):
+        w, state, group = frame_state(tensors, dim)
+        return {"model": {"w": w}, "optimizer": {"state": {"w": state}, "param_groups": [{**group, "params": ["w"]}]}}
+
+    def model_of(dim):
+        w, state, group = frame_state({key: torch.zeros_like(x) for key, x in whole.items()}, dim)
+        model = nn.Module()
+        model.w = nn.Parameter(w)
+        optimizer = Anon(model.named_parameters(), lr=1e-3)
+        optimizer.state[model.w] = state
+        optimizer.param_groups[0].update(group)
+        return model, optimizer
+
+    for dim in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(tree(whole, dim), storage_writer=dcp.FileSystemWriter(folder / f"dcp-{dim}"))
+        (folder / f"ranks-{dim}").mkdir(exist_ok=True)
+        for name, part in zip(("pytorch_model_fsdp_0", "optimizer_0"), tree(whole, dim).values(), strict=True):
+            torch.save(part, folder / f"ranks-{dim}" / f"{name}_rank{dist.get_rank()}.bin")
+        dist.barrier()
+
+    def write():
+        for dim in (0, 1):
+            same(folder / "dcp-0", folder / f"ranks-{dim}")
+            found = open_checkpoint(folder / f"dcp-{dim}")
+            for key, x in whole.items():
+                name = Key("w", "weight" if key == "w" else key)
+                assert torch.equal(found.read(name, 0, x.numel()).view(x.shape), x)
+            convert(folder / f"dcp-{dim}", folder / f"c-{dim}", "canonical")
+            convert(folder / f"c-{dim}", folder / f"again-{dim}", "dcp", WriteOptions(world_size=3))
+
+    on_first(write)
+    for dim in (0, 1):
+        loaded = tree({key: torch.zeros_like(x) for key, x in whole.items()}, 1 - dim)
+        dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder / f"again-{dim}"))
+        model, optimizer = model_of(1 - dim)
+        restore(model, optimizer, open_checkpoint(folder / f"c-{dim}"))
+        for own in (loaded["optimizer"]["state"]["w"], optimizer.state[model.w]):
+            assert all(torch.equal(own[key].full_tensor(), whole[key]) for key in whole if key != "w")
+        assert torch.equal(model.w.full_tensor(), whole["w"])
+    plain = nn.Linear(24, 16, bias=False)
+    plain.w = plain.weight
+    del plain.weight
+    wrapped = FullyShardedDataParallel(plain, use_orig_params=True, device_id=torch.device("cpu"))
+    flat = Anon(wrapped.named_parameters(), lr=1e-3)
+    flat.init_state()
+    with pytest.raises(CheckpointError, match=r"w has row_basis, .*--anon.drop-basis"):
+        restore(wrapped, flat, open_checkpoint(folder / "c-0"))
 
 
 def case_fsdp2_loads_what_is_converted():

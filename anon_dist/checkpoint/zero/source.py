@@ -12,6 +12,7 @@ import torch
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import refs, stub, with_stubs
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.frames import check_whole
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Stub, TensorInfo
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.checkpoint.zero.header import fresh, is_number, same_number
@@ -257,6 +258,7 @@ class Source:
         """Members that are stored together, with states of one dtype and numbers that are equal."""
         group = Group(members, hyperparameters)
         for name in members:
+            check_whole(self._states.get(name, {}), name, "the flat buffers of DeepSpeed's stages 1 to 3")
             for key, info in self._states.get(name, {}).items():
                 if info.shape != self.shape(name):
                     self._lose(f"{name}: {key} has shape {info.shape}, the parameter {self.shape(name)}")

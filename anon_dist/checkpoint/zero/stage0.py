@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint import rank_local
-from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from anon_dist.checkpoint.names import assign, fitting_names
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, NamesWanted
+from anon_dist.checkpoint.names import NUMBERED, assign, check_once, fitting_names, unnamed
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, need
@@ -51,7 +51,12 @@ def read(files: Files, name: str, options: ReadOptions) -> Pieces:
     inner = wrapper.get("optimizer_state_dict", wrapper)
     saved = need(inner, "param_groups", header.file, list)
     flat = wrapper.get("fp32_groups_flat")
-    members = _members(header, saved, wrapper, flat, options)
+    try:
+        members = _members(header, saved, wrapper, flat, options)
+    except NamesWanted as reason:
+        if not options.nameless:
+            raise
+        return _numbered(header, name, wrapper, reason)
     groups = [
         ParamGroup(m, {k: v for k, v in g.items() if k not in ("params", "param_names")})
         for m, g in zip(members, saved, strict=True)
@@ -73,6 +78,32 @@ def read(files: Files, name: str, options: ReadOptions) -> Pieces:
                     state = {MASTER: wrapper["fp32_groups"][i][j], **state}
                 _add(found, header, scalars, parameter, state)
     _mark_idle(found)
+    return found
+
+
+def _numbered(header: Header, name: str, wrapper: dict[str, Any], reason: NamesWanted) -> Pieces:
+    """Where names are not needed: the parameters by their numbers, those of a flat group as one; masters, which are not weights then, as
+    a state of the wrapper's name."""
+    inner = wrapper.get("optimizer_state_dict", wrapper)
+    key = "fp32_groups_flat" if "fp32_groups_flat" in wrapper else "fp32_groups"
+    scalars: dict[str, dict[str, Any]] = {}
+    groups = []
+    states: dict[str, dict[str, Any]] = {}
+    for i, group in enumerate(inner["param_groups"]):
+        flat = key == "fp32_groups_flat"
+        numbers = [group["params"][0]] if flat else list(group["params"])
+        masters = [wrapper[key][i]] if flat else wrapper.get(key, {i: [None] * len(numbers)})[i]
+        for number, master in zip(numbers, masters, strict=True):
+            own = {key: master} if master is not None else {}
+            states[unnamed(number)] = {**own, **inner["state"].get(number, {})}
+        kept = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        groups.append(ParamGroup([unnamed(number) for number in numbers], kept))
+    found = opened(header, name, groups, scalars)
+    found.manifest.frozen, found.manifest.unsure = [], []
+    found.manifest.notes.append(NUMBERED.format(reason))
+    add_module(found, header, [*header.names, *header.buffers])
+    for number, state in states.items():
+        _add(found, header, scalars, number, state)
     return found
 
 
@@ -142,6 +173,7 @@ def _rounds_to(master: Tensor, weight: Tensor) -> bool:
 
 
 def _check_names(header: Header, names: Sequence[str], count: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    check_once(names, f"{header.file}: the names given")
     unknown = [n for n in names if n not in shapes]
     if unknown or len(names) != count:
         raise CheckpointError(
@@ -179,7 +211,7 @@ def _cut_flat(
                     if names
                     else "its flat groups do not say which parameters are in them"
                 )
-                raise CheckpointError(
+                raise (CheckpointError if names else NamesWanted)(
                     f"{header.file}: FP16_Optimizer: {problem}; give the names of the optimizer's parameters in its order (--names FILE)"
                 )
             group.append(fitting[0])

@@ -94,7 +94,7 @@ def _add(
         elif not isinstance(value, Tensor):
             raise DamagedCheckpoint(f"{file}: {key} of {name} is a {type(value).__name__}")
         else:
-            pieces = entire(value, file)
-            found.add(Key(name, key), TensorInfo(shape, value.dtype), pieces)
+            pieces, same = entire(value, file), key in (MASTER, *rank_local.FLAT_STATES)
+            found.add(Key(name, key), TensorInfo(shape if same else tuple(value.shape), value.dtype), pieces)
             if key == MASTER and sharded:
                 found.add(Key(name, WEIGHT), TensorInfo(shape, header.module[name].dtype), pieces)

@@ -1,0 +1,207 @@
+"""States of Anon that are not of their parameter's shape: bases of the sides of a matrix, and what they mean for the others.
+
+A parameter of two or more dimensions is a matrix of m rows, its first dimension, and n columns, all others. Where a side is turned, the
+state has beside exp_avg, exp_avg_sq and precond, which are then those of G' = Q_Lᵀ G Q_R:
+
+- `column_basis`, `column_cov`: float32 (n, b), b = min(basis_block, n). Q_R is of blocks: row j has the row of its block; the last block
+  may be smaller, and its rows are 0 behind it.
+- `row_basis`, `row_cov`: the same of Q_L, (m, b).
+
+Formats that hold a parameter's states whole carry them as any other; they mean nothing where an engine cuts the rows of a matrix off
+(DeepSpeed's ZeRO 1 to 3, FSDP1). To leave a basis, m is turned back, exactly. σ = d^(1/γ) and s are the diagonals, in the basis, of what
+is a full matrix elsewhere: σ_ij = Σ_kl Q_L,ik² Q_R,jl² σ'_kl is its diagonal, an approximation of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anon_dist.checkpoint.computed import Converted, Read, power, reader
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.options import Basis
+from anon_dist.checkpoint.recognise import BASIS_STATES
+from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
+from anon_dist.optim.regime import HISTORY, Regime
+from anon_dist.optim.update import D_MAX, D_MIN
+
+Shape = tuple[int, ...]
+
+REMEDY = "turn the states back first: anon-dist ckpt convert SRC DST --to … --optimizer anon --anon.drop-basis"
+MOST_ROWS = 16
+"""Rows are turned where there are at most so many to a column, as Anon has it."""
+LEAST_GAMMA = 0.25
+"""|γ| from which on σ is turned; below, where d^(1/γ) would be beyond float64, d itself. As Anon has it."""
+
+
+def check_whole(states: Collection[str], parameter: str, where: str) -> None:
+    """Raises `CheckpointError` if a parameter has a basis, for an engine that cuts its rows off; naming the remedy."""
+    if basis := sorted(set(states) & set(BASIS_STATES)):
+        raise CheckpointError(
+            f"{parameter} has {basis[0]}, a basis of the whole matrix, which {where} would cut off, and without which its exp_avg, "
+            f"exp_avg_sq and precond mean nothing. {REMEDY[0].upper()}{REMEDY[1:]}"
+        )
+
+
+def identities(
+    parameter: str, shape: Shape, basis: Basis | None, block: int
+) -> tuple[dict[Key, Read], dict[Key, Shape]]:
+    """The states of a basis in which nothing is turned, and their shapes."""
+    if basis is None or len(shape) < 2 or not prod(shape):
+        return {}, {}
+    rows, columns = shape[0], prod(shape[1:])
+    sides = {}
+    if basis != "rows" and columns > 1:
+        sides["column"] = columns
+    if basis != "columns" and 1 < rows <= MOST_ROWS * columns:
+        sides["row"] = rows
+    made: dict[Key, Read] = {}
+    shapes: dict[Key, Shape] = {}
+    for side, n in sides.items():
+        b = min(block, n)
+        made |= {Key(parameter, f"{side}_basis"): _identity(b), Key(parameter, f"{side}_cov"): _zeros}
+        shapes |= {Key(parameter, f"{side}_{state}"): (n, b) for state in ("basis", "cov")}
+    return made, shapes
+
+
+def _identity(b: int) -> Read:
+    def read(start: int, stop: int) -> Tensor:
+        at = torch.arange(start, stop)
+        return (torch.div(at, b, rounding_mode="floor") % b == at % b).double()
+
+    return read
+
+
+def _zeros(start: int, stop: int) -> Tensor:
+    return torch.zeros(stop - start, dtype=torch.float64)
+
+
+def turned(checkpoint: Checkpoint) -> set[str]:
+    """The parameters that have a basis."""
+    return {key.parameter for key in checkpoint.tensors if key.state in BASIS_STATES}
+
+
+def without_basis(checkpoint: Checkpoint) -> Checkpoint:
+    """Anon's checkpoint with the states of an Anon without a basis; itself if it has none. See the module.
+
+    Raises:
+        CheckpointError: a basis is not of its parameter's shape; naming it.
+    """
+    found = turned(checkpoint)
+    if not found:
+        return checkpoint
+    computed: dict[Key, Read] = {}
+    groups, notes = [], []
+    for index, group in enumerate(checkpoint.manifest.groups):
+        gamma = Regime(group.hyperparameters).gamma_in_force
+        members = [name for name in group.members if name in found]
+        for name in members:
+            side = _Frame(checkpoint, name)
+            for state, squared in (("exp_avg", False), ("exp_avg_sq", True)):
+                computed[Key(name, state)] = side.back(reader(checkpoint, Key(name, state)), squared)
+            if gamma:
+                computed[Key(name, "precond")] = _spread(reader(checkpoint, Key(name, "precond")), side, gamma)
+        groups.append(ParamGroup(list(group.members), _plain(group.hyperparameters)))
+        if members:
+            notes.append(
+                f"group {index}: the basis of {len(members)} matrices is left: exp_avg is turned back exactly; exp_avg_sq and precond "
+                "are an approximation, the diagonal of what is diagonal in the basis alone"
+            )
+    manifest = replace(checkpoint.manifest, groups=groups, notes=[*checkpoint.manifest.notes, *notes])
+    return Converted(checkpoint, manifest, computed, {key for key in checkpoint.tensors if key.state in BASIS_STATES})
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's hyperparameters without a basis, in its history too: steps before that had one are as if they had none."""
+    new = {**group, "basis": None}
+    if HISTORY in group:
+        records = [
+            {k: v for k, v in r.items() if k not in ("basis", "basis_block")} for r in json.loads(group[HISTORY])
+        ]
+        new[HISTORY] = json.dumps(records)
+    return new
+
+
+def _spread(v: Read, frame: _Frame, gamma: float) -> Read:
+    exponent = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
+    back = frame.back(power(v, exponent), squared=True)
+    return lambda start, stop: back(start, stop).log_().mul_(-2.0 / exponent).exp_().clamp_(D_MIN, D_MAX).rsqrt_()
+
+
+class _Frame:
+    """The bases of a parameter.
+
+    Raises:
+        CheckpointError: one is not of the parameter's shape; naming it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parameter: str) -> None:
+        shape = checkpoint.tensors[Key(parameter, "exp_avg")].shape
+        self._rows, self._columns = shape[0] if shape else 1, prod(shape[1:])
+        self._checkpoint, self._keys = checkpoint, {}
+        for side, n in (("row", self._rows), ("column", self._columns)):
+            key = Key(parameter, f"{side}_basis")
+            if key not in checkpoint.tensors:
+                continue
+            found = checkpoint.tensors[key].shape
+            if len(found) != 2 or found[0] != n or not 1 <= found[1] <= n:
+                raise CheckpointError(f"{parameter}: {key.state} has shape {found}, and {n} {side}s are to be turned")
+            self._keys[side] = key
+
+    def back(self, read: Read, squared: bool = False) -> Read:
+        """Q_L X Q_Rᵀ of the matrix that `read` gives; with squared elements of the bases, the diagonal of a turned one."""
+
+        def whole_rows(first: int, last: int) -> Tensor:
+            x = read(first * self._columns, last * self._columns).view(last - first, self._columns)
+            return (
+                x if "column" not in self._keys else _turned_back(x, self._basis("column", 0, self._columns, squared))
+            )
+
+        def rows(first: int, last: int) -> Tensor:
+            if "row" not in self._keys:
+                return whole_rows(first, last)
+            block = self._checkpoint.tensors[self._keys["row"]].shape[1]
+            found = []
+            for start in range(first - first % block, last, block):
+                stop = min(self._rows, start + block)
+                low, high = max(first, start), min(last, stop)
+                found.append(self._basis("row", low, high, squared)[:, : stop - start] @ whole_rows(start, stop))
+            return torch.cat(found)
+
+        def elements(start: int, stop: int) -> Tensor:
+            if stop <= start:
+                return torch.empty(0, dtype=torch.float64)
+            first = start // self._columns
+            flat = rows(first, -(-stop // self._columns)).reshape(-1)
+            return flat[start - first * self._columns : stop - first * self._columns]
+
+        return elements
+
+    def _basis(self, side: str, first: int, last: int, squared: bool) -> Tensor:
+        """Rows [first, last) of it, float64."""
+        key = self._keys[side]
+        block = self._checkpoint.tensors[key].shape[1]
+        q = reader(self._checkpoint, key)(first * block, last * block).view(last - first, block)
+        return q.square_() if squared else q
+
+
+def _turned_back(x: Tensor, basis: Tensor) -> Tensor:
+    """x Qᵀ of a matrix and a basis of its columns."""
+    return torch.cat([torch.einsum("mki,kji->mkj", x[:, where].unflatten(1, (len(q), -1)), q).flatten(1)
+                      for where, q in _squares(basis)], 1)  # fmt: skip
+
+
+def _squares(basis: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks (k, b, b) of an (n, b) basis, and the rest (1, r, r), each with the columns that it is of."""
+    n, block = basis.shape
+    whole = n - n % block
+    if whole:
+        yield slice(0, whole), basis[:whole].view(-1, block, block)
+    if rest := n - whole:
+        yield slice(whole, n), basis[whole:, :rest].unsqueeze(0)
