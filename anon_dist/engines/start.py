@@ -76,8 +76,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     with holds; a contradiction between it and what is wanted is an error.
 
     Args:
-        alike: settings that all ranks must have been given the same, besides what accelerate and DeepSpeed are configured with and the
-            versions of what computes.
+        alike: settings that must be the same on all ranks, besides the configurations of accelerate and DeepSpeed and the versions.
         accelerator_args: further arguments of `Accelerator`.
 
     Returns:
