@@ -36,9 +36,15 @@ def main(args: Sequence[str] | None = None) -> None:
         ("sweep",): partial(sweep, "sweep"),
         ("bench",): bench,
     }
+    from anon_dist.arguments import UsageError
+
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
-            return command(args[len(words) :])
+            try:
+                return command(args[len(words) :])
+            except UsageError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
     asked_for_help = not args or args[0] in ("-h", "--help", "help")
     print(
         COMMANDS if asked_for_help else f"anon-dist: unknown command '{' '.join(args[:2])}'\n\n{COMMANDS}",
@@ -49,11 +55,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def data_prepare(args: list[str]) -> None:
     """`anon-dist data prepare`"""
-    import tyro
-
+    from anon_dist.arguments import parse
     from anon_dist.data import DataError, PrepareConfig, prepare
 
-    config = tyro.cli(PrepareConfig, args=args, prog="anon-dist data prepare")
+    config = parse(PrepareConfig, args, "anon-dist data prepare")
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 

@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from anon_dist.arguments import parse
 from anon_dist.bench.memory import (
     ENGINES,
     LIVE,
@@ -316,7 +317,7 @@ def job_of(options: Options) -> Job:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench --plan`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --plan", description=Options.__doc__)
+    options = parse(Options, argv, "anon-dist bench --plan", description=Options.__doc__)
     try:
         job = job_of(options)
     except ConfigError as error:

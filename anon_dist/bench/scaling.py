@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from anon_dist.arguments import parse
 from anon_dist.bench.memory import NAMED, EngineName, Job, OptimizerName, owned_elements
 from anon_dist.bench.plan import traffic
 from anon_dist.bench.shapes import find_shape
@@ -204,7 +205,7 @@ def run(options: Options) -> list[Row]:
 def main(argv: list[str]) -> None:
     """`anon-dist bench --scaling`"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended too
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --scaling", description=Options.__doc__)
+    options = parse(Options, argv, "anon-dist bench --scaling", description=Options.__doc__)
     try:
         rows = run(options)
     except (BenchError, ConfigError) as error:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
+from anon_dist.arguments import parse
 from anon_dist.bench.clock import Step, measure, quartiles, stream, timed
 from anon_dist.bench.machine import machine
 from anon_dist.bench.optimizers import (
@@ -181,7 +181,7 @@ def _say(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
+    options = parse(Options, argv, "anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
     try:
         result = bench(options)
     except ConfigError as error:

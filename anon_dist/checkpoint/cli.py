@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from anon_dist.arguments import parse
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
@@ -120,7 +121,7 @@ def run(command: str, args: list[str]) -> None:
         "verify": (Verify, _verify),
     }
     kind, action = kinds[command]
-    parsed = tyro.cli(kind, args=args, prog=f"anon-dist ckpt {command}", description=kind.__doc__)
+    parsed = parse(kind, args, f"anon-dist ckpt {command}", description=kind.__doc__)
     try:
         action(parsed)
     except (CheckpointError, OSError) as error:

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ import transformers
 import tyro
 import yaml
 
+from anon_dist.arguments import parse
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, TokenShards, verify_checksums
 from anon_dist.files import write_json
@@ -79,9 +80,9 @@ class Report:
 
 def sweep(args: list[str]) -> None:
     """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it."""
-    parsed, rest = tyro.cli(Sweep, args=args, prog="anon-dist sweep", return_unknown_args=True)
+    parsed, rest = parse(Sweep, args, "anon-dist sweep", return_unknown_args=True)
     try:
-        base = parse_args(["--config", parsed.config, *rest])
+        base = parse_args(["--config", parsed.config, *rest], [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)])
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
             sys.exit(130)
     except (ConfigError, DataError, CheckpointError, OSError) as error:
@@ -90,7 +91,7 @@ def sweep(args: list[str]) -> None:
 
 def report(args: list[str]) -> None:
     """`anon-dist sweep report`"""
-    parsed = tyro.cli(Report, args=args, prog="anon-dist sweep report")
+    parsed = parse(Report, args, "anon-dist sweep report")
     try:
         print(f"Report: {write_report(parsed.folder)}")
     except (ConfigError, OSError) as error:
