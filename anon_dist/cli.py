@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ("sweep",): partial(sweep, "sweep"),
         ("bench",): bench,
     }
-    from anon_dist.arguments import UsageError
+    from anon_dist.usage import UsageError
 
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
@@ -55,8 +55,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def data_prepare(args: list[str]) -> None:
     """`anon-dist data prepare`"""
-    from anon_dist.arguments import parse
     from anon_dist.data import DataError, PrepareConfig, prepare
+    from anon_dist.usage import parse
 
     config = parse(PrepareConfig, args, "anon-dist data prepare")
     _or_exit(lambda: prepare(config), DataError, OSError)

@@ -22,7 +22,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.arguments import parse
 from anon_dist.bench.memory import (
     ENGINES,
     LIVE,
@@ -42,6 +41,7 @@ from anon_dist.bench.memory import (
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES, Collective, bytes_sent
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 
 @dataclass(frozen=True)

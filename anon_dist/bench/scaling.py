@@ -17,11 +17,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.arguments import parse
 from anon_dist.bench.memory import NAMED, EngineName, Job, OptimizerName, owned_elements
 from anon_dist.bench.plan import traffic
 from anon_dist.bench.shapes import find_shape
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 SENT_TOLERANCE = 0.03
 """Bytes sent may differ by this share: DDP's buffers, the gradient's norm, and what else is small."""

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 
-from anon_dist.arguments import parse
 from anon_dist.bench.clock import Step, measure, quartiles, stream, timed
 from anon_dist.bench.machine import machine
 from anon_dist.bench.optimizers import (
@@ -37,6 +36,7 @@ from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
 SLOW = 3.0

@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.arguments import parse
 from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
+from anon_dist.usage import parse
 
 Kind = Literal["anon", "adamw", "trainer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -12,13 +12,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.arguments import parse
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
 from anon_dist.checkpoint.verify import verify
+from anon_dist.usage import parse
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
 _Target = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]

@@ -228,6 +228,7 @@ class _Preparation:
             statistics=compute_statistics(self.out, train.shards, val.shards, dtype, tokenizer.vocab_size),
             source={**self.source.describe(), "skipped": dict(self.progress.skipped)},
             settings=self.config.settings(),
+            tokenizer_behaviour=tokenizer.behaviour(),
         )
 
 

@@ -18,7 +18,6 @@ import transformers
 import tyro
 import yaml
 
-from anon_dist.arguments import parse
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, TokenShards, verify_checksums
 from anon_dist.files import write_json
@@ -31,6 +30,7 @@ from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.usage import parse
 
 
 @dataclass
@@ -82,7 +82,9 @@ def sweep(args: list[str]) -> None:
     """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it."""
     parsed, rest = parse(Sweep, args, "anon-dist sweep", return_unknown_args=True)
     try:
-        base = parse_args(["--config", parsed.config, *rest], [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)])
+        base = parse_args(
+            ["--config", parsed.config, *rest], others=[f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
+        )
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
             sys.exit(130)
     except (ConfigError, DataError, CheckpointError, OSError) as error:

@@ -19,7 +19,6 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from anon_dist.arguments import UsageError, parse, values_of
 from anon_dist.train import strict_yaml
 from anon_dist.train.fields import (
     CheckpointConfig,
@@ -33,6 +32,7 @@ from anon_dist.train.fields import (
     TrainConfig,
 )
 from anon_dist.train.ranges import spell
+from anon_dist.usage import UsageError, parse, values_of
 
 __all__ = [
     "CheckpointConfig",
@@ -198,7 +198,7 @@ def load_config(path: Path) -> Config:
     return _validated(values or {}, lambda name: f"{path}: '{name}'")
 
 
-def parse_args(args: Sequence[str] | None = None, others: Sequence[str] = ()) -> Config:
+def parse_args(args: Sequence[str] | None = None, *, others: Sequence[str] = ()) -> Config:
     """The configuration of a command line: `--config FILE` first, then `--section.field value` over it.
 
     Args:

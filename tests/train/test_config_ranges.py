@@ -180,7 +180,7 @@ def test_nonsense_on_the_command_line_is_refused_by_its_flag():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--train.steps 1e3", "--train.steps must be a whole number ≥ 1 and ≤ 16,777,216, not '1e3'"),
+        ("--train.steps 1x3", "--train.steps must be a whole number ≥ 1 and ≤ 16,777,216, not '1x3'"),
         ("--train.steps=True", "--train.steps must be a whole number ≥ 1 and ≤ 16,777,216, not 'True'"),
         ("--train.steps", "--train.steps needs a value: a whole number ≥ 1 and ≤ 16,777,216"),
         ("--train.steps -- 3", "--train.steps must be a whole number"),

@@ -3,9 +3,9 @@
 import pytest
 import tyro
 
-from anon_dist.arguments import UsageError, parse
 from anon_dist.checkpoint.cli import Convert
 from anon_dist.cli import main
+from anon_dist.usage import UsageError, parse
 
 
 @pytest.mark.parametrize(
