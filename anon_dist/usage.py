@@ -121,8 +121,8 @@ def _what_is_wrong(
         return _unknown(event.tokens, args, takes, options)
     if kind == "MissingArgs":
         names = [_name(missing.arg) for missing in event.missing_arguments]
-        unknown = _unknown(event.unrecognized_tokens, args, takes, options) if event.unrecognized_tokens else ""
-        return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} missing{unknown and f'; {unknown}'}"
+        unknown = f"{_unknown(event.unrecognized_tokens, args, takes, options)}; " if event.unrecognized_tokens else ""
+        return f"{unknown}{', '.join(names)} {'are' if len(names) > 1 else 'is'} missing"
     if kind in ("BadValue", "InvalidChoice", "InstantiationFailure") and event.argument is not None:
         name = _name(event.argument)
         choices = getattr(event, "choices", None)
