@@ -17,7 +17,7 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions
-from anon_dist.checkpoint.verify import verify
+from anon_dist.checkpoint.verify import foreign, verify
 from anon_dist.usage import parse
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
@@ -188,6 +188,8 @@ def _verify(args: Verify) -> None:
     found = verify(args.a, args.b, args.reading.options(), args.workers)
     if not found:
         print("the same" if args.b else "as written")
+        for path in foreign(args.a, args.b):
+            print(f"note: {path} is none of the checkpoint's files: it was added later")
         return
     table = Table("what differs", "how")
     for difference in found[:_SHOWN]:

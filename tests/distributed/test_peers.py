@@ -17,7 +17,7 @@ HERE = socket.gethostname()
 FORK = multiprocessing.get_context("fork")
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """For a user to mend."""
 
 
@@ -39,7 +39,7 @@ def fail(rank: int, ranks: int, port, when: str, error: Exception, queue, folder
         return
     while when == LATER and not peers.store(30).check(["report/1"]):
         time.sleep(0.1)
-    with suppress(type(error)), peers.who_stopped(Refused) as ending:
+    with suppress(type(error)), peers.who_stopped(RefusedError) as ending:
         raise error
     (folder / f"{rank}.ending").write_text(json.dumps([ending.alike, ending.speaks]))
     queue.put((rank, getattr(error, "__notes__", [])))
@@ -107,19 +107,19 @@ def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceb
     def endings():
         return [json.loads((tmp_path / f"{rank}.ending").read_text()) for rank in range(3)]
 
-    notes(*[(FIRST, Refused("no such model"))] * 3)
+    notes(*[(FIRST, RefusedError("no such model"))] * 3)
     assert [alike for alike, _ in endings()] == [True] * 3
     assert [speaks for _, speaks in endings()].count(True) == 1
     (told,) = tmp_path.glob("*.json")  # of the rank that speaks; no LOCAL_RANK is set here
     message = json.loads(told.read_text())["message"]
-    assert message["message"] == message["extraInfo"]["py_callstack"] == "Refused: no such model"
+    assert message["message"] == message["extraInfo"]["py_callstack"] == "RefusedError: no such model"
     # Each of two errors is said once; a bug is shown where it is.
-    notes((LATER, Refused("torn")), (FIRST, Refused("no such model")), (LATER, Refused("torn")))
+    notes((LATER, RefusedError("torn")), (FIRST, RefusedError("no such model")), (LATER, RefusedError("torn")))
     assert [alike for alike, _ in endings()] == [False] * 3
     speak = [speaks for _, speaks in endings()]
     assert speak[1]
     assert sorted([speak[0], speak[2]]) == [False, True]
-    notes((FIRST, KeyError("x")), (LATER, Refused("torn")), (NEVER, ValueError()))
+    notes((FIRST, KeyError("x")), (LATER, RefusedError("torn")), (NEVER, ValueError()))
     assert "Traceback" in json.loads((tmp_path / "0.json").read_text())["message"]["extraInfo"]["py_callstack"]
     assert [speaks for _, speaks in endings()][:2] == [True, True]
 
