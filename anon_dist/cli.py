@@ -36,15 +36,9 @@ def main(args: Sequence[str] | None = None) -> None:
         ("sweep",): partial(sweep, "sweep"),
         ("bench",): bench,
     }
-    from anon_dist.usage import UsageError
-
     for words, command in commands.items():
         if tuple(args[: len(words)]) == words:
-            try:
-                return command(args[len(words) :])
-            except UsageError as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
+            return command(args[len(words) :])
     asked_for_help = not args or args[0] in ("-h", "--help", "help")
     print(
         COMMANDS if asked_for_help else f"anon-dist: unknown command '{' '.join(args[:2])}'\n\n{COMMANDS}",

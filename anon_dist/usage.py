@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,24 @@ class UsageError(ValueError):
     """A command line that cannot be read; the message names option, value and remedy."""
 
 
-def parse(
+def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
+    """What `tyro.cli` makes of a command line; what is wrong with one is a line, and exit code 2.
+
+    Args:
+        kind: the dataclass to fill.
+        tyros: further arguments of `tyro.cli`.
+
+    Raises:
+        SystemExit: after that line, or after the help.
+    """
+    try:
+        return parse_or_raise(kind, args, prog, **tyros)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_or_raise(
     kind: Any,
     args: Sequence[str],
     prog: str,
@@ -27,13 +45,11 @@ def parse(
     others: Sequence[str] = (),
     **tyros: Any,
 ) -> Any:
-    """What `tyro.cli` makes of a command line.
+    """The same, for commands that report mistakes in their own way.
 
     Args:
-        kind: the dataclass to fill.
         takes: what an option takes, in words, where there are better ones than tyro's; None: tyro's.
         others: options that are read elsewhere, to be suggested too.
-        tyros: further arguments of `tyro.cli`.
 
     Raises:
         UsageError: an option is unknown (the nearest are named), comes twice, is missing, or its value is of another type.

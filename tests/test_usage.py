@@ -5,7 +5,7 @@ import tyro
 
 from anon_dist.checkpoint.cli import Convert
 from anon_dist.cli import main
-from anon_dist.usage import UsageError, parse
+from anon_dist.usage import UsageError, parse, parse_or_raise
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,9 @@ def test_without_tyros_hook_its_own_report_remains(monkeypatch, capsys):
     assert ended.value.code == 2
     assert "--layout" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--to comes twice"):
-        parse(Convert, ["a", "b", "--to", "dcp", "--to", "hf"], "convert")
+        parse_or_raise(Convert, ["a", "b", "--to", "dcp", "--to", "hf"], "convert")
 
 
 def test_a_line_that_is_right_is_read_as_tyro_reads_it():
-    words = ["a", "b", "--to=dcp", "--world_size", "4", "--buffers", "x", "y", "--reading.unsafe"]
-    words[-1] = "--unsafe"
+    words = ["a", "b", "--to=dcp", "--world_size", "4", "--buffers", "x", "y", "--unsafe"]
     assert parse(Convert, words, "convert") == tyro.cli(Convert, args=words)

@@ -230,8 +230,11 @@ def _load_hf(name: str, *, local: bool) -> Any:
 
 def _eod_id(hf: Any, name: str) -> int:
     if hf.eos_token_id is None:
+        missing = (
+            f" (there is no {CONFIG_FILE})" if Path(name).is_dir() and not (Path(name) / CONFIG_FILE).exists() else ""
+        )
         raise TokenizerError(
-            f"tokenizer {name}: no eos_token, so documents cannot be told apart. "
+            f"tokenizer {name}: no eos_token{missing}, so documents cannot be told apart. "
             "Set one (`tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)`) and use hf:folder."
         )
     return int(hf.eos_token_id)

@@ -32,7 +32,7 @@ from anon_dist.train.fields import (
     TrainConfig,
 )
 from anon_dist.train.ranges import spell
-from anon_dist.usage import UsageError, parse, values_of
+from anon_dist.usage import UsageError, parse_or_raise, values_of
 
 __all__ = [
     "CheckpointConfig",
@@ -211,7 +211,7 @@ def parse_args(args: Sequence[str] | None = None, *, others: Sequence[str] = ())
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
     default = Config() if file is None else load_config(file)
     try:
-        config: Config = parse(
+        config: Config = parse_or_raise(
             Config,
             rest,
             "pretrain.py",
