@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -31,11 +32,41 @@ def failures(error: Exception | None) -> str:
     Args:
         error: of this rank.
     """
-    own = None if error is None else describe(error)
+    return _told(_from_all(None if error is None else describe(error)))
+
+
+@contextmanager
+def together(general: type[Exception], special: type[Exception]) -> Iterator[None]:
+    """A block without communication, that succeeds on every rank or raises on every rank. Every rank must enter it.
+
+    Raises:
+        general, special: by the same text on every rank. `special`, a kind of `general`, where it is the error of all that failed. A rank
+            whose error is of another type raises that, the others `general`.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    found = _from_all(None if failed is None else (isinstance(failed, special), describe(failed)))
+    if failed is not None and (len(found) == 1 or not isinstance(failed, general)):
+        raise failed
+    if what := _told([text and text[1] for text in found]):
+        alike = all(text[0] for text in found if text is not None)
+        raise (special if alike else general)(what) from failed
+
+
+def _from_all(value: Any) -> list[Any]:
+    """What each rank has."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own or ""
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _told(found: Sequence[str | None]) -> str:
+    """The ranks' texts in one, which ranks have not where all have the same."""
     by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(found):
         if text is not None:

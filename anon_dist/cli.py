@@ -49,11 +49,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def data_prepare(args: list[str]) -> None:
     """`anon-dist data prepare`"""
-    import tyro
-
     from anon_dist.data import DataError, PrepareConfig, prepare
+    from anon_dist.usage import parse
 
-    config = tyro.cli(PrepareConfig, args=args, prog="anon-dist data prepare")
+    config = parse(PrepareConfig, args, "anon-dist data prepare")
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 
@@ -78,15 +77,20 @@ def train(args: list[str] | None = None) -> None:
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
     from anon_dist.train.config import ConfigError, parse_args
-    from anon_dist.train.errors import RunError
+    from anon_dist.train.errors import IN_USE, RunError, RunInUseError
     from anon_dist.train.loop import train as run
 
-    def parse_and_run() -> None:
-        with who_stopped():
-            run(parse_args(args))
-
+    refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
-        _or_exit(parse_and_run, ConfigError, EngineError, CheckpointError, DataError, RunError)
+        with who_stopped(*refusals) as ending:
+            run(parse_args(args))
+    except refusals as error:
+        rank = "0" if ending.alike else os.environ.get("RANK", "0")
+        text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}" if ending.speaks else ""
+        if isinstance(error, RunInUseError):
+            print(text, file=sys.stderr, end="\n" * bool(text))
+            sys.exit(IN_USE)
+        sys.exit(text or 1)
     finally:
         import torch.distributed as dist
 
@@ -106,8 +110,7 @@ def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
     try:
         action()
     except expected as error:
-        rank = os.environ.get("RANK", "0")
-        sys.exit(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

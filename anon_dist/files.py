@@ -75,13 +75,10 @@ def unused(path: Path) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[int]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder against other processes that would hold it; the kernel lets go when the process ends, however it ends.
 
     Some network file systems cannot lock a folder; there it is not held.
-
-    Yields:
-        The lock's descriptor. A child that inherits it holds the folder too.
 
     Raises:
         InUseError: another process holds it.
@@ -94,6 +91,6 @@ def exclusive(folder: Path) -> Iterator[int]:
             raise InUseError(folder) from None
         except OSError:
             pass  # no such locks on this file system
-        yield descriptor
+        yield
     finally:
         os.close(descriptor)

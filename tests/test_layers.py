@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher"),
+    ("files", "machine", "launcher", "usage"),
     ("agreement", "optim"),
     ("data",),
     ("checkpoint",),

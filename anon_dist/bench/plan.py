@@ -41,6 +41,7 @@ from anon_dist.bench.memory import (
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES, Collective, bytes_sent
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def job_of(options: Options) -> Job:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench --plan`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --plan", description=Options.__doc__)
+    options = parse(Options, argv, "anon-dist bench --plan", description=Options.__doc__)
     try:
         job = job_of(options)
     except ConfigError as error:

@@ -21,6 +21,7 @@ from anon_dist.bench.memory import NAMED, EngineName, Job, OptimizerName, owned_
 from anon_dist.bench.plan import traffic
 from anon_dist.bench.shapes import find_shape
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 SENT_TOLERANCE = 0.03
 """Bytes sent may differ by this share: DDP's buffers, the gradient's norm, and what else is small."""
@@ -204,7 +205,7 @@ def run(options: Options) -> list[Row]:
 def main(argv: list[str]) -> None:
     """`anon-dist bench --scaling`"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended too
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --scaling", description=Options.__doc__)
+    options = parse(Options, argv, "anon-dist bench --scaling", description=Options.__doc__)
     try:
         rows = run(options)
     except (BenchError, ConfigError) as error:

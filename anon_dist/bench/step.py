@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from anon_dist.bench.clock import Step, measure, quartiles, stream, timed
 from anon_dist.bench.machine import machine
@@ -37,6 +36,7 @@ from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config import ConfigError
+from anon_dist.usage import parse
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
 SLOW = 3.0
@@ -181,7 +181,7 @@ def _say(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
+    options = parse(Options, argv, "anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
     try:
         result = bench(options)
     except ConfigError as error:

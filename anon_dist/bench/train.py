@@ -22,12 +22,12 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
+from anon_dist.usage import parse
 
 Kind = Literal["anon", "adamw", "trainer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -166,7 +166,7 @@ def measure(config: Config, options: Options, folder: Path) -> dict[Kind, Result
 
 def main(argv: list[str]) -> None:
     """`anon-dist bench --train`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --train", description=Options.__doc__)
+    options = parse(Options, argv, "anon-dist bench --train", description=Options.__doc__)
     try:
         with tempfile.TemporaryDirectory() as name:
             config = config_of(options, Path(name))

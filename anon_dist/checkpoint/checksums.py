@@ -2,7 +2,8 @@
 
 `checksums.json` lists all files but itself and trainer.json: size, and the xxh3 of each block of `BLOCK` bytes. trainer.json, which is
 written last, has the xxh3 of checksums.json and of itself. A rank that reads a part of a file checks the blocks that the part lies in,
-each when it is first touched, so that the bytes it checks are the ones it is about to use.
+each when it is first touched, so that the bytes it checks are the ones it is about to use. What a start does not read (random states of
+ranks that there are no more, DeepSpeed's zero_to_fp32.py) has no effect on it, and is compared by `verify` alone.
 """
 
 from __future__ import annotations
@@ -188,6 +189,10 @@ class Checksums:
             ) from None
         if size != sums.size:
             raise sums.damaged(f"it has {size} bytes, and had {sums.size}")
+
+    def foreign(self) -> list[str]:
+        """Files in the folder that are none of the checkpoint's. Whatever would read one is refused (`sums_of`)."""
+        return [name for name in _names(self.folder) if name not in self.files]
 
     def verify(self, workers: int = 2) -> list[tuple[str, str]]:
         """Every file against its checksums: those that differ, and how."""

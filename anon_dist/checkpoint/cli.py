@@ -17,7 +17,8 @@ from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import read_names
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
-from anon_dist.checkpoint.verify import verify
+from anon_dist.checkpoint.verify import foreign, verify
+from anon_dist.usage import parse
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
 _Target = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
@@ -121,8 +122,8 @@ def run(command: str, args: list[str]) -> None:
         "verify": (Verify, _verify),
     }
     kind, action = kinds[command]
+    parsed = parse(kind, args, f"anon-dist ckpt {command}", description=kind.__doc__)
     _check_options(args)
-    parsed = tyro.cli(kind, args=args, prog=f"anon-dist ckpt {command}", description=kind.__doc__)
     try:
         action(parsed)
     except (CheckpointError, OSError) as error:
@@ -130,11 +131,9 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _check_options(args: list[str]) -> None:
-    """Ends with one line for an option that is given twice, of which the last would count, or would have no effect."""
+    """Ends with one line for an option that would have no effect."""
     words = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     options = [re.sub(r"(--|\.)no-", r"\1", word) for word in words]
-    if twice := next((option for option in options if options.count(option) > 1), None):
-        sys.exit(f"error: {twice} is given twice")
     chosen = re.search(r"--optimizer[= ](\w+)", " ".join(args))
     for option in options:
         wanted = option[2:].partition(".")[0]
@@ -202,6 +201,8 @@ def _verify(args: Verify) -> None:
     found = verify(args.a, args.b, args.reading.options(), args.workers)
     if not found:
         print("the same" if args.b else "as written")
+        for path in foreign(args.a, args.b):
+            print(f"note: {path} is none of the checkpoint's files: it was added later")
         return
     table = Table("what differs", "how")
     for difference in found[:_SHOWN]:

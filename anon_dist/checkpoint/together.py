@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import torch.distributed as dist
-
+from anon_dist.agreement import together
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 
 
-@contextmanager
-def on_every_rank() -> Iterator[None]:
+def on_every_rank() -> AbstractContextManager[None]:
     """A block without communication, that succeeds on every rank or raises on every rank. Every rank must enter it.
 
     Raises:
-        CheckpointError: it raised on another rank; `DamagedCheckpoint` if it did so there. Where several failed, each raises its own error.
+        CheckpointError: it raised on some rank, which is named; `DamagedCheckpoint` where all that failed did so by that.
     """
-    failed: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failed = error
-    if dist.is_initialized():
-        mine = None if failed is None else (isinstance(failed, DamagedCheckpoint), str(failed) or type(failed).__name__)
-        found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        if failed is None:
-            for rank, theirs in enumerate(found):
-                if theirs is not None:
-                    raise (DamagedCheckpoint if theirs[0] else CheckpointError)(f"rank {rank}: {theirs[1]}")
-    if failed is not None:
-        raise failed
+    return together(CheckpointError, DamagedCheckpoint)

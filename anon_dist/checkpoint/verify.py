@@ -66,6 +66,12 @@ def verify(a: Path, b: Path | None = None, read: ReadOptions | None = None, work
             checkpoint.close()
 
 
+def foreign(*paths: Path | None) -> list[Path]:
+    """Files in checkpoints with checksums that were not written with them: no difference, as nothing reads them."""
+    sums = [(p, checksums(p)) for p in paths if p is not None and p.is_dir()]
+    return [p / name for p, own in sums if own is not None for name in own.foreign()]
+
+
 def differences(a: Checkpoint, b: Checkpoint, workers: int = 2) -> list[Difference]:
     """See `verify`."""
     found = [

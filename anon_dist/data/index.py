@@ -91,6 +91,9 @@ class Index:
     fingerprint: str = field(default="")
     """Hash of all that determines the tokens: shard checksums, order, dtype and tokenizer. Computed when left empty."""
 
+    tokenizer_behaviour: Mapping[str, Any] = field(default_factory=dict)
+    """See `Tokenizer.behaviour`. Empty in folders of earlier versions."""
+
     def __post_init__(self) -> None:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", self.compute_fingerprint())
@@ -171,6 +174,8 @@ class Index:
                 f"{path}: eod_id = {index.eod_id!r} must be below vocab_size = {index.vocab_size!r}, and that fit dtype = {index.dtype!r}; "
                 "the file was edited. Prepare again."
             )
+        if not isinstance(index.tokenizer_behaviour, dict):
+            raise ShardError(f"{path}: tokenizer_behaviour is no mapping; the file was edited. Prepare again.")
         if index.fingerprint != index.compute_fingerprint():
             raise ShardError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."

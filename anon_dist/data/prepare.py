@@ -126,6 +126,7 @@ class _Preparation:
         self.progress = earlier
 
     def run(self) -> Index:
+        """Take the steps that are left; the index of the folder, which is complete then."""
         started = time.perf_counter()
         tokenizer = self._tokenizer()
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
@@ -227,6 +228,7 @@ class _Preparation:
             statistics=compute_statistics(self.out, train.shards, val.shards, dtype, tokenizer.vocab_size),
             source={**self.source.describe(), "skipped": dict(self.progress.skipped)},
             settings=self.config.settings(),
+            tokenizer_behaviour=tokenizer.behaviour(),
         )
 
 

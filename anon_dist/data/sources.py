@@ -118,10 +118,12 @@ class FileSource:
         self._hidden, self._field, self._unit, self._origin = hidden, text_field, text_unit, origin
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
+        """All items from `start` on."""
         for part in range(start.part, self.parts):
             yield from self.read_part(part, start.item if part == start.part else 0)
 
     def read_part(self, part: int, item: int = 0) -> Iterator[Item]:
+        """The items of one part, from its `item`-th on."""
         path = self.files[part]
         try:
             for number, text in enumerate(islice(self._texts(path), item, None), item + 1):
@@ -130,6 +132,7 @@ class FileSource:
             raise SourceError(f"{path}: cannot be read ({error}). Repair or remove the file.") from error
 
     def describe(self) -> dict[str, Any]:
+        """Names and sizes of the files, as a hash; not their contents."""
         listing = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.files]
         return {
             "kind": "files",
@@ -163,9 +166,11 @@ class HubSource:
         self._split, self._streaming, self._field = split, streaming, text_field
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
+        """All items from `start` on."""
         return self.read_part(0, start.item) if start.part == 0 else iter(())
 
     def read_part(self, part: int, item: int = 0) -> Iterator[Item]:
+        """The items of one part, from its `item`-th on."""
         # Dataset.skip refuses to skip everything; IterableDataset has no length.
         rows = () if not self._streaming and item >= len(self._data) else self._data.skip(item)
         for number, row in enumerate(rows, item + 1):
@@ -173,6 +178,7 @@ class HubSource:
             yield _item(text, Cursor(part, number))
 
     def describe(self) -> dict[str, Any]:
+        """The name, not what is behind it: a dataset that changes on the hub is not noticed."""
         return {"kind": "hf", "name": self._path, "config": self._config or None, "split": self._split}
 
     @cached_property
@@ -207,12 +213,15 @@ class LimitedSource:
         self._source, self._documents, self._bytes = source, max_documents, max_bytes
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
+        """All items from `start` on."""
         return self.read_part(0, start.item) if start.part == 0 else iter(())
 
     def read_part(self, part: int, item: int = 0) -> Iterator[Item]:
+        """The items of one part, from its `item`-th on."""
         return islice(self._limited(), item, None)
 
     def describe(self) -> dict[str, Any]:
+        """What the whole source says of itself, and the limits."""
         return {**self._source.describe(), "max_documents": self._documents, "max_bytes": self._bytes}
 
     def _limited(self) -> Iterator[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +26,9 @@ SPM_KINDS: dict[str, Literal["bpe", "unigram"]] = {"spm-bpe": "bpe", "spm-unigra
 BYTES = "bytes"
 CHECK_TEXTS = 256
 CHECK_CHARS = 1 << 20
+CONFIG_FILE = "tokenizer_config.json"
+PROBE = "The 1,234 naïve foxes\n\tdef jump(x):  # über—dog\n"
+"""Two tokenizers of one vocabulary may still cut text differently."""
 KINDS = "spm-bpe:SIZE, spm-unigram:SIZE, a SentencePiece .model file, hf:NAME_OR_FOLDER, or bytes"
 
 
@@ -61,6 +64,11 @@ class Tokenizer:
         text: str = self.hf.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    def behaviour(self) -> dict[str, Any]:
+        """What the files beside `tokenizer.json` decide, as JSON: which tokens are special, and how plain AutoTokenizer encodes."""
+        roles = {role: [text, self.hf.convert_tokens_to_ids(text)] for role, text in _special_tokens(self.hf).items()}
+        return {"special_tokens": roles, "probe": self.hf(PROBE + self.hf.eos_token)["input_ids"]}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the tokenizer into `folder`, so that `AutoTokenizer.from_pretrained(folder)` loads it and encodes the same."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
@@ -91,13 +99,37 @@ class Tokenizer:
             raise TokenizerError(f"{folder} is missing: the data's tokenizer. {remedy}")
         if _hash(folder) != index.tokenizer_hash:
             raise TokenizerError(f"{folder} was changed after the data was prepared. {remedy}")
+        if not (folder / CONFIG_FILE).is_file():
+            raise TokenizerError(f"{folder / CONFIG_FILE} is missing: it says which tokens are special. {remedy}")
         tokenizer = cls(folder, index.tokenizer)
         if (tokenizer.eod_id, tokenizer.vocab_size) != (index.eod_id, index.vocab_size):
             raise TokenizerError(
                 f"{folder}: end-of-document token {tokenizer.eod_id} of {tokenizer.vocab_size} tokens, and the data has {index.eod_id} of "
                 f"{index.vocab_size}. {remedy}"
             )
+        if changed := _changes(index.tokenizer_behaviour, tokenizer.behaviour()):
+            raise TokenizerError(f"{folder} was changed after the data was prepared: {changed}. {remedy}")
         return tokenizer
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a tokenizer's behaviour differs from what was recorded; "" where it does not, or nothing was."""
+    before, after = then.get("special_tokens"), now["special_tokens"]
+    if before is not None and before != after:
+        name = next(n for n in {**before, **after} if before.get(n) != after.get(n))
+        return f"{name} is {_shown(after.get(name))}, and was {_shown(before.get(name))}"
+    if then.get("probe") not in (None, now["probe"]):
+        return f"AutoTokenizer encodes {PROBE[:21]!r}… differently with its {CONFIG_FILE} of now (or this version of transformers)"
+    return ""
+
+
+def _shown(token: Sequence[Any] | None) -> str:
+    return "not set" if token is None else f"{token[0]!r} ({token[1]})"
+
+
+def _special_tokens(hf: Any) -> dict[str, str]:
+    """Role, such as `eos_token`, → text."""
+    return {role: str(token) for role, token in hf.special_tokens_map.items() if isinstance(token, str)}
 
 
 def check_spec(spec: str) -> None:
@@ -198,8 +230,11 @@ def _load_hf(name: str, *, local: bool) -> Any:
 
 def _eod_id(hf: Any, name: str) -> int:
     if hf.eos_token_id is None:
+        missing = (
+            f" (there is no {CONFIG_FILE})" if Path(name).is_dir() and not (Path(name) / CONFIG_FILE).exists() else ""
+        )
         raise TokenizerError(
-            f"tokenizer {name}: no eos_token, so documents cannot be told apart. "
+            f"tokenizer {name}: no eos_token{missing}, so documents cannot be told apart. "
             "Set one (`tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)`) and use hf:folder."
         )
     return int(hf.eos_token_id)

@@ -28,6 +28,7 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The module's own spec, whose loader acts once it has executed the module; None for every other module."""
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)

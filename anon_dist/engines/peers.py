@@ -6,6 +6,8 @@ The ranks tell each other through the store at which they met: the launchers' (t
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -49,21 +52,48 @@ def connecting() -> Iterator[None]:
         _OURS.update({inode for inode, _ in _connections()} - before)
 
 
+@dataclass
+class Ending:
+    """How this rank is to end after an error."""
+
+    alike: bool = False
+    """Whether all ranks failed by the same error."""
+    speaks: bool = True
+    """Whether it is for this rank to say which: the first that failed so, or that could not ask."""
+
+
 @contextlib.contextmanager
-def who_stopped() -> Iterator[None]:
+def who_stopped(*refusals: type[Exception]) -> Iterator[Ending]:
     """A block in which ranks work together, and after which an error ends the process: it gets a note of which rank stopped first.
 
     torch's launchers get error and note too, for their report. Neither note nor delay if there is one rank; no note if all failed alike,
     by a mistake in the configuration, say. At most 2 · WAIT_SECONDS pass, and connections to the other ranks are closed.
+
+    Args:
+        refusals: errors that are for a user to mend: the launchers get their line, from one rank of a node, not where in the code it
+            was raised.
     """
+    ending = Ending()
     try:
-        yield
+        yield ending
     except Exception as error:
+        refused = isinstance(error, refusals)
         with contextlib.suppress(Exception):  # the error is what matters
             if several():
-                _explain(error)
-            get_error_handler().record_exception(error)
+                _explain(error, ending)
+            if not refused:
+                get_error_handler().record_exception(error)
+            elif ending.speaks or os.environ.get("LOCAL_RANK") == "0":  # the launcher of each node reports its first
+                _record_line(error)
         raise
+
+
+def _record_line(error: Exception) -> None:
+    """As torch's handler does, but for the traceback, which it would have the launcher show."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        line = _line(error)
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
 def several() -> bool:
@@ -81,6 +111,8 @@ class _Heard:
     """This rank's own error has reached the store."""
     first: str = ""
     """The rank that failed first, where, when and how."""
+    speaks: bool = True
+    """Whether no rank reported the same error before."""
     alike: bool = False
     """Whether all failed by the same error."""
     silent: dict[int, str] = field(default_factory=dict)
@@ -91,7 +123,7 @@ class _Heard:
     """Whether the above is complete."""
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: Exception, ending: Ending) -> None:
     """Add a note of what the ranks together know of who stopped first; none if that explains nothing."""
     with contextlib.suppress(ValueError):  # not the main thread
         # The launcher terminates the ranks next to one that ended; not before they have said why they did.
@@ -101,6 +133,7 @@ def _explain(error: Exception) -> None:
     heard.reported.wait(HANG_UP_SECONDS)  # the others, once they notice, are not to be taken for the first
     _hang_up()
     listening.join(2 * WAIT_SECONDS)
+    ending.alike, ending.speaks = heard.alike, heard.speaks or not heard.all
     own = _own_name()
     is_first = heard.first.startswith(f"{own} ")
     if note := _note(heard, f"this one, {own}" if is_first else heard.first):
@@ -129,6 +162,7 @@ def _listen(error: Exception, heard: _Heard) -> None:
     rank, ranks, text = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), _line(error)
     met, end = store(WAIT_SECONDS), time.monotonic() + WAIT_SECONDS
     met.set(f"report/{met.add('place', 1)}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
+    heard.speaks = met.add(f"same/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
     heard.reported.set()
     name, first_text = _first_report(met)
     heard.first = f"{name} ({first_text})"

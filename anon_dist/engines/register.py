@@ -62,6 +62,7 @@ def _watch_engine(engine_module: ModuleType) -> None:
     run_backward, run_load_checkpoint = engine_class.backward, engine_class.load_checkpoint
 
     def zero_force_ds_cpu_optimizer(self: Any) -> bool:
+        """Off where the optimizer is Anon."""
         return not _is_asked_for(self) and bool(force_cpu_optimizer(self))
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
@@ -78,6 +79,7 @@ def _watch_engine(engine_module: ModuleType) -> None:
             _refuse_eight_bits(self.basic_optimizer)
 
     def backward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, with a warning where a parameter got no gradient and would be stepped with an older one."""
         result = run_backward(self, *args, **kwargs)
         watch = getattr(self, "_anon_dist_watch", None)
         if watch is not None and (missing := watch.missing()):
@@ -85,6 +87,7 @@ def _watch_engine(engine_module: ModuleType) -> None:
         return result
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's; refused where an Anon's state is swapped to NVMe."""
         if isinstance(self.basic_optimizer, Anon) and self.zero_nvme_offload_optimizer():
             raise EngineError(f"Anon: {NVME}")
         return run_load_checkpoint(self, *args, **kwargs)
@@ -143,6 +146,7 @@ def _spare_first_refresh(unfused: ModuleType) -> None:
     by_a_step = optimizer_class.initialize_optimizer_states
 
     def initialize_optimizer_states(self: Any) -> None:
+        """Anon's without a step."""
         if isinstance(self.optimizer, Anon):
             self.optimizer.init_state()
         else:

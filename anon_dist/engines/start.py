@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from anon_dist.engines import cpu, peers
 from anon_dist.engines.base import Engine
+from anon_dist.engines.builds import warn_of_waiting
 from anon_dist.engines.check import check_launcher, check_same_start, check_world
 from anon_dist.engines.comparison import check_alike, surroundings
 from anon_dist.engines.errors import EngineError
@@ -76,8 +77,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     with holds; a contradiction between it and what is wanted is an error.
 
     Args:
-        alike: settings that all ranks must have been given the same, besides what accelerate and DeepSpeed are configured with and the
-            versions of what computes.
+        alike: settings that must be the same on all ranks, besides the configurations of accelerate and DeepSpeed and the versions.
         accelerator_args: further arguments of `Accelerator`.
 
     Returns:
@@ -92,19 +92,10 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     compared = check_alike(alike, wanted.timeout.total_seconds())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     name = _resolve(wanted, launched)
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    mixed = "no" if wanted.precision in ("fp32", "bf16-true") else wanted.precision
-    if configured not in ("no", mixed):
-        raise EngineError(
-            f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
-        )
     on_cpu = _on_cpu()
-    if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
-        raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
-    if wanted.precision == "bf16-true" and (
-        name not in ("single", "ddp", "fsdp2", "hsdp") or splitting_ranks(wanted) > 1
-    ):
-        raise EngineError(f"train.precision bf16-true needs engine single, ddp, fsdp2 or hsdp, here {name}; use bf16")
+    mixed = _mixed_precision(wanted, name, on_cpu)
+    if name == "deepspeed" and os.environ.get("LOCAL_RANK", "0") == "0":
+        warn_of_waiting()
     if name in ("fsdp2", "deepspeed") and "RANK" not in os.environ:
         _as_one_rank()
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
@@ -130,6 +121,23 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
 
         unset_hf_deepspeed_config()
     return accelerator, name
+
+
+def _mixed_precision(wanted: Wanted, name: Name, on_cpu: bool) -> str:
+    """What accelerate calls the precision; one that the engine has not is refused."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    mixed = "no" if wanted.precision in ("fp32", "bf16-true") else wanted.precision
+    if configured not in ("no", mixed):
+        raise EngineError(
+            f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
+        )
+    if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
+        raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
+    if wanted.precision == "bf16-true" and (
+        name not in ("single", "ddp", "fsdp2", "hsdp") or splitting_ranks(wanted) > 1
+    ):
+        raise EngineError(f"train.precision bf16-true needs engine single, ddp, fsdp2 or hsdp, here {name}; use bf16")
+    return mixed
 
 
 def splitting_ranks(wanted: Wanted) -> int:

@@ -14,6 +14,7 @@ from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import Cell, Grid
 from anon_dist.sweep.run import Command, Room, Scheduler
 from anon_dist.train.config import Config, ConfigError
+from anon_dist.train.errors import RunInUseError
 from anon_dist.train.spectrum import spectra_of
 
 SHARE, LEAST_STEPS, MOST_STEPS = 0.1, 40, 1000
@@ -21,7 +22,7 @@ SHARE, LEAST_STEPS, MOST_STEPS = 0.1, 40, 1000
 
 
 def calibrate(
-    folder: Path, base: Config, grid: Grid, room: Room, lock: int, command: Command, say: Callable[[str], None]
+    folder: Path, base: Config, grid: Grid, room: Room, command: Command, say: Callable[[str], None]
 ) -> Spectra | None:
     """The spectra of a run at γ = 1 in `folder`: the sum of those half-way, at three quarters and at its end.
 
@@ -30,6 +31,7 @@ def calibrate(
 
     Raises:
         ConfigError: the run failed.
+        RunInUseError: another process is at work in its folder.
     """
     config, run = calibration(base, grid), CellFolder(Cell("anon", {}, base.train.seed), folder)
     say(
@@ -37,8 +39,11 @@ def calibrate(
     )
     run.reopen()
     options: dict[str, Any] = {"early_stop": False, "keep_weights": True, "command": command, "say": lambda text: None}
-    if not Scheduler([run], [], config, room, lock, **options).run():
+    scheduler = Scheduler([run], [], config, room, **options)
+    if not scheduler.run():
         return None
+    if scheduler.in_use:
+        raise RunInUseError(f"--match-rms: {run.last_line().removeprefix('error: ')}")
     outcome = run.outcome
     if outcome is None or outcome.state != "finished":
         raise ConfigError(

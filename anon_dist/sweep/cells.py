@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from anon_dist.files import InUseError, exclusive, write_json
+from anon_dist.files import write_json
 from anon_dist.sweep.early import Curve
 from anon_dist.sweep.grid import Cell
-from anon_dist.train.config import Config, ConfigError, to_yaml
+from anon_dist.train.config import Config, to_yaml
 from anon_dist.train.metrics import Record, read_metrics
 
 State = Literal["missing", "unfinished", "finished", "stopped", "failed"]
@@ -101,20 +99,27 @@ class CellFolder:
         """What a run that ended by itself came to."""
         records = self.metrics()
         step = int(records[-1]["step"]) if records else 0
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = self._log_lines()
         tail = "\n".join(lines[-LOG_TAIL:])
         if exit_code == 0 and (result := self._result()):
             loss = result.get("final_loss", math.nan)
             if math.isfinite(loss):
                 return Outcome("finished", result["step"], loss=loss, bits_per_byte=result["final_bits_per_byte"])
             return Outcome("failed", step, f"diverged: the final loss is {loss}", log_tail=tail)
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        last = self.last_line()
         if "FloatingPointError" in last or (records and not math.isfinite(records[-1].get("loss", 0.0))):
             return Outcome("failed", step, f"diverged: {last}", log_tail=tail)
         how = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         if exit_code == 0:
             how = "it ended without a result"
         return Outcome("failed", step, f"crashed ({how}): {last}", log_tail=tail)
+
+    def last_line(self) -> str:
+        """What its run printed last."""
+        return next((line.strip() for line in reversed(self._log_lines()) if line.strip()), "it printed nothing")
+
+    def _log_lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
 
     def drop_weights(self) -> None:
         """Remove a finished run's checkpoints and exported model."""
@@ -127,23 +132,3 @@ class CellFolder:
         except (OSError, ValueError):
             return None
         return result
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Hold a sweep's folder against other sweeps.
-
-    Yields:
-        The lock's descriptor. A child that inherits it holds the folder too, so that it is not free while a run lives whose sweep was
-        killed.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    try:
-        with exclusive(folder) as descriptor:
-            yield descriptor
-    except InUseError:
-        raise ConfigError(
-            f"--out {folder}: another sweep, or a run that a killed one left behind, is at work there. Wait, or name another folder"
-        ) from None

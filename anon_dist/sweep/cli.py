@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,12 +24,15 @@ from anon_dist.files import write_json
 from anon_dist.machine import processor
 from anon_dist.optim.matching import Spectra
 from anon_dist.sweep.calibrate import calibrate
-from anon_dist.sweep.cells import CellFolder, held
+from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
+from anon_dist.train.errors import RunError, RunInUseError
+from anon_dist.train.lock import held
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.usage import parse
 
 
 @dataclass
@@ -79,18 +82,20 @@ class Report:
 
 def sweep(args: list[str]) -> None:
     """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it."""
-    parsed, rest = tyro.cli(Sweep, args=args, prog="anon-dist sweep", return_unknown_args=True)
+    parsed, rest = parse(Sweep, args, "anon-dist sweep", return_unknown_args=True)
     try:
-        base = parse_args(["--config", parsed.config, *rest])
+        base = parse_args(
+            ["--config", parsed.config, *rest], others=[f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
+        )
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
             sys.exit(130)
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def report(args: list[str]) -> None:
     """`anon-dist sweep report`"""
-    parsed = tyro.cli(Report, args=args, prog="anon-dist sweep report")
+    parsed = parse(Report, args, "anon-dist sweep report")
     try:
         print(f"Report: {write_report(parsed.folder)}")
     except (ConfigError, OSError) as error:
@@ -108,7 +113,8 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
         False if a signal ended it early.
 
     Raises:
-        ConfigError: the grid is wrong, or the folder is another sweep's or in use; before anything is run or changed.
+        ConfigError: the grid is wrong, or the folder is another sweep's; before anything is run or changed.
+        RunInUseError: another sweep is at work there, or others in some cells, of which nothing is recorded then.
         DataError, CheckpointError: see there.
     """
     base = shared(base)
@@ -131,38 +137,52 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
     index = _check_data(base)
     args.out.mkdir(parents=True, exist_ok=True)
     room = Room.of_this_machine(base, index.vocab_size, args.parallel)
-    with held(args.out) as lock:
+    with held(args.out, "--out"):
         _record(args.out, common, index, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
         if matched:
-            spectra = _spectra(args, kept, base, grid, room, lock, trainer)
+            spectra = _spectra(args, kept, base, grid, room, trainer)
             if spectra is None:
                 return False
-            if by_group:
-                print("learning rates are multiplied group by group: lr_factor/0, … in the cells' metrics.jsonl")
-            else:
-                grid = replace(grid, factor=spectra.whole().lr_factor)
-                for gamma in grid.gammas(base):
-                    factor = grid.factor_of(gamma, base.optim.update_clip)
-                    print(f"γ = {gamma:g}: learning rates are multiplied by {factor:g}")
-        cells = [CellFolder.of(args.out, cell) for cell in grid.cells(base)]
-        _reopen(cells, args)
-        for cell in cells:
-            cell.plan(base)
-        print(f"{len(cells)} cells, {room.parallel} at a time, {room.threads} threads each, in {args.out}", flush=True)
-        scheduler = Scheduler(
-            cells,
-            CellFolder.all(args.out),
-            base,
-            room,
-            lock,
-            early_stop=args.early_stop,
-            keep_weights=args.keep_weights,
-            command=trainer,
-            say=lambda text: print(text, flush=True),
-        )
-        whole = scheduler.run()
+            grid = _matched(grid, base, spectra, by_group)
+        whole, in_use = _run_cells(args, grid, base, room, trainer)
     print(f"Report: {write_report(args.out)}")
+    if in_use:
+        raise RunInUseError(
+            f"{len(in_use)} cells were left out, as other processes are at work in their folders ({in_use[0].path}: "
+            f"{in_use[0].last_line().removeprefix('error: ')}). The same command runs them when those have ended"
+        )
     return whole
+
+
+def _matched(grid: Grid, base: Config, spectra: Spectra, by_group: bool) -> Grid:
+    """The grid whose learning rates follow γ, which is said."""
+    if by_group:
+        print("learning rates are multiplied group by group: lr_factor/0, … in the cells' metrics.jsonl")
+        return grid
+    grid = replace(grid, factor=spectra.whole().lr_factor)
+    for gamma in grid.gammas(base):
+        print(f"γ = {gamma:g}: learning rates are multiplied by {grid.factor_of(gamma, base.optim.update_clip):g}")
+    return grid
+
+
+def _run_cells(args: Sweep, grid: Grid, base: Config, room: Room, trainer: Command) -> tuple[bool, list[CellFolder]]:
+    """Those that have not ended: whether no signal ended it early, and which cells are in use by others."""
+    cells = [CellFolder.of(args.out, cell) for cell in grid.cells(base)]
+    _reopen(cells, args)
+    for cell in cells:
+        cell.plan(base)
+    print(f"{len(cells)} cells, {room.parallel} at a time, {room.threads} threads each, in {args.out}", flush=True)
+    scheduler = Scheduler(
+        cells,
+        CellFolder.all(args.out),
+        base,
+        room,
+        early_stop=args.early_stop,
+        keep_weights=args.keep_weights,
+        command=trainer,
+        say=lambda text: print(text, flush=True),
+    )
+    return scheduler.run(), scheduler.in_use
 
 
 def shared(base: Config) -> Config:
@@ -205,16 +225,14 @@ def _check_data(base: Config) -> Index:
     return index
 
 
-def _spectra(
-    args: Sweep, kept: Path, base: Config, grid: Grid, room: Room, lock: int, trainer: Command
-) -> Spectra | None:
+def _spectra(args: Sweep, kept: Path, base: Config, grid: Grid, room: Room, trainer: Command) -> Spectra | None:
     """Measured once for a folder, and kept in a file of it. None if a signal ended the run that measures it."""
     if kept.exists():
         return load_spectra(kept)
     if args.match_from is not None:
         spectra: Spectra | None = load_spectra(args.match_from)
     else:
-        spectra = calibrate(kept.parent, base, grid, room, lock, trainer, lambda text: print(text, flush=True))
+        spectra = calibrate(kept.parent, base, grid, room, trainer, lambda text: print(text, flush=True))
     if spectra is not None:
         kept.parent.mkdir(exist_ok=True)
         write_json(kept, spectra.to_json())

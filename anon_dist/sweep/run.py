@@ -21,6 +21,7 @@ import torch
 from anon_dist.sweep.cells import CellFolder, Outcome
 from anon_dist.sweep.early import Curve, Peer, hopeless
 from anon_dist.train.config import Config
+from anon_dist.train.errors import IN_USE
 
 Command = Callable[[Path], list[str]]
 """From a cell's configuration file to what trains it."""
@@ -113,7 +114,6 @@ class Scheduler:
 
     Args:
         peers: all cells of the sweep, whose losses the rule for early stopping compares with.
-        lock: the descriptor of `cells.held`, for the children to inherit.
         early_stop: whether hopeless cells are stopped.
         keep_weights: whether finished cells keep checkpoint and exported model.
         command: what trains a cell.
@@ -126,7 +126,6 @@ class Scheduler:
         peers: Iterable[CellFolder],
         base: Config,
         room: Room,
-        lock: int,
         *,
         early_stop: bool = True,
         keep_weights: bool = False,
@@ -137,12 +136,14 @@ class Scheduler:
         cells = list(cells)
         self._waiting = deque(cell for cell in cells if cell.outcome is None)
         self._total, self._ended = len(cells), len(cells) - len(self._waiting)
-        self._base, self._room, self._lock = base, room, lock
+        self._base, self._room = base, room
         self._early_stop, self._keep_weights, self._command = early_stop, keep_weights, command
         self._grace, self._say = grace, say
         self._children: list[_Child] = []
         self._seconds: list[float] = []
         self._signal: signal.Signals | None = None
+        self.in_use: list[CellFolder] = []
+        """Cells in whose folders other processes are at work (a run that a killed sweep left behind, say). Nothing is recorded of them."""
         self._curves: dict[str, Curve] = {}
         self._bad: dict[str, bool] = {}
         self._kind: dict[str, tuple[Any, ...]] = {}
@@ -190,7 +191,6 @@ class Scheduler:
                     stderr=subprocess.STDOUT,
                     env=self._room.environment(slot),
                     start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
-                    pass_fds=(self._lock,),
                     preexec_fn=_end_with_parent,
                 )
             steps = folder.cell.config(self._base).train.steps
@@ -211,6 +211,11 @@ class Scheduler:
         return code
 
     def _conclude(self, child: _Child, code: int) -> None:
+        if code == IN_USE:
+            self.in_use.append(child.folder)
+            self._total -= 1
+            self._say(f"{child.folder.cell.setting} seed={child.folder.cell.seed}: {child.folder.last_line()}")
+            return
         outcome = child.folder.judge(code)
         if outcome.state != "finished" and child.stopped:
             outcome = child.stopped

@@ -32,6 +32,7 @@ from anon_dist.train.fields import (
     TrainConfig,
 )
 from anon_dist.train.ranges import spell
+from anon_dist.usage import UsageError, parse_or_raise, values_of
 
 __all__ = [
     "CheckpointConfig",
@@ -197,23 +198,32 @@ def load_config(path: Path) -> Config:
     return _validated(values or {}, lambda name: f"{path}: '{name}'")
 
 
-def parse_args(args: Sequence[str] | None = None) -> Config:
+def parse_args(args: Sequence[str] | None = None, *, others: Sequence[str] = ()) -> Config:
     """The configuration of a command line: `--config FILE` first, then `--section.field value` over it.
 
+    Args:
+        others: options that the command has besides, to be suggested too.
+
     Raises:
-        ConfigError: as `load_config` and `check` do.
-        SystemExit: for `--help` and for flags that are unknown or of the wrong type, after a message.
+        ConfigError: as `load_config` and `check` do; for flags that are unknown, come twice, or have no value of their type.
+        SystemExit: for `--help`, after it.
     """
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
     default = Config() if file is None else load_config(file)
-    config = tyro.cli(
-        Config,
-        default=default,
-        args=rest,
-        prog="pretrain.py",
-        config=(tyro.conf.FlagConversionOff,),  # every flag takes a value, as in the file
-        description="Pretrain a GPT-style model. --config FILE (or the name of a shipped configuration) sets the defaults of all below.",
-    )
+    try:
+        config: Config = parse_or_raise(
+            Config,
+            rest,
+            "pretrain.py",
+            takes=_takes,
+            others=others,
+            default=default,
+            config=(tyro.conf.FlagConversionOff,),  # every flag takes a value, as in the file
+            description="Pretrain a GPT-style model. --config FILE (or a shipped configuration's name) sets the defaults of all below.",
+        )
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
+    _check_keys(rest)
     _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
     try:
         check(config)
@@ -223,11 +233,29 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
     return config
 
 
+def _takes(flag: str) -> str | None:
+    """What a flag's value may be, in words."""
+    hint = field_types().get(flag.removeprefix("--").replace("-", "_"))
+    return None if hint is None else spell(hint)
+
+
+def _check_keys(args: Sequence[str]) -> None:
+    """Of mappings on the command line, of which the last value of a key would hold."""
+    for name, hint in field_types().items():
+        if typing.get_origin(hint) is dict:
+            flag, key_type = "--" + name.replace("_", "-"), typing.get_args(hint)[0]
+            given = [typing.get_args(key_type)[0](key) for key in values_of(args, flag)[::2]]
+            if twice := [key for i, key in enumerate(given) if key in given[:i]]:
+                raise ConfigError(f"{flag} names {twice[0]!r} twice: {' '.join(values_of(args, flag))}")
+
+
 def _file_of(args: list[str]) -> tuple[Path | None, list[str]]:
     """The file that --config names, and the other arguments."""
     names, rest, i = [], [], 0
     while i < len(args):
-        if args[i] == "--config" and i + 1 < len(args):
+        if args[i] == "--config":
+            if i + 1 == len(args):
+                raise ConfigError("--config names nothing: give a file, or a shipped configuration's name")
             names.append(args[i + 1])
             i += 1
         elif args[i].startswith("--config="):

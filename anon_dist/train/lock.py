@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that rank 0 holds, on shared file systems too, and that ends with its process."""
+"""One run, or sweep, at a time in a folder: a lock that rank 0 holds, on shared file systems too, and that ends with its process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.agreement import agree, is_first
-from anon_dist.train.errors import RunError
+from anon_dist.train.errors import RunError, RunInUseError
 
 LOCK = "run.lock"
 """Names the process that trains in the folder; empty if none does."""
@@ -31,23 +31,27 @@ _BYTE = 1 << 30
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[RunLock | None]:
+def held(folder: Path, called: str = "run_dir") -> Iterator[RunLock | None]:
     """Hold a run's folder, made if it is not there, against other runs. Every rank must call it.
+
+    Args:
+        called: the option that names the folder, for messages.
 
     Yields:
         The lock on rank 0, None on the others.
 
     Raises:
-        RunError: another run holds the folder, or it cannot be written; on every rank.
+        RunInUseError: another run holds the folder; on every rank.
+        RunError: it cannot be written; on every rank.
     """
-    lock, refusal = None, ""
+    lock, refusal = None, None
     if is_first():
         try:
-            lock = RunLock(folder)
+            lock = RunLock(folder, called)
         except RunError as error:
-            refusal = str(error)
+            refusal = error
     if refusal := agree(refusal):
-        raise RunError(refusal)
+        raise refusal
     try:
         yield lock
     finally:
@@ -62,12 +66,16 @@ class RunLock:
     however it ends. Where a file system has no locks, or each machine its own, the text in the file and its time of change tell.
     (Such a lock is dropped, too, when the process closes the file by any descriptor: nothing else here may open it.)
 
+    Args:
+        called: the option that names the folder, for messages.
+
     Raises:
-        RunError: another process holds it, or the folder cannot be written.
+        RunInUseError: another process holds it.
+        RunError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, called: str = "run_dir") -> None:
+        self.path, self._called = folder / LOCK, called
         own = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -89,7 +97,7 @@ class RunLock:
                 os.close(self._file)
                 raise
         except OSError as error:
-            raise RunError(f"run_dir = {folder} cannot be written: {_why(folder, error)}") from None
+            raise RunError(f"{called} = {folder} cannot be written: {_why(folder, error)}") from None
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="run.lock", daemon=True)
         self._beating.start()
@@ -109,7 +117,7 @@ class RunLock:
             self._write(self._text)
             return
         raise RunError(
-            f"run_dir = {self.path.parent} is another run's now (see {self.path}): this one ends, and writes nothing more there"
+            f"{self._called} = {self.path.parent} is another run's now (see {self.path}): this one ends, and writes nothing more there"
         )
 
     def release(self) -> None:
@@ -167,9 +175,9 @@ class RunLock:
     def _refuse(self, owner: dict[str, Any], seen: float) -> None:
         age = max(0.0, time.time() - seen)
         remedy = f"; if that machine is dead, remove {self.path}" if age > SILENT_SECONDS else ""
-        raise RunError(
-            f"run_dir = {self.path.parent} is in use by {_name(owner)}, whose last sign of life was {age:.0f} s ago. Stop it, or choose "
-            f"another run_dir{remedy}"
+        raise RunInUseError(
+            f"{self._called} = {self.path.parent} is in use by {_name(owner)}, whose last sign of life was {age:.0f} s ago. Stop it, or "
+            f"choose another {self._called}{remedy}"
         )
 
     def _beat(self) -> None:

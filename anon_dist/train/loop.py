@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -18,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from torch import Tensor
 
-from anon_dist.agreement import agree, describe, failures, first_does
+from anon_dist.agreement import agree, failures
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
@@ -35,6 +34,7 @@ from anon_dist.train.lock import RunLock, held
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.model import peak_flops
+from anon_dist.train.recording import recording
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
@@ -80,7 +80,7 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
     if console:
         _introduce(run, console)
     timeout = timedelta(minutes=config.train.timeout_minutes)
-    with StopSignal(timeout) as stop, run.loader, _metrics(run, console, stop) as write:
+    with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
         stopped = _steps(run, stop, write, console)
     if console:
         console.close()
@@ -283,53 +283,6 @@ def _evaluation_record(run: Run, result: Evaluation, prefix: str) -> Record:
         f"{prefix}_perplexity": result.perplexity,
         f"{prefix}_bits_per_byte": result.bits_per_byte,
     }
-
-
-@contextlib.contextmanager
-def _metrics(run: Run, console: Console | None, stop: StopSignal) -> Iterator[Callable[[Record], None]]:
-    """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers.
-
-    Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
-    """
-    path, trackers = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
-
-    def begin() -> None:
-        file = MetricsFile(path, run.step)
-        try:
-            run.accelerator.init_trackers(run.config.log.project, init_kwargs=trackers)
-        except BaseException:
-            file.close()
-            raise
-        open_files.append(file)
-
-    open_files: list[MetricsFile] = []
-    _, error = first_does(begin)
-    if error:
-        raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
-    if console is None:
-        yield lambda record: None
-        return
-    (file,) = open_files
-
-    def write(record: Record) -> None:
-        console.record(record)
-        try:
-            file.write(record)
-            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
-        except OSError as error:
-            stop.fail(
-                RunError(
-                    f"{path} could not be written: {describe(error)}. The run goes on from the last checkpoint, by the same command"
-                )
-            )
-
-    try:
-        yield write
-    finally:
-        with contextlib.suppress(OSError):  # of a full disk, which then has ended the run, or does not matter any more
-            file.close()
-            for tracker in run.accelerator.trackers:
-                tracker.finish()
 
 
 # -- saving and finishing ---------------------------------------------------------------------------------------------

@@ -37,9 +37,11 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
+        """Append a record, as a line."""
         self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -68,6 +70,7 @@ class Console:
         self._shown: dict[str, str] = {}
 
     def step(self) -> None:
+        """Move the bar on by a step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -91,6 +94,7 @@ class Console:
             self._bar.write(text)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 

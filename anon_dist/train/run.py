@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
@@ -122,18 +122,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     rounds = accumulation(config, readers)
 
     index, train_shards, val_shards = _open_data(config, accelerator)
-    torch.manual_seed(config.train.seed)
-    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
-    if config.train.precision == "bf16-true":
-        built.to(torch.bfloat16)
-    if config.model.from_pretrained is not None:
-        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    if config.train.activation_checkpointing:
-        built.activation_checkpointing_enable({"use_reentrant": False})
-    if config.train.compile:
-        for block in blocks(built):
-            block.forward = torch.compile(block.forward)
+    built, flops, parameters = _built(config, index)
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
@@ -149,15 +138,6 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 
-    loader = BatchLoader(
-        train_shards,
-        SampleOrder(train_shards.num_samples(config.data.seq_len), config.data.seed),
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=reader,
-        world_size=readers,
-        accumulation=rounds,
-    )
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -167,7 +147,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         val_shards=val_shards,
         engine=engine,
         model_config=built.config,
-        loader=loader,
+        loader=_loader(config, train_shards, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         reader=reader,
         readers=readers,
@@ -182,6 +162,35 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
+
+
+def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
+    """The model before it is wrapped, seeded and as its options ask; floating-point operations per token; parameters."""
+    torch.manual_seed(config.train.seed)
+    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
+    if config.train.precision == "bf16-true":
+        built.to(torch.bfloat16)
+    if config.model.from_pretrained is not None:
+        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
+    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
+    if config.train.activation_checkpointing:
+        built.activation_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        for block in blocks(built):
+            block.forward = torch.compile(block.forward)
+    return built, flops, parameters
+
+
+def _loader(config: Config, shards: TokenShards, reader: int, readers: int, rounds: int) -> BatchLoader:
+    return BatchLoader(
+        shards,
+        SampleOrder(shards.num_samples(config.data.seq_len), config.data.seed),
+        seq_len=config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=reader,
+        world_size=readers,
+        accumulation=rounds,
+    )
 
 
 def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:

@@ -6,12 +6,10 @@ import logging
 from typing import Any
 
 from anon_dist.data import DataError, Tokenizer
+from anon_dist.data.tokenizer import PROBE
 from anon_dist.train.config import Config
 
 log = logging.getLogger(__name__)
-
-PROBE = "The 1,234 naïve foxes\n\tdef jump(x):  # über—dog\n"
-"""Two tokenizers of one vocabulary may still cut text differently."""
 
 
 def tokenizer_problem(config: Config, context: int) -> str | None:

@@ -170,7 +170,18 @@ def test_what_is_converted_is_checked(checkpoint, tmp_path):
 
 def test_verify_on_the_command_line(checkpoint, capsys):
     main(["ckpt", "verify", str(checkpoint)])
-    assert "as written" in capsys.readouterr().out
+    assert capsys.readouterr().out == "as written\n"
+    for name in ("notes.txt", "deepspeed/__7_0.distcp"):
+        (checkpoint / name).write_text("x")
+    main(["ckpt", "verify", str(checkpoint)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "as written"
+    assert [line.split()[1] for line in lines[1:]] == [
+        f"{checkpoint}/deepspeed/__7_0.distcp",
+        f"{checkpoint}/notes.txt",
+    ]
+    for name in ("notes.txt", "deepspeed/__7_0.distcp"):
+        (checkpoint / name).unlink()
     with altered(checkpoint / "deepspeed" / "empty", Path.write_text, "x"), pytest.raises(SystemExit) as stopped:
         main(["ckpt", "verify", str(checkpoint)])
     assert stopped.value.code == 1

@@ -17,6 +17,10 @@ HERE = socket.gethostname()
 FORK = multiprocessing.get_context("fork")
 
 
+class RefusedError(ValueError):
+    """For a user to mend."""
+
+
 FIRST, LATER, NEVER = "first", "later", "never"
 """When a rank fails: it waits for nobody; for a report in the store, so that another was the first; not at all, it ends without a word."""
 
@@ -35,8 +39,9 @@ def fail(rank: int, ranks: int, port, when: str, error: Exception, queue, folder
         return
     while when == LATER and not peers.store(30).check(["report/1"]):
         time.sleep(0.1)
-    with suppress(type(error)), peers.who_stopped():
+    with suppress(type(error)), peers.who_stopped(RefusedError) as ending:
         raise error
+    (folder / f"{rank}.ending").write_text(json.dumps([ending.alike, ending.speaks]))
     queue.put((rank, getattr(error, "__notes__", [])))
 
 
@@ -96,6 +101,27 @@ def test_the_silent_are_named(notes):
 
 def test_a_mistake_of_all_has_no_note(notes):
     assert notes(*[(FIRST, ValueError("no such model"))] * 3) == {0: [], 1: [], 2: []}
+
+
+def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceback(notes, tmp_path):
+    def endings():
+        return [json.loads((tmp_path / f"{rank}.ending").read_text()) for rank in range(3)]
+
+    notes(*[(FIRST, RefusedError("no such model"))] * 3)
+    assert [alike for alike, _ in endings()] == [True] * 3
+    assert [speaks for _, speaks in endings()].count(True) == 1
+    (told,) = tmp_path.glob("*.json")  # of the rank that speaks; no LOCAL_RANK is set here
+    message = json.loads(told.read_text())["message"]
+    assert message["message"] == message["extraInfo"]["py_callstack"] == "RefusedError: no such model"
+    # Each of two errors is said once; a bug is shown where it is.
+    notes((LATER, RefusedError("torn")), (FIRST, RefusedError("no such model")), (LATER, RefusedError("torn")))
+    assert [alike for alike, _ in endings()] == [False] * 3
+    speak = [speaks for _, speaks in endings()]
+    assert speak[1]
+    assert sorted([speak[0], speak[2]]) == [False, True]
+    notes((FIRST, KeyError("x")), (LATER, RefusedError("torn")), (NEVER, ValueError()))
+    assert "Traceback" in json.loads((tmp_path / "0.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert [speaks for _, speaks in endings()][:2] == [True, True]
 
 
 def test_without_a_store_the_exit_does_not_hang(notes, monkeypatch):

@@ -1,11 +1,12 @@
 """Stands for `anon-dist train` in tests of the scheduler: the loss is a formula, and some learning rates do harm.
 
-It keeps the loop's contract: metrics.jsonl, result.json, exit code 0 and a checkpoint on SIGTERM, no step taken twice.
+It keeps the loop's contract: metrics.jsonl, result.json, exit code 0 and a checkpoint on SIGTERM, no step taken twice, one run in a folder.
 
 What a test wants to happen during a run is waited for, however long it takes: a run that is `HELD` stays at step 5 until it is told to
 end or there is a file `go` beside the cells, a hopeless one until it is told to end.
 """
 
+import fcntl
 import json
 import math
 import signal
@@ -21,6 +22,9 @@ CRASH, DIVERGE, HOPELESS = 0.5, 0.25, 0.125
 HELD = "held"
 """As the configuration's `log.project`."""
 
+IN_USE = 75
+"""As `anon_dist.train.errors` has it, without waiting for torch."""
+
 PATIENCE = 120.0
 """Seconds; then a run that waits goes on, and the test fails."""
 
@@ -35,6 +39,12 @@ def main() -> None:
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
     folder, steps, held = Path(config["run_dir"]), config["train"]["steps"], config["log"]["project"] == HELD
     optim, told = config["optim"], []
+    lock = (folder / "fake.lock").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"error: run_dir = {folder} is in use by process 7 on node-b")
+        sys.exit(IN_USE)
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
     checkpoint = folder / "checkpoints" / "step"
     checkpoint.parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Cells run, resumed, stopped, failed and killed, with a trainer that is fast and does harm when asked."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from functools import partial
 
+import fake_trainer
 import pytest
 from fake_trainer import CRASH, DIVERGE, HELD, HOPELESS, PATIENCE, final_loss
 
@@ -17,6 +19,7 @@ from anon_dist.sweep.report import write_report
 from anon_dist.sweep.results import Results
 from anon_dist.sweep.run import Room
 from anon_dist.train.config import ConfigError
+from anon_dist.train.errors import IN_USE, RunInUseError
 
 STEPS = list(range(1, 13))
 WAITS = {"log__project": HELD}
@@ -153,19 +156,42 @@ def test_a_killed_sweep_leaves_no_run_behind_and_its_folder_free(sweep, cells, t
         finally:
             os._exit(1)
     assert until(lambda: len(cells()) == 2 and all(f.metrics() for f in cells().values()))
-    with pytest.raises(ConfigError, match="another sweep, or a run that a killed one left behind"):
+    with pytest.raises(
+        RunInUseError, match=rf"^--out = {tmp_path}/sweep is in use by process {pid} on .* choose another --out$"
+    ):
         sweep(grid, changes=WAITS)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
-    def free():  # the children write their checkpoints; until then they hold the folder
-        with contextlib.suppress(ConfigError):
+    def free():  # the children write their checkpoints; until then they hold their cells
+        with contextlib.suppress(RunInUseError):
             return sweep(grid, changes=WAITS)
 
     assert until(lambda: all((f.path / "checkpoints" / "step").exists() for f in cells().values()))
     (tmp_path / "sweep" / "cells" / "go").touch()
     assert until(free)
     assert all(steps_taken(f) == STEPS for f in cells().values())
+
+
+def test_a_cell_in_which_another_is_at_work_is_left_out_and_not_recorded(sweep, cells, tmp_path, capsys):
+    grid = "optim.lr=1e-3,3e-3"
+    assert sweep(grid)
+    (busy, free) = (cells()["anon", lr, 0] for lr in (1e-3, 3e-3))
+    for folder in (busy, free):
+        folder.reopen()
+    with (busy.path / "fake.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(RunInUseError) as left_out:
+            sweep(grid)
+    assert str(left_out.value).startswith(
+        f"1 cells were left out, as other processes are at work in their folders ({busy.path}: run_dir"
+    )
+    assert "lr=0.001 seed=0: error: run_dir = " in capsys.readouterr().out
+    assert (busy.outcome, free.outcome.state) == (None, "finished")
+    assert "| finished |" not in (tmp_path / "sweep" / "report.md").read_text().split("0.001")[-1]
+    assert sweep(grid)
+    assert states(cells()) == {"finished": 2}
+    assert IN_USE == fake_trainer.IN_USE
 
 
 def test_a_run_that_does_not_listen_is_killed(sweep, cells, once, monkeypatch):

@@ -96,6 +96,10 @@ def check_factors_by_group(tmp_path, measured, capsys):
     ("args", "message"),
     [
         (["--config", "quickstart", "--grid", "optim.gama=1"], "did you mean 'optim.gamma'"),
+        (
+            ["--config", "quickstart", "--grid", "optim.gamma=1", "--sed", "3"],
+            "--sed is no option; did you mean --seeds",
+        ),
         (["--config", "nowhere", "--grid", "optim.gamma=1"], "nowhere: no such file"),
         (["--config", "quickstart", "--grid", "optim.gamma=1", "--data.path", "nowhere"], "nowhere"),
     ],

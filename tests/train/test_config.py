@@ -83,12 +83,6 @@ def test_mappings_in_a_file_and_on_the_command_line(tmp_path):
         assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
-def test_unknown_flag_suggests_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(["--optim.gama", "1"])
-    assert "--optim.gamma" in capsys.readouterr().err
-
-
 def test_unknown_configuration_lists_the_shipped_ones():
     with pytest.raises(ConfigError, match=r"--config quikstart: no such file.*quickstart"):
         find_config("quikstart")

@@ -12,6 +12,8 @@ import pytest
 from helpers import metrics
 from ranks import run_ranks
 
+from anon_dist.train.errors import IN_USE
+
 ROOT = Path(__file__).parents[2]
 SMALL = """
 model: {layers: 2, width: 32, heads: 2, context: 32}
@@ -121,7 +123,7 @@ def test_one_run_in_a_folder_and_none_without_its_launcher(config, tmp_path):
             break
     second = launch(config, tmp_path / "run", [sys.executable], *options)
     output, _ = second.communicate(timeout=200)
-    assert second.returncode == 1
+    assert second.returncode == IN_USE
     assert output.count("\n") == 1
     assert output.startswith(f"error: run_dir = {tmp_path / 'run'} is in use by process ")
     process.kill()
@@ -147,9 +149,18 @@ def test_one_process_instead_of_several_is_noticed(config, tmp_path):
     assert process.returncode == 1
 
 
-def test_a_mistake_is_one_line(config, tmp_path):
-    process = launch(config, tmp_path / "run", [sys.executable], "--data.path", str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mistake_is_one_line(ranks, config, tmp_path):
+    """On several ranks too: then torchrun adds a report of its own, whose cause is that line and no traceback of ours."""
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    process = launch(config, tmp_path / "run", launcher, "--optim.gama", "0.5")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert output.startswith("error: preparation unfinished or not a data folder")
-    assert "Traceback" not in output
+    mistake = "--optim.gama is no option; did you mean --optim.gamma"
+    said = [line for line in output.splitlines() if mistake in line]
+    assert [line for line in said if line.startswith("error: ")] == said[:1]
+    assert output.startswith(said[0]) or ranks > 1
+    assert (output.count("\n") == 1) == (ranks == 1)
+    if ranks > 1:
+        assert f"traceback : ConfigError: {mistake}" in output.partition("Root Cause")[2]
+    assert str(ROOT / "anon_dist") not in output

@@ -52,6 +52,26 @@ DAMAGE = {
     "altered": (swap_two_tokens, r"copy/tokenizer was changed after the data was prepared"),
     "empty": (lambda f: [p.unlink() for p in f.iterdir()], r"copy/tokenizer was changed after"),
     "torn": (lambda f: (f / "tokenizer_config.json").write_text("{"), r"copy/tokenizer: transformers cannot load it"),
+    "without its configuration": (
+        lambda f: (f / "tokenizer_config.json").unlink(),
+        r"copy/tokenizer/tokenizer_config.json is missing: it says which tokens are special. Copy it again",
+    ),
+    "other padding": (
+        lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(pad_token="a")),
+        r"copy/tokenizer was changed after the data was prepared: pad_token is 'a' \(97\), and was '<\|endofdoc\|>' \(256\)\. Copy",
+    ),
+    "another token": (
+        lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(cls_token="b")),
+        r"copy/tokenizer was changed after the data was prepared: cls_token is 'b' \(98\), and was not set",
+    ),
+    "an added map": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"bos_token": "c"}'),
+        r"copy/tokenizer was changed after the data was prepared: bos_token is 'c' \(99\), and was '<",
+    ),
+    "cut in another way": (
+        lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(split_special_tokens=False)),
+        r"copy/tokenizer was changed after the data was prepared: AutoTokenizer encodes 'The 1,234 naïve foxes'… differently",
+    ),
     "no end": (
         lambda f: edit_json(f / "tokenizer_config.json", lambda c: [c.pop(k) for k in list(c) if k.endswith("_token")]),
         r"copy/tokenizer: no eos_token",
@@ -71,6 +91,19 @@ def test_a_tokenizer_that_is_not_the_datas_is_refused_at_start(damage, data, run
         train(run_config(data__path=str(data)))
     assert "\n" not in str(error.value)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]
+
+
+def test_what_changes_no_token_is_no_change(data):
+    """A chat template or a length, say; and folders that were prepared before the behaviour was recorded."""
+    change = {"model_max_length": 77, "name_or_path": "elsewhere", "chat_template": "{{ messages }}"}
+    edit_json(data / "tokenizer" / "tokenizer_config.json", lambda c: c.update(change))
+    assert Tokenizer.of(data).vocab_size == 257
+    edit_json(data / "tokenizer" / "tokenizer_config.json", lambda c: c.update(pad_token="a"))
+    edit_json(data / "index.json", lambda c: c.pop("tokenizer_behaviour"))
+    assert Tokenizer.of(data).vocab_size == 257
+    edit_json(data / "index.json", lambda c: c.update(tokenizer_behaviour=[]))
+    with pytest.raises(ShardError, match="tokenizer_behaviour is no mapping"):
+        Tokenizer.of(data)
 
 
 @pytest.fixture

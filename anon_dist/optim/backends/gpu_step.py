@@ -73,6 +73,7 @@ def step(
     STOCHASTIC: tl.constexpr,  # whether θ, m, s, v are rounded so
     LR_APART: tl.constexpr,
 ):
+    """A program's run of TILE elements of one parameter, stepped in place."""
     chunk = chunks + 2 * tl.program_id(0)
     row = table + ROW * tl.load(chunk)
     start = tl.load(chunk + 1).to(tl.int64) * TILE

@@ -1,0 +1,61 @@
+"""Records of a run's metrics, from the first rank to wherever they go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from anon_dist.agreement import describe, first_does
+from anon_dist.train.errors import RunError
+from anon_dist.train.metrics import Console, MetricsFile, Record
+from anon_dist.train.run import Run
+from anon_dist.train.signals import StopSignal
+
+
+@contextlib.contextmanager
+def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[Callable[[Record], None]]:
+    """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers.
+
+    Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
+    """
+    path, trackers = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
+
+    def begin() -> None:
+        """Open the file, and begin with the trackers."""
+        file = MetricsFile(path, run.step)
+        try:
+            run.accelerator.init_trackers(run.config.log.project, init_kwargs=trackers)
+        except BaseException:
+            file.close()
+            raise
+        open_files.append(file)
+
+    open_files: list[MetricsFile] = []
+    _, error = first_does(begin)
+    if error:
+        raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
+    if console is None:
+        yield lambda record: None
+        return
+    (file,) = open_files
+
+    def write(record: Record) -> None:
+        """To all of them; what goes wrong with the files ends the run after this step."""
+        console.record(record)
+        try:
+            file.write(record)
+            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+        except OSError as error:
+            stop.fail(
+                RunError(
+                    f"{path} could not be written: {describe(error)}. The run goes on from the last checkpoint, by the same command"
+                )
+            )
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, which then has ended the run, or does not matter any more
+            file.close()
+            for tracker in run.accelerator.trackers:
+                tracker.finish()

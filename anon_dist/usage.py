@@ -1,0 +1,170 @@
+"""Command lines: tyro reads them, and what is wrong with one is said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tyro
+
+_OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read; the message names option, value and remedy."""
+
+
+def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
+    """What `tyro.cli` makes of a command line; what is wrong with one is a line, and exit code 2.
+
+    Args:
+        kind: the dataclass to fill.
+        tyros: further arguments of `tyro.cli`.
+
+    Raises:
+        SystemExit: after that line, or after the help.
+    """
+    try:
+        return parse_or_raise(kind, args, prog, **tyros)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_or_raise(
+    kind: Any,
+    args: Sequence[str],
+    prog: str,
+    *,
+    takes: Callable[[str], str | None] = lambda option: None,
+    others: Sequence[str] = (),
+    **tyros: Any,
+) -> Any:
+    """The same, for commands that report mistakes in their own way.
+
+    Args:
+        takes: what an option takes, in words, where there are better ones than tyro's; None: tyro's.
+        others: options that are read elsewhere, to be suggested too.
+
+    Raises:
+        UsageError: an option is unknown (the nearest are named), comes twice, is missing, or its value is of another type.
+        SystemExit: for `--help`, after it.
+    """
+    _check_once(args)
+
+    def refuse(event: Any) -> None:
+        """Called by tyro in place of printing its own report."""
+        if what := _what_is_wrong(event, args, takes, lambda: [*_options(kind, prog, **tyros), *others]):
+            raise UsageError(f"{what} (--help lists all)")
+
+    with _instead_of_a_report(refuse):
+        return tyro.cli(kind, args=args, prog=prog, **tyros)
+
+
+def values_of(args: Sequence[str], option: str) -> list[str]:
+    """What stands behind an option, up to the next."""
+    found: list[str] = []
+    inside = False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if _OPTION.fullmatch(name):
+            inside = _plain(name) == option
+            found += [value] if inside and equals else []
+        elif inside:
+            found.append(arg)
+    return found
+
+
+def nearest(option: str, options: Sequence[str]) -> str:
+    """ "; did you mean --optim.gamma?", or nothing."""
+    own_name = option.lstrip("-").rpartition(".")[2]
+    found = [o for o in options if o.lstrip("-").rpartition(".")[2] == own_name]
+    found = found or difflib.get_close_matches(option, options, n=2)
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _check_once(args: Sequence[str]) -> None:
+    """The last would hold, without a word."""
+    seen: dict[str, str] = {}
+    for name in (arg.partition("=")[0] for arg in args):
+        if not _OPTION.fullmatch(name):
+            continue
+        switch = re.sub("^--no-", "--", _plain(name))
+        if switch in seen:
+            raise UsageError(
+                f"{name} comes twice; give it once"
+                if seen[switch] == _plain(name)
+                else f"{seen[switch]} and {name} contradict each other; give one"
+            )
+        seen[switch] = _plain(name)
+
+
+def _plain(option: str) -> str:
+    return option.replace("_", "-")
+
+
+@contextlib.contextmanager
+def _instead_of_a_report(refuse: Callable[[Any], None]) -> Iterator[None]:
+    """tyro calls what its report would be about "internal, unstable": without that, the reports are its boxes."""
+    try:
+        from tyro._errors import on_parse_error
+    except ImportError:
+        yield
+        return
+    with on_parse_error(refuse):
+        yield
+
+
+def _options(kind: Any, prog: str, **tyros: Any) -> list[str]:
+    """All that the help names."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=prog, **{**tyros, "return_unknown_args": False})
+    return list(dict.fromkeys(_OPTION.findall(text.getvalue())))
+
+
+def _what_is_wrong(
+    event: Any, args: Sequence[str], takes: Callable[[str], str | None], options: Callable[[], list[str]]
+) -> str | None:
+    """One of tyro's events in words; None: of a kind that is not known here."""
+    kind = type(event).__name__
+    if kind == "UnrecognizedArgs":
+        return _unknown(event.tokens, args, takes, options)
+    if kind == "MissingArgs":
+        names = [_name(missing.arg) for missing in event.missing_arguments]
+        unknown = f"{_unknown(event.unrecognized_tokens, args, takes, options)}; " if event.unrecognized_tokens else ""
+        return f"{unknown}{', '.join(names)} {'are' if len(names) > 1 else 'is'} missing"
+    if kind in ("BadValue", "InvalidChoice", "InstantiationFailure") and event.argument is not None:
+        name = _name(event.argument)
+        choices = getattr(event, "choices", None)
+        words = ("one of " + ", ".join(choices) if choices else None) or f"{event.argument.lowered.metavar}"
+        return _wrong_value(name, takes(name) or words, values_of(args, name))
+    return None
+
+
+def _name(argument: Any) -> str:
+    return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[-1])
+
+
+def _wrong_value(option: str, words: str, values: Sequence[str]) -> str:
+    return (
+        f"{option} must be {words}, not {' '.join(map(repr, values))}" if values else f"{option} needs a value: {words}"
+    )
+
+
+def _unknown(
+    tokens: Sequence[str], args: Sequence[str], takes: Callable[[str], str | None], options: Callable[[], list[str]]
+) -> str:
+    """The first token that tyro does not know, and what was meant."""
+    token = tokens[0].partition("=")[0]
+    if _OPTION.fullmatch(token):
+        return f"{token} is no option{nearest(_plain(token), options())}"
+    before = [_plain(a.partition("=")[0]) for a in args[: list(args).index(tokens[0])] if _OPTION.match(a)]
+    if before and (words := takes(before[-1])):
+        return _wrong_value(before[-1], words, values_of(args, before[-1]))
+    return f"{tokens[0]!r} belongs to no option{f': {before[-1]} takes no more' if before else ''}"
