@@ -185,8 +185,8 @@ def test_a_name_that_is_given_twice(numbered, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "dcp", "--to=canonical"], "--to is given twice"),
-        (["--to", "dcp", "--world-size", "2", "--world_size", "4"], "--world-size is given twice"),
+        (["--to", "dcp", "--to=canonical"], "--to comes twice"),
+        (["--to", "dcp", "--world-size", "2", "--world_size", "4"], "--world_size comes twice"),
         (["--to", "dcp", "--overwrite", "--no-overwrite"], "--overwrite is given twice"),
         (["--to", "zero3", "--buffers", "*.a", "--buffers", "*.b"], "--buffers is given twice"),
         (
