@@ -118,8 +118,6 @@ def _serve() -> None:
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    if "deepspeed" in sys.modules:  # which would compile for a minute what its inference alone uses
-        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.collect()
     gc.freeze()
     names = {t: Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")}

@@ -206,10 +206,9 @@ MINUTES = ("--train.timeout-minutes", str(TIMEOUT / 60))
 
 
 def test_deepspeed_cut_off_ends_in_time_and_goes_on_like_one_host(start, hosts, on_one_host, tmp_path):
-    engine, lean = "deepspeed", without_operator(tmp_path)
-    are_cut_off(start("accelerate.sh", *MINUTES, engine=engine, **lean), hosts)
+    are_cut_off(start("accelerate.sh", *MINUTES, engine="deepspeed"), hosts)
 
-    finish(start("accelerate.sh", engine=engine, **lean))
+    finish(start("accelerate.sh", engine="deepspeed"))
     found, expected = metrics(tmp_path / "run"), metrics(on_one_host)
     # Sums in another order.
     assert [r.get("loss") for r in found] == [pytest.approx(r.get("loss"), abs=1e-4) for r in expected]
@@ -267,40 +266,6 @@ def finish(launches: list[Launch]) -> None:
     assert "Resuming" in launches[0].output
 
 
-def without_operator(folder: Path) -> dict[str, str]:
-    """Variables of a launch in which DeepSpeed does not compile, for a minute, what its inference alone uses."""
-    site = folder / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        textwrap.dedent("""
-            import importlib.util, sys
-
-            class Finder:
-                def find_spec(name, path, target=None):
-                    if name != "deepspeed.ops.op_builder.cpu.comm":
-                        return None
-                    sys.meta_path.remove(Finder)
-                    spec = importlib.util.find_spec(name)
-                    execute = spec.loader.exec_module
-
-                    def without(module):
-                        execute(module)
-                        module.ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
-
-                    spec.loader.exec_module = without
-                    return spec
-
-            sys.meta_path.insert(0, Finder)
-        """)
-    )
-    # It fails where the operator is compiled none the less.
-    return python_path(site) | {"TORCH_EXTENSIONS_DIR": "/dev/null/none"}
-
-
-def python_path(folder: Path) -> dict[str, str]:
-    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-
-
 def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
     """The host that has the store raises what nobody expects, at the first step."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -314,9 +279,10 @@ def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
             sys.addaudithook(break_off)
         """)
     )
+    broken = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
     launches = [
         host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(tmp_path / "run"), **variables)
-        for host, variables in zip(hosts, (python_path(tmp_path), {}), strict=True)
+        for host, variables in zip(hosts, (broken, {}), strict=True)
     ]
     launches[0].until("NotADirectoryError: ")
     assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
