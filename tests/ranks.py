@@ -42,17 +42,17 @@ class Parent:
         address = f"\0anon-dist-tests-{run}-{rank}"
         # What torch and DeepSpeed read when they are imported.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command, server = [sys.executable, __file__, address[1:]], None
+        command, self._server = [sys.executable, __file__, address[1:]], None
         while True:  # again, where it ended just now, as the last worker left it
             self._socket = socket.socket(socket.AF_UNIX)
             while self._socket.connect_ex(address) != 0:
-                if server is None or server.poll() is not None:
-                    server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+                if self._server is None or self._server.poll() is not None:
+                    self._server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
                 time.sleep(0.05)
-            self._file = self._socket.makefile("r")
+            self._file = self._socket.makefile("rb", buffering=0)  # `select` knows of no buffer
             if self._file.readline():
                 return
-            if server is not None and server.wait() != 0:
+            if self._server is not None and self._server.wait() != 0:
                 raise RuntimeError("the process that forks ranks could not begin")
 
     def start(self, script: Path, arguments: Sequence[str], log: Path, variables: dict[str, str]) -> None:
@@ -125,7 +125,6 @@ def _serve(address: str) -> None:
     except OSError:  # another worker has been faster
         return
     listener.listen()
-    os.setsid()
     os.dup2(2, 1)
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
@@ -160,6 +159,7 @@ def _fork_ranks(worker: socket.socket) -> None:
     for line in requests:
         pid = os.fork()
         if pid == 0:
+            os.close(worker.fileno())
             _run(**json.loads(line))
         print(pid, file=answers)
         rank = os.pidfd_open(pid)
@@ -176,7 +176,6 @@ def _fork_ranks(worker: socket.socket) -> None:
 def _run(script: str, arguments: list[str], log: str, variables: dict[str, str], folder: str) -> None:
     """A rank: as if the script had just been started."""
     _end_with_parent()
-    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)  # its parent's connection
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
