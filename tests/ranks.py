@@ -154,14 +154,13 @@ def _serve(address: str) -> None:
 def _fork_ranks(worker: socket.socket) -> None:
     """A parent: a request is a line, answered by the rank's process and, when it has ended, by its exit code."""
     _end_with_parent()
-    requests, answers = worker.makefile("r"), worker.makefile("w", buffering=1)
-    print("ready", file=answers)
-    for line in requests:
+    worker.sendall(b"ready\n")
+    for line in worker.makefile("r"):
         pid = os.fork()
         if pid == 0:
             os.close(worker.fileno())
             _run(**json.loads(line))
-        print(pid, file=answers)
+        worker.sendall(f"{pid}\n".encode())
         rank = os.pidfd_open(pid)
         ended, _, _ = select.select([rank, worker], [], [])
         if rank not in ended:  # the worker is no more
@@ -169,7 +168,7 @@ def _fork_ranks(worker: socket.socket) -> None:
         os.close(rank)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(BrokenPipeError):
-            print(code, file=answers)
+            worker.sendall(f"{code}\n".encode())
     os._exit(0)
 
 
