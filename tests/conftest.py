@@ -1,5 +1,6 @@
 """Data that many tests read: a few real texts, prepared once. And the order of the tests, and how hypothesis chooses its examples."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +15,10 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.register_profile("soak", deadline=None)
 settings.load_profile("tests")
 
+# What is in tests/site is for all processes that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [f"{Path(__file__).parent}/site", os.environ.get("PYTHONPATH")])
+)
 
 LONGEST = ("multinode", "distributed", "train", "users", "checkpoint", "sweep")
 """Folders that begin, so that at the end two workers have something to do."""

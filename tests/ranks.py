@@ -1,11 +1,11 @@
 """Ranks of this machine, forked from processes that have imported already what takes long.
 
 Torch, transformers and accelerate take seconds of every new process, of every rank of every launch. Rank r of each launch is forked from
-the r-th of a few processes that are kept: they share nothing with each other (not the order of sets either, which is a process's own), and
-a rank is in nothing but imports different from a new process. What launchers do besides is for the tests that start runs as users do.
+the r-th of a few processes that are kept, for all of pytest's workers: they share nothing with each other (not the order of sets either,
+which is a process's own), and a rank is in nothing but imports different from a new process. What launchers do besides is for the tests
+that start runs as users do.
 """
 
-import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -18,6 +18,7 @@ import resource
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,40 +30,46 @@ import numpy
 
 IMPORTS = ("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "accelerate")
 IMPORTS += ("transformers.trainer", "anon_dist.train.loop", "anon_dist.checkpoint.convert", "helpers")
-IMPORTS += ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
-"""Those that there are. accelerate imports DeepSpeed in every run; its Muon, which compiles a function, its ZeRO."""
+IMPORTS += ("deepspeed",)
+"""Those that there are. accelerate imports DeepSpeed in every run."""
 
 
 class Parent:
-    """A process that forks one rank at a time."""
+    """A process that forks one rank at a time, for this worker: a fork itself of one that has imported, which the first worker starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        address = f"\0anon-dist-tests-{run}-{rank}"
         # What torch and DeepSpeed read when they are imported.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, __file__]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
-        atexit.register(self._end)
+        command, self._server = [sys.executable, __file__, address[1:]], None
+        while True:  # again, where it ended just now, as the last worker left it
+            self._socket = socket.socket(socket.AF_UNIX)
+            while self._socket.connect_ex(address) != 0:
+                if self._server is None or self._server.poll() is not None:
+                    self._server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+                time.sleep(0.05)
+            self._file = self._socket.makefile("rb", buffering=0)  # `select` knows of no buffer
+            if self._file.readline():
+                return
+            if self._server is not None and self._server.wait() != 0:
+                raise RuntimeError("the process that forks ranks could not begin")
 
     def start(self, script: Path, arguments: Sequence[str], log: Path, variables: dict[str, str]) -> None:
         """Have the script run, with this environment; its output is appended to the log."""
         request = {"script": str(script), "arguments": arguments, "log": str(log), "variables": variables}
-        print(json.dumps({**request, "folder": os.getcwd()}), file=self._process.stdin)
+        self._socket.sendall(json.dumps({**request, "folder": os.getcwd()}).encode() + b"\n")
         self.pid = self.code()
-
-    def _end(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
 
     def fileno(self) -> int:
         """For `select`: readable when the rank has ended."""
-        return self._process.stdout.fileno()
+        return self._socket.fileno()
 
     def code(self) -> int:
         """The exit code of a rank that has ended."""
-        answer = self._process.stdout.readline()
+        answer = self._file.readline()
         if not answer:
-            raise RuntimeError(f"the process that forks ranks has ended itself, with exit code {self._process.wait()}")
+            raise RuntimeError("the process that forks ranks has ended itself")
         return int(answer)
 
 
@@ -82,7 +89,7 @@ def run_ranks(
 
     ranks = len(environments)
     while len(PARENTS) < ranks:
-        PARENTS.append(Parent())
+        PARENTS.append(Parent(len(PARENTS)))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
@@ -110,10 +117,14 @@ def run_ranks(
     return well
 
 
-def _serve() -> None:
-    """A parent: a request is a line, answered by the rank's process and, when it has ended, by its exit code."""
-    _end_with_parent()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+def _serve(address: str) -> None:
+    """Import, and fork a parent for each worker that connects, until none is left."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(f"\0{address}")
+    except OSError:  # another worker has been faster
+        return
+    listener.listen()
     os.dup2(2, 1)
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
@@ -124,13 +135,41 @@ def _serve() -> None:
     threads = {name for t, name in names.items() if int(t) != os.getpid()}
     if threads - {"jemalloc_bg_thd"}:  # pyarrow's, which sees to forks itself
         sys.exit(f"an import has started threads, which do not survive a fork: {threads}")
-    for line in sys.stdin:
+    parents: set[int] = set()
+    while True:
+        connecting, _, _ = select.select([listener], [], [], 1.0)
+        if connecting:
+            worker, _ = listener.accept()
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                _fork_ranks(worker)
+            parents.add(pid)
+            worker.close()
+        parents = {pid for pid in parents if os.waitpid(pid, os.WNOHANG) == (0, 0)}
+        if not parents:
+            return
+
+
+def _fork_ranks(worker: socket.socket) -> None:
+    """A parent: a request is a line, answered by the rank's process and, when it has ended, by its exit code."""
+    _end_with_parent()
+    worker.sendall(b"ready\n")
+    for line in worker.makefile("r"):
         pid = os.fork()
         if pid == 0:
-            answers.close()
+            os.close(worker.fileno())
             _run(**json.loads(line))
-        print(pid, file=answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
+        worker.sendall(f"{pid}\n".encode())
+        rank = os.pidfd_open(pid)
+        ended, _, _ = select.select([rank, worker], [], [])
+        if rank not in ended:  # the worker is no more
+            os.kill(pid, signal.SIGKILL)
+        os.close(rank)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(BrokenPipeError):
+            worker.sendall(f"{code}\n".encode())
+    os._exit(0)
 
 
 def _run(script: str, arguments: list[str], log: str, variables: dict[str, str], folder: str) -> None:
@@ -170,4 +209,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -9,15 +9,15 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from datetime import timedelta
 from importlib import reload
 from pathlib import Path
 
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # Muon's kernels
-
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -33,6 +33,7 @@ from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.engines.zero_restore import restore
 
+torch._dynamo.config.disable = True  # Muon's kernels, which each number of ranks would compile anew
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 RANKS, WANTED = 3, sys.argv[2:]
 
@@ -273,12 +274,15 @@ def main():
         if world > RANK:
             regroup(store, phase, world)
         for name, case in table.items():
+            of_processor = time.process_time()
             try:
                 if world > RANK:
                     case()
                 results[f"case_{name}"] = "passed"
             except Exception:
                 results[f"case_{name}"] = traceback.format_exc()
+            used = f"{time.process_time() - of_processor:.2f} s of a processor"
+            print(f"rank {RANK}, {name}: {used}", flush=True)
             (OUT / f"results-{RANK}.json").write_text(json.dumps(results))
             if world > RANK:
                 dist.barrier()

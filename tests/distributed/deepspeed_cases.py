@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -422,36 +421,41 @@ def configured(config, name):
 
 
 def case_stages_and_engines_resume_each_other():
-    """Begun under one and ended under the next, in a ring: the losses of one process."""
-    ring = ("zero2", "fsdp2", "zero3", "zero0", "zero1", "zero3-offload", "zero2-offload", "ddp", "zero2")
-    for first, second in pairwise(ring):
-        config = run_config("zero2", shared_folder(OUT))
-        patch = Patch()
-        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run(configured(config, first))
-        patch.close()
-        folder = run(configured(config, second))
-        if dist.get_rank() == 0:
-            for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "refreshes", "samples"):
-                ours, theirs = ([r[key] for r in metrics(f) if key in r] for f in (folder, Path(REFERENCE)))
-                assert len(ours) == len(theirs), (first, second, key)
-                where = (first, second, key, ours, theirs)
-                assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(ours, theirs, strict=True)), where
+    """A run of which each step is taken under another one, in a ring, has the losses of one process."""
+    config = run_config("zero2", shared_folder(OUT))
+    ring = ("zero2", "fsdp2", "zero3", "zero0", "zero1", "zero3-offload", "zero2-offload", "ddp")
+    for step, name in enumerate(ring, 1):
+        run_until(configured(config, name), step)
+    folder = run(configured(config, "zero2"))
+    if dist.get_rank() == 0:
+        for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "refreshes", "samples"):
+            ours, theirs = ([r[key] for r in metrics(f) if key in r] for f in (folder, Path(REFERENCE)))
+            assert len(ours) == len(theirs), key
+            where = (key, ours, theirs)
+            assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(ours, theirs, strict=True)), where
+
+
+def run_until(config, step):
+    """A run that is told to stop when a step is about to be made."""
+    patch = Patch()
+    at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    folder = run(config)
+    patch.close()
+    assert max(r["step"] for r in metrics(folder)) == step
 
 
 def case_torch_engines_take_deepspeeds_checkpoints():
     """zero1, fsdp1 and hsdp from stage 3, and another optimizer in Anon's place is refused, by DeepSpeed too."""
-    for name in ("zero1-torch", "fsdp1", "hsdp"):
-        config = run_config("zero3", shared_folder(OUT))
-        patch = Patch()
-        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run(config)
-        patch.close()
-        config.optim.name = "adamw"
-        raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
-        config = configured(config, name.removesuffix("-torch"))
-        config.train.engine, config.train.deepspeed_config = name.removesuffix("-torch"), None
-        config.optim.name = "adamw"
+    made = run_config("zero3", shared_folder(OUT))
+    run_until(made, 6)
+    made.optim.name = "adamw"
+    raises(CheckpointError, "the state of Anon, not of AdamW", lambda: run(made))
+    for name in ("zero1", "fsdp1", "hsdp"):
+        config = run_config("zero3", str(Path(shared_folder(OUT)) / "run"))
+        if dist.get_rank() == 0:
+            shutil.copytree(made.run_dir, config.run_dir)
+        dist.barrier()
+        config.train.engine, config.train.deepspeed_config, config.optim.name = name, None, "adamw"
         raises(CheckpointError, "the state of Anon, not of AdamW", lambda config=config: run(config))
         config.optim.name = "anon"
         folder = run(config)

@@ -219,52 +219,83 @@ def compared(engine, name, alone, reference):
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def check_bits(name, hyper, variant, accumulation, ranks):
-    schedule = (lambda t: 0.4 + 0.05 * t) if hyper == "gamma schedule" else None
-    hyper = {**LM, **HYPER[hyper]}
-    alone, model = Bag(variant), Bag(variant)
-    reference = Anon([p for p in alone.parameters() if p.requires_grad], **hyper)
-    engine = launch(name, model, Anon([p for p in model.parameters() if p.requires_grad], **hyper), accumulation)
-    if variant == "gradients missing" and name in ("zero3", *OFFLOAD):  # where DeepSpeed would take an older gradient
-        raises(EngineError, "got no gradient", lambda: engine.backward(engine.model(0), last=True))
-        return
-    if variant == "gradients missing" and name == "zero1" and schedule:
-        return  # see cases.case_ranks_with_their_own_gammas_are_noticed
+def gamma_at(hyper, t):
+    """γ of step t, where a schedule has one."""
+    return 0.4 + 0.05 * t if hyper == "gamma schedule" else None
+
+
+@cache
+def one_process(hyper, variant, flattens):
+    """Trained without an engine: the model and its optimizer."""
+    alone = Bag(variant)
+    reference = Anon([p for p in alone.parameters() if p.requires_grad], **{**LM, **HYPER[hyper]})
     for t in range(STEPS):
-        if schedule:
-            with engine.whole_optimizer() as optimizer:
-                for group in (*optimizer.param_groups, *reference.param_groups):
-                    group["gamma"] = schedule(t)
-        for i in range(accumulation):
-            engine.backward(engine.model(t) / accumulation, last=i + 1 == accumulation)
-        engine.step(1e-3, None)
+        for group in reference.param_groups:
+            group["gamma"] = gamma_at(hyper, t) or group["gamma"]
         alone(t).backward()
         for p in alone.parameters():
-            if p.grad is None and p.requires_grad and name in FLATTENS:
+            if p.grad is None and p.requires_grad and flattens:
                 p.grad = torch.zeros_like(p)
         reference.step()
         reference.zero_grad()
-    for where, v, expected in compared(engine, name, alone, reference):
+    return alone, reference
+
+
+def check_bits(name, hyper, variant, accumulation, ranks):
+    model = Bag(variant)
+    optimizer = Anon([p for p in model.parameters() if p.requires_grad], **{**LM, **HYPER[hyper]})
+    engine = launch(name, model, optimizer, accumulation)
+    if variant == "gradients missing" and name in ("zero3", *OFFLOAD):  # where DeepSpeed would take an older gradient
+        raises(EngineError, "got no gradient", lambda: engine.backward(engine.model(0), last=True))
+        return
+    if variant == "gradients missing" and name == "zero1" and hyper == "gamma schedule":
+        return  # see cases.case_ranks_with_their_own_gammas_are_noticed
+    for t in range(STEPS):
+        if hyper == "gamma schedule":
+            with engine.whole_optimizer() as optimizer:
+                for group in optimizer.param_groups:
+                    group["gamma"] = gamma_at(hyper, t)
+        for i in range(accumulation):
+            engine.backward(engine.model(t) / accumulation, last=i + 1 == accumulation)
+        engine.step(1e-3, None)
+    for where, v, expected in compared(engine, name, *one_process(hyper, variant, name in FLATTENS)):
         assert torch.equal(v, expected), (where, (v - expected).abs().max())
 
 
-def check_training(name, gamma, ranks):
+def language(gamma):
+    """Hyperparameters of a language model's training."""
     lr = 3e-3 if gamma == 1.0 else 1e-2
-    hyper = {**LM, "gamma": gamma, "lr": lr, "refresh_ratio": 1.1, "hold_silent": gamma < 0, "eps": 1e-8}
-    alone, model = transformer(), transformer()
-    reference = Anon(param_groups(alone, 0.1), **hyper)
+    return {**LM, "gamma": gamma, "lr": lr, "refresh_ratio": 1.1, "hold_silent": gamma < 0, "eps": 1e-8}
+
+
+def batch_of(t, readers):
+    return torch.randint(0, 100, (4 * readers, 33), generator=torch.Generator().manual_seed(t))
+
+
+@cache
+def one_process_on_text(gamma, readers):
+    """Trained without an engine on what all readers read: the model, its optimizer, the gradients' norms."""
+    alone, norms = transformer(), []
+    reference = Anon(param_groups(alone, 0.1), **language(gamma))
+    for t in range(12):
+        token_loss(alone, batch_of(t, readers), None).mean().backward()
+        grads = [p.grad.double() for p in alone.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        reference.step()
+        reference.zero_grad()
+    return alone, reference, norms
+
+
+def check_training(name, gamma, ranks):
+    hyper, model = language(gamma), transformer()
     engine = launch(name, model, Anon(param_groups(model, 0.1), **hyper), accumulation=2)
     split = 2 if name == "fsdp2+tp" else 1
     reader, readers = dist.get_rank() // split, ranks // split
-    for t in range(12):
-        batch = torch.randint(0, 100, (4 * readers, 33), generator=torch.Generator().manual_seed(t))
-        token_loss(alone, batch, None).mean().backward()
-        norm = torch.nn.utils.get_total_norm([p.grad.double() for p in alone.parameters() if p.grad is not None])
-        for i, rows in enumerate(batch[4 * reader : 4 * reader + 4].split(2)):
+    alone, reference, norms = one_process_on_text(gamma, readers)
+    for t, norm in enumerate(norms):
+        for i, rows in enumerate(batch_of(t, readers)[4 * reader : 4 * reader + 4].split(2)):
             engine.backward(token_loss(engine.model, rows, None).mean() / 2, last=i == 1)
-        assert abs(engine.step(lr, None) / float(norm) - 1) < 1e-5
-        reference.step()
-        reference.zero_grad()
+        assert abs(engine.step(hyper["lr"], None) / norm - 1) < 1e-5
     for where, v, expected in compared(engine, name, alone, reference):
         # A gradient's rounding, 6e-8 of the largest summand, is up to 1e-5 of a small element after 12 steps and a power of γ.
         largest = float(expected.abs().max())

@@ -33,7 +33,7 @@ def launched(tmp_path_factory, prepared):
             optim=c.OptimConfig(lr=3e-3, eps=1e-8),
             schedule=c.ScheduleConfig(warmup_steps=3),
             train=c.TrainConfig(steps=12, global_batch=8, micro_batch=4),
-            eval=c.EvalConfig(every=5, sequences=16, final_sequences=32),
+            eval=c.EvalConfig(every=5, sequences=8, final_sequences=8),
             checkpoint=c.CheckpointConfig(every=4),
             log=c.LogConfig(every=1, trackers=()),
             run_dir=str(out / "reference"),

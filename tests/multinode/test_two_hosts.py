@@ -26,7 +26,7 @@ model: {layers: 2, width: 32, heads: 2, context: 32}
 data: {path: PATH, seq_len: 32}
 optim: {lr: 3.0e-3, eps: 1.0e-8}  # or elements whose gradient is rounding alone, as key biases', would take steps of full size
 schedule: {warmup_steps: 3}
-train: {steps: 60, global_batch: 8, micro_batch: 2}
+train: {steps: 60, global_batch: 8, micro_batch: 4}
 eval: {every: 30, sequences: 16, final_sequences: 32}
 checkpoint: {every: 5}
 log: {every: 1, trackers: []}
@@ -174,20 +174,18 @@ def config(prepared, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_one_host(config, tmp_path_factory):
-    """A function that gives the records of a run on two ranks of one host, made once per engine."""
-    known = {}
-
-    def run(engine: str):
-        if engine not in known:
-            folder = tmp_path_factory.mktemp("one-host")
-            options = ["--config", str(config), "--run-dir", str(folder / "run"), "--train.engine", engine]
-            well = run_ranks(ROOT / "launch" / "pretrain.py", [os.environ] * 2, options, folder / "log", seconds=300)
-            assert well, (folder / "log").read_text()
-            known[engine] = metrics(folder / "run")
-        return known[engine]
-
+def on_one_host(config, tmp_path_factory) -> Path:
+    """The folder of a run of engine ddp on two ranks of one host, with all its checkpoints."""
+    run = tmp_path_factory.mktemp("one-host") / "run"
+    go_on(config, run, "ddp", "--checkpoint.keep", "100")
     return run
+
+
+def go_on(config: Path, run: Path, engine: str, *options: str) -> None:
+    """Train to the end on two ranks of one host."""
+    options = ("--config", str(config), "--run-dir", str(run), "--train.engine", engine, *options)
+    log = run.with_suffix(".log")
+    assert run_ranks(ROOT / "launch" / "pretrain.py", [os.environ] * 2, options, log, seconds=300), log.read_text()
 
 
 @pytest.fixture
@@ -207,13 +205,52 @@ AT_ONCE = 120.0
 MINUTES = ("--train.timeout-minutes", str(TIMEOUT / 60))
 
 
-@pytest.mark.parametrize(("engine", "rendezvous"), [("ddp", "c10d"), ("deepspeed", "static")])
-def test_cut_off_they_end_in_time_and_go_on_like_one_host(engine, rendezvous, start, hosts, on_one_host, tmp_path):
-    """Nothing closes the connections when the cable is pulled: each host has lost the other, and hears nothing.
+def test_deepspeed_cut_off_ends_in_time_and_goes_on_like_one_host(start, hosts, on_one_host, tmp_path):
+    are_cut_off(start("accelerate.sh", *MINUTES, engine="deepspeed"), hosts)
 
-    Bit by bit like one: the ranks do and exchange the same, only farther.
-    """
-    launches = start("accelerate.sh", *MINUTES, engine=engine)
+    finish(start("accelerate.sh", engine="deepspeed"))
+    found, expected = metrics(tmp_path / "run"), metrics(on_one_host)
+    # Sums in another order.
+    assert [r.get("loss") for r in found] == [pytest.approx(r.get("loss"), abs=1e-4) for r in expected]
+
+
+def test_whatever_befalls_a_run_it_goes_on_like_one_host(start, hosts, config, on_one_host, tmp_path):
+    """Cut off, killed, stopped by a signal; with engine ddp, then fsdp2. Bit by bit like one host: the ranks do and exchange the same,
+    only farther."""
+    are_cut_off(start("accelerate.sh", *MINUTES, engine="ddp"), hosts)
+
+    # By SIGKILL, as for want of memory: the system closes its connections.
+    launches = start("accelerate.sh", engine="ddp")
+    launches[0].until("step=24 ")
+    os.kill(hosts[1].ranks()[0], signal.SIGKILL)
+    assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
+    here, there = (launch.output for launch in launches)
+    assert "Resuming" in here
+    assert f"[{hosts[1].address}]" in here
+    assert "node 0 " in here
+    assert stopped_first(launches[0]).startswith(f"Stopped without a word: rank 1 on {hosts[1].name}; ")
+    assert "Signal 9 (SIGKILL)" in there
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-????????")).name
+
+    # Its host is to shut down: both write a checkpoint, together.
+    here, there = start("torchrun.sh", engine="fsdp2", RENDEZVOUS="c10d")
+    here.until("step=36 ")
+    there.process.send_signal(signal.SIGTERM)
+    # That one first: when it fails, the other's launcher waits minutes for it, and says nothing.
+    assert there.ends() == 0, here.output + there.output
+    assert here.ends() == 0, here.output
+    assert f"resuming with engine = 'fsdp2'; {newest} had 'ddp'" in here.output
+    assert "Stopped by a signal on another rank after step" in here.output
+
+    finish(start("accelerate.sh", engine="fsdp2", RENDEZVOUS="c10d"))
+    expected = tmp_path / "expected"
+    shutil.copytree(on_one_host, expected)
+    go_on(config, expected, "fsdp2", "--resume", str(expected / "checkpoints" / newest))
+    assert metrics(tmp_path / "run") == metrics(expected)
+
+
+def are_cut_off(launches: list[Launch], hosts: list[Host]) -> None:
+    """Nothing closes the connections when the cable is pulled: each host has lost the other, and hears nothing."""
     launches[0].until("step=12 ")
     hosts[1].cable("down")
     assert max(ends_in_error(launch) for launch in launches) < TIMEOUT + AT_ONCE
@@ -222,41 +259,11 @@ def test_cut_off_they_end_in_time_and_go_on_like_one_host(engine, rendezvous, st
     assert there.startswith(f"The store at {hosts[0].address} does not answer rank 1 on {hosts[1].name}: ")
     hosts[1].cable("up")
 
-    launches = start("accelerate.sh", engine=engine, RENDEZVOUS=rendezvous)
+
+def finish(launches: list[Launch]) -> None:
+    """Wait for the end of a resumed run."""
     assert [launch.ends() for launch in launches] == [0, 0], launches[0].output + launches[1].output
     assert "Resuming" in launches[0].output
-    found, expected = metrics(tmp_path / "run"), on_one_host("ddp")
-    if engine == "ddp":
-        assert found == expected
-    else:  # sums in another order
-        assert [r.get("loss") for r in found] == [pytest.approx(r.get("loss"), abs=1e-4) for r in expected]
-
-
-def test_a_killed_rank_ends_the_run_and_it_goes_on_when_it_is_back(start, hosts, on_one_host, tmp_path):
-    # By SIGKILL, as for want of memory: the system closes its connections.
-    launches = start("accelerate.sh")
-    launches[0].until("step=12 ")
-    os.kill(hosts[1].ranks()[0], signal.SIGKILL)
-    assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
-    here, there = (launch.output for launch in launches)
-    assert f"[{hosts[1].address}]" in here
-    assert "node 0 " in here
-    assert stopped_first(launches[0]).startswith(f"Stopped without a word: rank 1 on {hosts[1].name}; ")
-    assert "Signal 9 (SIGKILL)" in there
-
-    # Its host is to shut down: both write a checkpoint, together.
-    here, there = start("torchrun.sh", RENDEZVOUS="c10d")
-    here.until("step=24 ")
-    there.process.send_signal(signal.SIGTERM)
-    # That one first: when it fails, the other's launcher waits minutes for it, and says nothing.
-    assert there.ends() == 0, here.output + there.output
-    assert here.ends() == 0, here.output
-    assert "Stopped by a signal on another rank after step" in here.output
-
-    launches = start("accelerate.sh")
-    assert [launch.ends() for launch in launches] == [0, 0], launches[0].output + launches[1].output
-    assert "Resuming" in launches[0].output
-    assert metrics(tmp_path / "run") == on_one_host("fsdp2")
 
 
 def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
@@ -272,7 +279,7 @@ def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
             sys.addaudithook(break_off)
         """)
     )
-    broken = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    broken = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
     launches = [
         host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(tmp_path / "run"), **variables)
         for host, variables in zip(hosts, (broken, {}), strict=True)

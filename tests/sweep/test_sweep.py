@@ -2,7 +2,6 @@
 
 import csv
 import json
-from itertools import product
 
 import pytest
 import torch
@@ -31,16 +30,16 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
     (tmp_path / "base.yaml").write_text(to_yaml(base(optim__update_clip=1.0)))
     out = tmp_path / "sweep"
     command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
-    command += ["--grid", "optim.gamma=0,1", "optim.lr=1e-3,3e-3", "--train.steps", "16"]
+    command += ["--grid", "optim.gamma=0,1", "optim.lr=1e-3", "--train.steps", "16"]
     main(command)
     said = capsys.readouterr().out
     assert "γ = 1: learning rates are multiplied by 1\n" in said
 
     folders = {(f.cell.gamma, f.cell.lr): f for f in CellFolder.all(out)}
-    assert set(folders) == set(product((0.0, 1.0), (1e-3, 3e-3)))
+    assert set(folders) == {(0.0, 1e-3), (1.0, 1e-3)}
     page = (out / "report.md").read_text()
     rows = table(page, "All settings")
-    assert len(rows) == 4
+    assert len(rows) == 2
     for (gamma, lr), folder in folders.items():
         result = json.loads((folder.path / "result.json").read_text())
         assert result["step"] == 16
@@ -67,7 +66,7 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
     assert step_size(0.0) == pytest.approx(step_size(1.0), rel=0.3)
 
     main(command)  # nothing is run twice
-    assert "4 cells" in capsys.readouterr().out
+    assert "2 cells" in capsys.readouterr().out
     check_factors_by_group(tmp_path, out / "calibration" / "spectrum.json", capsys)
     main(["sweep", "report", str(out)])
     assert capsys.readouterr().out.startswith("Report: ")

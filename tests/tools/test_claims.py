@@ -131,8 +131,8 @@ def test_a_threshold_is_where_half_is_crossed():
 @pytest.fixture(scope="module")
 def played():
     """x and average regret at the end of 1,500 steps, by optimizer."""
-    problem = online_convex.counterexample(1500)
-    found, _ = online_convex.study(problem, list(online_convex.variants(0.0)))
+    problem, unused = online_convex.counterexample(1500), ("ρ=2, β3=0", "ρ=1.1, β3=0.5")
+    found, _ = online_convex.study(problem, [name for name in online_convex.variants(0.0) if name not in unused])
     return {name: (float(run["x"][0, -1]), float(run["regret"][0, -1])) for name, run in found.items()}
 
 

@@ -20,8 +20,8 @@ model: {layers: 2, width: 32, heads: 2, context: 32}
 data: {path: PATH, seq_len: 32}
 optim: {lr: 3.0e-3}
 schedule: {warmup_steps: 3}
-train: {steps: 120, global_batch: 8, micro_batch: 2}
-eval: {every: 50, sequences: 16, final_sequences: 32}
+train: {steps: 60, global_batch: 8, micro_batch: 4}
+eval: {every: 25, sequences: 16, final_sequences: 32}
 checkpoint: {every: 5}
 log: {every: 1}
 """
@@ -88,10 +88,10 @@ def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):
     moment = random.Random(0)
     for _ in range(2):
         process = launch(config, tmp_path / "killed", accelerate("fsdp2-cpu.yaml"))
-        for line in process.stdout:
-            if line.startswith("step="):
-                break
-        time.sleep(moment.uniform(0.0, 3.0))
+        steps = (line for line in process.stdout if line.startswith("step="))
+        for _ in range(moment.randint(1, 20)):
+            next(steps)
+        time.sleep(moment.uniform(0.0, 0.1))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -147,20 +147,3 @@ def test_one_process_instead_of_several_is_noticed(config, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert "accelerate was to start several processes and started one" in output
     assert process.returncode == 1
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mistake_is_one_line(ranks, config, tmp_path):
-    """On several ranks too: then torchrun adds a report of its own, whose cause is that line and no traceback of ours."""
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    process = launch(config, tmp_path / "run", launcher, "--optim.gama", "0.5")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    mistake = "--optim.gama is no option; did you mean --optim.gamma"
-    said = [line for line in output.splitlines() if mistake in line]
-    assert [line for line in said if line.startswith("error: ")] == said[:1]
-    assert output.startswith(said[0]) or ranks > 1
-    assert (output.count("\n") == 1) == (ranks == 1)
-    if ranks > 1:
-        assert f"traceback : ConfigError: {mistake}" in output.partition("Root Cause")[2]
-    assert str(ROOT / "anon_dist") not in output

@@ -208,6 +208,13 @@ def test_what_is_no_folder_of_data(path, message, tmp_path, monkeypatch):
         main(["train", "--config", "quickstart", "--data.path", path])
 
 
+def test_missing_data_of_a_configuration_of_ones_own(run_config, tmp_path):
+    (tmp_path / "own.yaml").write_text(to_yaml(run_config()))
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--config", str(tmp_path / "own.yaml"), "--data.path", str(tmp_path / "nowhere")])
+    assert str(error.value.code).startswith("error: preparation unfinished or not a data folder")
+
+
 def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
     if "flash_attn" in sys.modules or torch.cuda.is_available():
         pytest.skip("it can be had here")
