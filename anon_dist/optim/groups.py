@@ -1,62 +1,91 @@
-"""Param groups by the usual rules: what is weight-decayed, and which parameters have their own γ."""
+"""Param groups by the usual rules: what is weight-decayed, which matrices are turned, and what parameters have of their own by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+Basis = Literal["columns", "rows", "both"]
 
 
 def param_groups(
     model: nn.Module,
     weight_decay: float = 0.1,
     *,
+    lr: Mapping[str, float] | None = None,
+    decay: Mapping[str, float] | None = None,
     gamma: Mapping[str, float] | None = None,
+    basis: Basis | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     no_decay: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Param groups for `Anon` (or any torch optimizer): matrices and embeddings decayed, vectors (biases, norm weights) not.
 
     Frozen parameters are left out, tied ones appear once. Patterns are shell-style (`fnmatch`) and matched against the names of
-    `model.named_parameters()`; the first one that matches a parameter counts.
+    `model.named_parameters()`; of each argument the first one that matches a parameter counts.
 
-        param_groups(model, 0.1, gamma={"*wte*": 0.5, "*ln_*": 0.0})
+        param_groups(model, 0.1, lr={"*wte*": 3e-3}, decay={"*wte*": 0.0}, gamma={"*wte*": 0.5}, basis="both")
 
     Args:
         weight_decay: λ of the parameters that are decayed.
+        lr: pattern → learning rate of the parameters it matches; the others' is the optimizer's. A scheduler of torch keeps the ratio.
+        decay: pattern → λ of the parameters it matches, matrices or not, in place of the rule.
         gamma: pattern → γ of the parameters it matches.
-        overrides: pattern → any hyperparameters of the parameters it matches, over `gamma` and the decay rule.
+        basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
+            layers with as many outputs as an embedding has rows. They have "columns" under "both", None under "rows", in groups apart.
+        overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
     Returns:
         Groups in the order in which their first parameter appears in the model; none is empty. Which parameters are together depends on
-        the decay rule and the patterns alone, not on the values, so that a checkpoint fits after a value has changed.
+        the decay rule, the patterns, and whether rows are turned; not on the values, so that a checkpoint fits after a value has changed.
 
     Raises:
-        ValueError: a pattern matches no trainable parameter.
+        ValueError: a pattern matches no trainable parameter, or `basis` is none of these.
     """
-    gamma, overrides = gamma or {}, overrides or {}
-    unused = {*gamma, *overrides, *no_decay}
-    groups: dict[tuple[bool, str | None, str | None], dict[str, Any]] = {}
+    if basis not in (None, "columns", "rows", "both"):
+        raise ValueError(f"param_groups: basis must be None, 'columns', 'rows' or 'both', not {basis!r}")
+    values: dict[str, Mapping[str, Any]] = {"lr": lr or {}, "weight_decay": decay or {}, "gamma": gamma or {}}
+    overrides = overrides or {}
+    patterns = {pattern for named in (*values.values(), overrides, no_decay) for pattern in named}
+    unused, of_tokens = set(patterns), token_matrices(model) if basis in ("rows", "both") else set()
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        matches = [
-            pattern for pattern in {**gamma, **overrides, **dict.fromkeys(no_decay)} if fnmatchcase(name, pattern)
-        ]
+        matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
         unused.difference_update(matches)
-        decayed = p.dim() >= 2 and not any(m in no_decay for m in matches)
+        decayed = p.dim() >= 2 and not matches.intersection(no_decay)
         settings: dict[str, Any] = {"weight_decay": weight_decay if decayed else 0.0}
-        own_gamma = next((m for m in matches if m in gamma), None)
-        own = next((m for m in matches if m in overrides), None)
-        if own_gamma is not None:
-            settings["gamma"] = gamma[own_gamma]
-        if own is not None:
-            settings.update(overrides[own])
-        groups.setdefault((decayed, own_gamma, own), {"params": [], **settings})["params"].append(p)
+        own = {key: next((m for m in named if m in matches), None) for key, named in values.items()}
+        settings |= {key: values[key][pattern] for key, pattern in own.items() if pattern is not None}
+        if basis is not None:
+            settings["basis"] = basis if p not in of_tokens else "columns" if basis == "both" else None
+        own["overrides"] = next((m for m in overrides if m in matches), None)
+        settings |= overrides.get(own["overrides"] or "", {})
+        groups.setdefault((decayed, p in of_tokens, *own.values()), {"params": [], **settings})["params"].append(p)
     if unused:
         names = ", ".join(n for n, p in list(model.named_parameters())[:4])
         raise ValueError(f"param_groups: {sorted(unused)} match no trainable parameter; the names are like {names}, …")
     return list(groups.values())
+
+
+def token_matrices(model: nn.Module) -> set[Tensor]:
+    """The parameters whose rows stand for tokens: embeddings, and output heads.
+
+    A head is what the model's `get_output_embeddings` gives, which transformers' models have; of others a linear layer that is not inside
+    of numbered blocks and has as many outputs as some embedding has rows.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    found, rows = {module.weight for module in embeddings}, {module.num_embeddings for module in embeddings}
+    if callable(get := getattr(model, "get_output_embeddings", None)):
+        head = getattr(get(), "weight", None)
+        return found if head is None else {*found, head}
+    for name, module in model.named_modules():
+        in_a_block = any(part.isdigit() for part in name.split(".")[:-1])
+        if isinstance(module, nn.Linear) and module.out_features in rows and not in_a_block:
+            found.add(module.weight)
+    return found

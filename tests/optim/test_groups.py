@@ -51,3 +51,86 @@ def test_overrides_by_pattern():
 def test_a_pattern_without_a_match_is_an_error():
     with pytest.raises(ValueError, match=r"\['wpe\.\*'\] match no trainable parameter; the names are like wte.weight"):
         param_groups(model(), gamma={"wpe.*": 0.5})
+
+
+class Named(nn.Module):
+    """Embeddings of tokens and of positions, blocks whose matrices have as many rows as there are positions, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(11, 4), nn.Embedding(16, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 16), "proj": nn.Linear(16, 4)}) for _ in range(2))
+        self.head = nn.Linear(4, 11, bias=False)
+
+
+MATRICES = [f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("fc", "proj")]
+VECTORS = [name.replace("weight", "bias") for name in MATRICES]
+
+
+def values(net, groups, key):
+    return {n: g.get(key, "-") for g in groups for n in names(net, g)}
+
+
+def test_rates_and_decay_by_pattern():
+    """The first pattern counts, an override more; parameters that differ in nothing are together as before."""
+    net = Named()
+    groups = param_groups(
+        net,
+        0.1,
+        lr={"w?e.*": 3e-3, "*": 1e-3},
+        decay={"*.bias": 0.02, "wte.*": 0.0, "*": 0.1, "w?e.*": 7.0},  # the last two in another order than in lr
+        overrides={"head.*": {"lr": 5e-4, "eps": 1e-8}},
+    )
+    assert values(net, groups, "lr") == {
+        **dict.fromkeys(["wte.weight", "wpe.weight"], 3e-3),
+        **dict.fromkeys([*MATRICES, *VECTORS], 1e-3),
+        "head.weight": 5e-4,
+    }
+    assert values(net, groups, "weight_decay") == {
+        "wte.weight": 0.0,
+        **dict.fromkeys(["wpe.weight", *MATRICES, "head.weight"], 0.1),
+        **dict.fromkeys(VECTORS, 0.02),
+    }
+    assert [names(net, g) for g in groups] == [["wte.weight"], ["wpe.weight"], MATRICES, VECTORS, ["head.weight"]]
+    with pytest.raises(ValueError, match=r"\['wpx\*'\] match no trainable parameter"):
+        param_groups(net, lr={"wpx*": 1e-3})
+
+
+def test_rows_of_tokens_are_never_turned():
+    """Embeddings and the output head, tied to one or not, but no block's matrix, whatever rows it has."""
+    net = Named()
+    of_tokens = ["wte.weight", "wpe.weight", "head.weight"]
+    for tied in (False, True):
+        if tied:
+            net.head.weight = net.wte.weight
+            of_tokens = of_tokens[:-1]
+        for basis, theirs in (("both", "columns"), ("rows", None)):
+            found = values(net, param_groups(net, basis=basis), "basis")
+            assert found == {**dict.fromkeys(of_tokens, theirs), **dict.fromkeys([*MATRICES, *VECTORS], basis)}
+    net = Named()
+    columns = param_groups(net, basis="columns")
+    assert [names(net, g) for g in columns] == [
+        names(net, g) for g in param_groups(net)
+    ]  # so that a run can go over to it
+    assert set(values(net, columns, "basis").values()) == {"columns"}
+    with pytest.raises(ValueError, match="basis must be None, 'columns', 'rows' or 'both', not 'all'"):
+        param_groups(net, basis="all")
+
+
+def test_the_head_of_a_transformers_model():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(n_layer=1, n_embd=4, n_head=1, n_positions=16, vocab_size=16, tie_word_embeddings=False)
+    net = GPT2LMHeadModel(shape)
+    optimizer = Anon(param_groups(net, basis="both"), basis_block=8)
+    optimizer.init_state()
+    known = dict(net.named_parameters())
+    sides = {n: sorted(k for k in optimizer.state[p] if k.endswith("basis")) for n, p in known.items() if p.dim() == 2}
+    assert {n for n, found in sides.items() if found == ["column_basis"]} == {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "lm_head.weight",
+    }
+    assert {n for n, found in sides.items() if found == ["column_basis", "row_basis"]} == {
+        f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
