@@ -94,7 +94,7 @@ def _check_once(args: Sequence[str]) -> None:
     for name in (arg.partition("=")[0] for arg in args):
         if not _OPTION.fullmatch(name):
             continue
-        switch = re.sub("^--no-", "--", _plain(name))
+        switch = re.sub(r"(^--|\.)no-", r"\1", _plain(name))
         if switch in seen:
             raise UsageError(
                 f"{name} comes twice; give it once"
