@@ -165,17 +165,16 @@ def by_cholesky(a: Tensor) -> Tensor:
 
 
 @contextmanager
-def true_float32() -> Iterator[None]:
-    """A block in which products of float32 matrices are not rounded to TF32 or bfloat16, whatever the user has asked for elsewhere.
+def true_float32(device: torch.device) -> Iterator[None]:
+    """A block in which products of this device's float32 matrices are not rounded to TF32 or bfloat16, whatever was asked for elsewhere.
 
     A basis whose products are cut off spins where gradients are large (NVIDIA's emerging-optimizers, "SOAP").
     """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [b.fp32_precision for b in backends]
+    # Only this device's: a step on the host may run beside a forward pass on a GPU.
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
     try:
-        for b in backends:
-            b.fp32_precision = "ieee"
+        matmul.fp32_precision = "ieee"
         yield
     finally:
-        for b, precision in zip(backends, before, strict=True):
-            b.fp32_precision = precision
+        matmul.fp32_precision = before

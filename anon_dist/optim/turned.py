@@ -48,7 +48,7 @@ class TurnedWork:
         flag = self.plans[0].found_inf
         if flag is not None and known_to_the_host(flag) and bool(flag):
             return
-        with basis.true_float32():
+        with basis.true_float32(self.bucket.lists[0][0].device):
             for indices in self._portions():
                 self._step(indices)
         self.bucket.count()
@@ -122,6 +122,7 @@ class Renewal:
 
     def __init__(self, members: list[Member]) -> None:
         self._members = members
+        self._device = members[0].state["precond"].device
         self._sums: list[tuple[Tensor, list[tuple[Member, Side]]]] = []
         self._waited_for: list[Any] = []
         self._is_started = False
@@ -133,7 +134,7 @@ class Renewal:
             return
         self._is_started = True
         together: dict[tuple[str, ...], tuple[tuple[dist.ProcessGroup, ...], list[tuple[Member, Side]]]] = {}
-        with basis.true_float32():
+        with basis.true_float32(self._device):
             for member in self._members:
                 m = _momentum(member.state)
                 for side in member.sides:
@@ -163,7 +164,7 @@ class Renewal:
             parts = flat.split([member.fresh[side].numel() for member, side in those])
             for (member, side), part in zip(those, parts, strict=True):
                 member.fresh[side] = part.view_as(member.fresh[side])
-        with basis.true_float32():
+        with basis.true_float32(self._device):
             for member in self._members:
                 _renew(member)
 
