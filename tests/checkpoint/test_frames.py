@@ -9,7 +9,7 @@ from test_semantics import Live as _Live
 from torch import nn
 
 from anon_dist import Anon
-from anon_dist.checkpoint import CheckpointError, cli, semantics
+from anon_dist.checkpoint import CheckpointError, cli, rank_local, semantics
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, WriteOptions
@@ -17,6 +17,8 @@ from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import Key, Manifest, ParamGroup, TensorInfo
 from anon_dist.checkpoint.semantics import to_adamw, to_anon
 from anon_dist.checkpoint.verify import verify
+from anon_dist.checkpoint.zero.flat import Cut
+from anon_dist.engines import zero_restore
 from anon_dist.engines.restore import restore
 
 BLOCK = 4
@@ -172,6 +174,19 @@ def test_into_a_live_optimizer(tmp_path):
         restore(plain, without, source)
     with pytest.raises(CheckpointError, match=r"no column_basis for square: it was written without a basis.*rebase"):
         restore(other, theirs, open_checkpoint(saved(tmp_path / "b.pt", plain, without)))
+
+
+def test_into_an_engines_flat_buffers(tmp_path):
+    """What ZeRO's stages step is refused before anything is filled; stage 0 has each parameter whole."""
+    model, optimizer, _ = made("columns")
+    source = zero_restore._Source(open_checkpoint(saved(tmp_path / "a.pt", model, optimizer)), model)
+    for layout in (rank_local.FLAT, rank_local.SHARDS, rank_local.WHOLE, rank_local.ALIGNED):
+        part = zero_restore.Held(torch.zeros(16), ["square"], [16], [Cut(0, 0, 16, 0)], 0, layout)
+        with pytest.raises(CheckpointError, match=r"square has column_basis, .* flat buffers .*--anon.drop-basis"):
+            zero_restore._state({}, part, source)
+    alone = zero_restore.Held(model.wide.detach(), ["wide"], [60], [Cut(0, 0, 60, 0)], 0)
+    filled, expected = zero_restore._state({}, alone, source), optimizer.state[model.wide]
+    assert all(torch.equal(filled[key], value) for key, value in expected.items())
 
 
 # -- left --------------------------------------------------------------------------------------------------------------
