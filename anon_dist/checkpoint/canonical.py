@@ -63,6 +63,8 @@ class Canonical(Pieces):
                 raise CheckpointError(
                     f"{folder / _MANIFEST} is of format version {version}; this version of anon-dist reads {VERSION}"
                 )
+            if version == VERSION and _SUMS not in index:
+                raise KeyError(_SUMS)
             beyond = _beyond(folder, index.get(_SUMS), options.unsafe)
             manifest = replace(_manifest(decode(described["manifest"], beyond)), format="canonical")
             names = dict.fromkeys(t["file"] for t in index["tensors"])

@@ -198,6 +198,7 @@ class Checksums:
         """Every file against its checksums: those that differ, and how."""
 
         def check(sums: FileSums) -> str | None:
+            """How a file differs; None if it does not."""
             try:
                 self._check_present(sums)
                 with (self.folder / sums.name).open("rb", buffering=0) as file:

@@ -180,6 +180,7 @@ def restricted(
 
     class Unpickler(_Slow):
         def find_class(self, module: str, name: str) -> Any:
+            """The class or function that a pickle may have under this name, or a stand-in; raises `ForbiddenClass` for any other."""
             module = _MOVED.get(module, module)
             if (found := also(module, name)) is not None:
                 return found
@@ -194,9 +195,11 @@ def restricted(
             raise ForbiddenClass(f"{module}.{name}")
 
         def get_extension(self, code: int) -> None:
+            """Raises `ForbiddenClass`: a number does not say what is asked for."""
             raise ForbiddenClass(f"copyreg's extension {code}")
 
         def load_build(self) -> None:
+            """As `pickle`'s, once the state is known to change nothing but the object."""
             _check_state(self.stack[-2], self.stack[-1])
             _Slow.load_build(self)
 

@@ -112,9 +112,11 @@ class _Without(Checkpoint):
         self.tensors: dict[Key, TensorInfo] = {k: v for k, v in checkpoint.tensors.items() if k not in gone}
 
     def read(self, key: Key, start: int, stop: int) -> Tensor:
+        """See `Checkpoint`."""
         return self._whole.read(key, start, stop)
 
     def close(self) -> None:
+        """See `Checkpoint`."""
         self._whole.close()
 
 

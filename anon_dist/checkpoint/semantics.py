@@ -74,17 +74,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
     notes, groups, factors = [], [], list[float]()
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
-        if old.get("weight_decay") and not old.get("decoupled_weight_decay", found == ADAMW):
-            raise CheckpointError(
-                f"param group {index} has weight_decay {old['weight_decay']} in Adam's coupled form, which Anon does not have: "
-                "its gradients are another's. Train on with decoupled decay (AdamW) first, or set it to 0"
-            )
-        if old.get("weight_decay") and NOTE in checkpoint.manifest.notes and not options.decoupled:
-            raise CheckpointError(
-                f"param group {index} has weight_decay {old['weight_decay']}, and torchao's checkpoint does not say whether it is "
-                "decoupled: if the optimizer was AdamW8bit, AdamW4bit or AdamWFp8, say so (--anon.decoupled); coupled decay Anon does "
-                "not have"
-            )
+        _check_decoupled(checkpoint, old, index, options)
         eps = options.eps if options.eps is not None else float(old["eps"]) ** 2
         new = _anon_group(old, options, eps=eps, gamma=options.gamma)
         for name in _with_state(checkpoint, group):
@@ -99,7 +89,8 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             computed[Key(name, "exp_avg_sq")] = scaled(moment, weight)
             shape = checkpoint.tensors[Key(name, "exp_avg")].shape
             bases, their_shapes = identities(name, shape, options.basis, options.basis_block)
-            computed, shapes = computed | bases, shapes | their_shapes
+            computed.update(bases)
+            shapes.update(their_shapes)
         factor = 1.0
         if options.gamma != 1.0 and not options.keep_lr:
             sides = _updates(checkpoint, group, computed, float(old["eps"]))
@@ -113,6 +104,23 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             "AMSGrad's max_exp_avg_sq became the preconditioner and is not kept: Anon's is refreshed from recent gradients"
         )
     return _finish(checkpoint, ANON, groups, computed, dropped, notes, factors, shapes)
+
+
+def _check_decoupled(checkpoint: Checkpoint, old: Mapping[str, Any], index: int, options: AnonOptions) -> None:
+    """Raises `CheckpointError` where weights decay as Adam's gradients do, or it is not known that they do not."""
+    if not old.get("weight_decay"):
+        return
+    if not old.get("decoupled_weight_decay", checkpoint.manifest.optimizer == ADAMW):
+        raise CheckpointError(
+            f"param group {index} has weight_decay {old['weight_decay']} in Adam's coupled form, which Anon does not have: "
+            "its gradients are another's. Train on with decoupled decay (AdamW) first, or set it to 0"
+        )
+    if NOTE in checkpoint.manifest.notes and not options.decoupled:
+        raise CheckpointError(
+            f"param group {index} has weight_decay {old['weight_decay']}, and torchao's checkpoint does not say whether it is "
+            "decoupled: if the optimizer was AdamW8bit, AdamW4bit or AdamWFp8, say so (--anon.decoupled); coupled decay Anon does "
+            "not have"
+        )
 
 
 def _of_anon(checkpoint: Checkpoint, options: AnonOptions) -> Checkpoint:

@@ -109,19 +109,24 @@ class _Slice(io.RawIOBase):
         self._file, self._start, self._size, self._at = file, start, size, 0
 
     def seekable(self) -> bool:
+        """See `io.RawIOBase`."""
         return True
 
     def readable(self) -> bool:
+        """See `io.RawIOBase`."""
         return True
 
     def tell(self) -> int:
+        """See `io.RawIOBase`."""
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        """See `io.RawIOBase`."""
         self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
     def read(self, size: int = -1) -> bytes:
+        """See `io.RawIOBase`."""
         left = max(self._size - self._at, 0)
         data = self._file.read(self._start + self._at, left if size < 0 else min(size, left))
         self._at += len(data)

@@ -142,6 +142,11 @@ def test_a_key_that_is_there_twice(folder, tmp_path):
     (source / "index.json").write_text(text[:-1] + ', "tensors": []}')
     with pytest.raises(DamagedCheckpoint, match="it has 'tensors' twice"):
         open_checkpoint(source)
+    (source / "index.json").write_text(text)  # of version 1, beside a manifest of version 2
+    with pytest.raises(DamagedCheckpoint, match="is damaged: KeyError\\('xxh3'\\)"):
+        open_checkpoint(source)
+    manifest = json.loads((source / "manifest.json").read_text())
+    (source / "manifest.json").write_text(json.dumps({**manifest, "anon_dist_checkpoint": 1}))
     (source / "index.json").write_text(json.dumps({"tensors": [*index["tensors"], index["tensors"][0]]}))
     with pytest.raises(DamagedCheckpoint, match="a tensor is in the index twice"):
         open_checkpoint(source)

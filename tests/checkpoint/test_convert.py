@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from anon_dist.checkpoint import CheckpointError, cli, load_sharded, save_sharded
 from anon_dist.checkpoint.convert import convert, inspect
-from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.copy import write_files
+from anon_dist.checkpoint.formats import open_checkpoint, plan
 from anon_dist.checkpoint.names import assign
 from anon_dist.checkpoint.options import AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Key
@@ -399,7 +400,7 @@ def test_names_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match=r"numbers its 7 parameters, and no model is beside it"):
         open_checkpoint(tmp_path / "o.pt")
     torch.save({"model": torch.nn.Linear(2, 2).state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match=r"do not fit the 2 of the model beside it"):
+    with pytest.raises(CheckpointError, match=r"do not fit the 2 tensors of the model beside it"):
         open_checkpoint(tmp_path / "m.pt")
     names = [n for g in groups_of(model) for n, _ in g["params"]]
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "n.pt")
@@ -553,10 +554,9 @@ def test_the_training_step_survives_formats_without_a_place_for_it(scripts, tmp_
     del script["iteration"]
     torch.save(script, tmp_path / "lion.pt")
     assert inspect(tmp_path / "lion.pt")["step"] is None
-    canonical = to(tmp_path / "lion.pt", tmp_path / "canonical", "canonical")
-    manifest = json.loads((canonical / "manifest.json").read_text())
-    manifest["manifest"]["step"] = 7
-    (canonical / "manifest.json").write_text(json.dumps(manifest))
+    counted, canonical = open_checkpoint(tmp_path / "lion.pt"), tmp_path / "canonical"
+    counted.manifest.step = 7
+    write_files(plan(counted, "canonical", WriteOptions()), counted, None, canonical, quiet=True)
     assert inspect(to(canonical, tmp_path / "there", name))["step"] == 7
 
 
