@@ -164,7 +164,8 @@ def _unknown(
     token = tokens[0].partition("=")[0]
     if _OPTION.fullmatch(token):
         return f"{token} is no option{nearest(_plain(token), options())}"
-    before = [_plain(a.partition("=")[0]) for a in args[: list(args).index(tokens[0])] if _OPTION.match(a)]
+    place = next((i for i, arg in enumerate(args) if arg == tokens[0] or arg.endswith(f"={tokens[0]}")), len(args))
+    before = [_plain(arg.partition("=")[0]) for arg in args[: place + 1] if _OPTION.match(arg)]
     if before and (words := takes(before[-1])):
         return _wrong_value(before[-1], words, values_of(args, before[-1]))
     return f"{tokens[0]!r} belongs to no option{f': {before[-1]} takes no more' if before else ''}"

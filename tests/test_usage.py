@@ -21,6 +21,8 @@ from anon_dist.usage import UsageError, parse, parse_or_raise
         ("ckpt convert a", "DST, --to are missing"),
         ("ckpt verify a b c", "'c' belongs to no option"),
         ("ckpt inspect a --json --no-json", "--json and --no-json contradict each other; give one"),
+        ("ckpt inspect a --json=1", "'1' belongs to no option: --json takes no more"),
+        ("ckpt inspect a --json --workers 2 3", "--workers is no option"),
         ("sweep --config quickstart", "--grid, --out are missing"),
         ("sweep --config a --grid x=1 --grid y=2 --out z", "--grid comes twice; give it once"),
         ("data prepare --tokeniser bytes", "--tokeniser is no option; did you mean --tokenizer"),

@@ -146,9 +146,9 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
             grid = _matched(grid, base, spectra, by_group)
         whole, in_use = _run_cells(args, grid, base, room, trainer)
     print(f"Report: {write_report(args.out)}")
-    if in_use:
+    if in_use and whole:
         raise RunInUseError(
-            f"{len(in_use)} cells were left out, as other processes are at work in their folders ({in_use[0].path}: "
+            f"cells left out, as other processes are at work in their folders: {len(in_use)} (the first, {in_use[0].path}: "
             f"{in_use[0].last_line().removeprefix('error: ')}). The same command runs them when those have ended"
         )
     return whole

@@ -332,15 +332,30 @@ def _validated(values: Mapping[str, Any], called: Callable[[str], str]) -> Confi
         ConfigError: naming every field that is unknown, of the wrong type, or out of its range.
     """
     try:
-        return _checker().validate_json(
-            json.dumps(values, default=str)
-        )  # JSON: lists are tuples, and "5" is the step 5 of a schedule
+        # As JSON, in which lists are tuples, and "5" is the step 5 of a schedule.
+        config = _checker().validate_json(json.dumps(values, default=str))
+        _check_mappings(values, config, called)
+        return config
+    except ConfigError:
+        raise
     except ValidationError as error:
         found = error.errors(include_url=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{called('the configuration')}: {error}") from None
     messages = dict.fromkeys(_message(error["loc"], error["type"], error["msg"], values, called) for error in found)
     raise ConfigError("; ".join(messages))
+
+
+def _check_mappings(values: Mapping[str, Any], config: Config, called: Callable[[str], str]) -> None:
+    """Of keys that are spelt differently and mean the same step, 0 and '0', say, the last would hold."""
+    for name, hint in field_types().items():
+        if typing.get_origin(hint) is dict:
+            given: Any = values
+            got: Any = config
+            for key in name.split("."):
+                given, got = given.get(key, {}), getattr(got, key)
+            if len(got) < len(given):
+                raise ConfigError(f"{called(name)} names one of its keys twice: {given!r:.200}")
 
 
 def _message(

@@ -14,9 +14,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """As PyYAML does it, once no key comes twice."""
-        seen = set()
+        seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
+            key = None
+            if isinstance(key_node, yaml.ScalarNode):  # by value: 1000 and 1_000 and 1e3 are one
+                merge = key_node.tag.endswith(":merge")
+                key = (key_node.tag if merge else self.construct_object(key_node),)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key_node.value}' comes twice", key_node.start_mark

@@ -184,7 +184,7 @@ def test_a_cell_in_which_another_is_at_work_is_left_out_and_not_recorded(sweep, 
         with pytest.raises(RunInUseError) as left_out:
             sweep(grid)
     assert str(left_out.value).startswith(
-        f"1 cells were left out, as other processes are at work in their folders ({busy.path}: run_dir"
+        f"cells left out, as other processes are at work in their folders: 1 (the first, {busy.path}: run_dir"
     )
     assert "lr=0.001 seed=0: error: run_dir = " in capsys.readouterr().out
     assert (busy.outcome, free.outcome.state) == (None, "finished")
