@@ -39,24 +39,34 @@ class Parent:
 
     def __init__(self, rank: int) -> None:
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        address = f"\0anon-dist-tests-{run}-{rank}"
+        self._name = f"anon-dist-tests-{run}-{rank}"
+        self._server: subprocess.Popen | None = None
+        self._ready = False
+        self._connect()
+
+    def _connect(self) -> None:
         # What torch and DeepSpeed read when they are imported.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command, self._server = [sys.executable, __file__, address[1:]], None
-        while True:  # again, where it ended just now, as the last worker left it
-            self._socket = socket.socket(socket.AF_UNIX)
-            while self._socket.connect_ex(address) != 0:
-                if self._server is None or self._server.poll() is not None:
-                    self._server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-                time.sleep(0.05)
-            self._file = self._socket.makefile("rb", buffering=0)  # `select` knows of no buffer
-            if self._file.readline():
-                return
-            if self._server is not None and self._server.wait() != 0:
-                raise RuntimeError("the process that forks ranks could not begin")
+        command = [sys.executable, __file__, self._name]
+        self._socket = socket.socket(socket.AF_UNIX)
+        while self._socket.connect_ex(f"\0{self._name}") != 0:
+            if self._server is None or self._server.poll() is not None:
+                self._server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+            time.sleep(0.05)
+        self._file = self._socket.makefile("rb", buffering=0)  # `select` knows of no buffer
+
+    def _wait(self) -> None:
+        """Until all is imported."""
+        while not self._ready:
+            self._ready = bool(self._file.readline())
+            if not self._ready:  # it ended just now, as the last worker left it
+                if self._server is not None and self._server.wait() != 0:
+                    raise RuntimeError("the process that forks ranks could not begin")
+                self._connect()
 
     def start(self, script: Path, arguments: Sequence[str], log: Path, variables: dict[str, str]) -> None:
         """Have the script run, with this environment; its output is appended to the log."""
+        self._wait()
         request = {"script": str(script), "arguments": arguments, "log": str(log), "variables": variables}
         self._socket.sendall(json.dumps({**request, "folder": os.getcwd()}).encode() + b"\n")
         self.pid = self.code()

@@ -600,13 +600,12 @@ def whole_run(engine):
 
 
 def run_until(config, step):
-    """A run that is told to stop when a step is about to be made; its folder."""
+    """A run that is stopped after a step."""
     patch = Patch()
-    at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(patch, step - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the ranks agree one step later
     folder = run(config)
     patch.close()
-    assert max(r["step"] for r in metrics(folder)) in (step, step + 1)
-    return folder
+    assert max(r["step"] for r in metrics(folder)) == step
 
 
 class Killed:
@@ -728,7 +727,7 @@ def case_damage_and_code_are_noticed_by_every_rank():
 def whole_and_resumed(whole, interrupted):
     """Two runs of one configuration, the second ended at step 6 and resumed; their folders."""
     run(whole)
-    run_until(interrupted, 6)
+    run_until(interrupted, 7)
     run(interrupted)
     return Path(whole.run_dir), Path(interrupted.run_dir)
 
@@ -805,7 +804,7 @@ def case_8_bit_states_move_between_engines():
         config.optim.state_dtype = EIGHT_BITS
     whole, moved = configs
     run(whole)
-    for engine, stop in (("fsdp2", 3), ("zero1", 6), ("fsdp1", 9), ("ddp", None)):
+    for engine, stop in (("fsdp2", 4), ("zero1", 7), ("fsdp1", 10), ("ddp", None)):
         moved.train.engine = engine
         run_until(moved, stop) if stop else run(moved)
     if dist.get_rank() == 0:
@@ -824,7 +823,7 @@ def case_engines_agree_and_resume_each_other():
     config = run_config(DATA, shared_folder(OUT))
     config.checkpoint.every = 1
     checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", 9)
-    for engine, stop in (("ddp", 2), ("zero1", 5), ("fsdp2", 6), ("fsdp1", 9), ("hsdp", 10), ("ddp", None)):
+    for engine, stop in (("ddp", 3), ("zero1", 6), ("fsdp2", 7), ("fsdp1", 10), ("hsdp", 11), ("ddp", None)):
         config.train.engine = engine
         run_until(config, stop) if stop else run(config)
         torn = engine in ("zero1", "fsdp1")  # in a file that one rank reads: all take the checkpoint of the step before
@@ -833,7 +832,7 @@ def case_engines_agree_and_resume_each_other():
         if torn and dist.get_rank() == 1:
             (latest / "random-00001.pt").write_bytes(b"torn")
         dist.barrier()
-    assert sorted(p.name for p in latest.parent.glob("*.damaged")) == ["step-00000005.damaged", "step-00000009.damaged"]
+    assert sorted(p.name for p in latest.parent.glob("*.damaged")) == ["step-00000006.damaged", "step-00000010.damaged"]
     if dist.get_rank() == 0:
         for key in (*("loss", "val_loss", "final_loss", "grad_norm", "update_rms"), *GROUPS):
             a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (config.run_dir, whole))
@@ -849,7 +848,7 @@ def case_tensor_parallel_runs_agree_and_resume():
             config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
             config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32, tie_embeddings=tied)
             for i, config.train.tensor_parallel in enumerate(splits):
-                run(config) if i + 1 == len(splits) else run_until(config, 6)
+                run(config) if i + 1 == len(splits) else run_until(config, 7)
             folders[splits] = config.run_dir
         if dist.get_rank() == 0:
             for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "samples"):

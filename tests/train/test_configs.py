@@ -66,7 +66,7 @@ def test_what_accelerate_was_configured_for_is_what_runs(file, config, environme
     """Some of them are launched as a whole too, in `test_launch.py` and in tests/multinode."""
     engine, ranks = ENGINES[file]
     options = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
-    options += ["--train.steps", "5", "--checkpoint.every", "0", "--model.family", "llama"]
+    options += ["--train.steps", "5", "--train.micro-batch", "2", "--checkpoint.every", "0", "--model.family", "llama"]
     well = run_ranks(ROOT / "launch" / "pretrain.py", environments(file), options, tmp_path / "log", seconds=200)
     output = (tmp_path / "log").read_text()
     assert well, output
