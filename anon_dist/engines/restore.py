@@ -28,6 +28,7 @@ from anon_dist.checkpoint.recognise import ANON
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.optim import Anon
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.state import decoded_states
 
 DEEPSPEED = "deepspeed"
@@ -148,7 +149,8 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
             first = next((names[p] for p in group["params"] if names[p] not in by_member), None)
             raise CheckpointError(
                 f"param group {index}: {first or names[group['params'][0]]} is in {'none' if first else 'another'} of the checkpoint's "
-                "param groups; resume with the groups it was written with (the same model, and the same weight decay and gamma by name)"
+                "param groups; resume with the groups it was written with (the same model, and the same lr, weight decay and gamma by "
+                "name; where rows are turned into a basis, those of tokens are in groups of their own)"
             )
         values = checkpoint.manifest.groups[indices.pop()].hyperparameters if indices else {}  # type: ignore[index]
         found.append({k: v for k, v in values.items() if k != "params"})
@@ -227,13 +229,13 @@ def _tensors(
     checkpoint: Checkpoint,
     ranges: Ranges,
 ) -> Iterator[tuple[Key, Tensor, Tensor]]:
-    """(key in the checkpoint, tensor to fill, parameter whose layout it has)."""
+    """(key in the checkpoint, tensor to fill, tensor whose layout it has: the parameter, or itself)."""
     for name, p in parameters.items():
         master = Key(name, MASTER)
         yield master if master in checkpoint.tensors else Key(name, WEIGHT), p, p
         for state, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor) and (value.dim() or ranges.shape(p) == ()) and state != "step":
-                yield Key(name, state), value, p
+                yield Key(name, state), value, value if state in BASIS_KEYS else p
     for name, buffer in buffers.items():
         key = Key(name, WEIGHT)
         if key in checkpoint.tensors:  # others are made by the model itself
