@@ -21,9 +21,9 @@ FOLDERS = (
 """From the lowest. A folder imports none that comes later, nor its neighbour."""
 
 OPTIM = (
-    ("schedule", "rounding", "update", "plan", "groups", "host_copy", "matching", "reference", "basis"),
+    ("schedule", "rounding", "update", "plan", "groups", "host_copy", "reference", "basis"),
     ("frame",),
-    ("state",),
+    ("state", "matching"),
     ("hyper",),
     ("regime",),
     ("backends.layout", "backends.build", "backends.gpu_layout"),

@@ -106,12 +106,18 @@ def owned_elements(engine: EngineName, job: Job) -> int:
 def handed_out(parameters: list[Parameter], ranks: int) -> list[int]:
     """Elements on each rank where whole parameters are handed out, group by group, largest first, to whoever has least (torch's
     ZeroRedundancyOptimizer)."""
-    heap = [(0, rank) for rank in range(ranks)]
+    return [sum(p.numel for p in own) for own in assigned(parameters, ranks)]
+
+
+def assigned(parameters: list[Parameter], ranks: int) -> list[list[Parameter]]:
+    """Those on each rank, then."""
+    heap, found = [(0, rank) for rank in range(ranks)], [list[Parameter]() for _ in range(ranks)]
     for matrix in (True, False):
         for p in sorted((p for p in parameters if (len(p.shape) >= 2) == matrix), key=lambda p: -p.numel):
             size, rank = heap[0]
             heapq.heapreplace(heap, (size + p.numel, rank))
-    return [size for size, _ in sorted(heap, key=lambda entry: entry[1])]
+            found[rank].append(p)
+    return found
 
 
 def units(parameters: Iterable[Parameter], ranks: int = 1, tensor: int = 1, fsdp2: bool = False) -> dict[str, int]:
@@ -152,7 +158,7 @@ class Memory:
 
 
 def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
-    """What a rank keeps at the peak of a step."""
+    """What a rank keeps at the peak of a step, but for bases."""
     owned = owned_elements(engine, job)
     state, activations = optimizer.state_bytes * owned, activation_bytes(engine, job)
     if not is_deepspeed(engine):
@@ -201,8 +207,16 @@ def activation_bytes(engine: EngineName, job: Job) -> float:
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
-OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "adamw"]
+OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "anon-columns", "adamw"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Which sides of matrices are turned, in blocks of how many."""
+
+    sides: Literal["columns", "both"]
+    block: int = OptimConfig.basis_block
 
 
 @dataclass(frozen=True)
@@ -213,6 +227,8 @@ class Optimizer:
     exp_avg_sq: float
     precond: float = 0.0
     """0: there is none (AdamW)."""
+    bases: Bases | None = None
+    """What they keep is in `bases.py`."""
 
     @property
     def state_bytes(self) -> float:
@@ -236,9 +252,11 @@ NAMED: dict[OptimizerName, Optimizer] = {
     "anon-bf16": Optimizer(4.0, 2.0, 2.0),
     "anon-bf16-m": Optimizer(2.0, 2.0, 2.0),
     "anon-8bit-m": Optimizer(1.0 + 1.0 / BLOCK, 2.0, 2.0),
+    "anon-columns": Optimizer(4.0, 4.0, 4.0, Bases("columns")),
     "adamw": Optimizer(4.0, 4.0),
 }
-"""anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits."""
+"""anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits; -columns: float32 states, and
+columns of matrices in bases of their own."""
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from anon_dist.bench.clock import Step
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.optim import Anon
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.plan import Variant
 from anon_dist.optim.regime import Regime
 from anon_dist.train.config import OptimConfig, find_config, load_config
@@ -54,6 +55,7 @@ def contestants() -> list[Contestant]:
     """All, those of this package first; `BASE`, with which they are compared, is the first of torch's."""
     return [
         *(Contestant(f"Anon {label}", partial(_anon, states)) for label, states in STATES.items()),
+        *(Contestant(f"Anon {basis} turned", partial(_anon_in_a_basis, basis)) for basis in ("columns", "both")),
         Contestant(BASE, partial(torch.optim.AdamW, weight_decay=DECAY, fused=True)),
         Contestant("torch AdamW foreach", partial(torch.optim.AdamW, weight_decay=DECAY, foreach=True)),
         Contestant("DeepSpeedCPUAdam", _deepspeed_cpu, "deepspeed", ("cpu",)),
@@ -111,11 +113,18 @@ def preset_settings() -> OptimConfig:
 def anon_settings(config: OptimConfig) -> dict[str, Any]:
     """Anon's arguments."""
     names = ("betas", "weight_decay", "gamma", "refresh_ratio", "beta3", "update_clip", "window", "hold_silent")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in (*names, "max_interval", "nesterov", "cautious_decay")}
 
 
 def _anon(states: Any, tensors: Parameters) -> Optimizer:
     return Anon(tensors, **anon_settings(preset_settings()), state_dtype=states, fused=True)
+
+
+def _anon_in_a_basis(basis: Literal["columns", "both"], tensors: Parameters) -> Optimizer:
+    """The model's embeddings, rows of which stand for tokens, are the matrices with most rows to a column."""
+    if all(p.dim() < 2 for p in tensors):
+        raise UnavailableError("it turns matrices, and these are vectors: --tensors gpt2-small")
+    return Anon(tensors, **anon_settings(preset_settings()), basis=basis, fused=True)
 
 
 def _deepspeed_cpu(tensors: Parameters) -> Optimizer:
@@ -158,8 +167,9 @@ NAMES = {Variant.PLAIN: "plain", Variant.ACCUMULATE: "accumulating", Variant.REF
 
 
 def _steps(optimizer: Optimizer, elements: int) -> dict[str, Step]:
-    """Parameters and gradients are float32: 12 bytes, and the states that are read, twice if they are written too."""
-    size = {key: total / elements for key, total in state_bytes(optimizer).items()}
+    """Parameters and gradients are float32: 12 bytes, and the states that are read, twice if they are written too. What turning a matrix
+    moves besides depends on its blocks, and is not counted."""
+    size = {key: total / elements for key, total in state_bytes(optimizer).items() if key not in BASIS_KEYS}
     if isinstance(optimizer, PaperLoop):
         return {"step": Step(optimizer.step, 12 + 2 * (size["exp_avg"] + size["exp_avg_sq"]) + size["precond"])}
     if not isinstance(optimizer, Anon):
@@ -170,7 +180,14 @@ def _steps(optimizer: Optimizer, elements: int) -> dict[str, Step]:
     regime, found = Regime(optimizer.param_groups[0]), dict[str, int]()
     for t in range(20_000, 30_000):  # late enough to be none of the first
         found.setdefault(NAMES[regime.plan(t).variant], t)
-    return {name: Step(optimizer.step, moved[name], partial(_count_to, optimizer, found[name] - 1)) for name in moved}
+    run = partial(_step_and_renew, optimizer) if optimizer.param_groups[0]["basis"] else optimizer.step
+    return {name: Step(run, moved[name], partial(_count_to, optimizer, found[name] - 1)) for name in moved}
+
+
+def _step_and_renew(optimizer: Anon) -> None:
+    """A step with what is left to be done after a refresh, which the next step would do."""
+    optimizer.step()
+    optimizer.settle()
 
 
 def _count_to(optimizer: Anon, taken: int) -> None:

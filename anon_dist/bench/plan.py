@@ -1,20 +1,21 @@
 """Model, not measurement: memory, traffic and time of a step, for each engine and optimizer, on hardware given by a few numbers.
 
-What a rank keeps is in `memory.py`. Bytes of parameters and state, and bytes sent, are exact for this package's engines
-(`anon-dist bench --scaling --check` compares them with runs); activations and working memory are estimates. Times are bytes over
-bandwidth, floating-point operations over the peak times MFU: no latencies, no kernels' overhead.
+What a rank keeps is in `memory.py`, what it sends in `messages.py`, what bases add in `bases.py`. Bytes of parameters and state, and bytes
+sent, are exact for this package's engines (`anon-dist bench --scaling --check` compares them with runs); activations and working memory are
+estimates. Times are bytes over bandwidth, floating-point operations over the peak times MFU: no latencies, no kernels' overhead.
 
-Sources of `Hardware`: NVIDIA H100 Tensor Core GPU data sheet (SXM: 80 GB at 3.35 TB/s, 989 TFLOP/s dense bfloat16, NVLink 900 GB/s for both
-directions together, PCIe 5.0 64 GB/s each way); DGX H100 user guide (8 GPUs, one 400 Gb/s ConnectX-7 each for the compute network, 2 TB
-and two Xeon 8480C, whose 8 channels of DDR5-4800 give 307 GB/s each). How a collective's time follows from what it sends: NCCL tests,
-PERFORMANCE.md.
+Sources of `Hardware`: NVIDIA H100 Tensor Core GPU data sheet (SXM: 80 GB at 3.35 TB/s, 989 TFLOP/s dense bfloat16, 67 float32, NVLink 900
+GB/s for both directions together, PCIe 5.0 64 GB/s each way); DGX H100 user guide (8 GPUs, one 400 Gb/s ConnectX-7 each for the compute
+network, 2 TB and two Xeon 8480C, whose 8 channels of DDR5-4800 give 307 GB/s each). How a collective's time follows from what it sends:
+NCCL tests, PERFORMANCE.md.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from anon_dist.bench.bases import MOVED, bases_table, cost
 from anon_dist.bench.memory import (
     ENGINES,
-    LIVE,
     NAMED,
     OPTIMIZERS,
+    Bases,
     EngineName,
     Job,
     Memory,
@@ -36,125 +38,12 @@ from anon_dist.bench.memory import (
     owned_elements,
     sharding,
     shares,
-    units,
 )
+from anon_dist.bench.messages import Hardware, traffic
 from anon_dist.bench.shapes import find_shape
-from anon_dist.bench.traffic import COLLECTIVES, Collective, bytes_sent
-from anon_dist.train.config import ConfigError
+from anon_dist.bench.traffic import COLLECTIVES
+from anon_dist.train.config import ConfigError, OptimConfig
 from anon_dist.usage import parse
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One rank's accelerator and its share of the node. The defaults are an H100 SXM's in a DGX H100."""
-
-    memory: float = 80e9
-    """Bytes of the accelerator."""
-    reserve: float = 5e9
-    """Of those, bytes for the context, the collectives' buffers and fragmentation: an estimate."""
-    hbm: float = 3.35e12
-    """Bytes per second of its memory."""
-    flops: float = 989e12
-    """Peak dense bfloat16 operations per second."""
-    per_node: int = 8
-    """Ranks of a node."""
-    nvlink: float = 450e9
-    """Bytes per second that a rank sends within the node."""
-    network: float = 50e9
-    """Bytes per second that a rank sends to other nodes."""
-    pcie: float = 64e9
-    """Bytes per second between accelerator and host, each way."""
-    host_memory: float = 250e9
-    """Bytes of the host, a rank's share."""
-    host: float = 76.8e9
-    """Bytes per second of the host's memory, a rank's share."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """All of a step's collectives of one kind in one sort of process group."""
-
-    collective: Collective
-    size: float
-    """Bytes of the whole tensors together."""
-    ranks: int
-    """Of a group."""
-    stride: int = 1
-    """Distance between neighbours of a group, in ranks."""
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends."""
-        return bytes_sent(self.collective, self.size, self.ranks)
-
-    def seconds(self, hardware: Hardware) -> float:
-        """At the bandwidth of the narrowest link. Rings that span nodes leave each once, through the cards of all their members there."""
-        if self.ranks * self.stride <= hardware.per_node:
-            return self.sent / hardware.nvlink
-        members = max(1, hardware.per_node // self.stride)
-        return self.sent / min(hardware.nvlink, members * hardware.network)
-
-
-# -- traffic ----------------------------------------------------------------------------------------------------------
-
-
-def traffic(engine: EngineName, job: Job) -> list[Message]:
-    """The collectives of a step; without those of a few bytes (the gradient's norm, and DDP's buffers)."""
-    parameters, n, w = job.shape.parameters(), job.ranks, job.width
-    whole, rounds = sum(p.numel for p in parameters), job.accumulation
-    if is_deepspeed(engine):
-        return _deepspeed_traffic(engine, job)
-    if engine in ("ddp", "zero1"):
-        reduced = [Message("all-reduce", 4.0 * whole, n)]
-        return reduced + ([Message("broadcast", 4.0 * whole, n)] if engine == "zero1" else [])
-    ranks, tensor = sharding(engine, job)
-    padded = units(parameters, 1 if engine == "fsdp1" else ranks, tensor, fsdp2=engine in ("fsdp2", "hsdp"))
-    gathered = sum(size * gathers(unit) for unit, size in padded.items())
-    reduced_size = 4.0 * sum(padded.values())
-    reductions = 1 if job.whole_gradients else rounds
-    found = [
-        Message("all-gather", float(w * gathered * rounds), ranks, tensor),
-        Message("reduce-scatter", reduced_size * reductions, ranks, tensor),
-    ]
-    if engine == "hsdp":
-        found.append(Message("all-reduce", reduced_size / ranks, n // ranks, ranks))
-    return found + (_tensor_parallel_traffic(job) if tensor > 1 else [])
-
-
-def gathers(unit: str) -> int:
-    """How often a unit is gathered in a micro-batch: what is used last in the forward pass and first in the backward pass stays."""
-    return 2 if unit.startswith("block") or unit == "embedding" else 1
-
-
-def _tensor_parallel_traffic(job: Job) -> list[Message]:
-    """Activations, summed over a group. Forward: after attention, after the MLP. Backward: before q, k, v, gate and up, each by itself."""
-    shape, rounds = job.shape, job.accumulation
-    activations = float(job.tokens * shape.width * job.width)
-    sums = 7 * shape.layers
-    if job.checkpointing:  # attention's again; the recomputation ends before the MLP's
-        sums += shape.layers
-    if shape.tied:
-        return [Message("all-reduce", activations * sums * rounds, job.tensor)]
-    sums += 2  # embedding, and before the output matrix
-    logits = float(job.tokens * shape.vocab * job.width)
-    found = Message("all-reduce", activations * sums * rounds, job.tensor)
-    return [found, Message("all-gather", logits * rounds, job.tensor)]
-
-
-def _deepspeed_traffic(engine: EngineName, job: Job) -> list[Message]:
-    """All in the dtype of the computation. Stages 1 and 2 sum whole buckets on every rank (use_multi_rank_bucket_allreduce)."""
-    n, w, rounds = job.ranks, job.width, job.accumulation
-    whole = sum(p.numel for p in job.shape.parameters())
-    padded = float(w * owned_elements(engine, job) * n)
-    if engine == "zero0":
-        return [Message("all-reduce", float(w * whole), n)]
-    if engine == "zero1-deepspeed":
-        return [Message("all-reduce", float(w * whole), n), Message("all-gather", padded, n)]
-    if engine.startswith("zero2"):
-        return [Message("all-reduce", float(w * whole * rounds), n), Message("all-gather", padded, n)]
-    passes = 1 if whole <= LIVE else 2 * rounds  # a model that may stay gathered is gathered once a step
-    return [Message("reduce-scatter", padded * rounds, n), Message("all-gather", padded * passes, n)]
-
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -225,10 +114,33 @@ def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware)
     return None
 
 
-def predict(engine: EngineName, name: OptimizerName, job: Job, hardware: Hardware, mfu: float, steps: int) -> Row:
-    """A row of the table."""
+def link_of(ranks: int, hardware: Hardware) -> float:
+    """Bytes per second that a rank sends to its neighbour among so many."""
+    inside = ranks <= hardware.per_node
+    return hardware.nvlink if inside else min(hardware.nvlink, hardware.per_node * hardware.network)
+
+
+def predict(
+    engine: EngineName,
+    name: OptimizerName,
+    job: Job,
+    hardware: Hardware,
+    mfu: float,
+    steps: int,
+    block: int = OptimConfig.basis_block,
+) -> Row:
+    """A row of the table; `block`: of bases."""
     needed, messages = memory(engine, job, NAMED[name]), traffic(engine, job)
     sent = {c: sum(m.sent for m in messages if m.collective == c) for c in COLLECTIVES}
+    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(*shares(steps))
+    optimizer = optimizer_seconds(engine, job, stepping, hardware)
+    if (bases := NAMED[name].bases) is not None:
+        found, refreshing = cost(engine, job, replace(bases, block=block)), shares(steps)[1]
+        needed = replace(needed, state=needed.state + found.bytes)
+        sent["all-reduce"] += refreshing * found.refresh_bytes
+        communication += refreshing * found.refresh_bytes / link_of(sharding(engine, job)[0], hardware)
+        flops = found.step_flops + refreshing * found.refresh_flops
+        optimizer += found.turned * MOVED / hardware.hbm + flops / hardware.flops32
     return Row(
         engine,
         name,
@@ -236,8 +148,8 @@ def predict(engine: EngineName, name: OptimizerName, job: Job, hardware: Hardwar
         job.tokens * job.accumulation / (job.tensor if engine == "fsdp2+tp" else 1),
         {c: size for c, size in sent.items() if size},
         compute_seconds(engine, job, hardware.flops, mfu),
-        sum(m.seconds(hardware) for m in messages),
-        optimizer_seconds(engine, job, NAMED[name].moved(*shares(steps)), hardware),
+        communication,
+        optimizer,
         offload_seconds(engine, job, hardware.pcie),
         trouble_of(engine, job, needed, hardware),
     )
@@ -276,6 +188,8 @@ class Options:
     """Share of the peak that forward and backward passes reach."""
     steps: int = 100_000
     """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
+    basis_block: int = OptimConfig.basis_block
+    """Of anon-columns (optim.basis_block)."""
     engines: tuple[EngineName, ...] = ENGINES
     """Which to show."""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
@@ -291,7 +205,16 @@ def job_of(options: Options) -> Job:
     Raises:
         ConfigError: the model is unknown, or a number makes no sense.
     """
-    for name in ("ranks", "micro_batch", "accumulation", "shard_ranks", "tensor_parallel", "steps", "vocab"):
+    for name in (
+        "ranks",
+        "micro_batch",
+        "accumulation",
+        "shard_ranks",
+        "tensor_parallel",
+        "steps",
+        "vocab",
+        "basis_block",
+    ):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     if not 0.0 < options.mfu <= 1.0:
@@ -323,10 +246,10 @@ def main(argv: list[str]) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     rows = [
-        predict(engine, optimizer, job, options.hardware, options.mfu, options.steps)
+        predict(engine, optimizer, job, options.hardware, options.mfu, options.steps, options.basis_block)
         for engine in options.engines
         for optimizer in options.optimizers
-        if optimizer != "anon-8bit-m" or not is_deepspeed(engine) or engine == "zero0"  # ZeRO takes no 8-bit states
+        if is_possible(engine, optimizer)
     ]
     show(options, job, rows)
     if options.json:
@@ -354,6 +277,13 @@ def as_json(options: Options, job: Job, rows: list[Row]) -> dict[str, Any]:
         "steps": options.steps,
         "rows": [asdict(row) | more for row, more in zip(rows, derived, strict=True)],
     }
+
+
+def is_possible(engine: EngineName, optimizer: OptimizerName) -> bool:
+    """ZeRO takes no 8-bit states, and a basis needs matrices that are not flattened."""
+    if NAMED[optimizer].bases is not None:
+        return not is_deepspeed(engine) and engine != "fsdp1"
+    return optimizer != "anon-8bit-m" or not is_deepspeed(engine) or engine == "zero0"
 
 
 def show(options: Options, job: Job, rows: list[Row]) -> None:
@@ -405,6 +335,9 @@ def show(options: Options, job: Job, rows: list[Row]) -> None:
         "step: max(compute, comm.) + optim. + offload, if communication hides behind computation; tokens/s: of a rank, then.",
         highlight=False,
     )
+    if any(NAMED[row.optimizer].bases for row in rows):
+        bases = Bases("columns", options.basis_block)
+        console.print(bases_table(job, bases, options.hardware.flops32, partial(link_of, hardware=options.hardware)))
 
 
 if __name__ == "__main__":

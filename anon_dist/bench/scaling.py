@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anon_dist.bench.memory import NAMED, EngineName, Job, OptimizerName, owned_elements
-from anon_dist.bench.plan import traffic
+from anon_dist.bench.messages import traffic
 from anon_dist.bench.shapes import find_shape
 from anon_dist.train.config import ConfigError
 from anon_dist.usage import parse

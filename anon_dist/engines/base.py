@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.replicas import Copy
+from anon_dist.optim import Anon
 
 
 def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[float]) -> None:
@@ -19,6 +20,12 @@ def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[fl
     rates = [lr] * len(groups) if isinstance(lr, float) else lr
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+
+
+def settle(optimizer: Optimizer) -> None:
+    """Have what an Anon does after its last step done, before its state is read."""
+    if isinstance(optimizer, Anon):
+        optimizer.settle()
 
 
 class Engine(Protocol):

@@ -106,11 +106,11 @@ def copies_of(model: nn.Module) -> Iterator[Copy]:
 
 
 def states_of(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> Iterator[Copy]:
-    """The optimizer's tensors, of each parameter that has a name; all laid out as the parameter is."""
+    """The optimizer's tensors, of each parameter that has a name: laid out as the parameter is, but for bases, which say it themselves."""
     for p, state in optimizer.state.items():
         for key, value in state.items() if p in names else ():
             if isinstance(value, Tensor):
-                yield Copy(f"{key} of {names[p]}", value, p)
+                yield Copy(f"{key} of {names[p]}", value, value if isinstance(value, DTensor) else p)
 
 
 def check_replicas(copies: Iterable[Copy], device: torch.device) -> None:

@@ -149,7 +149,8 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
             first = next((names[p] for p in group["params"] if names[p] not in by_member), None)
             raise CheckpointError(
                 f"param group {index}: {first or names[group['params'][0]]} is in {'none' if first else 'another'} of the checkpoint's "
-                "param groups; resume with the groups it was written with (the same model, and the same weight decay and gamma by name)"
+                "param groups; resume with the groups it was written with (the same model, and the same lr, weight decay and gamma by "
+                "name; where rows are turned into a basis, those of tokens are in groups of their own)"
             )
         values = checkpoint.manifest.groups[indices.pop()].hyperparameters if indices else {}  # type: ignore[index]
         found.append({k: v for k, v in values.items() if k != "params"})

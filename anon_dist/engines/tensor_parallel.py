@@ -19,6 +19,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
+from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import check_optimizer
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import parameter_order
@@ -70,8 +71,7 @@ class TensorParallelEngine(TorchEngine):
             group["params"] = [current[name] for name in held]
         self.optimizer = optimizer
         check_optimizer(optimizer, model, type(optimizer), groups)
-        if hasattr(optimizer, "init_state"):
-            optimizer.init_state()
+        allocate(optimizer)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """See `base.Engine`."""

@@ -17,12 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint import load_sharded, save_sharded
-from anon_dist.engines.base import set_learning_rates
+from anon_dist.engines.base import set_learning_rates, settle
+from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import check_present, opened, parameter_order, restore
+from anon_dist.engines.saved_bases import groups_in, groups_of, take_over
 from anon_dist.optim import Anon
 
 
@@ -49,8 +51,7 @@ class TorchEngine:
         self.model, prepared = accelerator.prepare(model, optimizer)
         check_optimizer(prepared, self.model, type(optimizer), groups)
         self.optimizer: Optimizer = prepared.optimizer
-        if hasattr(self.optimizer, "init_state"):
-            self.optimizer.init_state()
+        allocate(self.optimizer)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._overlapped = OverlappedStep(self.model, self.optimizer) if overlap else None
 
@@ -102,6 +103,7 @@ class TorchEngine:
     def copies(self) -> Iterator[Copy]:
         """See `base.Engine`."""
         self._wait()
+        settle(self.optimizer)
         yield from copies_of(self.model)
         yield from states_of(self.optimizer, {copy.tensor: copy.name for copy in copies_of(self.model)})
 
@@ -113,11 +115,13 @@ class TorchEngine:
         """See `base.Engine`. What another engine wrote is converted as it is read."""
         self._wait()
         check_present(folder)
-        if (folder / ".metadata").exists():
+        names, ours = {copy.tensor: copy.name for copy in copies_of(self.model)}, (folder / ".metadata").exists()
+        if ours and take_over(self.name, self.optimizer, names, groups_in(folder)):
             load_sharded(folder, self.model, self.optimizer)
-        else:
-            with opened(folder, self._order) as checkpoint:
-                restore(self.model, self.optimizer, checkpoint)
+            return
+        with opened(folder, self._order) as checkpoint:
+            take_over(self.name, self.optimizer, names, groups_of(checkpoint))
+            restore(self.model, self.optimizer, checkpoint)
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""

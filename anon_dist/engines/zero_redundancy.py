@@ -16,12 +16,15 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp import load_state, save_state
-from anon_dist.engines.base import set_learning_rates
+from anon_dist.engines.base import set_learning_rates, settle
+from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import Copy, copies_of
 from anon_dist.engines.restore import check_present, opened, parameter_order, restore
+from anon_dist.engines.saved_bases import groups_in, groups_of, take_over
 from anon_dist.engines.torch_native import TorchEngine
+from anon_dist.optim.frame import BASIS_KEYS, KEYS, sides
 from anon_dist.optim.regime import HISTORY
 from anon_dist.optim.state import decoded_states
 
@@ -44,8 +47,7 @@ class ZeroRedundancyEngine(TorchEngine):
         check_optimizer(self.optimizer, None, type(optimizer), groups)
         held = {id(p) for g in self._shared.param_groups for p in g["params"]}
         assert held == {id(p) for p in self.model.parameters() if p.requires_grad}
-        if hasattr(self.optimizer, "init_state"):
-            self.optimizer.init_state()
+        allocate(self.optimizer)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def _step_optimizer(self, lr: float | Sequence[float]) -> None:
@@ -69,6 +71,7 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def save(self, folder: Path) -> None:
         """See `base.Engine`."""
+        settle(self.optimizer)
         with decoded_states(self.optimizer):
             state = self._state()
             self._agree_on_histories(state["optimizer"]["param_groups"])
@@ -77,10 +80,15 @@ class ZeroRedundancyEngine(TorchEngine):
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""
         check_present(folder)
-        if not (folder / ".metadata").exists():
-            with self.whole_optimizer() as optimizer, opened(folder, self._order) as checkpoint:
-                restore(self.model, optimizer, checkpoint)
-            return
+        names, fits = self._names(), False
+        with self.whole_optimizer() as optimizer:
+            if (folder / ".metadata").exists():
+                fits = take_over(self.name, optimizer, names, groups_in(folder))
+            if not fits:
+                with opened(folder, self._order) as checkpoint:
+                    take_over(self.name, optimizer, names, groups_of(checkpoint))
+                    restore(self.model, optimizer, checkpoint)
+                return
         with decoded_states(self.optimizer):
             state = self._state()
             load_state(folder, state, type(self.optimizer).__name__, elsewhere=self._keys_of_other_ranks())
@@ -125,6 +133,11 @@ class ZeroRedundancyEngine(TorchEngine):
 
     def _keys_of_other_ranks(self) -> set[str]:
         """Keys of the checkpoint that hold the state of parameters of other ranks."""
-        mine = set(self.optimizer.state)
-        keys = {key for values in self.optimizer.state.values() for key in values}
-        return {f"optimizer.state.{name}.{key}" for p, name in self._names().items() if p not in mine for key in keys}
+        mine, names = set(self.optimizer.state), self._names()
+        keys = {key for values in self.optimizer.state.values() for key in values}.difference(BASIS_KEYS)
+        found = set()
+        for group in self._shared.param_groups:
+            for p in (p for p in group["params"] if p not in mine):
+                turned = {key for side in sides(p, group) for key in KEYS[side]} if "basis" in group else set()
+                found |= {f"optimizer.state.{names[p]}.{key}" for key in keys | turned}
+        return found

@@ -18,6 +18,7 @@ from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import check_same_optimizer, copy_range
+from anon_dist.engines.saved_bases import refuse_saved
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def restore(engine: Any, checkpoint: Checkpoint, strict: bool = True, allow_loss
     with torch.no_grad():
         with on_every_rank():
             check_same_optimizer(optimizer, checkpoint)
+            refuse_saved("DeepSpeed", checkpoint)
             source = _Source(checkpoint, engine.module)
             held = list(_held(wrapper, optimizer, source.names))
             local = _local(held, source, allow_loss)

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anon_dist.optim import frame
+
 BINS_PER_OCTAVE = 8
 LEAST, MOST = -256, 128
 """log2 of the smallest and largest σ and m̂² told apart. float32's squares below 2^-149 are 0, but moments may be computed in float64."""
@@ -128,10 +130,19 @@ class Spectrum:
 
 
 class Spectra:
-    """A spectrum for each parameter name; or one for all parameters, whatever their names, as older files have it."""
+    """A spectrum for each parameter name; or one for all parameters, whatever their names, as older files have it.
 
-    def __init__(self, by_name: Mapping[str, Spectrum] | None = None, of_all: Spectrum | None = None) -> None:
-        self._by_name, self._of_all = dict(by_name or {}), of_all
+    Attributes:
+        frames: of parameters that were measured in a basis of their own, which sides of it, see `frame_of`.
+    """
+
+    def __init__(
+        self,
+        by_name: Mapping[str, Spectrum] | None = None,
+        of_all: Spectrum | None = None,
+        frames: Mapping[str, str] | None = None,
+    ) -> None:
+        self._by_name, self._of_all, self.frames = dict(by_name or {}), of_all, dict(frames or {})
 
     def of(self, names: Iterable[str]) -> Spectrum:
         """The parameters' together.
@@ -149,12 +160,14 @@ class Spectra:
         """Count the other's elements too; both by name."""
         for name, spectrum in other._by_name.items():
             self._by_name.setdefault(name, Spectrum()).merge(spectrum)
+        self.frames |= other.frames
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
         if self._of_all:
             return self._of_all.to_json()
-        return {"parameters": {name: spectrum.to_json() for name, spectrum in self._by_name.items()}}
+        found: dict[str, Any] = {"parameters": {name: spectrum.to_json() for name, spectrum in self._by_name.items()}}
+        return {**found, "frames": self.frames} if self.frames else found
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Spectra:
@@ -166,7 +179,14 @@ class Spectra:
         """
         if "parameters" not in value:
             return cls(of_all=Spectrum.from_json(value))
-        return cls({name: Spectrum.from_json(x) for name, x in value["parameters"].items()})
+        by_name = {name: Spectrum.from_json(x) for name, x in value["parameters"].items()}
+        return cls(by_name, frames=value.get("frames"))
+
+
+def frame_of(p: Tensor, basis: str | None, block: int) -> str:
+    """The frame in which a parameter's update is made: its turned sides and their blocks, "columns of 128"; "" if none is turned."""
+    wanted = {"basis": basis}
+    return ", ".join(f"{side} of {min(block, frame.length(p, side))}" for side in frame.sides(p, wanted))
 
 
 def matched(
@@ -177,6 +197,8 @@ def matched(
     lr: float,
     update_clip: float | None = None,
     gamma: float = 1.0,
+    basis: str | None = None,
+    basis_block: int = 128,
 ) -> list[dict[str, Any]]:
     """Param groups for `Anon` whose lr, update_clip and weight_decay are meant for γ = 1: multiplied, in each group, for its own γ.
 
@@ -185,15 +207,16 @@ def matched(
 
     Args:
         groups: as `param_groups` makes them.
-        lr, update_clip, gamma: of groups that do not say.
+        lr, update_clip, gamma, basis, basis_block: of groups that do not say. What is matched is the update as it is
+            clipped, in the basis: spectra must have been measured in it.
 
     Raises:
-        ValueError: a spectrum is missing, or says nothing, since no gradient was seen.
+        ValueError: a spectrum is missing, was measured in another basis, or says nothing, since no gradient was seen.
     """
     names = {p: name for name, p in model.named_parameters()}
     made = []
     for group in groups:
-        spectrum = group_spectrum(spectra, [names[p] for p in group["params"]])
+        spectrum = group_spectrum(spectra, {"basis": basis, "basis_block": basis_block, **group}, names)
         clip = group.get("update_clip", update_clip)
         f = spectrum.lr_factor(group.get("gamma", gamma), clip)
         values = {"lr": group.get("lr", lr) * f, "update_clip": clip and clip / f}
@@ -201,16 +224,27 @@ def matched(
     return made
 
 
-def group_spectrum(spectra: Spectra, names: Sequence[str]) -> Spectrum:
+def group_spectrum(spectra: Spectra, group: Mapping[str, Any], names_of: Mapping[Any, str]) -> Spectrum:
     """The spectrum of a param group's parameters.
 
+    Args:
+        names_of: names of the parameters.
+
     Raises:
-        ValueError: there is none of a parameter, or no gradient was seen in any.
+        ValueError: there is none of a parameter, it was measured in another basis, or no gradient was seen in any.
     """
+    names = [names_of[p] for p in group["params"]]
     try:
         spectrum = spectra.of(names)
     except KeyError as error:
         raise ValueError(f"there is no spectrum of parameter {error}: it was measured on another model") from None
+    for p, name in zip(group["params"], names, strict=True):
+        here, there = frame_of(p, group.get("basis"), group.get("basis_block", 128)), spectra.frames.get(name, "")
+        if here != there:
+            raise ValueError(
+                f"the spectrum of {name} was measured with {there or 'nothing'} turned into a basis of its own, and {here or 'nothing'} is "
+                "here: measure it on a checkpoint of Anon with the same basis and basis_block"
+            )
     if spectrum.rms(1.0) == 0.0:
         raise ValueError(f"the spectrum of {', '.join(names[:3])}, … says nothing: no gradient was seen there")
     return spectrum

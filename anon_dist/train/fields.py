@@ -89,6 +89,11 @@ class OptimConfig:
     """Added to the second moment. None: 1e-16 for Anon, 1e-8 for AdamW (where it stands outside the square root)."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay of matrices and embeddings; vectors are not decayed."""
+    lr_by_name: dict[Text, LearningRate] = field(default_factory=dict)
+    """Parameter name pattern (shell-style; the first that matches counts) → factor of the learning rate at every step. {"*wte*": 3}: token
+    embeddings learn three times as fast."""
+    weight_decay_by_name: dict[Text, NotNegative] = field(default_factory=dict)
+    """Parameter name pattern → its own weight decay, in place of weight_decay and of the rule that vectors have none."""
     gamma: Gamma = 1.0
     """(Anon) Adaptivity γ: 0 is momentum SGD, 1 adapts like Adam."""
     gamma_by_name: dict[Text, Gamma] = field(default_factory=dict)
@@ -109,6 +114,18 @@ class OptimConfig:
     window: Steps | Literal["auto"] | None = 64
     """(Anon) Steps before a refresh in which the second moment is accumulated; the others are faster. auto: so many that
     what is left out weighs at most 2^-24. None: all of them, as in the paper."""
+    max_interval: Steps | None = None
+    """(Anon) Most steps between two refreshes, however far apart refresh_ratio puts them. None: unlimited, as in the paper."""
+    nesterov: bool = False
+    """(Anon) Step along the mean that the same gradient would give once more, as Nesterov's momentum does."""
+    cautious_decay: bool = False
+    """(Anon) Decay a weight only where its update makes it smaller too."""
+    basis: Literal["columns", "rows", "both"] | None = None
+    """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; never by the
+    rows of embeddings and of the output matrix. Under fsdp2 and hsdp take columns: rows only where shards hold whole blocks. Not for
+    deepspeed and fsdp1, which cut matrices into flat parts. A run may be resumed with another one, or none."""
+    basis_block: Size = 128
+    """(Anon) Bases are block-diagonal, in blocks of so many columns or rows: 8 bytes of state for each, times the length of the side."""
     hold_silent: bool = False
     """(Anon) Elements without gradient since the last refresh keep their preconditioner; meant for γ < 0."""
     state_dtype: StateDtype = "float32"

@@ -1,4 +1,4 @@
-"""γ by step, and what has to follow it: the learning rate, the weight decay and the clip of each param group."""
+"""γ by step, and what has to follow it: the learning rate, the weight decay and the clip of each param group; and rates by name."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class GroupRule:
     """Meant for γ = 1."""
     weight_decay: float
     """Meant for γ = 1."""
+    lr_factor: float = 1.0
+    """By `optim.lr_by_name`, whatever γ is."""
     _factors: dict[float, float] = field(default_factory=dict)
 
     @property
@@ -51,13 +53,13 @@ class GroupRule:
     def match(self, group: dict[str, Any], gamma: float) -> float:
         """Set what has a unit that depends on γ; the factor of the learning rate."""
         if self.spectrum is None:
-            return 1.0
+            return self.lr_factor
         if gamma not in self._factors:
             self._factors = {gamma: self.spectrum.lr_factor(gamma, self.update_clip)}
         f = self._factors[gamma]
         group["update_clip"] = self.update_clip and self.update_clip / f
         group["weight_decay"] = self.weight_decay / f
-        return f
+        return f * self.lr_factor
 
 
 class GammaRules:
@@ -75,14 +77,17 @@ class GammaRules:
         for group in optimizer.param_groups:
             members = [names[p] for p in group["params"]]
             named = any(fnmatchcase(members[0], pattern) for pattern in config.gamma_by_name)
-            spectrum = group_spectrum(spectra, members) if anon and spectra is not None else None
+            spectrum = group_spectrum(spectra, group, names) if anon and spectra is not None else None
             scheduled = bool(self._knots) and not named
-            self.groups.append(GroupRule(scheduled, spectrum, group.get("update_clip"), group["weight_decay"]))
-        self.matched = any(rule.spectrum for rule in self.groups)
+            factor = next((f for pattern, f in config.lr_by_name.items() if fnmatchcase(members[0], pattern)), 1.0)
+            rule = GroupRule(scheduled, spectrum, group.get("update_clip"), group["weight_decay"], factor)
+            self.groups.append(rule)
+        matched = any(rule.spectrum for rule in self.groups)
+        self.multiplied = matched or any(rule.lr_factor != 1.0 for rule in self.groups)
         """Whether learning rates are multiplied by something."""
         self._settled: tuple[float | None, list[float]] | None = None
-        if not self.matched and not self._knots:
-            self._settled = (None, [1.0] * len(self.groups))
+        if not matched and not self._knots:
+            self._settled = (None, [rule.lr_factor for rule in self.groups])
 
     def factors(self, engine: Engine, step: int) -> list[float]:
         """Set the groups' hyperparameters for `step`; the factor of each group's learning rate in it. Every rank calls it.

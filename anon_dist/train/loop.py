@@ -238,7 +238,7 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         "grad_norm": done.grad_norm.value(),
         "tokens_per_s": tokens / wall,
     }
-    if run.gammas.matched:
+    if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()
     if peak := peak_flops(accelerator.device):

@@ -13,20 +13,40 @@ from anon_dist.optim import Anon, param_groups
 from anon_dist.train.config import OptimConfig
 from anon_dist.train.gamma import gamma_at
 
+REBASED = ("gamma", "refresh_ratio", "beta3", "window", "max_interval", "basis", "basis_block")
+"""What a state depends on, β2 aside, which is one of `betas`."""
+
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Anon, or fused AdamW, over the model's decay and no-decay groups. Anon rounds bfloat16 parameters stochastically.
+    """Anon, or fused AdamW, over the model's param groups. Anon rounds bfloat16 parameters stochastically.
+
+    A group's learning rate has its factor of `lr_by_name` in it; `GammaRules` gives it to every step's.
 
     Raises:
-        ValueError: a hyperparameter is out of its range, or a pattern of `gamma_by_name` matches no parameter.
+        ValueError: a hyperparameter is out of its range, or a pattern matches no parameter.
     """
-    if config.name == "adamw":
-        groups = param_groups(model, config.weight_decay)
+    rates = {pattern: config.lr * factor for pattern, factor in config.lr_by_name.items()}
+    anon = config.name == "anon"
+    groups = param_groups(
+        model,
+        config.weight_decay,
+        lr=rates,
+        decay=config.weight_decay_by_name,
+        gamma=config.gamma_by_name if anon else None,
+        basis=config.basis if anon else None,
+    )
+    for group in groups:
+        if (rate := group.get("lr", config.lr)) * group["weight_decay"] >= 1.0:
+            raise ValueError(
+                f"a learning rate of {rate:g} and a weight decay of {group['weight_decay']:g} (lr_by_name, weight_decay_by_name) would "
+                "decay the weights past 0 in a step; lower one of them"
+            )
+    if not anon:
         return torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=1e-8 if config.eps is None else config.eps, fused=True
         )
     return Anon(
-        param_groups(model, config.weight_decay, gamma=config.gamma_by_name),
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=1e-16 if config.eps is None else config.eps,
@@ -35,6 +55,10 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         beta3=config.beta3,
         update_clip=config.update_clip,
         window=config.window,
+        max_interval=config.max_interval,
+        nesterov=config.nesterov,
+        cautious_decay=config.cautious_decay,
+        basis_block=config.basis_block,
         hold_silent=config.hold_silent,
         state_dtype=config.state_dtype,
         stochastic_rounding=any(p.dtype == torch.bfloat16 for p in model.parameters()),
@@ -57,7 +81,7 @@ def apply_hyperparameters(
         kept: for each group, what stays as it is in the checkpoint, being set at each step (`GammaRules`).
 
     Raises:
-        ValueError: `rebase` refuses the change, or the states' dtype is another.
+        ValueError, RuntimeError: `rebase` refuses the change, or the states' dtype is another.
     """
     for index, (group, new, left) in enumerate(zip(optimizer.param_groups, wanted, kept, strict=True)):
         left = {"lr", "foreach", "fused", *left}
@@ -69,9 +93,7 @@ def apply_hyperparameters(
                 f"optim.state_dtype cannot change during a run; it was {group['state_dtype']!r}: set it to that, or choose another run_dir"
             )
         if isinstance(optimizer, Anon):
-            rebased: dict[str, Any] = {
-                k: changed.pop(k) for k in ("gamma", "refresh_ratio", "beta3", "window") if k in changed
-            }
+            rebased: dict[str, Any] = {k: changed.pop(k) for k in REBASED if k in changed}
             if "betas" in changed and changed["betas"][1] != group["betas"][1]:
                 rebased["beta2"] = changed["betas"][1]
             if rebased:

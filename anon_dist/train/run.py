@@ -356,7 +356,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     with run.engine.whole_optimizer() as optimizer:
         try:
             apply_hyperparameters(optimizer, wanted, [rule.sets for rule in run.gammas.groups], say)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
     for line in changes(config, run.engine.name, source, progress):

@@ -14,6 +14,7 @@ from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
 from anon_dist.engines.restore import state_folder
+from anon_dist.optim.frame import KEYS
 from anon_dist.optim.matching import Spectra, Spectrum
 from anon_dist.optim.regime import Regime
 
@@ -36,7 +37,7 @@ def load_spectra(path: Path) -> Spectra:
 
 
 def spectra_of(path: Path) -> Spectra:
-    """The spectra of a checkpoint of Anon (at γ ≠ 0) or AdamW, in any format, by parameter name.
+    """The spectra of a checkpoint of Anon (at γ ≠ 0) or AdamW, in any format, by parameter name; in the basis that the state is of.
 
     Raises:
         CheckpointError: it is another optimizer's, has γ = 0, has taken no step, or cannot be read.
@@ -52,6 +53,7 @@ def _read(path: Path, checkpoint: Checkpoint) -> Spectra:
             f"{path} holds the state of {optimizer or 'no optimizer'}; second moments are read from Anon or AdamW"
         )
     by_name: dict[str, Spectrum] = {}
+    frames: dict[str, str] = {}
     for group in checkpoint.manifest.groups:
         if optimizer == ANON and Regime(group.hyperparameters).gamma_in_force == 0.0:
             raise CheckpointError(
@@ -60,7 +62,11 @@ def _read(path: Path, checkpoint: Checkpoint) -> Spectra:
         for name in group.members:
             if Key(name, "exp_avg") in checkpoint.tensors:
                 by_name[name] = _spectrum(checkpoint, group, name, optimizer == ANON)
-    spectra = Spectra(by_name)
+                blocks = {side: checkpoint.tensors.get(Key(name, key)) for side, (key, _) in KEYS.items()}
+                turned = [f"{side} of {info.shape[1]}" for side, info in blocks.items() if info is not None]
+                if turned:
+                    frames[name] = ", ".join(turned)
+    spectra = Spectra(by_name, frames=frames)
     if spectra.whole().rms(1.0) == 0.0:
         raise CheckpointError(f"{path} has no optimizer state after a step")
     return spectra

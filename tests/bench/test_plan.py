@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from anon_dist.bench import plan, scaling
-from anon_dist.bench.memory import ENGINES, NAMED, Job, handed_out, memory, owned_elements, shares
-from anon_dist.bench.plan import Hardware, Message, predict, traffic
+from anon_dist.bench.bases import cost
+from anon_dist.bench.memory import ENGINES, NAMED, Bases, Job, handed_out, memory, owned_elements, shares
+from anon_dist.bench.messages import Hardware, Message, traffic
+from anon_dist.bench.plan import predict
 from anon_dist.bench.shapes import MODELS, Shape, config_of, find_shape
+from anon_dist.optim import Anon, param_groups
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.train.config import ConfigError
 from anon_dist.train.model import build_model, flops_per_token
 
@@ -64,6 +68,47 @@ def test_bytes_of_states_and_of_a_step():
     )  # 17 powers of 2; windows of 325 steps, or all where they are closer
     assert refreshing == 17e-5
     assert accumulating == pytest.approx((512 + 7 * 325 + 0) / 1e5, rel=0.2)
+
+
+def test_bases_are_those_that_the_optimizer_makes():
+    """Of a built model: 4 bytes for each element of the bases and covariances that Anon allocates."""
+    for shape in (TINY, GPT2):
+        model = build_model(config_of(shape), shape.vocab, 0, 16)
+        for sides in ("columns", "both"):
+            optimizer = Anon(param_groups(model, basis=sides), basis_block=7)
+            optimizer.init_state()
+            states = [s[key] for s in optimizer.state.values() for key in BASIS_KEYS if key in s]
+            found = cost("ddp", Job(shape, 2, seq_len=16), Bases(sides, 7))
+            assert found.bytes == sum(4 * x.numel() for x in states)
+            assert found.refresh_bytes == 0
+
+
+def test_bases_by_hand():
+    """TINY's matrices have 8 columns, and 24 for down, in blocks of 8. Each of 3 ranks has all, and sends 4/3 of the covariances."""
+    sides = [8, 8, 8, 8, 8, 8, 24]
+    elements = 8 * (2 * sum(sides) + 8 + 8)
+    found = cost("fsdp2", Job(TINY, 3, seq_len=16), Bases("columns", 8))
+    assert found.bytes == 8 * elements
+    assert found.refresh_bytes == pytest.approx(4 * elements * 4 / 3)
+    matrices = owned_elements("fsdp2", Job(TINY, 3, seq_len=16)) - (2 * 2 * 3 + 3)
+    assert (found.turned, found.step_flops) == (matrices, 4 * 8 * matrices)
+
+
+def test_bases_are_small_beside_a_large_model(capsys):
+    """Width 4,096, 32 layers, blocks of 128: on every rank, at most 0.25 bytes for each parameter of the whole model."""
+    gpt2 = Shape("gpt2", 32, 4096, 32, 32, 4 * 4096, 50304, 4096, tied=True)
+    for name, shape in (("gpt2", gpt2), ("llama", MODELS["7b"])):
+        job, whole = Job(shape, 64), sum(p.numel for p in shape.parameters())
+        found = cost("fsdp2", job, Bases("columns"))
+        with capsys.disabled():
+            print(
+                f"\n{name}: {found.bytes / whole:.3f} bytes of bases and covariances a parameter ({found.bytes / 1e9:.2f} GB)"
+            )
+        assert 0.1 < found.bytes / whole <= 0.25
+        assert found.bytes == cost("fsdp2", Job(shape, 512), Bases("columns")).bytes
+        # the turns on top of a step: 0.67 b / tokens of it
+        turns, step = 64 * found.step_flops, shape.flops_per_token(4096) * job.tokens * 64
+        assert turns / step == pytest.approx(0.67 * 128 / (64 * 4096), rel=0.3)
 
 
 def test_links():

@@ -748,6 +748,56 @@ def case_runs_with_a_gamma_schedule_resume():
             assert [round(last[f"gamma/{i}"], 12) for i in range(3)] == [0.5, 0.95, 0.95], last
 
 
+def with_a_basis(engine, folder=None, data=None):
+    config = run_config(data or DATA, folder or shared_folder(OUT), engine=engine)
+    config.optim.basis, config.optim.basis_block, config.optim.nesterov = "columns", 24, True
+    config.optim.refresh_ratio, config.optim.lr_by_name = 1.3, {"*wte*": 2.0}
+    return config
+
+
+def case_runs_with_a_basis_resume():
+    """To the bit under the same engine; under another to the rounding of sums in another order; where matrices are cut flat not at all."""
+    losses = {}
+    for engine in ("fsdp2", "ddp", "zero1"):
+        whole, resumed = whole_and_resumed(with_a_basis(engine), with_a_basis(engine))
+        if dist.get_rank() == 0:
+            assert metrics(whole) == metrics(resumed), engine
+        losses[engine] = [r["loss"] for r in metrics(whole) if "loss" in r]
+    for first, second in (("fsdp2", "zero1"), ("zero1", "fsdp2"), ("ddp", "fsdp2")):
+        config = with_a_basis(first)
+        patch = Patch()
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(config)
+        patch.close()
+        config.train.engine = second
+        run(config)
+        losses[first, second] = [r["loss"] for r in metrics(Path(config.run_dir)) if "loss" in r]
+    for key, found in losses.items():
+        assert len(found) == 12
+        assert all(abs(x / y - 1) <= 1e-4 for x, y in zip(found, losses["ddp"], strict=True)), (key, losses)
+    raises(EngineError, "engine fsdp1 cuts matrices into flat parts", lambda: run(with_a_basis("fsdp1")))
+    config.train.engine, config.optim.basis, config.train.steps = "fsdp1", None, 14
+    raises(CheckpointError, "matrices in bases of their own, which fsdp1 cannot hold", lambda: run(config))
+    config = with_a_basis("fsdp2")
+    config.optim.basis = "rows"
+    raises(EngineError, "basis_block=16 would fit", lambda: run(config))
+
+
+def case_bases_on_ranks_are_compared():
+    """Bases of columns are alike on all ranks that hold other rows, and counted once."""
+    forget_accelerate()
+    model = small_model()
+    optimizer = Anon(param_groups(model, 0.1, basis="columns"), lr=1e-3, basis_block=8)
+    engine = wrap(*reversed(start(wanted("fsdp2"))), model, optimizer)
+    sizes = [(p.numel(), p[0].numel() if p.dim() > 1 else 0) for p in small_model().parameters()]
+    assert engine.state_bytes().whole == sum(12 * numel + 2 * 4 * 8 * columns for numel, columns in sizes)
+    check_replicas(engine.copies(), torch.device("cpu"))
+    state = next(s for s in engine.optimizer.state.values() if "column_basis" in s)
+    state["column_basis"].to_local()[3, 3] = 1.0 + dist.get_rank()
+    words = "column_basis of transformer.wte.weight differs between rank 0 and rank 1"
+    raises(ReplicasDifferError, words, lambda: check_replicas(engine.copies(), torch.device("cpu")))
+
+
 def case_compact_runs_resume():
     """bfloat16 parameters, 8-bit and bfloat16 states: interrupted and resumed, the losses of a run that was not."""
     for engine in ("ddp", "fsdp2"):
@@ -875,6 +925,7 @@ def case_leave_a_run_for_one_process():
     whole = whole_run("fsdp2")
     if dist.get_rank() == 0:
         shutil.copytree(whole, Path(OUT) / "two-ranks")
+    run(with_a_basis("fsdp2", str(Path(OUT) / "two-ranks-basis")))
 
 
 if __name__ == "__main__":

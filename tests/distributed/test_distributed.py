@@ -23,22 +23,23 @@ def test_case(case, launched):
     assert_passed(case, launched, RANKS)
 
 
-def test_another_world_size(launched, prepared):
+@pytest.mark.parametrize("basis", [False, True])
+def test_another_world_size(basis, launched, prepared):
     """A run of two ranks, interrupted, goes on in one process: the same samples, the losses but for the order of summation."""
     import shutil
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from cases import run_config
+    from cases import run_config, with_a_basis
 
     from anon_dist.train import loop
 
-    whole = launched / "two-ranks"
-    resumed = launched / "one-rank"
+    whole = launched / f"two-ranks{'-basis' * basis}"
+    resumed = launched / f"one-rank{'-basis' * basis}"
     shutil.copytree(whole, resumed)
     for path in ("result.json", "checkpoints/step-00000012", "checkpoints/step-00000008"):
         shutil.rmtree(resumed / path) if (resumed / path).is_dir() else (resumed / path).unlink()
     forget_accelerate()
-    config = run_config(str(prepared), str(resumed), engine="auto")
+    config = (with_a_basis if basis else run_config)(data=str(prepared), folder=str(resumed), engine="auto")
     config.train.micro_batch = 8  # and another accumulation
     loop.train(config)
     a, b = metrics(whole), metrics(resumed)

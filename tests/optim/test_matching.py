@@ -1,5 +1,6 @@
 """The learning rate across γ, against the steps that Anon takes."""
 
+import json
 import math
 
 import pytest
@@ -146,7 +147,30 @@ def test_each_group_is_matched_by_its_own_parameters(clip):
     assert [g["lr"] * (g["update_clip"] or 0.0) for g in groups] == pytest.approx([1e-3 * (clip or 0.0)] * 2)
     assert groups[0]["lr"] / groups[1]["lr"] > 100  # 10^3: the unit of a gradient
     assert steps_of(model, Anon(groups, **hyper)) == pytest.approx(expected, rel=0.15)
+    with pytest.raises(
+        ValueError, match="small was measured with nothing turned into a basis of its own, and columns of 60 is here"
+    ):
+        matched(param_groups(model), model, Spectra(by_name), lr=1e-3, basis="columns", basis_block=60)
     with pytest.raises(ValueError, match="no spectrum of parameter 'large'"):
         matched(groups, model, Spectra({"small": by_name["small"]}), lr=1e-3)
     with pytest.raises(ValueError, match="says nothing: no gradient was seen"):
         matched(groups, model, Spectra({**by_name, "large": Spectrum()}), lr=1e-3)
+
+
+def test_what_is_matched_in_a_basis_was_measured_in_it():
+    """γ = 0 and γ = 1 make steps of one size there, however the basis mixes columns of other scales."""
+    hyper = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "basis": "columns", "basis_block": 64}
+    plain, model = Two(), Two()
+    reference = Anon(param_groups(plain, 0.0), lr=1e-3, **hyper)
+    expected = steps_of(plain, reference)
+    reference.settle()
+    by_name, frames = {}, dict.fromkeys(("small", "large"), "columns of 64")
+    for name, p in plain.named_parameters():
+        by_name[name], state = Spectrum(), reference.state[p]
+        by_name[name].add(state["precond"].double() ** -2, state["exp_avg"] / (1 - 0.9**40))
+    spectra = Spectra.from_json(json.loads(json.dumps(Spectra(by_name, frames=frames).to_json())))
+    groups = param_groups(model, 0.0, gamma={"small": 0.0, "large": 0.0}, basis="columns")
+    groups = matched(groups, model, spectra, lr=1e-3, basis_block=64)
+    assert steps_of(model, Anon(groups, **hyper)) == pytest.approx(expected, rel=0.2)
+    with pytest.raises(ValueError, match=r"measured with columns of 64 turned .* and nothing is here"):
+        matched(param_groups(model, 0.0), model, spectra, lr=1e-3)

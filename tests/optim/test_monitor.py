@@ -82,3 +82,22 @@ def test_memory_is_bounded_and_the_host_does_not_wait():
     assert watched.asked == counted  # the step counts, which live on the host
     assert watched.largest <= 4 * (monitor.PIECE["cpu"] + 5000)
     assert len(monitor.read(found)) == 1
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_update_of_a_matrix_in_a_basis(nesterov):
+    """Its root mean square is that of the step, which is turned back and so as large; with Nesterov momentum on noise 14% below it."""
+    p = nn.Parameter(torch.zeros(200, 48))
+    hyper = {"betas": (0.9, 0.99), "basis": "columns", "basis_block": 16, "nesterov": nesterov, "max_interval": 30}
+    optimizer = Anon([p], lr=1.0, **hyper)
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(48, 48, generator=generator)
+    moved = measured = 0.0
+    for t in range(1, 101):
+        p.grad, before = torch.randn(200, 48, generator=generator) @ mix, p.detach().clone()
+        optimizer.step()
+        if t > 94:  # the last refresh is at 94
+            (found,) = monitor.read(monitor.measure(optimizer, CPU))
+            moved += float((p.detach() - before).square().sum())
+            measured += found.square_sum
+    assert math.sqrt(measured / moved) == pytest.approx(0.864 if nesterov else 1.0, rel=0.02 if nesterov else 1e-5)

@@ -1,6 +1,7 @@
 """Whole runs in one process: interrupted and resumed, exported, refused."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -11,12 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.schema import WEIGHT, Key
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.train import loop, report
 from anon_dist.train.config import ConfigError
+from anon_dist.train.lr import lr_factor
 from anon_dist.train.plot import plot_loss
 
 # β2 = 0.95, ρ = 1.1: refreshes at 1 … 11, 13; a window of 2 is closed at step 12, and open at 4, 8 and 13.
@@ -29,6 +33,14 @@ OPTIMIZERS = {
         "optim__state_dtype": "exp_avg=int8, exp_avg_sq=bfloat16, precond=bfloat16",
     },
     "gamma": {"optim__gamma": 0.5, "optim__gamma_by_name": {"*wte*": 1.0, "*ln_*": 0.0}},
+    "basis": {
+        "optim__basis": "both",
+        "optim__basis_block": 24,
+        "optim__nesterov": True,
+        "optim__cautious_decay": True,
+        "optim__max_interval": 3,
+        "optim__lr_by_name": {"*wte*": 3.0},
+    },
 }
 
 
@@ -346,6 +358,69 @@ def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, trai
     assert "resuming with gamma = 0.5 in param group 0; the checkpoint had 1.0" in out
     assert "resuming with weight_decay = 0.0 in param group 0; the checkpoint had 0.1" in out
     assert metrics(folder)[-1]["step"] == 14
+
+
+def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, capsys):
+    """From none to columns, in other blocks, to none and back; or to both sides, which parts the groups, and to rows. As no refresh
+    is in between, each is the identity, and changes nothing."""
+    plain = train(run_config(run_dir=str(tmp_path / "plain"), optim__refresh_ratio=2.0))  # refreshes at 1, 2, 4, 8
+    bases, losses = {}, [r["loss"] for r in metrics(plain) if "loss" in r]
+
+    def go_on(name, basis, block, until):
+        config = run_config(run_dir=str(tmp_path / name), optim__refresh_ratio=2.0, checkpoint__every=8)
+        config.optim.basis, config.optim.basis_block = basis, block
+        with monkeypatch.context() as patch:
+            if until < 14:
+                at_step(patch, until, send(signal.SIGTERM))
+            capsys.readouterr()
+            folder = train(config)
+        checkpoint = open_checkpoint(Checkpoints(folder / "checkpoints", 2).latest())
+        bases[name, basis] = {key.state for key in checkpoint.tensors if key.state.endswith("basis")}
+        found = [r["loss"] for r in metrics(folder) if "loss" in r]
+        assert found == pytest.approx(losses[:until], rel=1e-6)
+        return capsys.readouterr().out
+
+    go_on("a", None, 128, 8)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert "basis = 'columns' in param group 0; the checkpoint had None" in go_on("a", "columns", 128, 9)
+    assert "basis_block = 8 in param group 0; the checkpoint had 128" in go_on("a", "columns", 8, 11)
+    assert "basis = None in param group 1; the checkpoint had 'columns'" in go_on("a", None, 8, 12)
+    said = go_on("b", "both", 16, 10)
+    assert "basis = 'columns' in param group 0; the checkpoint had None" in said
+    assert "basis = 'both' in param group 1; the checkpoint had None" in said
+    go_on("b", "rows", 16, 12)
+    assert bases == {
+        ("a", None): set(),
+        ("a", "columns"): {"column_basis"},
+        ("b", "both"): {"row_basis", "column_basis"},
+        ("b", "rows"): {"row_basis"},
+    }
+    with pytest.raises(CheckpointError, match="those of tokens are in groups of their own"):
+        go_on("b", "columns", 16, 14)
+    go_on("b", "rows", 16, 14)
+
+
+def test_rates_and_decay_by_name(run_config, train, tmp_path):
+    """Factors are of every step's learning rate, and in the metrics; a run without decay of one matrix is another."""
+    by_name = {"optim__lr_by_name": {"*wte*": 3.0, "*ln_*": 0.0}, "optim__weight_decay_by_name": {"*mlp*": 0.0}}
+    for name in ("anon", "adamw"):
+        folder = train(run_config(optim__name=name, train__steps=5, run_dir=str(tmp_path / name), **by_name))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [r for r in lines if "loss" in r][-1]
+        checkpoint = open_checkpoint(folder / "checkpoints" / "step-00000005")
+        for i, group in enumerate(checkpoint.manifest.groups):
+            first, h = group.members[0], group.hyperparameters
+            factor = 3.0 if "wte" in first else 0.0 if "ln_" in first else 1.0
+            rate = 3e-3 * lr_factor(5, 5, run_config().schedule)
+            assert h["lr"] == pytest.approx(rate * factor)
+            assert last[f"lr_factor/{i}"] == factor
+            assert h["weight_decay"] == (0.0 if "mlp" in first or "bias" in first or "ln_" in first else 0.1)
+        norm = "transformer.h.0.ln_1.weight"
+        assert bool((checkpoint.read(Key(norm, WEIGHT), 0, 32) == 1.0).all())
+    with pytest.raises(ConfigError, match=r"'\*lm_head\*'\] match no trainable parameter"):
+        train(run_config(optim__lr_by_name={"*lm_head*": 0.5}, run_dir=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match=r"decay the weights past 0 in a step"):
+        train(run_config(optim__lr_by_name={"*wte*": 5e3}, run_dir=str(tmp_path / "other")))
 
 
 def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, tmp_path):

@@ -1,0 +1,104 @@
+"""Checkpoints of an Anon whose matrices are in bases of their own, loaded where these are others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from anon_dist.checkpoint.dcp_read import DcpFiles
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.schema import Checkpoint
+from anon_dist.checkpoint.together import on_every_rank
+from anon_dist.engines.bases import FLATTENING, allocate
+from anon_dist.optim import Anon
+from anon_dist.optim.frame import BASIS_KEYS
+from anon_dist.optim.regime import HISTORY, Regime
+
+
+@dataclass
+class SavedGroup:
+    """What a checkpoint says of a param group."""
+
+    members: set[str]
+    basis: str | None
+    block: int
+
+    @classmethod
+    def of(cls, members: Iterable[str], values: Mapping[str, Any]) -> SavedGroup:
+        """By its hyperparameters; a checkpoint that is older than bases has none."""
+        return cls(set(members), values.get("basis"), int(values.get("basis_block") or 128))
+
+
+def groups_of(checkpoint: Checkpoint) -> list[SavedGroup]:
+    """Of an opened checkpoint."""
+    return [SavedGroup.of(group.members, group.hyperparameters) for group in checkpoint.manifest.groups]
+
+
+def groups_in(folder: Path) -> list[SavedGroup]:
+    """Of a checkpoint that `checkpoint.save_sharded` wrote, without opening all of it. Every rank must call it.
+
+    Raises:
+        CheckpointError: it cannot be read; on every rank.
+    """
+    with on_every_rank():
+        files, found = DcpFiles(folder), list[SavedGroup]()
+        places = {key for key, _ in files.places}
+        while (start := f"optimizer.param_groups.{len(found)}.") + "params" in places:
+            keys = ("params", "basis", "basis_block")
+            values = {key: files.value(files.place(start + key, ())) for key in keys if start + key in places}
+            found.append(SavedGroup.of(values.pop("params"), values))
+    return found
+
+
+def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved: list[SavedGroup]) -> bool:
+    """Give the groups of an optimizer that is about to be loaded the bases that the checkpoint was written with, so that its states find
+    their places; `Anon.rebase` goes on to others. Its own states are made anew where there is a basis on either side.
+
+    Args:
+        engine: its name.
+        names: names of the parameters.
+
+    Returns:
+        Whether the checkpoint's param groups are the present ones.
+
+    Raises:
+        CheckpointError: a matrix has a basis there, and can have none under this engine.
+        EngineError: blocks of the checkpoint's basis would lie across shards here.
+    """
+    if not isinstance(optimizer, Anon):
+        return True
+    own = [{names[p] for p in group["params"]} for group in optimizer.param_groups]
+    turned = any(group.basis for group in saved)
+    if turned and engine in FLATTENING:
+        raise CheckpointError(
+            f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: go on under fsdp2, ddp or zero1 with "
+            f"optim.basis none, which turns them back, to the next checkpoint, and under {engine} from there"
+        )
+    turned |= any(group["basis"] for group in optimizer.param_groups)
+    if turned:
+        for group, members in zip(optimizer.param_groups, own, strict=True):
+            source = next((s for s in saved if members & s.members), None)
+            if source is not None:
+                group["basis"], group["basis_block"] = source.basis, source.block
+                group[HISTORY] = Regime(group).fresh()
+        optimizer.state.clear()
+        allocate(optimizer)
+    return len(own) == len(saved) and all(a <= b.members for a, b in zip(own, saved, strict=True))
+
+
+def refuse_saved(engine: str, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that has bases, where they have no place.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    key = next((key for key in checkpoint.tensors if key.state in BASIS_KEYS), None)
+    if key is not None:
+        raise CheckpointError(
+            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: under FSDP2, DDP or "
+            "ZeroRedundancyOptimizer Anon.rebase(basis=None) turns the state back"
+        )
