@@ -200,7 +200,9 @@ def one_line_snippets(out):
             optimizer.step()
         keys = ("lr", "betas", "gamma", "refresh_ratio", "beta3", "update_clip", "window", "weight_decay", "initial_lr")
         groups = [{k: g.get(k) for k in keys} for g in optimizer.param_groups]
+        dtypes = {str(s[key].dtype) for s in optimizer.state.values() for key in ("exp_avg_sq", "precond")}
         found[name] = {"class": type(optimizer).__name__, "steps": steps_of(optimizer), "groups": groups}
+        found[name]["dtypes"] = sorted(dtypes)
     return found
 
 

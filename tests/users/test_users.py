@@ -128,6 +128,7 @@ def test_snippets_of_a_line(out):
     }
     for name in ("fsdp2", "trainer", "arguments"):
         assert {g["weight_decay"] for g in found[name]["groups"]} == {0.1, 0.0}
+        assert found[name]["dtypes"] == ["torch.bfloat16"]
         for group in found[name]["groups"]:
             assert (group["initial_lr"] or group["lr"]) == 1e-3
             assert {key: group[key] for key in presets} == presets
