@@ -181,10 +181,10 @@ def resumed_snippets(out, names):
     return found
 
 
-def one_line_snippets(out):
+def one_line_snippets(out, names):
     """Blocks that make an optimizer and no more: the groups, and the step counts after a step."""
     anon, found = snippets.run("settings")["anon"], {}
-    for name in ("fsdp2", "trainer", "arguments", "matched"):
+    for name in names:
         forget_accelerate()
         folder = str(out / "snippet fsdp2, resumed")
         args = TrainingArguments(str(out / "line"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
@@ -224,6 +224,7 @@ def again(out):
 
 def alone(out):
     found = resumed_snippets(out, ("trainer, resumed", "accelerate, resumed"))
+    made = one_line_snippets(out, ("trainer", "arguments"))
     for way, train in WAYS.items():
         if way == "trainer_fsdp2":
             continue
@@ -236,7 +237,8 @@ def alone(out):
             record(out / f"fewer-{way}", lambda: train(str(out / f"{way}-fewer")))  # noqa: B023
     found |= resumed_snippets(out, ("fsdp2, resumed", "zero1, resumed"))
     (out / "snippets.json").write_text(json.dumps(found))
-    (out / "lines.json").write_text(json.dumps(one_line_snippets(out)))
+    made |= one_line_snippets(out, ("fsdp2", "matched"))
+    (out / "lines.json").write_text(json.dumps(made))
 
 
 if __name__ == "__main__":
