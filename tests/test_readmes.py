@@ -1,6 +1,7 @@
-"""Every command that a README shows: run here in this process, made short, or read by its own parser where another test runs it.
+"""Every command that a page shows: run here in this process, made short, or read by its own parser where another test runs it.
 
-A command that no rule below knows fails, so a new one comes with its test.
+A command that no rule below knows fails, so a new one comes with its test. So does a Python block that `snippets.py` has no name for, and a
+link that leads nowhere.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tyro
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from helpers import forget_accelerate
+from snippets import PAGES, ROOT, SNIPPETS, blocks
 from torch.distributed.run import get_args_parser
 
 from anon_dist.bench import plan, scaling, step
@@ -28,24 +30,21 @@ from anon_dist.sweep import cli as sweep_cli
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.train.config import parse_args
 
-ROOT = Path(__file__).parents[1]
-READMES = sorted(
-    p for p in ROOT.rglob("README.md") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)
-)
 PROGRAM = (
     r"(?:[A-Z_]+=\S+ )*(?:anon-dist|python|bash|pytest|sbatch|accelerate launch|torchrun|pip|launch/pretrain\.py) [^`]*"
 )
+README_BYTES = 8192
 
 
 def commands(text: str) -> list[str]:
     """Those of a page: the lines of its bash blocks, and what stands between backquotes and begins with a program."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [re.sub(r"\s+#\s.*$", "", line).strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    shown = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [re.sub(r"\s+#\s.*$", "", line).strip() for b in shown for line in b.replace("\\\n", " ").splitlines()]
     inline = re.findall(rf"`({PROGRAM})`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return [line for line in [*lines, *inline] if line and not line.startswith("#") and "…" not in line]
 
 
-COMMANDS = sorted({c for path in READMES for c in commands(path.read_text())})
+COMMANDS = sorted({c for path in PAGES for c in commands(path.read_text())})
 
 SHORT = shlex.split(
     "--data.path data/stdlib --data.seq-len 32 --model.layers 1 --model.width 32 --model.heads 2 --model.context 64 "
@@ -72,19 +71,29 @@ def here(work, monkeypatch):
     forget_accelerate()
 
 
+def with_options(args: list[str], options: list[str]) -> list[str]:
+    """Arguments with these options in place of their own of the same name."""
+    kept, keep = [], True
+    for arg in args:
+        keep = arg not in options if arg.startswith("--") else keep
+        kept += [arg] if keep else []
+    return [*kept, *options]
+
+
 def pretrain(args: list[str]) -> None:
     """A training, made short and in this process; its own options first, which must be right by themselves."""
     parse_args(args)
-    if "--run-dir" in args:  # on a shared file system that is not here
+    if any(arg.startswith("/shared/") for arg in args):  # a file system that is not here
         return
     if "--optim.match" in args:
         args = ["spectrum" if a.startswith("runs/before") else a for a in args]
         before = ["--config", "gpt2-small", *SHORT, "--run-dir", "runs/before"]
         train(before)
+        args = [*args]
         args[args.index("spectrum")] = "runs/before/checkpoints/step-00000002"
         forget_accelerate()
     run = Path("runs") / str(abs(hash(tuple(args))))
-    train([*args, *SHORT, "--run-dir", str(run)])
+    train(with_options(args, [*SHORT, "--run-dir", str(run)]))
     assert (run / "model" / "model.safetensors").is_file()
 
 
@@ -185,13 +194,20 @@ def sweep_report(command: str, monkeypatch) -> None:
 
 
 def checkpoint(command: str, monkeypatch) -> None:
-    source = Path("runs/checkpoint/checkpoints/step-00000002")
+    name = "adamw" if "--optimizer anon" in command else "anon"
+    source = Path(f"runs/checkpoint-{name}/checkpoints/step-00000002")
     if not source.exists():
-        train(["--config", "quickstart", *SHORT, "--run-dir", "runs/checkpoint"])
-    if "verify" in command and not Path("converted").exists():
-        checkpoint("anon-dist ckpt convert SRC DST --to dcp --world-size 4", monkeypatch)
+        train(["--config", "quickstart", *SHORT, "--optim.name", name, "--run-dir", f"runs/checkpoint-{name}"])
+    target = "converted-" + "".join(c for c in command if c.isalnum())
+    if "verify" in command:
+        target = "converted"
+        if not Path(target).exists():
+            main(["ckpt", "convert", str(source), target, "--to", "dcp"])
     with contextlib.suppress(SystemExit) if "verify" in command else contextlib.nullcontext():
-        main(shlex.split(command.replace("SRC", str(source)).replace("DST", "converted"))[1:])
+        filled = command.replace("SRC", str(source)).replace("FOLDER", str(source)).replace("DST", target)
+        main(shlex.split(filled)[1:])
+    if "convert" in command:
+        assert Path(target).exists()
 
 
 class ParsedError(Exception):
@@ -228,23 +244,25 @@ def packages(command: str) -> None:
 
 def help_of(command: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        train(["--help"])
+        main(shlex.split(command.replace("launch/pretrain.py", "anon-dist train"))[1:])
     assert ended.value.code == 0
 
 
 def files(command: str) -> None:
     for word in shlex.split(command)[1:]:
-        assert (ROOT / word).exists(), word
+        assert word.startswith("-") or word.isdigit() or (ROOT / word).exists(), word
 
 
 RULES = {
+    r"(anon-dist [a-z ]+|launch/pretrain\.py) --help": help_of,
+    r"anon-dist (data prepare|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
+    r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
-    r"bash (tests/run|launch/setup)\.sh( deepspeed)?": script,
+    r"bash (tests/run|launch/setup)\.sh( deepspeed)?( dev)?": script,
     r"(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
     r"anon-dist data prepare .*": prepare,
     r"accelerate launch --config_file FILE|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
-    r"launch/pretrain\.py --help": help_of,
     r"(accelerate launch|torchrun) .* launch/pretrain\.py .*": launched,
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),
@@ -274,3 +292,36 @@ def test_commands_are_found():
         "pwd    -P",
         "python x.py",
     ]
+
+
+def test_every_python_block_is_run():
+    shown = {(str(page.relative_to(ROOT)), block) for page in PAGES for block in blocks(page)}
+    named = {(page, block) for page, words in SNIPPETS.values() for block in blocks(ROOT / page) if words in block}
+    assert shown == named, "tests/snippets.py has no name for a block, or names one that is gone"
+    assert len(shown) == len(SNIPPETS)
+    for _, block in shown:
+        compile(block, "a block", "exec")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = [title.strip().lower().replace("\\", "") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`(?!\])", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+://|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{link} is not there"
+        assert target.is_relative_to(ROOT), f"{link} leads out of the clone"
+        assert not anchor or anchor in headings(target), f"{link}: {target.name} has no such heading"
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= README_BYTES

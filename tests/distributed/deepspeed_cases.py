@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
+import snippets
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from damage import PAYLOADS, altered, flip, poison, refused, unsealed
@@ -165,6 +166,21 @@ def case_user_stage3_json():
 
 def case_user_stage3_offload_client():
     check_user_training(3, client=True, sub_group_size=1000, offload_optimizer={"device": "cpu"})
+
+
+def case_snippets_of_the_pages():
+    """The pages' blocks for DeepSpeed, as they stand."""
+    anon = snippets.run("settings")["anon"]
+    for name, gamma in (("deepspeed", 1.0), ("deepspeed, gamma", 0.5)):
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+        engine = snippets.run(name, model=make(), config=config, anon=anon)["engine"]
+        engine.backward(engine(batch(0, dist.get_rank())[:2]).square().mean())
+        engine.step()
+        assert isinstance(engine.basic_optimizer, Anon)
+        assert {int(s["step"]) for s in engine.basic_optimizer.state.values()} == {1}
+        (group,) = engine.basic_optimizer.param_groups
+        assert (group["lr"], tuple(group["betas"]), group["gamma"]) == (1e-3, (0.9, 0.95), gamma)
+        assert group["window"] == (64 if gamma == 1.0 else None)
 
 
 def check_kernel(stage):

@@ -7,36 +7,31 @@ launched.py FOLDER alone       one process: each way whole, ended early and resu
 
 import json
 import os
-import re
 import sys
 import traceback
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 
 import accelerate_fsdp2
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch_ddp_zero1
 import torch_fsdp2
 import toy
 import trainer
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Subset
-from transformers import get_cosine_schedule_with_warmup
+from transformers import TrainingArguments
 
 from anon_dist import Anon
-from anon_dist.optim import param_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import snippets
 from helpers import forget_accelerate
 
 WAYS = {
@@ -47,20 +42,6 @@ WAYS = {
     "torch_ddp_zero1": torch_ddp_zero1.train,
 }
 HYPER = ("lr", "gamma", "weight_decay", "eps", "refresh_ratio", "beta3", "history")
-
-# What the README's snippets take from the surrounding code.
-SURROUNDINGS = (
-    *(islice, dcp, get_state_dict, set_state_dict, fully_shard, ZeroRedundancyOptimizer, DistributedDataParallel),
-    *(get_cosine_schedule_with_warmup, param_groups),
-)
-
-SNIPPETS = {
-    "trainer": "Trainer(model",
-    "accelerate": "Accelerator(",
-    "fully_shard": "fully_shard(model)",
-    "zero": "ZeroRedundancyOptimizer(groups",
-}
-"""What tells each from the other blocks."""
 
 steps: list = []
 """The learning rates, by param group, of every step that any Anon took."""
@@ -178,25 +159,50 @@ def optimizer_before_fully_shard():
     }
 
 
-def snippets(out, names):
-    """The blocks of the READMEs as they stand, each twice: 5 steps, and on to 8. The step counts that Anon arrives at."""
-    here = Path(__file__).parent
-    text = "".join((folder / "README.md").read_text() for folder in (here, here.parents[1]))
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def steps_of(optimizer):
+    """The step counts that its parameters have arrived at."""
+    wrapped = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return sorted({float(s["step"]) for s in getattr(wrapped, "optimizer", wrapped).state.values()})
+
+
+def resumed_snippets(out, names):
+    """Blocks that train and save, each twice: 5 steps, and on to 8. The step counts that Anon arrives at."""
     found = {}
     for name in names:
-        (block,) = (block for block in blocks if SNIPPETS[name] in block)
-        folder, path = str(out / f"snippet-{name}"), str(out / "snippet.pt")
+        folder, path = str(out / f"snippet {name}"), str(out / "snippet.pt")
         for done, steps in ((0, 5), (5, 8)):
             forget_accelerate()
             data = toy.Tokens()
             loader = DataLoader(Subset(data, range(8 * steps)), batch_size=8)
             yours = {"model": toy.model(), "data": data, "loader": loader, "folder": folder, "path": path}
-            names_of = {**globals(), **yours, "done": done, "steps": steps}
-            exec(block, names_of)
-            optimizer = names_of["trainer"].optimizer if name == "trainer" else names_of["optimizer"]
-            anon = optimizer.optim if name == "zero" else getattr(optimizer, "optimizer", optimizer)
-            found.setdefault(name, []).append(sorted({float(s["step"]) for s in anon.state.values()}))
+            after = snippets.run(name, **yours, done=done, steps=steps)
+            optimizer = after["trainer"].optimizer if "trainer" in after else after["optimizer"]
+            found.setdefault(name, []).append(steps_of(optimizer))
+    return found
+
+
+def one_line_snippets(out, names):
+    """Blocks that make an optimizer and no more: the groups, and the step counts after a step."""
+    anon, found = snippets.run("settings")["anon"], {}
+    for name in names:
+        forget_accelerate()
+        folder = str(out / "snippet fsdp2, resumed")
+        args = TrainingArguments(str(out / "line"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        yours = {"model": toy.model(), "data": toy.Tokens(), "args": args, "folder": folder, "anon": anon}
+        after = snippets.run(name, **yours)
+        if name == "trainer":
+            after["trainer"].train()
+            optimizer = after["trainer"].optimizer.optimizer
+        else:
+            optimizer = after["optimizer"]
+            batch = toy.Tokens()[0]
+            after["model"](**{k: v[None] for k, v in batch.items()}).loss.backward()
+            optimizer.step()
+        keys = ("lr", "betas", "gamma", "refresh_ratio", "beta3", "update_clip", "window", "weight_decay", "initial_lr")
+        groups = [{k: g.get(k) for k in keys} for g in optimizer.param_groups]
+        dtypes = {str(s[key].dtype) for s in optimizer.state.values() for key in ("exp_avg_sq", "precond")}
+        found[name] = {"class": type(optimizer).__name__, "steps": steps_of(optimizer), "groups": groups}
+        found[name]["dtypes"] = sorted(dtypes)
     return found
 
 
@@ -217,7 +223,8 @@ def again(out):
 
 
 def alone(out):
-    found = snippets(out, ("trainer", "accelerate"))
+    found = resumed_snippets(out, ("trainer, resumed", "accelerate, resumed"))
+    made = one_line_snippets(out, ("trainer", "arguments"))
     for way, train in WAYS.items():
         if way == "trainer_fsdp2":
             continue
@@ -228,8 +235,10 @@ def alone(out):
         record(out / f"alone-resumed-{way}", lambda: train(str(out / f"{way}-alone")))  # noqa: B023
         if way != "accelerate_fsdp2":  # without FSDP, accelerate looks for another kind of checkpoint
             record(out / f"fewer-{way}", lambda: train(str(out / f"{way}-fewer")))  # noqa: B023
-    found |= snippets(out, ("fully_shard", "zero"))
+    found |= resumed_snippets(out, ("fsdp2, resumed", "zero1, resumed"))
     (out / "snippets.json").write_text(json.dumps(found))
+    made |= one_line_snippets(out, ("fsdp2", "matched"))
+    (out / "lines.json").write_text(json.dumps(made))
 
 
 if __name__ == "__main__":

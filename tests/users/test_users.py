@@ -107,10 +107,36 @@ def test_fewer_ranks_take_over(way, out):
         torch.testing.assert_close(b["weights"][name], weight, rtol=1e-5, atol=5e-6, msg=name)
 
 
-def test_snippets(out):
-    """The README's blocks as they stand: five steps, then resumed and on to eight."""
+def test_snippets_resume(out):
+    """The pages' blocks as they stand: five steps, then resumed and on to eight."""
     found = json.loads((out / "snippets.json").read_text())
-    assert found == {name: [[5.0], [8.0]] for name in ("trainer", "accelerate", "fully_shard", "zero")}
+    names = ("trainer, resumed", "accelerate, resumed", "fsdp2, resumed", "zero1, resumed")
+    assert found == {name: [[5.0], [8.0]] for name in names}
+
+
+def test_snippets_of_a_line(out):
+    """The pages' blocks that make an optimizer step with Anon, by the settings that they give."""
+    found = json.loads((out / "lines.json").read_text())
+    assert {(made["class"], *made["steps"]) for made in found.values()} == {("Anon", 1.0)}
+    presets = {
+        "betas": [0.9, 0.95],
+        "gamma": 1.0,
+        "refresh_ratio": 1.03,
+        "beta3": 0.93,
+        "update_clip": 1.0,
+        "window": 64,
+    }
+    for name in ("fsdp2", "trainer", "arguments"):
+        assert {g["weight_decay"] for g in found[name]["groups"]} == {0.1, 0.0}
+        assert found[name]["dtypes"] == ["torch.bfloat16"]
+        for group in found[name]["groups"]:
+            assert (group["initial_lr"] or group["lr"]) == 1e-3
+            assert {key: group[key] for key in presets} == presets
+    embeddings, *others = found["matched"]["groups"]
+    assert (embeddings["gamma"], {g["gamma"] for g in others}) == (0.5, {1.0})
+    assert {(g["lr"], g["update_clip"]) for g in others} == {(1e-3, 1.0)}
+    assert embeddings["lr"] * embeddings["update_clip"] == pytest.approx(1e-3)
+    assert embeddings["lr"] != pytest.approx(1e-3, rel=0.1)
 
 
 # -- what was stepped -------------------------------------------------------------------------------------------------
