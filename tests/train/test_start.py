@@ -1,5 +1,6 @@
 """What is said at the start of a run, before its first step: what is missing, what does not fit, what a resumed run changes."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, ShardError, Tokenizer, TokenShards
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.peers import Ending
 from anon_dist.engines.start import _resolve
 from anon_dist.train.changes import changes, recorded, versions
 from anon_dist.train.config import ConfigError, parse_args, shipped_configs, to_yaml
@@ -194,6 +196,25 @@ def test_missing_data_elsewhere(tmp_path):
     with pytest.raises(SystemExit) as error:
         main(["train", "--config", "quickstart", "--data.path", str(tmp_path / "a b")])
     assert str(error.value.code).endswith(f"--source stdlib --tokenizer spm-bpe:4096 --out '{tmp_path}/a b'")
+
+
+@pytest.mark.parametrize(
+    ("alike", "speaks", "said"),
+    [
+        (False, True, "error (rank 3): --optim.gama is no"),
+        (True, True, "error: --optim.gama is no"),
+        (True, False, "1"),
+    ],
+)
+def test_one_of_several_ranks_says_why(alike, speaks, said, monkeypatch, capsys):
+    """Which one, the ranks agree on (`distributed/test_peers.py`)."""
+    monkeypatch.setenv("RANK", "3")
+    ending = contextlib.nullcontext(Ending(alike, speaks))
+    monkeypatch.setattr("anon_dist.engines.peers.who_stopped", lambda *refusals: ending)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--optim.gama", "1"])
+    assert str(ended.value.code).startswith(said)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
