@@ -47,6 +47,24 @@ def test_the_papers_loop_is_the_papers(gamma):
     torch.testing.assert_close(p.detach().double(), reference.theta, rtol=1e-4, atol=1e-5)
 
 
+def test_anon_with_its_matrices_turned():
+    """Each kind of step with its renewal, of matrices; of vectors it says what it needs."""
+    for name in ("Anon columns turned", "Anon both turned"):
+        (contestant,) = (c for c in contestants() if c.name == name)
+        tensors = [nn.Parameter(torch.randn(24, 40)), nn.Parameter(torch.randn(40))]
+        for p in tensors:
+            p.grad = torch.randn_like(p)
+        optimizer, steps = make(contestant, tensors)
+        assert {key: step.moved for key, step in steps.items()} == {"plain": 24, "accumulating": 32, "refreshing": 36}
+        before = optimizer.state[tensors[0]]["column_basis"].clone()
+        for key, changes in (("plain", False), ("accumulating", False), ("refreshing", True)):
+            steps[key].prepare()
+            steps[key].run()
+            assert torch.equal(before, optimizer.state[tensors[0]]["column_basis"]) != changes, key
+        with pytest.raises(UnavailableError, match="it turns matrices, and these are vectors"):
+            make(contestant, tensors[1:])
+
+
 def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     for package in ("torchao", "bitsandbytes"):

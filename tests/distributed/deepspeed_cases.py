@@ -237,6 +237,33 @@ def case_adams_in_place_of_the_optimizer_are_refused():
             raises(EngineError, words, lambda ours=ours: run(ours))
 
 
+def case_a_basis_is_refused_where_matrices_are_cut():
+    """However Anon comes in; stage 0 in float32 leaves matrices as they are, and trains as one process."""
+    PARAMS["basis"] = "columns"
+    try:
+        for stage, bf16 in ((1, False), (2, False), (3, False), (0, True)):
+            config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+            for client in (True, False):
+                words = "basis is 'columns' in param group 0, and DeepSpeed cuts matrices into flat parts"
+                raises(EngineError, words, lambda c=config, client=client: user_training(c, client, steps=1))
+        engine, (expected, _) = user_training({"zero_optimization": {"stage": 0}}, client=True), reference(12)
+        for name, p in expected.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(weights(engine)[name], p.detach(), rtol=1e-4, atol=1e-4)
+    finally:
+        del PARAMS["basis"]
+    config = run_config("zero2", shared_folder(OUT))
+    config.optim.basis = "columns"
+    raises(EngineError, "engine deepspeed cuts matrices into flat parts", lambda: run(config))
+    config.train.engine, config.train.deepspeed_config = "ddp", None
+    patch = Patch()
+    at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(config)
+    patch.close()
+    config.optim.basis = None
+    raises(CheckpointError, "which DeepSpeed cannot hold", lambda: run(configured(config, "zero2")))
+
+
 def accelerated(config, optimizer_of):
     forget_accelerate()
     cpu.bring_up_processes(timedelta(minutes=1))
