@@ -143,10 +143,10 @@ def test_a_key_that_is_there_twice(folder, tmp_path):
     with pytest.raises(DamagedCheckpoint, match="it has 'tensors' twice"):
         open_checkpoint(source)
     (source / "index.json").write_text(text)  # of version 1, beside a manifest of version 2
-    with pytest.raises(DamagedCheckpoint, match="is damaged: KeyError\\('xxh3'\\)"):
+    with pytest.raises(DamagedCheckpoint, match="is damaged: KeyError"):
         open_checkpoint(source)
-    manifest = json.loads((source / "manifest.json").read_text())
-    (source / "manifest.json").write_text(json.dumps({**manifest, "anon_dist_checkpoint": 1}))
-    (source / "index.json").write_text(json.dumps({"tensors": [*index["tensors"], index["tensors"][0]]}))
+    twice = {"tensors": [*index["tensors"], index["tensors"][0]], "xxh3": index["xxh3"]}
+    twice["self"] = xxhash.xxh3_64_hexdigest(json.dumps(twice, sort_keys=True).encode())
+    (source / "index.json").write_text(json.dumps(twice))
     with pytest.raises(DamagedCheckpoint, match="a tensor is in the index twice"):
         open_checkpoint(source)

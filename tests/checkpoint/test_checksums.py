@@ -255,7 +255,9 @@ def test_paths_stay_inside(checkpoint, tmp_path):
     index = json.loads((canonical / "index.json").read_text())
     index["tensors"] = [{**t, "file": f"../canonical/{t['file']}"} for t in index["tensors"]]
     del index["self"]
-    index["self"] = xxhash.xxh3_64_hexdigest(json.dumps(index, sort_keys=True))  # who means harm writes it anew
+    index["self"] = xxhash.xxh3_64_hexdigest(
+        json.dumps(index, sort_keys=True).encode()
+    )  # who means harm writes it anew
     (canonical / "index.json").write_text(json.dumps(index))
     refused(CheckpointError, "index.json names .* not in its folder", open_checkpoint, canonical)
     places = {"weight_map": {"a": "../hf/model.safetensors"}}
