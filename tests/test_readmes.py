@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from helpers import forget_accelerate
 from torch.distributed.run import get_args_parser
 
-from anon_dist.bench import plan, scaling, step
-from anon_dist.bench import train as bench_train
+from anon_dist.bench.cli import KINDS
 from anon_dist.cli import main, train
 from anon_dist.data import PrepareConfig
 from anon_dist.sweep import cli as sweep_cli
@@ -142,14 +142,13 @@ def script(command: str) -> None:
         parse_args(words[2:]) if words[2].startswith("--") else None
 
 
-def bench(command: str) -> None:
+def bench(command: str, monkeypatch) -> None:
     """`anon-dist bench`: its options are read. tests/bench runs each kind in small."""
-    args = shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", command))[2:]
-    kinds = {"--plan": plan, "--scaling": scaling, "--train": bench_train}
-    tyro.cli(
-        kinds[args[0]].Options if args and args[0] in kinds else step.Options,
-        args=args[bool(args and args[0] in kinds) :],
-    )
+    read: list[object] = []
+    for kind in KINDS:
+        monkeypatch.setitem(sys.modules, f"anon_dist.bench.{kind}", types.SimpleNamespace(main=read.append))
+    main(shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", command))[1:])
+    assert read or command == "anon-dist bench"
 
 
 def sweep(command: str, monkeypatch) -> None:
@@ -249,6 +248,7 @@ RULES = {
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),
     r"(OMP_NUM_THREADS=\d )?anon-dist bench.*": bench,
+    r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,
     r"anon-dist ckpt (inspect|convert|verify)": lambda command: None,  # as a name; with its arguments below

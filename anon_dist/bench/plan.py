@@ -14,23 +14,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from anon_dist.bench.memory import (
-    ENGINES,
     LIVE,
     NAMED,
-    OPTIMIZERS,
-    EngineName,
     Job,
     Memory,
-    OptimizerName,
     is_deepspeed,
     memory,
     owned_elements,
@@ -38,35 +32,10 @@ from anon_dist.bench.memory import (
     shares,
     units,
 )
+from anon_dist.bench.options import EngineName, Hardware, OptimizerName, PlanOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES, Collective, bytes_sent
 from anon_dist.train.config import ConfigError
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One rank's accelerator and its share of the node. The defaults are an H100 SXM's in a DGX H100."""
-
-    memory: float = 80e9
-    """Bytes of the accelerator."""
-    reserve: float = 5e9
-    """Of those, bytes for the context, the collectives' buffers and fragmentation: an estimate."""
-    hbm: float = 3.35e12
-    """Bytes per second of its memory."""
-    flops: float = 989e12
-    """Peak dense bfloat16 operations per second."""
-    per_node: int = 8
-    """Ranks of a node."""
-    nvlink: float = 450e9
-    """Bytes per second that a rank sends within the node."""
-    network: float = 50e9
-    """Bytes per second that a rank sends to other nodes."""
-    pcie: float = 64e9
-    """Bytes per second between accelerator and host, each way."""
-    host_memory: float = 250e9
-    """Bytes of the host, a rank's share."""
-    host: float = 76.8e9
-    """Bytes per second of the host's memory, a rank's share."""
 
 
 @dataclass(frozen=True)
@@ -245,46 +214,7 @@ def predict(engine: EngineName, name: OptimizerName, job: Job, hardware: Hardwar
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Options:
-    """Predict memory, traffic and time of a step, for each engine and optimizer. Nothing is run."""
-
-    model: str = "7b"
-    """7b, 70b, 405b, small; or a training configuration: a shipped one's name, or a YAML file."""
-    vocab: int = 50304
-    """Tokens, for a training configuration, which leaves them to the data."""
-    ranks: int = 64
-    """Accelerators."""
-    micro_batch: int = 1
-    """Sequences that a rank, or a tensor-parallel group, takes at once."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
-    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
-    seq_len: int | None = None
-    """Tokens of a sequence. None: the model's context."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"
-    """Of the computation."""
-    checkpointing: bool = True
-    """Recompute activations, block by block."""
-    shard_ranks: int = 8
-    """hsdp: ranks that share one copy."""
-    tensor_parallel: int = 8
-    """fsdp2+tp: ranks that split matrices."""
-    mfu: float = 0.4
-    """Share of the peak that forward and backward passes reach."""
-    steps: int = 100_000
-    """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
-    engines: tuple[EngineName, ...] = ENGINES
-    """Which to show."""
-    optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
-    """Which to show."""
-    json: Path | None = None
-    """File to write the numbers to."""
-    hardware: Hardware = field(default_factory=Hardware)
-
-
-def job_of(options: Options) -> Job:
+def job_of(options: PlanOptions) -> Job:
     """What the options ask about.
 
     Raises:
@@ -314,9 +244,8 @@ def job_of(options: Options) -> Job:
     )
 
 
-def main(argv: list[str]) -> None:
-    """`anon-dist bench --plan`"""
-    options = tyro.cli(Options, args=argv, prog="anon-dist bench --plan", description=Options.__doc__)
+def main(options: PlanOptions) -> None:
+    """`anon-dist bench plan`"""
     try:
         job = job_of(options)
     except ConfigError as error:
@@ -332,7 +261,7 @@ def main(argv: list[str]) -> None:
         options.json.write_text(json.dumps(as_json(options, job, rows), indent=1) + "\n")
 
 
-def as_json(options: Options, job: Job, rows: list[Row]) -> dict[str, Any]:
+def as_json(options: PlanOptions, job: Job, rows: list[Row]) -> dict[str, Any]:
     """All that was predicted, and from what. Bytes, seconds."""
     derived = [
         {
@@ -355,7 +284,7 @@ def as_json(options: Options, job: Job, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def show(options: Options, job: Job, rows: list[Row]) -> None:
+def show(options: PlanOptions, job: Job, rows: list[Row]) -> None:
     """As a table."""
     count = sum(p.numel for p in job.shape.parameters())
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -404,7 +333,3 @@ def show(options: Options, job: Job, rows: list[Row]) -> None:
         "step: max(compute, comm.) + optim. + offload, if communication hides behind computation; tokens/s: of a rank, then.",
         highlight=False,
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

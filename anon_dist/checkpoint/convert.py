@@ -14,9 +14,9 @@ from typing import Any
 from anon_dist.checkpoint import formats
 from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
-from anon_dist.checkpoint.semantics import AdamWOptions, AnonOptions, to_optimizer
+from anon_dist.checkpoint.semantics import to_optimizer
 
 
 def convert(

@@ -50,3 +50,38 @@ class WriteOptions:
     buffers: Sequence[str] | None = None
     """zero3: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
     frozen parameters. None: not known, and refused where there are such."""
+
+
+@dataclass(frozen=True)
+class AnonOptions:
+    """Anon's hyperparameters that AdamW has no values for; the defaults are those of the language-model presets."""
+
+    gamma: float = 1.0
+    """Adaptivity γ."""
+    eps: float | None = None
+    """ε; None: the square of AdamW's, which stands outside the square root."""
+    refresh_ratio: float = 1.03
+    """ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, …"""
+    beta3: float = 0.93
+    """Weight of the old preconditioner at a refresh."""
+    update_clip: float | None = 1.0
+    """Largest magnitude of an element of v · m̂, meant for γ = 1: converted with the learning rate."""
+    window: int | Literal["auto"] | None = 64
+    """Steps before a refresh in which the second moment is accumulated. auto: so many that what is left out weighs at most
+    2^-24. None: all of them."""
+    hold_silent: bool = False
+    """Elements without gradient since the last refresh keep their preconditioner."""
+    keep_lr: bool = False
+    """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
+    decoupled: bool = False
+    """For the paper's port, whose checkpoint does not say how it decays weights: that it was built with weight_decouple=True."""
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Hyperparameters of the AdamW to be."""
+
+    eps: float = 1e-8
+    """ε, outside the square root."""
+    keep_lr: bool = False
+    """Whether the learning rate stays as it is also where γ ≠ 1."""

@@ -13,12 +13,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from anon_dist.arguments import parse
 from anon_dist.train import strict_yaml
 from anon_dist.train.fields import (
     CheckpointConfig,
@@ -50,8 +51,10 @@ __all__ = [
     "find_config",
     "flat",
     "load_config",
+    "options_class",
     "parse_args",
     "shipped_configs",
+    "shipped_names",
     "to_yaml",
     "with_fields",
 ]
@@ -167,8 +170,14 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and shipped.parent == folder:
         return shipped
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(names)})")
+    raise ConfigError(
+        f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(shipped_names())})"
+    )
+
+
+def shipped_names() -> list[str]:
+    """Of the shipped training configurations."""
+    return sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
 
 
 def shipped_configs() -> Path:
@@ -197,23 +206,22 @@ def load_config(path: Path) -> Config:
     return _validated(values or {}, lambda name: f"{path}: '{name}'")
 
 
-def parse_args(args: Sequence[str] | None = None) -> Config:
+def parse_args(args: Sequence[str] | None = None, prog: str = "anon-dist train") -> Config:
     """The configuration of a command line: `--config FILE` first, then `--section.field value` over it.
+
+    Args:
+        prog: what help and messages call the command.
 
     Raises:
         ConfigError: as `load_config` and `check` do.
-        SystemExit: for `--help` and for flags that are unknown or of the wrong type, after a message.
+        SystemExit: for `--help`, for no arguments at all, and for flags that are unknown or of the wrong type, after a message.
     """
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
     default = Config() if file is None else load_config(file)
-    config = tyro.cli(
-        Config,
-        default=default,
-        args=rest,
-        prog="pretrain.py",
-        config=(tyro.conf.FlagConversionOff,),  # every flag takes a value, as in the file
-        description="Pretrain a GPT-style model. --config FILE (or the name of a shipped configuration) sets the defaults of all below.",
-    )
+    shown = options_class()(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+    flags = (tyro.conf.FlagConversionOff,)  # every flag takes a value, as in the file
+    parsed = parse(type(shown), rest, prog, runs_bare=file is not None, default=shown, config=flags)
+    config = Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)})
     _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
     try:
         check(config)
@@ -221,6 +229,15 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
         source = f"{file} and the command line: " if config != default else f"{file}: "
         raise ConfigError(f"{source if file else ''}{error}") from None
     return config
+
+
+def options_class() -> type[Config]:
+    """The configuration with a field `config`, which the help then shows among the options."""
+    text = f"Configuration: a YAML file, or the name of a shipped one ({', '.join(shipped_names())}). All other options are set over it."
+    hint = Annotated[str, tyro.conf.arg(help=text, metavar="FILE", help_behavior_hint="(optional)")]
+    made = dataclasses.make_dataclass("Options", [("config", hint, "")], bases=(Config,))
+    made.__doc__ = "Pretrain a GPT-style model, or go on with it."
+    return made
 
 
 def _file_of(args: list[str]) -> tuple[Path | None, list[str]]:

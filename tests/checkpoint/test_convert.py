@@ -20,9 +20,8 @@ from anon_dist.checkpoint import CheckpointError, cli, load_sharded, save_sharde
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.names import assign
-from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.options import AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Key
-from anon_dist.checkpoint.semantics import AnonOptions
 from anon_dist.checkpoint.verify import verify
 
 KINDS = list(OPTIMIZERS)

@@ -13,8 +13,7 @@ from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.options import ReadOptions, WriteOptions
-from anon_dist.checkpoint.semantics import AnonOptions
+from anon_dist.checkpoint.options import AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "users"))
