@@ -100,6 +100,20 @@ def sweep_report(args: list[str]) -> None:
     cli.report(parsed)
 
 
+def generate(args: list[str]) -> None:
+    """`anon-dist generate`"""
+    from anon_dist.trained.cli import generate as run
+
+    run(args)
+
+
+def export(args: list[str]) -> None:
+    """`anon-dist export`"""
+    from anon_dist.trained.cli import export as run
+
+    run(args)
+
+
 def completion(args: list[str]) -> None:
     """`anon-dist completion`"""
     from anon_dist.completion import run
@@ -112,6 +126,8 @@ COMMANDS = (
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
     ),
+    Command(("generate",), "have a run's or checkpoint's model continue a text", generate),
+    Command(("export",), "make a Hugging Face model of a checkpoint, and upload it if you like", export),
     Command(("ckpt", "inspect"), "show what a checkpoint of any optimizer is", partial(checkpoints, "inspect")),
     Command(
         ("ckpt", "convert"),

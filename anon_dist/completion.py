@@ -42,10 +42,13 @@ def _tree() -> dict[str, Any]:
     from anon_dist.data.config import PrepareConfig
     from anon_dist.sweep.options import Sweep
     from anon_dist.train.config import options_class
+    from anon_dist.trained.options import Export, Generate
 
     return {
         "data": {"prepare": PrepareConfig},
         "train": options_class(),
+        "generate": Generate,
+        "export": Export,
         "ckpt": COMMANDS,
         "sweep": Sweep,
         "bench": {kind: options for kind, (options, _) in KINDS.items()},

@@ -15,7 +15,7 @@ FOLDERS = (
     ("checkpoint",),
     ("engines",),
     ("train",),
-    ("sweep", "bench"),
+    ("sweep", "bench", "trained"),
     ("completion",),
     ("cli",),
 )
