@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
+from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.alike import shared_settings
@@ -89,6 +91,8 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
         if stopped:
             again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
             console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
+            if stopped == signal.SIGINT.name:
+                end_interrupted_launcher()
     if not stopped:
         _finish(run)
 
