@@ -114,6 +114,13 @@ def export(args: list[str]) -> None:
     run(args)
 
 
+def runs(args: list[str]) -> None:
+    """`anon-dist runs`"""
+    from anon_dist.trained.cli import runs as run
+
+    run(args)
+
+
 def completion(args: list[str]) -> None:
     """`anon-dist completion`"""
     from anon_dist.completion import run
@@ -126,6 +133,7 @@ COMMANDS = (
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
     ),
+    Command(("runs",), "list and compare runs: a table, their loss curves, and a page that is one file", runs),
     Command(("generate",), "have a run's or checkpoint's model continue a text", generate),
     Command(("export",), "make a Hugging Face model of a checkpoint, and upload it if you like", export),
     Command(("ckpt", "inspect"), "show what a checkpoint of any optimizer is", partial(checkpoints, "inspect")),

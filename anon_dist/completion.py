@@ -42,11 +42,12 @@ def _tree() -> dict[str, Any]:
     from anon_dist.data.config import PrepareConfig
     from anon_dist.sweep.options import Sweep
     from anon_dist.train.config import options_class
-    from anon_dist.trained.options import Export, Generate
+    from anon_dist.trained.options import Export, Generate, Runs
 
     return {
         "data": {"prepare": PrepareConfig},
         "train": options_class(),
+        "runs": Runs,
         "generate": Generate,
         "export": Export,
         "ckpt": COMMANDS,

@@ -1,4 +1,4 @@
-"""`anon-dist generate` and `anon-dist export`."""
+"""`anon-dist generate`, `anon-dist export` and `anon-dist runs`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from anon_dist.arguments import parse
-from anon_dist.trained.options import Export, Generate
+from anon_dist.trained.options import Export, Generate, Runs
 
 
 def generate(args: list[str]) -> None:
@@ -23,6 +23,14 @@ def export(args: list[str]) -> None:
     """`anon-dist export`; as above."""
     options = parse(Export, args, "anon-dist export")
     _or_exit(lambda: _export(options))
+
+
+def runs(args: list[str]) -> None:
+    """`anon-dist runs`; as above."""
+    options = parse(Runs, args, "anon-dist runs")
+    from anon_dist.trained.runs import runs as run
+
+    _or_exit(lambda: run(options))
 
 
 def _export(options: Export) -> None:
