@@ -114,6 +114,22 @@ def export(args: list[str]) -> None:
     run(args)
 
 
+def init(args: list[str]) -> None:
+    """`anon-dist init`"""
+    from anon_dist.arguments import parse
+    from anon_dist.bench.options import InitOptions
+
+    options = parse(InitOptions, args, "anon-dist init")
+    from anon_dist.bench.init import init as run
+    from anon_dist.data import DataError
+    from anon_dist.train.config import ConfigError
+
+    def write() -> None:
+        print(f"{options.out} is written; start it with\n\n  {run(options)}")
+
+    _or_exit(write, ConfigError, DataError, OSError)
+
+
 def runs(args: list[str]) -> None:
     """`anon-dist runs`"""
     from anon_dist.trained.cli import runs as run
@@ -130,6 +146,7 @@ def completion(args: list[str]) -> None:
 
 COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
+    Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
     ),

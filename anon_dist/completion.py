@@ -38,6 +38,7 @@ def run(args: list[str]) -> None:
 def _tree() -> dict[str, Any]:
     """Word → the options of that command, or a group's words."""
     from anon_dist.bench.cli import KINDS
+    from anon_dist.bench.options import InitOptions
     from anon_dist.checkpoint.cli import COMMANDS
     from anon_dist.data.config import PrepareConfig
     from anon_dist.sweep.options import Sweep
@@ -46,6 +47,7 @@ def _tree() -> dict[str, Any]:
 
     return {
         "data": {"prepare": PrepareConfig},
+        "init": InitOptions,
         "train": options_class(),
         "runs": Runs,
         "generate": Generate,

@@ -193,6 +193,12 @@ def checkpoint(command: str, monkeypatch) -> None:
         main(shlex.split(command.replace("SRC", str(source)).replace("DST", "converted"))[1:])
 
 
+def of_a_run(command: str) -> None:
+    if not Path("runs/quickstart/model").exists():
+        train(["--config", "quickstart", *SHORT, "--run-dir", "runs/quickstart"])
+    main(shlex.split(command)[1:])
+
+
 class ParsedError(Exception):
     """A script has read its options."""
 
@@ -248,6 +254,8 @@ RULES = {
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),
     r"(OMP_NUM_THREADS=\d )?anon-dist bench.*": bench,
+    r"anon-dist (runs|generate|export) .*": of_a_run,
+    r"anon-dist init .*": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,

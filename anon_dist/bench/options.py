@@ -177,3 +177,33 @@ class PlanOptions:
     json: Path | None = None
     """File to write the numbers to."""
     hardware: Hardware = field(default_factory=Hardware)
+
+
+@dataclass
+class InitOptions:
+    """Write a commented configuration for a model, its data and a machine. Nothing is run: micro-batch, sharding and activation
+    checkpointing are the fastest that `anon-dist bench plan` has fit into memory.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Number of parameters (124M, 1.3B), for a Llama shape; or a shipped configuration's name or file, or 7b, 70b, 405b."""
+    data: Path
+    """Folder made by `anon-dist data prepare`."""
+    out: Path
+    """YAML file to write, for `anon-dist train --config OUT`."""
+    ranks: int = 1
+    """Accelerators, or processes."""
+    per_node: int = 8
+    """Of those, in one node."""
+    memory: float = 80.0
+    """GB (1e9 bytes) of one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the computation; fp32 for CPUs."""
+    seq_len: int | None = None
+    """Tokens of a sample. None: the model's context."""
+    context: int = 2048
+    """Longest sequence, of a model that is given by its number of parameters."""
+    tokens: int | None = None
+    """To train on. None: 20 for each parameter (Hoffmann et al., arXiv 2203.15556), but at most four epochs of the data."""
+    batch_tokens: int | None = None
+    """Of a step. None: by the number of tokens to train on."""
