@@ -1,58 +1,38 @@
-"""The console command `anon-dist`: thin, over the packages that do the work."""
+"""The console command `anon-dist`: thin, over the packages that do the work.
+
+Each command's module is imported when it is called, and of its package what takes time only when its options are read: `--help` is there
+at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+from anon_dist import __version__
 from anon_dist.launcher import leave
 
-COMMANDS = """usage: anon-dist COMMAND [OPTIONS]
 
-  data prepare   tokenise text into shards for pretraining
-  ckpt inspect   show what a checkpoint of any optimizer is
-  ckpt convert   write it for another engine, world size or optimizer, or as weights alone
-  ckpt verify    compare two of any formats, bit for bit
-  train          pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)
-  sweep          train over a grid of γ, learning rates and other settings, with AdamW beside it, and report the best
-  sweep report   the report of a sweep as it is now
-  bench          measure optimizer steps against torch's fused AdamW and other optimizers'
+@dataclass(frozen=True)
+class Command:
+    """A command, by the words that call it."""
 
-anon-dist COMMAND --help says more."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command that `args` (by default, the command line) names."""
-    args = list(sys.argv[1:] if args is None else args)
-    commands: dict[tuple[str, ...], Callable[[list[str]], None]] = {
-        ("data", "prepare"): data_prepare,
-        ("ckpt", "inspect"): partial(checkpoints, "inspect"),
-        ("ckpt", "convert"): partial(checkpoints, "convert"),
-        ("ckpt", "verify"): partial(checkpoints, "verify"),
-        ("train",): train,
-        ("sweep", "report"): partial(sweep, "report"),
-        ("sweep",): partial(sweep, "sweep"),
-        ("bench",): bench,
-    }
-    for words, command in commands.items():
-        if tuple(args[: len(words)]) == words:
-            return command(args[len(words) :])
-    asked_for_help = not args or args[0] in ("-h", "--help", "help")
-    print(
-        COMMANDS if asked_for_help else f"anon-dist: unknown command '{' '.join(args[:2])}'\n\n{COMMANDS}",
-        file=sys.stderr if args else None,
-    )
-    sys.exit(0 if asked_for_help else 2)
+    words: tuple[str, ...]
+    summary: str
+    run: Callable[[list[str]], None]
 
 
 def data_prepare(args: list[str]) -> None:
     """`anon-dist data prepare`"""
-    from anon_dist.data import DataError, PrepareConfig, prepare
-    from anon_dist.usage import parse
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import PrepareConfig
 
     config = parse(PrepareConfig, args, "anon-dist data prepare")
+    from anon_dist.data import DataError, prepare
+
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 
@@ -70,20 +50,25 @@ def bench(args: list[str]) -> None:
     run(args)
 
 
-def train(args: list[str] | None = None) -> None:
+def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
+    from anon_dist.train.config import ConfigError, parse_args
+
+    args = list(sys.argv[1:] if args is None else args)
+    if not {"-h", "--help"}.isdisjoint(args) or not args:
+        _or_exit(lambda: parse_args(args, prog), ConfigError)  # ends with what it offers
+
     from anon_dist.checkpoint import CheckpointError
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
-    from anon_dist.train.config import ConfigError, parse_args
     from anon_dist.train.errors import IN_USE, RunError, RunInUseError
     from anon_dist.train.loop import train as run
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
         with who_stopped(*refusals) as ending:
-            run(parse_args(args))
+            run(parse_args(args, prog))
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
         text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}" if ending.speaks else ""
@@ -98,11 +83,129 @@ def train(args: list[str] | None = None) -> None:
             dist.destroy_process_group()
 
 
-def sweep(command: str, args: list[str]) -> None:
-    """`anon-dist sweep` and `anon-dist sweep report`"""
+def sweep(args: list[str]) -> None:
+    """`anon-dist sweep`"""
+    from anon_dist.arguments import parse_known
+    from anon_dist.sweep.options import Sweep
+
+    parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
     from anon_dist.sweep import cli
 
-    (cli.report if command == "report" else cli.sweep)(args)
+    cli.sweep(parsed, rest, args)
+
+
+def sweep_report(args: list[str]) -> None:
+    """`anon-dist sweep report`"""
+    from anon_dist.arguments import parse
+    from anon_dist.sweep.options import Report
+
+    parsed = parse(Report, args, "anon-dist sweep report")
+    from anon_dist.sweep import cli
+
+    cli.report(parsed)
+
+
+def generate(args: list[str]) -> None:
+    """`anon-dist generate`"""
+    from anon_dist.trained.cli import generate as run
+
+    run(args)
+
+
+def export(args: list[str]) -> None:
+    """`anon-dist export`"""
+    from anon_dist.trained.cli import export as run
+
+    run(args)
+
+
+def init(args: list[str]) -> None:
+    """`anon-dist init`"""
+    from anon_dist.arguments import parse
+    from anon_dist.bench.options import InitOptions
+
+    options = parse(InitOptions, args, "anon-dist init")
+    from anon_dist.bench.init import init as run
+    from anon_dist.data import DataError
+    from anon_dist.train.config import ConfigError
+
+    def write() -> None:
+        print(f"{options.out} is written; start it with\n\n  {run(options)}")
+
+    _or_exit(write, ConfigError, DataError, OSError)
+
+
+def runs(args: list[str]) -> None:
+    """`anon-dist runs`"""
+    from anon_dist.trained.cli import runs as run
+
+    run(args)
+
+
+def completion(args: list[str]) -> None:
+    """`anon-dist completion`"""
+    from anon_dist.completion import run
+
+    run(args)
+
+
+COMMANDS = (
+    Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
+    Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
+    Command(
+        ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
+    ),
+    Command(("runs",), "list and compare runs: a table, their loss curves, and a page that is one file", runs),
+    Command(("generate",), "have a run's or checkpoint's model continue a text", generate),
+    Command(("export",), "make a Hugging Face model of a checkpoint, and upload it if you like", export),
+    Command(("ckpt", "inspect"), "show what a checkpoint of any optimizer is", partial(checkpoints, "inspect")),
+    Command(
+        ("ckpt", "convert"),
+        "write it for another engine, world size or optimizer, or as weights alone",
+        partial(checkpoints, "convert"),
+    ),
+    Command(("ckpt", "verify"), "compare two of any formats, bit for bit", partial(checkpoints, "verify")),
+    Command(("sweep", "report"), "the report of a sweep as it is now", sweep_report),
+    Command(
+        ("sweep",),
+        "train over a grid of γ, learning rates and other settings, with AdamW beside it, and report the best",
+        sweep,
+    ),
+    Command(("bench",), "measure optimizer steps, whole trainings and scaling, or predict them", bench),
+    Command(("completion",), "a script by which the shell completes these commands and their options", completion),
+)
+"""In the order in which they are shown; of two that begin alike the longer comes first."""
+HELP = ("-h", "--help", "help")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command that `args` (by default, the command line) names."""
+    args = list(sys.argv[1:] if args is None else args)
+    for command in COMMANDS:
+        if tuple(args[: len(command.words)]) == command.words:
+            return command.run(args[len(command.words) :])
+    if args[:1] == ["--version"]:
+        print(f"anon-dist {__version__}")
+        return
+    groups = {c.words[0] for c in COMMANDS if len(c.words) > 1}
+    group = tuple(args[:1]) if args and args[0] in groups else ()
+    rest = args[len(group) :]
+    prog = " ".join(("anon-dist", *group))
+    if not rest or rest[0] in HELP:
+        print(_usage(prog, group))
+        return
+    from anon_dist.arguments import unknown
+
+    unknown(prog, rest[0], [c.words[len(group)] for c in COMMANDS if c.words[: len(group)] == group])
+
+
+def _usage(prog: str, group: tuple[str, ...]) -> str:
+    """The commands, or those of a group."""
+    shown = [(" ".join(c.words[len(group) :]), c.summary) for c in COMMANDS if c.words[: len(group)] == group]
+    width = max(len(words) for words, _ in shown)
+    lines = "\n".join(f"  {words:<{width}}   {summary}" for words, summary in shown)
+    version = "" if group else "  --version" + " " * (width - 6) + "what is installed\n\n"
+    return f"usage: {prog} COMMAND [OPTIONS]\n\n{lines}\n{version or chr(10)}{prog} COMMAND --help says more."
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

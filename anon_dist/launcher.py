@@ -6,7 +6,9 @@ takes seconds in which a launcher may end. What a shell started has no launcher:
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,19 @@ def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def end_interrupted_launcher() -> None:
+    """After a Ctrl-C at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait for its ranks.
+
+    It was interrupted too, and would end with fifty lines of its own traceback below what the run said. Left alone where its end tells
+    somebody something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+    if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            os.kill(LAUNCHER.pid, signal.SIGKILL)
 
 
 LAUNCHER = find()

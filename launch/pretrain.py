@@ -8,5 +8,5 @@ from anon_dist.cli import train
 from anon_dist.launcher import leave
 
 if __name__ == "__main__":
-    train()
+    train(prog="launch/pretrain.py")
     leave()

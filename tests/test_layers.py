@@ -9,13 +9,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage"),
+    ("files", "machine", "launcher", "usage", "arguments"),
     ("agreement", "optim"),
     ("data",),
     ("checkpoint",),
     ("engines",),
     ("train",),
-    ("sweep", "bench"),
+    ("sweep", "bench", "trained"),
+    ("completion",),
     ("cli",),
 )
 """From the lowest. A folder imports none that comes later, nor its neighbour."""

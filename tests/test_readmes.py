@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ from helpers import forget_accelerate
 from snippets import PAGES, ROOT, SNIPPETS, blocks
 from torch.distributed.run import get_args_parser
 
-from anon_dist.bench import plan, scaling, step
-from anon_dist.bench import train as bench_train
+from anon_dist.bench.cli import KINDS
 from anon_dist.cli import main, train
 from anon_dist.data import PrepareConfig
 from anon_dist.sweep import cli as sweep_cli
@@ -151,14 +151,13 @@ def script(command: str) -> None:
         parse_args(words[2:]) if words[2].startswith("--") else None
 
 
-def bench(command: str) -> None:
+def bench(command: str, monkeypatch) -> None:
     """`anon-dist bench`: its options are read. tests/bench runs each kind in small."""
-    args = shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", command))[2:]
-    kinds = {"--plan": plan, "--scaling": scaling, "--train": bench_train}
-    tyro.cli(
-        kinds[args[0]].Options if args and args[0] in kinds else step.Options,
-        args=args[bool(args and args[0] in kinds) :],
-    )
+    read: list[object] = []
+    for kind in KINDS:
+        monkeypatch.setitem(sys.modules, f"anon_dist.bench.{kind}", types.SimpleNamespace(main=read.append))
+    main(shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", command))[1:])
+    assert read or command == "anon-dist bench"
 
 
 def sweep(command: str, monkeypatch) -> None:
@@ -208,6 +207,12 @@ def checkpoint(command: str, monkeypatch) -> None:
         main(shlex.split(filled)[1:])
     if "convert" in command:
         assert Path(target).exists()
+
+
+def of_a_run(command: str) -> None:
+    if not Path("runs/quickstart/model").exists():
+        train(["--config", "quickstart", *SHORT, "--run-dir", "runs/quickstart"])
+    main(shlex.split(command)[1:])
 
 
 class ParsedError(Exception):
@@ -267,6 +272,9 @@ RULES = {
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),
     r"(OMP_NUM_THREADS=\d )?anon-dist bench.*": bench,
+    r"anon-dist (runs|generate|export) .*": of_a_run,
+    r"anon-dist init .*": lambda c: main(shlex.split(c)[1:]),
+    r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,
     r"anon-dist ckpt (inspect|convert|verify)": lambda command: None,  # as a name; with its arguments below

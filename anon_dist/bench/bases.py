@@ -14,7 +14,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from anon_dist.bench.memory import Bases, EngineName, Job, assigned, owned_elements, sharding
+from anon_dist.bench.memory import Bases, Job, assigned, owned_elements, sharding
+from anon_dist.bench.options import EngineName
 from anon_dist.bench.shapes import Parameter
 from anon_dist.bench.traffic import bytes_sent
 

@@ -1,17 +1,39 @@
-"""`anon-dist bench`: optimizer steps, or what the first argument names."""
+"""`anon-dist bench`: which benchmark, and its options."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
-OTHERS = {"--plan": "plan", "--scaling": "scaling", "--train": "train"}
+from anon_dist.arguments import parse, unknown
+from anon_dist.bench.options import PlanOptions, ScalingOptions, StepOptions, TrainOptions
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "step": (
+        StepOptions,
+        "optimizer steps, in turns with torch's fused AdamW; peers, bytes of state, a stream through memory",
+    ),
+    "train": (TrainOptions, "tokens per second and peak memory of whole trainings, beside a Hugging Face Trainer"),
+    "scaling": (ScalingOptions, "time and bytes sent on 1, 2, 4 processes of this machine, beside what the plan says"),
+    "plan": (
+        PlanOptions,
+        "memory, bytes sent and milliseconds to expect of a rank, for every engine and optimizer; nothing is run",
+    ),
+}
 
 
 def main(argv: list[str]) -> None:
-    """Run `anon_dist.bench.plan`, `scaling` or `train` if the first argument asks for it, and `step` if not."""
-    if argv and argv[0] in OTHERS:
-        import_module(f"anon_dist.bench.{OTHERS[argv[0]]}").main(argv[1:])
+    """Run `anon_dist.bench.step`, `train`, `scaling` or `plan`; what begins with another option is step's. `--plan` is `plan`."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        lines = "\n".join(f"  {kind:<10} {summary}" for kind, (_, summary) in KINDS.items())
+        print(f"usage: anon-dist bench KIND [OPTIONS]\n\n{lines}\n\nanon-dist bench KIND --help says more.")
         return
-    from anon_dist.bench import step
-
-    step.main(argv)
+    kind = argv[0].removeprefix("--")
+    if kind in KINDS:
+        argv = argv[1:]
+    elif argv[0].startswith("-"):
+        kind = "step"
+    else:
+        unknown("anon-dist bench", argv[0], KINDS)
+    options = parse(KINDS[kind][0], argv, f"anon-dist bench {kind}", runs_bare=True)
+    import_module(f"anon_dist.bench.{kind}").main(options)

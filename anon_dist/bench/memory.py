@@ -7,30 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
+from anon_dist.bench.options import ENGINES, EngineName, OptimizerName
 from anon_dist.bench.shapes import Parameter, Shape
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.optim.schedule import Phase, Schedule, Window
 from anon_dist.train.config import OptimConfig
 
-EngineName = Literal[
-    "ddp",
-    "zero1",
-    "fsdp1",
-    "fsdp2",
-    "hsdp",
-    "fsdp2+tp",
-    "zero0",
-    "zero1-deepspeed",
-    "zero2",
-    "zero3",
-    "zero2-offload",
-    "zero3-offload",
-    "zero3-offload-params",
-]
-"""zero1 is torch's ZeroRedundancyOptimizer; the last seven are DeepSpeed's, as configs/deepspeed has them."""
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 LIVE = 1_000_000_000
 """Elements that DeepSpeed's stage 3 leaves gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 BUCKET = 500_000_000
@@ -206,9 +190,6 @@ def activation_bytes(engine: EngineName, job: Job) -> float:
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
-
-OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "anon-columns", "adamw"]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True)

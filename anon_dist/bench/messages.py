@@ -4,36 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anon_dist.bench.memory import LIVE, EngineName, Job, is_deepspeed, owned_elements, sharding, units
+from anon_dist.bench.memory import LIVE, Job, is_deepspeed, owned_elements, sharding, units
+from anon_dist.bench.options import EngineName, Hardware
 from anon_dist.bench.traffic import Collective, bytes_sent
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One rank's accelerator and its share of the node. The defaults are an H100 SXM's in a DGX H100."""
-
-    memory: float = 80e9
-    """Bytes of the accelerator."""
-    reserve: float = 5e9
-    """Of those, bytes for the context, the collectives' buffers and fragmentation: an estimate."""
-    hbm: float = 3.35e12
-    """Bytes per second of its memory."""
-    flops: float = 989e12
-    """Peak dense bfloat16 operations per second."""
-    flops32: float = 67e12
-    """Peak float32 operations per second, without TF32, in which matrices are turned into a basis."""
-    per_node: int = 8
-    """Ranks of a node."""
-    nvlink: float = 450e9
-    """Bytes per second that a rank sends within the node."""
-    network: float = 50e9
-    """Bytes per second that a rank sends to other nodes."""
-    pcie: float = 64e9
-    """Bytes per second between accelerator and host, each way."""
-    host_memory: float = 250e9
-    """Bytes of the host, a rank's share."""
-    host: float = 76.8e9
-    """Bytes per second of the host's memory, a rank's share."""
 
 
 @dataclass(frozen=True)

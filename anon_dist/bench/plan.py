@@ -14,36 +14,30 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from anon_dist.bench.bases import MOVED, bases_table, cost
 from anon_dist.bench.memory import (
-    ENGINES,
     NAMED,
-    OPTIMIZERS,
     Bases,
-    EngineName,
     Job,
     Memory,
-    OptimizerName,
     is_deepspeed,
     memory,
     owned_elements,
     sharding,
     shares,
 )
-from anon_dist.bench.messages import Hardware, traffic
+from anon_dist.bench.messages import traffic
+from anon_dist.bench.options import EngineName, Hardware, OptimizerName, PlanOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
 from anon_dist.train.config import ConfigError, OptimConfig
-from anon_dist.usage import parse
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -158,48 +152,7 @@ def predict(
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Options:
-    """Predict memory, traffic and time of a step, for each engine and optimizer. Nothing is run."""
-
-    model: str = "7b"
-    """7b, 70b, 405b, small; or a training configuration: a shipped one's name, or a YAML file."""
-    vocab: int = 50304
-    """Tokens, for a training configuration, which leaves them to the data."""
-    ranks: int = 64
-    """Accelerators."""
-    micro_batch: int = 1
-    """Sequences that a rank, or a tensor-parallel group, takes at once."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
-    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
-    seq_len: int | None = None
-    """Tokens of a sequence. None: the model's context."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"
-    """Of the computation."""
-    checkpointing: bool = True
-    """Recompute activations, block by block."""
-    shard_ranks: int = 8
-    """hsdp: ranks that share one copy."""
-    tensor_parallel: int = 8
-    """fsdp2+tp: ranks that split matrices."""
-    mfu: float = 0.4
-    """Share of the peak that forward and backward passes reach."""
-    steps: int = 100_000
-    """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
-    basis_block: int = OptimConfig.basis_block
-    """Of anon-columns (optim.basis_block)."""
-    engines: tuple[EngineName, ...] = ENGINES
-    """Which to show."""
-    optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
-    """Which to show."""
-    json: Path | None = None
-    """File to write the numbers to."""
-    hardware: Hardware = field(default_factory=Hardware)
-
-
-def job_of(options: Options) -> Job:
+def job_of(options: PlanOptions) -> Job:
     """What the options ask about.
 
     Raises:
@@ -238,9 +191,8 @@ def job_of(options: Options) -> Job:
     )
 
 
-def main(argv: list[str]) -> None:
-    """`anon-dist bench --plan`"""
-    options = parse(Options, argv, "anon-dist bench --plan", description=Options.__doc__)
+def main(options: PlanOptions) -> None:
+    """`anon-dist bench plan`"""
     try:
         job = job_of(options)
     except ConfigError as error:
@@ -256,7 +208,7 @@ def main(argv: list[str]) -> None:
         options.json.write_text(json.dumps(as_json(options, job, rows), indent=1) + "\n")
 
 
-def as_json(options: Options, job: Job, rows: list[Row]) -> dict[str, Any]:
+def as_json(options: PlanOptions, job: Job, rows: list[Row]) -> dict[str, Any]:
     """All that was predicted, and from what. Bytes, seconds."""
     derived = [
         {
@@ -286,7 +238,7 @@ def is_possible(engine: EngineName, optimizer: OptimizerName) -> bool:
     return optimizer != "anon-8bit-m" or not is_deepspeed(engine) or engine == "zero0"
 
 
-def show(options: Options, job: Job, rows: list[Row]) -> None:
+def show(options: PlanOptions, job: Job, rows: list[Row]) -> None:
     """As a table."""
     count = sum(p.numel for p in job.shape.parameters())
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -338,7 +290,3 @@ def show(options: Options, job: Job, rows: list[Row]) -> None:
     if any(NAMED[row.optimizer].bases for row in rows):
         bases = Bases("columns", options.basis_block)
         console.print(bases_table(job, bases, options.hardware.flops32, partial(link_of, hardware=options.hardware)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

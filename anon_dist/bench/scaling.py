@@ -11,17 +11,16 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.bench.memory import NAMED, EngineName, Job, OptimizerName, owned_elements
+from anon_dist.bench.memory import NAMED, Job, owned_elements
 from anon_dist.bench.messages import traffic
+from anon_dist.bench.options import EngineName, OptimizerName, ScalingOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.train.config import ConfigError
-from anon_dist.usage import parse
 
 SENT_TOLERANCE = 0.03
 """Bytes sent may differ by this share: DDP's buffers, the gradient's norm, and what else is small."""
@@ -31,40 +30,6 @@ ALONE = ("ddp", "zero1", "hsdp", "fsdp1")
 
 class BenchError(RuntimeError):
     """The ranks did not come to an end, or what they measured is not what was predicted."""
-
-
-@dataclass
-class Options:
-    """Measure time, state and bytes sent of a step on several processes of this machine, Anon and AdamW taking turns."""
-
-    model: str = "small"
-    """As of --plan."""
-    vocab: int = 4096
-    """Tokens, for a training configuration."""
-    ranks: tuple[int, ...] = (1, 2, 4)
-    """Numbers of processes."""
-    engines: tuple[EngineName, ...] = ("ddp", "zero1", "fsdp2")
-    """Engines."""
-    steps: int = 10
-    """Timed steps of each optimizer."""
-    micro_batch: int = 2
-    """Sequences that a rank takes at once."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
-    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
-    seq_len: int = 64
-    """Tokens of a sequence."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "fp32"
-    """Of the computation."""
-    checkpointing: bool = False
-    """Recompute activations, block by block."""
-    check: bool = False
-    """Exit with code 1 if state bytes are not those predicted, or bytes sent differ by more than 3%."""
-    minutes: float = 5.0
-    """Longest that the processes of one number of ranks may take."""
-    json: Path | None = None
-    """File to write the numbers to."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +66,7 @@ class Row:
         return found
 
 
-def job_of(options: Options, ranks: int) -> Job:
+def job_of(options: ScalingOptions, ranks: int) -> Job:
     """The plan's view of it."""
     shape, pair = find_shape(options.model, options.vocab), min(2, ranks)
     bf16 = options.precision == "bf16"
@@ -117,7 +82,7 @@ def engines_on(ranks: int, engines: tuple[EngineName, ...]) -> list[EngineName]:
     return [*[e for e in engines if e in ALONE][:1], *several]
 
 
-def launch(ranks: int, job: Job, options: Options) -> list[dict[str, Any]]:
+def launch(ranks: int, job: Job, options: ScalingOptions) -> list[dict[str, Any]]:
     """What each rank measured.
 
     Raises:
@@ -189,7 +154,7 @@ def rows_of(job: Job, measured: list[dict[str, Any]]) -> list[Row]:
     return found
 
 
-def run(options: Options) -> list[Row]:
+def run(options: ScalingOptions) -> list[Row]:
     """All rows.
 
     Raises:
@@ -202,10 +167,9 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def main(argv: list[str]) -> None:
-    """`anon-dist bench --scaling`"""
+def main(options: ScalingOptions) -> None:
+    """`anon-dist bench scaling`"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended too
-    options = parse(Options, argv, "anon-dist bench --scaling", description=Options.__doc__)
     try:
         rows = run(options)
     except (BenchError, ConfigError) as error:
@@ -218,7 +182,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: not as predicted: " + "; ".join(differences))
 
 
-def as_json(options: Options, rows: list[Row]) -> dict[str, Any]:
+def as_json(options: ScalingOptions, rows: list[Row]) -> dict[str, Any]:
     """All that was measured, and under which conditions. Bytes per rank, seconds."""
     return {
         "kind": "measured",
@@ -229,7 +193,7 @@ def as_json(options: Options, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def show(options: Options, rows: list[Row]) -> None:
+def show(options: ScalingOptions, rows: list[Row]) -> None:
     """As a table."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
@@ -275,7 +239,3 @@ def show(options: Options, rows: list[Row]) -> None:
     )
     for line in (line for row in rows for line in row.differences):
         console.print(f"not as predicted: {line}", highlight=False)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatch
-from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -29,6 +27,7 @@ from anon_dist.bench.optimizers import (
     state_bytes,
     weights,
 )
+from anon_dist.bench.options import StepOptions
 from anon_dist.bench.peak import in_fresh_process, working_bytes
 from anon_dist.bench.shape_lists import Shapes, default_sizes, few_large, model_shapes, parameters
 from anon_dist.bench.step_report import plot, show
@@ -36,39 +35,13 @@ from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config import ConfigError
-from anon_dist.usage import parse
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
 SLOW = 3.0
 """Those that take so many times AdamW's time are given a fifth of the pairs."""
 
 
-@dataclass
-class Options:
-    """Measure optimizer steps against torch's fused AdamW. `anon-dist bench --plan | --scaling | --train` (first) measure other things."""
-
-    sizes: list[float] = field(default_factory=list)
-    """Elements, in four tensors of whole blocks (60e6, say). Without this and --tensors: 1e6, 10e6 and 60e6, or what memory holds of
-    them; on CUDA more."""
-    tensors: list[str] = field(default_factory=list)
-    """Models whose lists of parameters are stepped: names of shipped training configurations (gpt2-small: 148 tensors)."""
-    only: list[str] = field(default_factory=list)
-    """Patterns of names of the optimizers to measure ("anon*", "torchao *"); without it all."""
-    pairs: int = 20
-    """Steps of each, alternating, in a repeat."""
-    repeats: int = 5
-    """The quartiles are over these."""
-    device: Literal["cpu", "cuda"] | None = None
-    """None: CUDA if there is one."""
-    memory: bool = True
-    """Measure also the peak, on the last list; on the CPU in a process of its own."""
-    json: Path | None = None
-    """File to write all numbers to."""
-    plot: Path | None = None
-    """PNG file to draw the ratios to."""
-
-
-def bench(options: Options) -> Result:
+def bench(options: StepOptions) -> Result:
     """Measure what the options ask for.
 
     Raises:
@@ -101,7 +74,7 @@ def bench(options: Options) -> Result:
 
 
 def _measure_list(
-    title: str, shapes: Shapes, chosen: list[Contestant], options: Options, device: torch.device, memory: bool
+    title: str, shapes: Shapes, chosen: list[Contestant], options: StepOptions, device: torch.device, memory: bool
 ) -> Measured:
     tensors = parameters(shapes, device)
     found = Measured(title, len(tensors), sum(p.numel() for p in tensors))
@@ -140,7 +113,7 @@ def _measure_steps(
     name: str,
     steps: dict[str, Step],
     base: Step,
-    options: Options,
+    options: StepOptions,
     device: torch.device,
     flow: list[float] | None,
 ) -> dict[str, list[float]]:
@@ -179,9 +152,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str]) -> None:
-    """`anon-dist bench`"""
-    options = parse(Options, argv, "anon-dist bench", description=f"{Options.__doc__}\n\n{__doc__}")
+def main(options: StepOptions) -> None:
+    """`anon-dist bench step`"""
     try:
         result = bench(options)
     except ConfigError as error:

@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from anon_dist.bench.options import TrainOptions
 from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
-from anon_dist.usage import parse
 
 Kind = Literal["anon", "adamw", "trainer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,28 +36,6 @@ NAMES = {"anon": "this loop, Anon", "adamw": "this loop, AdamW fused", "trainer"
 
 class BenchError(RuntimeError):
     """A contender failed, or took too long."""
-
-
-@dataclass
-class Options:
-    """Measure tokens per second and peak memory of pretraining: this loop with Anon, with AdamW, and a Hugging Face Trainer, in turns."""
-
-    data: Path
-    """Folder made by `anon-dist data prepare`."""
-    config: str = "quickstart"
-    """Training configuration: a shipped one's name, or a YAML file."""
-    turn: int = 5
-    """Steps of a turn."""
-    repeats: int = 7
-    """Turns of each, after one to warm up."""
-    micro_batch: int | None = None
-    """Sequences at once. None: the configuration's."""
-    global_batch: int | None = None
-    """Sequences of a step. None: the configuration's."""
-    minutes: float = 9.0
-    """Longest that all may take."""
-    json: Path | None = None
-    """File to write the numbers to."""
 
 
 class Process:
@@ -122,7 +100,7 @@ class Result:
         return [float(q) for q in np.quantile([a / b for a, b in both], [0.25, 0.5, 0.75])]
 
 
-def config_of(options: Options, folder: Path) -> Config:
+def config_of(options: TrainOptions, folder: Path) -> Config:
     """The contenders' configuration.
 
     Raises:
@@ -144,7 +122,7 @@ def config_of(options: Options, folder: Path) -> Config:
     return config
 
 
-def measure(config: Config, options: Options, folder: Path) -> dict[Kind, Result]:
+def measure(config: Config, options: TrainOptions, folder: Path) -> dict[Kind, Result]:
     """All contenders, in turns; who goes first changes from one repeat to the next.
 
     Raises:
@@ -164,9 +142,8 @@ def measure(config: Config, options: Options, folder: Path) -> dict[Kind, Result
     return {kind: Result([tokens / s for s in seconds[kind][1:]], peaks[kind]) for kind in KINDS}
 
 
-def main(argv: list[str]) -> None:
-    """`anon-dist bench --train`"""
-    options = parse(Options, argv, "anon-dist bench --train", description=Options.__doc__)
+def main(options: TrainOptions) -> None:
+    """`anon-dist bench train`"""
     try:
         with tempfile.TemporaryDirectory() as name:
             config = config_of(options, Path(name))
@@ -178,7 +155,7 @@ def main(argv: list[str]) -> None:
         options.json.write_text(json.dumps(as_json(options, config, results), indent=1) + "\n")
 
 
-def as_json(options: Options, config: Config, results: dict[Kind, Result]) -> dict[str, Any]:
+def as_json(options: TrainOptions, config: Config, results: dict[Kind, Result]) -> dict[str, Any]:
     """All that was measured, and under which conditions."""
     return {
         "kind": "measured",
@@ -199,7 +176,7 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
-def show(options: Options, config: Config, results: dict[Kind, Result]) -> None:
+def show(options: TrainOptions, config: Config, results: dict[Kind, Result]) -> None:
     """As a table."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(
@@ -217,7 +194,3 @@ def show(options: Options, config: Config, results: dict[Kind, Result]) -> None:
             NAMES[kind], f"{speed:,.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{result.peak_bytes / 1e9:.2f}"
         )
     console.print(table)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

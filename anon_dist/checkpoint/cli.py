@@ -1,4 +1,7 @@
-"""`anon-dist ckpt inspect | convert | verify`."""
+"""`anon-dist ckpt inspect | convert | verify`.
+
+What does the work is imported once the options are known: it imports torch.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from anon_dist.checkpoint.convert import convert, inspect
+from anon_dist.arguments import parse
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.names import read_names
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
-from anon_dist.checkpoint.verify import foreign, verify
-from anon_dist.usage import parse
 
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
 _Target = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
@@ -45,6 +43,8 @@ class Reading:
             raise CheckpointError(
                 "--names and --names-in-model-order both say what the parameters are called; give one"
             )
+        from anon_dist.checkpoint.names import read_names
+
         names = read_names(self.names) if self.names else None
         return ReadOptions(names, self.names_in_model_order, unsafe=self.unsafe)
 
@@ -114,15 +114,15 @@ class Verify:
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
 
+COMMANDS: dict[str, Any] = {"inspect": Inspect, "convert": Convert, "verify": Verify}
+"""Each command's options."""
+
+
 def run(command: str, args: list[str]) -> None:
     """Run `inspect`, `convert` or `verify`; exit code 1 with one line for an error that the user can mend."""
-    kinds: dict[str, Any] = {
-        "inspect": (Inspect, _inspect),
-        "convert": (Convert, _convert),
-        "verify": (Verify, _verify),
-    }
-    kind, action = kinds[command]
-    parsed = parse(kind, args, f"anon-dist ckpt {command}", description=kind.__doc__)
+    actions: dict[str, Any] = {"inspect": _inspect, "convert": _convert, "verify": _verify}
+    kind, action = COMMANDS[command], actions[command]
+    parsed = parse(kind, args, f"anon-dist ckpt {command}")
     _check_options(args)
     try:
         action(parsed)
@@ -142,6 +142,11 @@ def _check_options(args: list[str]) -> None:
 
 
 def _inspect(args: Inspect) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from anon_dist.checkpoint.convert import inspect
+
     found = inspect(args.src, args.reading.options())
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -168,6 +173,8 @@ def _inspect(args: Inspect) -> None:
 
 
 def _convert(args: Convert) -> None:
+    from anon_dist.checkpoint.convert import convert
+
     if args.world_size < 1:
         raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
     options = WriteOptions(
@@ -198,6 +205,11 @@ def _convert(args: Convert) -> None:
 
 
 def _verify(args: Verify) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from anon_dist.checkpoint.verify import foreign, verify
+
     found = verify(args.a, args.b, args.reading.options(), args.workers)
     if not found:
         print("the same" if args.b else "as written")

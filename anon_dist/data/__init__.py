@@ -1,15 +1,23 @@
 """Text to training batches: tokenised once into memory-mapped shards, read in an order that one integer can resume.
 
-`prepare` makes a folder; `TokenShards`, `SampleOrder` and `BatchLoader` read it.
+`prepare` makes a folder; `TokenShards`, `SampleOrder` and `BatchLoader` read it. Importing this package imports neither torch nor numpy:
+its modules are imported when something of theirs is asked for.
 """
 
-from anon_dist.data.errors import DataError, PreparationError, ShardError, SourceError, TokenizerError
-from anon_dist.data.index import Index, ShardInfo, SplitInfo, Statistics
-from anon_dist.data.loader import BatchLoader
-from anon_dist.data.order import SampleOrder
-from anon_dist.data.prepare import PrepareConfig, prepare
-from anon_dist.data.shards import TokenShards, verify_checksums
-from anon_dist.data.tokenizer import Tokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anon_dist.data.config import PrepareConfig
+    from anon_dist.data.errors import DataError, PreparationError, ShardError, SourceError, TokenizerError
+    from anon_dist.data.index import Index, ShardInfo, SplitInfo, Statistics
+    from anon_dist.data.loader import BatchLoader
+    from anon_dist.data.order import SampleOrder
+    from anon_dist.data.preparation import prepare
+    from anon_dist.data.shards import TokenShards, verify_checksums
+    from anon_dist.data.tokenizer import Tokenizer
 
 __all__ = [
     "BatchLoader",
@@ -29,3 +37,20 @@ __all__ = [
     "prepare",
     "verify_checksums",
 ]
+_MODULES = {
+    "config": ("PrepareConfig",),
+    "errors": ("DataError", "PreparationError", "ShardError", "SourceError", "TokenizerError"),
+    "index": ("Index", "ShardInfo", "SplitInfo", "Statistics"),
+    "loader": ("BatchLoader",),
+    "order": ("SampleOrder",),
+    "preparation": ("prepare",),
+    "shards": ("TokenShards", "verify_checksums"),
+    "tokenizer": ("Tokenizer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
+from anon_dist.data.config import TextUnit
 from anon_dist.data.errors import SourceError
-
-TextUnit = Literal["file", "paragraph", "line"]
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = (".gz", ".zst")

@@ -9,13 +9,12 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import transformers
-import tyro
 import yaml
 
 from anon_dist.checkpoint import CheckpointError
@@ -26,76 +25,33 @@ from anon_dist.optim.matching import Spectra
 from anon_dist.sweep.calibrate import calibrate
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
+from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
 from anon_dist.train.errors import RunError, RunInUseError
 from anon_dist.train.lock import held
 from anon_dist.train.spectrum import load_spectra
-from anon_dist.usage import parse
 
 
-@dataclass
-class Sweep:
-    """Train a configuration over a grid of settings, and report which γ and learning rate are best.
+def sweep(parsed: Sweep, rest: list[str], args: list[str]) -> None:
+    """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it.
 
-    Further options are those of `anon-dist train`, and hold for every cell: --train.steps 2000. The same command goes on with a sweep
-    that was interrupted; with a larger grid it runs what is new.
+    Args:
+        rest: options of the training.
+        args: all, as the user typed them, for the report.
     """
-
-    config: str
-    """Training configuration: a file, or the name of a shipped one."""
-    grid: tuple[str, ...]
-    """FIELD=VALUES, several: values are separated by commas, and may be ranges: a:b:step with both ends, log:a:b:n evenly by ratio.
-    optim.gamma=-0.5:1.5:0.25 optim.lr=1e-3,3e-3,1e-2"""
-    out: Path
-    """Folder of the sweep; `anon-dist sweep report OUT` looks at it while it runs."""
-    seeds: str = "1"
-    """How many (3 is 0, 1, 2), or a list (0,4,7): of weights and data order, the same for every setting."""
-    baseline: Literal["adamw"] | None = None
-    """Another optimizer to compare with, over the fields of the grid that mean something to it."""
-    baseline_lr: str | None = None
-    """Its learning rates, as in --grid. None: those of the grid."""
-    match_rms: bool = False
-    """Learning rates (and update_clip, and 1 / weight_decay) are meant for γ = 1, and multiplied for other γ so that steps keep their
-    root mean square: see anon_dist.optim.matching. Measured in a short run at γ = 1. One factor for a cell; with gamma_by_name or
-    gamma_schedule, one for each param group."""
-    match_from: Path | None = None
-    """The same, measured from a checkpoint of Anon or AdamW, or as another sweep's calibration/spectrum.json has it."""
-    parallel: int | None = None
-    """Runs at once. None: one per GPU, or one per core as far as free memory goes."""
-    early_stop: bool = True
-    """Stop hopeless cells: see anon_dist.sweep.early. They are reported as stopped, and go on with --no-early-stop."""
-    retry_failed: bool = False
-    """Run cells again that diverged or crashed, from their last checkpoint."""
-    keep_weights: bool = False
-    """Keep the checkpoint and the exported model of finished cells."""
-
-
-@dataclass
-class Report:
-    """Write report.md, its pictures and cells.csv for a sweep as it is now; it may be running."""
-
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """The sweep's --out."""
-
-
-def sweep(args: list[str]) -> None:
-    """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it."""
-    parsed, rest = parse(Sweep, args, "anon-dist sweep", return_unknown_args=True)
     try:
-        base = parse_args(
-            ["--config", parsed.config, *rest], others=[f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
-        )
+        others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
+        base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
             sys.exit(130)
     except (ConfigError, DataError, CheckpointError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def report(args: list[str]) -> None:
+def report(parsed: Report) -> None:
     """`anon-dist sweep report`"""
-    parsed = parse(Report, args, "anon-dist sweep report")
     try:
         print(f"Report: {write_report(parsed.folder)}")
     except (ConfigError, OSError) as error:

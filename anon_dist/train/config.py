@@ -11,14 +11,15 @@ import json
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from anon_dist.arguments import parse
 from anon_dist.train import strict_yaml
 from anon_dist.train.fields import (
     CheckpointConfig,
@@ -51,8 +52,10 @@ __all__ = [
     "find_config",
     "flat",
     "load_config",
+    "options_class",
     "parse_args",
     "shipped_configs",
+    "shipped_names",
     "to_yaml",
     "with_fields",
 ]
@@ -168,8 +171,14 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and shipped.parent == folder:
         return shipped
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(names)})")
+    raise ConfigError(
+        f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(shipped_names())})"
+    )
+
+
+def shipped_names() -> list[str]:
+    """Of the shipped training configurations."""
+    return sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
 
 
 def shipped_configs() -> Path:
@@ -198,31 +207,29 @@ def load_config(path: Path) -> Config:
     return _validated(values or {}, lambda name: f"{path}: '{name}'")
 
 
-def parse_args(args: Sequence[str] | None = None, *, others: Sequence[str] = ()) -> Config:
+def parse_args(
+    args: Sequence[str] | None = None, prog: str = "anon-dist train", *, others: Sequence[str] = ()
+) -> Config:
     """The configuration of a command line: `--config FILE` first, then `--section.field value` over it.
 
     Args:
+        prog: what help and messages call the command.
         others: options that the command has besides, to be suggested too.
 
     Raises:
         ConfigError: as `load_config` and `check` do; for flags that are unknown, come twice, or have no value of their type.
-        SystemExit: for `--help`, after it.
+        SystemExit: for `--help`, or for no arguments at all, after it.
     """
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
     default = Config() if file is None else load_config(file)
+    shown = options_class()(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+    flags = (tyro.conf.FlagConversionOff,)  # every flag takes a value, as in the file
+    read = partial(parse_or_raise, takes=_takes, others=others)
     try:
-        config: Config = parse_or_raise(
-            Config,
-            rest,
-            "pretrain.py",
-            takes=_takes,
-            others=others,
-            default=default,
-            config=(tyro.conf.FlagConversionOff,),  # every flag takes a value, as in the file
-            description="Pretrain a GPT-style model. --config FILE (or a shipped configuration's name) sets the defaults of all below.",
-        )
+        parsed = parse(type(shown), rest, prog, runs_bare=file is not None, default=shown, config=flags, read=read)
     except UsageError as error:
         raise ConfigError(str(error)) from None
+    config = Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)})
     _check_keys(rest)
     _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
     try:
@@ -247,6 +254,15 @@ def _check_keys(args: Sequence[str]) -> None:
             given = [typing.get_args(key_type)[0](key) for key in values_of(args, flag)[::2]]
             if twice := [key for i, key in enumerate(given) if key in given[:i]]:
                 raise ConfigError(f"{flag} names {twice[0]!r} twice: {' '.join(values_of(args, flag))}")
+
+
+def options_class() -> type[Config]:
+    """The configuration with a field `config`, which the help then shows among the options."""
+    text = f"Configuration: a YAML file, or the name of a shipped one ({', '.join(shipped_names())}). All other options are set over it."
+    hint = Annotated[str, tyro.conf.arg(help=text, metavar="FILE", help_behavior_hint="(optional)")]
+    made = dataclasses.make_dataclass("Options", [("config", hint, "")], bases=(Config,))
+    made.__doc__ = "Pretrain a GPT-style model, or go on with it."
+    return made
 
 
 def _file_of(args: list[str]) -> tuple[Path | None, list[str]]:

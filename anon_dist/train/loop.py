@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,11 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
+from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.alike import shared_settings
+from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
 from anon_dist.train.errors import RunError
@@ -87,6 +91,8 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
         if stopped:
             again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
             console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
+            if stopped == signal.SIGINT.name:
+                end_interrupted_launcher()
     if not stopped:
         _finish(run)
 
@@ -320,7 +326,14 @@ def _save(run: Run, stop: StopSignal) -> None:
         failed = failed or error
     if what := failures(failed):
         raise RunError(what) from failed
-    progress = {
+    with run.checkpoints.writing(run.step, _progress(run)) as folder:
+        run.engine.save(folder)
+        randomness.save(folder, run.accelerator.process_index)
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
         "format": 1,
         "step": run.step,
         "skipped": run.skipped,
@@ -334,9 +347,6 @@ def _save(run: Run, stop: StopSignal) -> None:
         "config": recorded(run.config),
         "versions": versions(),
     }
-    with run.checkpoints.writing(run.step, progress) as folder:
-        run.engine.save(folder)
-        randomness.save(folder, run.accelerator.process_index)
 
 
 def _finish(run: Run) -> None:
@@ -362,7 +372,8 @@ def _finish(run: Run) -> None:
 def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
-    export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer")
+    card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
+    export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:
         file.write(record)

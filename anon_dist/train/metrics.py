@@ -1,4 +1,4 @@
-"""Where the metrics go: metrics.jsonl always, a progress bar or key=value lines, and accelerate's trackers."""
+"""Where the metrics go: metrics.jsonl always, a line of a table and of progress, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -63,10 +63,15 @@ def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
 
 
 class Console:
-    """The run as a person sees it: a progress bar on a terminal, lines of key=value elsewhere."""
+    """The run as a person sees it: a line of a table for each record, and on a terminal a line of progress below."""
 
     def __init__(self, steps: int, start: int) -> None:
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, bar_format=_PROGRESS)
+            if sys.stderr.isatty()
+            else None
+        )
+        self._steps, self._start, self._began = steps, start, time.monotonic()
         self._shown: dict[str, str] = {}
 
     def step(self) -> None:
@@ -76,17 +81,16 @@ class Console:
 
     def record(self, record: Record) -> None:
         """Show a record of metrics."""
-        if self._bar is None:
-            # Those of single param groups are for the file and the trackers.
-            self.say(" ".join(f"{k}={_short(v)}" for k, v in record.items() if "/" not in k))
-            return
-        for key in ("loss", "val_loss", "lr", "tokens_per_s"):
-            if key in record:
-                self._shown[key] = _short(record[key])
-        self._bar.set_postfix(self._shown)
+        taken = int(record["step"]) - self._start
+        left = (time.monotonic() - self._began) / max(taken, 1) * (self._steps - int(record["step"]))
+        self.say(table_line(record, self._steps, left if taken > 0 else None))
+        if self._bar is not None:
+            words = (("loss", "loss"), ("val_loss", "val"), ("tokens_per_s", "tok/s"), ("mfu", "mfu"))
+            self._shown |= {word: _spelled(key, record[key]) for key, word in words if key in record}
+            self._bar.set_postfix(self._shown)
 
     def say(self, text: str) -> None:
-        """A line for the person watching, above the bar if there is one. The run goes on if nobody can read it."""
+        """A line for the person watching, above the progress if there is one. The run goes on if nobody can read it."""
         if self._bar is None:
             with suppress(OSError):  # whoever read it is gone, or its disk is full
                 print(text, flush=True)
@@ -99,7 +103,49 @@ class Console:
             self._bar.close()
 
 
-def _short(value: Any) -> str:
+_PROGRESS = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+LINE = 100
+"""Most columns of a line of the table."""
+_COLUMNS = (
+    ("loss", "loss", 7),
+    ("lr", "lr", 9),
+    ("grad_norm", "norm", 7),
+    ("skipped", "skipped", 2),
+    ("val_loss", "val_loss", 7),
+    ("val_perplexity", "perplexity", 7),
+    ("val_bits_per_byte", "bits/byte", 7),
+    ("tokens_per_s", "tok/s", 9),
+    ("mfu", "mfu", 5),
+    ("memory_gb", "mem", 7),
+)
+"""Key of a record, its word, the width of its value. The other metrics are for the file and the trackers."""
+
+
+def table_line(record: Record, steps: int, left: float | None) -> str:
+    """A record in a line of at most `LINE` columns, each number under that of the line before.
+
+    Args:
+        steps: of the whole run.
+        left: seconds to its end, if they can be told.
+    """
+    cells = [f"step={record['step']:<{len(str(steps))}}"]
+    cells += [f"{word}={_spelled(key, record[key]):<{width}}" for key, word, width in _COLUMNS if key in record]
+    if left is not None and "loss" in record:
+        cells.append(f"eta={tqdm.format_interval(left)}")
+    while len(line := " ".join(cells).rstrip()) > LINE and len(cells) > 2:
+        cells.pop(-2)
+    return line
+
+
+def _spelled(key: str, value: float | int) -> str:
+    if key == "lr":
+        return f"{value:.3e}"
+    if key == "tokens_per_s":
+        return f"{value:,.0f}"
+    if key == "mfu":
+        return f"{value:.1%}"
+    if key == "memory_gb":
+        return f"{value:.4g}GB"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 

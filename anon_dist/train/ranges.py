@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -13,7 +14,15 @@ MOST_STEPS = 1 << 24
 """The optimizer's step count is a float32, as torch's, and goes no further."""
 
 
+_FLOATS = "(float32|float64|bfloat16)"
+_STATES = rf"(exp_avg=({_FLOATS}|int8)|exp_avg_sq={_FLOATS}|precond={_FLOATS})"
+_STATE_DTYPE = re.compile(rf"{_FLOATS}|{_STATES}(, *{_STATES})*")
+"""What the optimizer takes, without asking it: that would import torch."""
+
+
 def _state_dtype(text: str) -> str:
+    if _STATE_DTYPE.fullmatch(text):
+        return text
     from anon_dist.optim.hyper import state_dtypes
 
     try:

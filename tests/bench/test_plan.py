@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from anon_dist.bench import plan, scaling
+from anon_dist.bench import scaling
 from anon_dist.bench.bases import cost
-from anon_dist.bench.memory import ENGINES, NAMED, Bases, Job, handed_out, memory, owned_elements, shares
-from anon_dist.bench.messages import Hardware, Message, traffic
+from anon_dist.bench.memory import NAMED, Bases, Job, handed_out, memory, owned_elements, shares
+from anon_dist.bench.messages import Message, traffic
+from anon_dist.bench.options import ENGINES, Hardware, ScalingOptions
 from anon_dist.bench.plan import predict
 from anon_dist.bench.shapes import MODELS, Shape, config_of, find_shape
+from anon_dist.cli import main
 from anon_dist.optim import Anon, param_groups
 from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.train.config import ConfigError
@@ -132,7 +134,7 @@ def test_what_does_not_fit():
 
 def test_command(tmp_path, capsys):
     out = tmp_path / "plan.json"
-    plan.main(["--model", "llama-1b", "--ranks", "16", "--json", str(out), "--hardware.hbm", "1e12"])
+    main(["bench", "plan", "--model", "llama-1b", "--ranks", "16", "--json", str(out), "--hardware.hbm", "1e12"])
     written = json.loads(out.read_text())
     assert {row["engine"] for row in written["rows"]} == set(ENGINES)
     assert written["hardware"]["hbm"] == 1e12
@@ -140,7 +142,7 @@ def test_command(tmp_path, capsys):
     row = next(r for r in written["rows"] if (r["engine"], r["optimizer"]) == ("fsdp2", "adamw"))
     assert row["optimizer_s"] == pytest.approx(28 * row["memory"]["state"] / 8 / 1e12)
     with pytest.raises(SystemExit, match="--model nothing is none of 7b"):
-        plan.main(["--model", "nothing"])
+        main(["bench", "plan", "--model", "nothing"])
     with pytest.raises(ConfigError, match="is none of"):
         find_shape("nothing", 100)
 
@@ -152,7 +154,7 @@ def test_predictions_are_what_two_ranks_measure(tmp_path):
     out = tmp_path / "scaling.json"
     engines = ["ddp", "zero1", "fsdp2", "zero1-deepspeed", "zero3"]
     arguments = ["--model", str(config), "--vocab", "101", "--ranks", "2", "--seq-len", "32", "--steps", "1"]
-    scaling.main([*arguments, "--engines", *engines, "--check", "--json", str(out)])
+    main(["bench", "scaling", *arguments, "--engines", *engines, "--check", "--json", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert [(r["engine"], r["optimizer"]) for r in rows] == [(e, o) for e in engines for o in ("anon", "adamw")]
     for row in rows:
@@ -163,7 +165,7 @@ def test_predictions_are_what_two_ranks_measure(tmp_path):
 
 
 def test_a_difference_is_reported():
-    job = scaling.job_of(scaling.Options(), 2)
+    job = scaling.job_of(ScalingOptions(), 2)
     sent = sum(m.sent for m in traffic("ddp", job))
     values = {"step_s": 1.0, "optimizer_s": 1.0, "state_bytes": 12 * owned_elements("ddp", job), "written": None}
     wrong = [{"stream": 1e9, "engines": {"ddp": {"anon": {**values, "sent": {"all-reduce": 1.1 * sent}}}}}] * 2

@@ -185,8 +185,10 @@ def test_lists_of_models_are_the_published_ones():
 def test_the_first_argument_names_the_other_benchmarks(word, monkeypatch):
     seen = []
     monkeypatch.setitem(sys.modules, f"anon_dist.bench.{word}", types.SimpleNamespace(main=seen.append))
-    main(["bench", f"--{word}", "--json", "x"])
-    assert seen == [["--json", "x"]]
+    data = ["--data", "d"] if word == "train" else []
+    main(["bench", f"--{word}", *data, "--json", "x"])
+    main(["bench", word, *data, "--json", "x"])
+    assert [(type(o).__name__.lower(), str(o.json)) for o in seen] == [(f"{word}options", "x")] * 2
 
 
 def test_a_name_that_matches_nothing_is_answered_with_the_names():

@@ -3,6 +3,7 @@
 import pytest
 
 from anon_dist.bench import train
+from anon_dist.cli import main
 
 
 def test_ratios_are_of_neighbouring_turns():
@@ -12,7 +13,7 @@ def test_ratios_are_of_neighbouring_turns():
 
 def test_a_folder_that_is_none():
     with pytest.raises(SystemExit, match="error: "):
-        train.main(["--data", "/nonexistent"])
+        main(["bench", "train", "--data", "/nonexistent"])
 
 
 def test_a_failing_contender_is_named(tmp_path):

@@ -30,7 +30,7 @@ from anon_dist.files import exclusive
 
 SPM = "spm-bpe:600"
 # The package has a function of that name.
-prepare_module = importlib.import_module("anon_dist.data.prepare")
+prepare_module = importlib.import_module("anon_dist.data.preparation")
 
 
 def config(corpus, out, **options):
@@ -116,7 +116,7 @@ from pathlib import Path
 from anon_dist.data import encode
 from anon_dist.data.writer import SplitWriter
 
-prepare_module = importlib.import_module("anon_dist.data.prepare")
+prepare_module = importlib.import_module("anon_dist.data.preparation")
 corpus, out, workers, tokenizer, appends = sys.argv[1:]
 encode.CHUNK_CHARS, prepare_module.COMMIT_BYTES = 500, 1500
 append, count = SplitWriter.append, 0

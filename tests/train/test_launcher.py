@@ -1,5 +1,6 @@
 """Which process a rank takes for its launcher, and when that one is gone; asked of programs that are called like launchers."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,3 +89,55 @@ def test_a_rank_knows_its_launcher(command, name, variables, programs):
         os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
+
+
+INTERRUPTED = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+found = runpy.run_path({str(LAUNCHER)!r})
+os.kill(os.getppid(), signal.SIGINT)
+print("Stopped", flush=True)
+found["end_interrupted_launcher"]()
+"""
+WAITING = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, *sys.argv[1:]])
+while True:
+    try:
+        child.wait()
+        break
+    except KeyboardInterrupt as error:
+        interrupted = error
+raise interrupted
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_interrupted_launcher_adds_nothing_on_a_terminal(terminal, nodes, tmp_path):
+    """Elsewhere, and where other nodes' ranks meet through it, it ends as it likes."""
+    (tmp_path / "torchrun").write_text(WAITING)
+    (tmp_path / "child.py").write_text(INTERRUPTED)
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "torchrun", "child.py"],
+        stdout=theirs,
+        stderr=theirs,
+        cwd=tmp_path,
+        env={**os.environ, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(nodes)},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 1 << 16):
+            text += part
+    os.close(ours)
+    lines = text.decode().split("\n")
+    assert lines[0].strip() == "Stopped"
+    if terminal and nodes == 1:
+        assert process.wait() == -signal.SIGKILL
+        assert lines[1:] == [""]
+    else:
+        assert process.wait() in (1, -signal.SIGINT)
+        assert "Traceback" in text.decode()

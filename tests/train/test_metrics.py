@@ -1,6 +1,8 @@
 """The metrics file survives kills and resumes."""
 
-from anon_dist.train.metrics import MetricsFile, read_metrics
+import io
+
+from anon_dist.train.metrics import Console, MetricsFile, read_metrics, table_line
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
@@ -35,3 +37,67 @@ def test_lines_that_are_no_records_end_what_is_kept(tmp_path):
         file.write({"step": 2, "loss": 0.25})
         file.close()
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+FULL = {
+    "step": 1_234_567,
+    "samples": 10**9,
+    "epoch": 0.5,
+    "loss": 3.0123456,
+    "lr": 0.00012345,
+    "grad_norm": 123.456789,
+    "tokens_per_s": 12_345_678.9,
+    "gamma/0": 1.0,
+    "update_rms": 0.5,
+    "mfu": 0.4123,
+    "memory_gb": 123.456,
+    "skipped": 10,
+}
+
+
+def test_a_record_is_a_line_of_a_table_that_fits_a_terminal():
+    line = table_line(FULL, 16_777_216, 3e6)
+    assert len(line) <= 100
+    assert line.startswith("step=1234567 ")
+    assert {"loss=3.0123", "lr=1.234e-04", "norm=123.46", "skipped=10"} <= set(line.split())
+    assert line.endswith("eta=833:20:00")
+    small = {k: v for k, v in FULL.items() if k != "skipped"} | {"step": 20}
+    lines = [table_line({**small, "loss": loss}, 600, 75) for loss in (3.0, 12.3456789)]
+    assert lines[1] == (
+        "step=20  loss=12.346  lr=1.234e-04 norm=123.46  tok/s=12,345,679 mfu=41.2% mem=123.5GB eta=01:15"
+    )
+    assert lines[0].index("lr=") == lines[1].index("lr=")
+    said = table_line({"step": 5, "val_loss": 4.0, "val_perplexity": 54.6, "val_bits_per_byte": 1.9}, 600, 9.0)
+    assert said == "step=5   val_loss=4       perplexity=54.6    bits/byte=1.9"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_line_of_progress(monkeypatch):
+    """Steps of all, time left, and the numbers one looks at; the records stay above it."""
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("sys.stdout", screen)
+    console = Console(600, 100)
+    for _ in range(3):
+        console.step()
+    console.record({**FULL, "step": 103})
+    console.close()
+    text = screen.getvalue()
+    last = text.split("\r")[-1]
+    assert "103/600" in last
+    assert all(word in last for word in ("loss=3.0123", "tok/s=12,345,679", "mfu=41.2%", "<"))
+    assert "step=103 loss=3.0123" in text
+
+
+def test_elsewhere_there_is_none(capsys):
+    console = Console(600, 0)
+    console.step()
+    console.record({"step": 1, "loss": 2.5})
+    console.close()
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("step=1   loss=2.5     eta=")

@@ -1,0 +1,70 @@
+"""`anon-dist completion SHELL`: a script by which the shell completes commands and options, made by tyro from the options' own classes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import operator
+from dataclasses import dataclass, make_dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from anon_dist.arguments import REGISTRY, parse
+
+
+@dataclass
+class Completion:
+    """Print a script by which the shell completes commands and options.
+
+    bash: put `eval "$(anon-dist completion bash)"` into ~/.bashrc; zsh: `anon-dist completion zsh > _anon-dist`, in a folder of $fpath.
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Whose script."""
+
+
+def run(args: list[str]) -> None:
+    """`anon-dist completion`"""
+    shell = parse(Completion, args, "anon-dist completion").shell
+    with contextlib.redirect_stdout(io.StringIO()) as script, contextlib.suppress(SystemExit):
+        tyro.cli(_one_of(_tree()), args=["--tyro-write-completion", shell, "-"], prog="anon-dist", registry=REGISTRY)
+    for line in script.getvalue().splitlines():
+        # tyro takes each line of a description for a completion.
+        print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line)
+
+
+def _tree() -> dict[str, Any]:
+    """Word → the options of that command, or a group's words."""
+    from anon_dist.bench.cli import KINDS
+    from anon_dist.bench.options import InitOptions
+    from anon_dist.checkpoint.cli import COMMANDS
+    from anon_dist.data.config import PrepareConfig
+    from anon_dist.sweep.options import Sweep
+    from anon_dist.train.config import options_class
+    from anon_dist.trained.options import Export, Generate, Runs
+
+    return {
+        "data": {"prepare": PrepareConfig},
+        "init": InitOptions,
+        "train": options_class(),
+        "runs": Runs,
+        "generate": Generate,
+        "export": Export,
+        "ckpt": COMMANDS,
+        "sweep": Sweep,
+        "bench": {kind: options for kind, (options, _) in KINDS.items()},
+        "completion": Completion,
+    }
+
+
+def _one_of(words: dict[str, Any]) -> Any:
+    """The type of which a command line is one, word by word."""
+    kinds = []
+    for word, options in words.items():
+        if isinstance(options, dict):
+            choice = _one_of(options)
+            options = make_dataclass(word, [("command", Annotated[choice, tyro.conf.arg(name="")])])
+        kinds.append(Annotated[options, tyro.conf.subcommand(word)])
+    return functools.reduce(operator.or_, kinds[1:], kinds[0])

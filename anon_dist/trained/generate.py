@@ -1,0 +1,110 @@
+"""A model continues a text, token by token, as transformers' `generate` does it with its cache of keys and values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.train.export import context_of, generation_config
+from anon_dist.trained.find import find, tokenizer_of
+from anon_dist.trained.model import check_tokens, load_model
+from anon_dist.trained.options import Generate
+
+Say = Callable[[str], object]
+
+
+def generate(options: Generate) -> None:
+    """Print the text and what the model writes after it, as it is written.
+
+    Raises:
+        CheckpointError: an option is out of its range, or there is no such model.
+    """
+    check(options)
+    device = _device(options.device)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    trained = find(options.source)
+    tokenizer = tokenizer_of(trained, options.tokenizer)
+    model = load_model(trained, options.model_config, options.unsafe)
+    check_tokens(trained.path, model.config, tokenizer)
+    print(f"{trained.path}{_step(trained.progress)}", file=sys.stderr)
+    shown = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    continued(model.to(device), tokenizer, prompt, options, shown, lambda text: print(text, file=sys.stderr))
+
+
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, options: Generate, shown: BaseStreamer | None, say: Say
+) -> list[int]:
+    """The ids of the prompt and of what the model writes after it.
+
+    Args:
+        shown: given each token as it comes.
+        say: told what the user should know.
+
+    Raises:
+        CheckpointError: the prompt leaves no room in the model's context, or is empty and no token begins a text.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    config = generation_config(model.config, tokenizer)
+    if ids.shape[1] == 0:
+        if config.bos_token_id is None:
+            raise CheckpointError("an empty text: this model has no token that begins one; give it some words")
+        ids = torch.tensor([[config.bos_token_id]])
+    context, new = context_of(model.config), options.max_new_tokens
+    if context is not None:
+        if ids.shape[1] >= context:
+            raise CheckpointError(f"the text has {ids.shape[1]} tokens, and the model's context {context}; shorten it")
+        if ids.shape[1] + new > context:
+            new = context - ids.shape[1]
+            say(f"note: {new} tokens at most, to the end of the model's context of {context}")
+    config.update(max_new_tokens=new, use_cache=True, do_sample=options.temperature > 0)
+    if options.temperature > 0:
+        config.update(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+        torch.manual_seed(options.seed) if options.seed is not None else torch.seed()
+    ids = ids.to(model.device)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=shown)
+    return [int(i) for i in made[0]]
+
+
+def check(options: Generate) -> None:
+    """Every option's range.
+
+    Raises:
+        CheckpointError: naming the option, what it may be, and what it is.
+    """
+    rules = (
+        ("max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", options.temperature, 0 <= options.temperature < float("inf"), "a number ≥ 0"),
+        ("top-k", options.top_k, options.top_k >= 0, "at least 0"),
+        ("top-p", options.top_p, 0 < options.top_p <= 1, "a number > 0 and ≤ 1"),
+        (
+            "seed",
+            options.seed,
+            options.seed is None or 0 <= options.seed < 1 << 63,
+            "a whole number from 0 to 2^63 - 1",
+        ),
+    )
+    for name, value, right, allowed in rules:
+        if not right:
+            raise CheckpointError(f"--{name} must be {allowed}, not {value}")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _step(progress: Any) -> str:
+    return f", step {progress['step']:,}" if "step" in progress else ""

@@ -1,0 +1,154 @@
+"""The commands as one meets them: bare, asked for help, misspelt; and that none of that waits for torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from anon_dist.arguments import whole_number
+from anon_dist.cli import COMMANDS, main
+from anon_dist.train.config import ConfigError, parse_args
+
+GROUPS = [["data"], ["ckpt"], ["bench"]]
+BARE = [list(c.words) for c in COMMANDS if c.words != ("bench",)]
+KINDS = [["bench", kind] for kind in ("step", "train", "scaling", "plan")]
+SCRIPT = """
+import contextlib, io, json, sys, time
+from anon_dist.cli import main
+for words in json.loads(sys.argv[1]):
+    before = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main(words)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    heavy = [m for m in ("torch", "numpy", "transformers", "datasets", "accelerate", "matplotlib") if m in sys.modules]
+    print(json.dumps([words, code, out.getvalue(), err.getvalue(), heavy, time.process_time() - before]))
+"""
+
+
+def test_help_and_bare_calls_offer_what_there_is_at_once():
+    """In one new process, which imports nothing heavy. The times are of CPU, three times what is asked of each by itself."""
+    calls = [[], ["--version"], *GROUPS, *([*g, "--help"] for g in GROUPS), *BARE]
+    calls += [[*words, "--help"] for words in [*BARE, *KINDS]] + [["train", "--config", "quickstart", "--help"]]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == calls
+    for words, code, out, err, heavy, seconds in lines:
+        assert heavy == [], words
+        assert seconds < 1.5, words
+        if words == ["--version"]:
+            assert out.startswith("anon-dist 0.")
+            continue
+        assert code == (2 if words in BARE else 0), (words, err)
+        prog = " ".join(["anon-dist", *(w for w in words if not w.startswith("-") and w != "quickstart")])
+        assert (err if words in BARE else out).startswith(f"usage: {prog} "), words
+        assert not (words in BARE and out)
+
+
+def test_every_command_is_listed_with_its_group(capsys):
+    main([])
+    shown = capsys.readouterr().out
+    assert all(f"  {' '.join(c.words)} " in shown for c in COMMANDS)
+    main(["ckpt"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == ["inspect", "convert", "verify"]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trian"], "anon-dist train"),
+        (["sweeep", "report"], "anon-dist sweep"),
+        (["ckpt", "inspct"], "anon-dist ckpt inspect"),
+        (["data", "prepar"], "anon-dist data prepare"),
+        (["bench", "plans"], "anon-dist bench plan"),
+    ],
+)
+def test_a_misspelt_command_is_answered_in_a_line_with_the_one_that_was_meant(words, meant, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert f"; did you mean '{meant}'?" in err
+
+
+def test_what_is_like_no_command_is_answered_without_a_guess(capsys):
+    with pytest.raises(SystemExit):
+        main(["xyzzy"])
+    assert capsys.readouterr().err == "anon-dist: unknown command 'xyzzy' (anon-dist --help lists them)\n"
+
+
+def test_help_of_the_training_lists_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "usage: anon-dist train " in text
+    assert "--config FILE" in text
+    assert "(gpt2-medium, gpt2-small, llama-1b, quickstart)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1000", 1000),
+        ("1_000", 1000),
+        ("1e3", 1000),
+        ("10k", 10_000),
+        ("1.5M", 1_500_000),
+        ("2B", 2 * 10**9),
+        ("1e18", 10**18),
+        ("9007199254740993", 2**53 + 1),
+        ("-3", -3),
+        ("0", 0),
+    ],
+)
+def test_whole_numbers_as_people_write_them(text, number):
+    assert whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "1.2345k", "1e-3", "nan", "inf", "1e", "ten", "1 k", "1kk", "1e999999999", "0x10"]
+)
+def test_what_is_no_whole_number(text):
+    with pytest.raises(ValueError, match="is no whole number"):
+        whole_number(text)
+
+
+def test_whole_numbers_on_the_command_line(capsys):
+    given = ["--train.steps", "1e3", "--optim.window", "1e2", "--data.seed", "2k", "--optim.match", "a.json"]
+    config = parse_args([*given, "--optim.gamma-schedule", "0", "0.5", "1k", "1"])
+    assert (config.train.steps, config.optim.window, config.data.seed) == (1000, 100, 2000)
+    assert config.optim.gamma_schedule == {0: 0.5, 1000: 1.0}
+    assert parse_args(["--optim.window", "auto"]).optim.window == "auto"
+    with pytest.raises((SystemExit, ConfigError)):
+        parse_args(["--train.steps", "1.5"])
+
+
+def test_the_shell_completes(tmp_path):
+    """By the script that the command prints, asked as bash asks."""
+    script = tmp_path / "completion.bash"
+    script.write_text(
+        subprocess.run(
+            [sys.executable, "-m", "anon_dist.cli", "completion", "bash"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    asked = {
+        "anon-dist tr": "train",
+        "anon-dist ckpt ": "convert inspect verify",
+        "anon-dist train --train.engine z": "zero1",
+        "anon-dist train --optim.gamma-sch": "--optim.gamma-schedule",
+        "anon-dist data prepare --tokenizer-": "--tokenizer-sample-mb",
+    }
+    lines = [f"source {script}"]
+    for line in asked:
+        words = " ".join(f"'{word}'" for word in line.split(" "))
+        lines += [f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); COMPREPLY=()", "_tyro_anon_dist"]
+        lines += ['echo "${COMPREPLY[*]}"']
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True, timeout=60)
+    found = [" ".join(w for w in line.split() if w not in ("-h", "--help")) for line in done.stdout.splitlines()]
+    assert found == list(asked.values())

@@ -1,0 +1,97 @@
+"""`anon-dist runs`: what it shows of runs that are finished, under way, begun, and damaged."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from anon_dist.cli import main
+
+
+def make(folder, records, config="optim: {lr: 1.0e-3}\ntrain: {steps: 4}\n", result=None):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    runs = tmp_path / "runs"
+    steps = [{"step": t, "loss": 4 - t / 2, "tokens_per_s": 100.0 * t} for t in (1, 2, 3, 4)]
+    val = {"step": 4, "val_loss": 2.5, "val_bits_per_byte": 1.5}
+    final = {"step": 4, "final_loss": 2.4567, "final_bits_per_byte": 1.25}
+    make(runs / "a <b> & $c$", [*steps, val, final], result=final)
+    make(runs / "deep" / "er", [*steps[:2]], "optim: {lr: 6e-4, betas: [0.9, 0.95]}\ntrain: {steps: 4}\nrun_dir: x\n")
+    make(runs / "begun", [])
+    make(runs / "deep" / "er" / "checkpoints" / "step-1", steps)  # of another, put there
+    return runs
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip()[1:-1].split("│")]
+
+
+def test_runs_are_listed_with_how_far_and_how_good_they_are(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["runs", str(folder), "--sort", "loss", "--no-pictures"])
+    head, *rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃"))]
+    head = [cell.strip() for cell in head[0].split("┃")]
+    assert head[:7] == ["run", "step", "state", "loss", "val loss", "bits/byte", "tokens/s"]
+    assert head[8:] == ["optim.lr", "optim.betas"]
+    assert [row[:7] + row[8:] for row in rows] == [
+        ["a <b> & $c$", "4", "finished", "2.0000", "2.4567", "1.2500", "250", "0.001", ""],
+        ["begun", "0", "0%", "", "", "", "", "0.001", ""],
+        ["deep/er", "2", "50%", "3.0000", "", "", "150", "0.0006", "[0.9, 0.95]"],
+    ]
+    assert sorted(p.name for p in folder.iterdir()) == ["a <b> & $c$", "begun", "deep"]
+
+
+class Page(HTMLParser):
+    """What a browser would load, and show in the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.shown = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.loaded += [v for k, v in attributes if k in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.shown.append(data)
+
+
+def test_the_page_is_one_file_and_says_what_the_table_does(folder, tmp_path):
+    main(["runs", str(folder), "--out", str(tmp_path / "out"), "--sort", "name"])
+    text = (tmp_path / "out" / "runs.html").read_text()
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert len(page.loaded) == 1
+    assert page.loaded[0].startswith("data:image/png;base64,")
+    assert "http" not in text
+    assert "a <b> & $c$" in page.shown
+    assert {"2.4567", "deep/er", "50%", "optim.lr"} <= set(page.shown)
+    with Image.open(tmp_path / "out" / "runs.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # lines, not an empty sheet
+
+
+def test_what_cannot_be_listed_is_said_in_a_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"^error: there is no run in or below .*empty: no folder with config\.yaml"):
+        main(["runs", str(tmp_path / "empty")])
+    with pytest.raises(SystemExit, match="nowhere is no folder"):
+        main(["runs", str(tmp_path / "nowhere")])
+    (folder / "begun" / "config.yaml").write_text("a: [")
+    with pytest.raises(SystemExit, match=r"^error: .*begun/config\.yaml cannot be read: "):
+        main(["runs", str(folder)])

@@ -1,0 +1,299 @@
+"""What a run left behind is sampled and exported: by `anon-dist generate` and `anon-dist export`, against transformers' own loading."""
+
+import io
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import forget_accelerate
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers.generation.streamers import BaseStreamer
+
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.cli import main
+from anon_dist.train import config as c
+from anon_dist.train import loop, report
+from anon_dist.trained import hub
+from anon_dist.trained.find import find, tokenizer_of
+from anon_dist.trained.generate import continued
+from anon_dist.trained.model import load_model
+from anon_dist.trained.options import Generate
+
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def run(prepared, tmp_path_factory):
+    """A finished run, with checkpoints of steps 3 and 6; its data is a copy, to be moved away."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = shutil.copytree(prepared, folder / "data")
+    config = c.Config(
+        model=c.ModelConfig(layers=2, width=32, heads=2, context=CONTEXT),
+        data=c.DataConfig(path=str(data), seq_len=32),
+        optim=c.OptimConfig(lr=3e-3),
+        schedule=c.ScheduleConfig(warmup_steps=2),
+        train=c.TrainConfig(steps=6, global_batch=8, micro_batch=8),
+        eval=c.EvalConfig(every=3, sequences=4, final_sequences=8),
+        checkpoint=c.CheckpointConfig(every=3),
+        log=c.LogConfig(every=1, trackers=()),
+        run_dir=str(folder / "run"),
+    )
+    forget_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_loss", lambda *_: None)
+        made = loop.train(config)
+    forget_accelerate()
+    return made
+
+
+def checkpoint(run, step=6):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def plain(folder, prompt, new=12):
+    """What transformers alone writes at temperature 2, without a cache."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(7)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    options = {"do_sample": True, "temperature": 2.0, "top_k": 40, "max_new_tokens": new}
+    return tokenizer.decode(model.generate(**inputs, **options, use_cache=False)[0], skip_special_tokens=True)
+
+
+PLAIN = ("--temperature", "2", "--seed", "7", "--max-new-tokens", "12")
+
+
+def said(capsys, *words):
+    main(["generate", *map(str, words)])
+    return capsys.readouterr().out
+
+
+# -- generating -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_a_checkpoint_and_a_model_write_what_the_weights_say(run, capsys):
+    wanted = plain(run / "model", "def f")
+    assert len(set(wanted)) > 8
+    for source in (run, run / "model", checkpoint(run), run / "checkpoints"):
+        assert said(capsys, source, "def f", *PLAIN) == wanted + "\n"
+    assert wanted not in said(capsys, checkpoint(run, 3), "def f", *PLAIN)
+
+
+class Seen(BaseStreamer):
+    def __init__(self):
+        self.sizes = []
+
+    def put(self, value):
+        self.sizes.append(value.numel())
+
+    def end(self):
+        self.sizes.append(0)
+
+
+def test_tokens_come_one_by_one_from_a_cache_also_without_us(run):
+    """The exported model alone, by transformers' own defaults; and through the command."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    prompt = tokenizer("import", return_tensors="pt")["input_ids"]
+    for ours in (False, True):
+        model, read, seen = AutoModelForCausalLM.from_pretrained(run / "model"), [], Seen()
+        model.transformer.wte.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0].shape[1]))
+        if ours:
+            continued(model, tokenizer, "import", Generate(run, "", max_new_tokens=5, temperature=0), seen, print)
+        else:
+            model.generate(prompt, max_new_tokens=5, streamer=seen)
+        assert read == [6, 1, 1, 1, 1]
+        assert seen.sizes == [6, 1, 1, 1, 1, 1, 0]
+
+
+def test_sampling_follows_its_options(run, capsys):
+    def text(*options):
+        return said(capsys, run, "class", "--max-new-tokens", "16", *options)
+
+    likeliest = text("--temperature", "0")
+    assert text("--top-k", "1", "--seed", "3") == likeliest
+    assert text("--top-p", "1e-9", "--top-k", "0", "--seed", "3") == likeliest
+    assert text("--temperature", "1e-6", "--seed", "3") == likeliest
+    hot = ("--temperature", "3", "--top-k", "0")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+    assert text(*hot) != text(*hot)
+
+
+def test_a_text_ends_with_the_context_which_is_said(run, capsys):
+    main(["generate", str(run), "x" * (CONTEXT - 3), "--max-new-tokens", "1k", "--temperature", "0"])
+    shown = capsys.readouterr()
+    assert "note: 3 tokens at most, to the end of the model's context of 48" in shown.err
+    with pytest.raises(SystemExit, match="the text has 48 tokens, and the model's context 48; shorten it"):
+        main(["generate", str(run), "x" * CONTEXT])
+
+
+def test_a_text_from_the_standard_input_and_none(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("from the pipe"))
+    assert said(capsys, run, "-", "--max-new-tokens", "2").startswith("from the pipe")
+    assert said(capsys, run, "", "--max-new-tokens", "3", "--seed", "0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--temperature -1", "--temperature must be a number ≥ 0, not -1"),
+        ("--temperature nan", "--temperature must be a number ≥ 0, not nan"),
+        ("--top-p 0", "--top-p must be a number > 0 and ≤ 1, not 0"),
+        ("--top-k -2", "--top-k must be at least 0, not -2"),
+        ("--max-new-tokens 0", "--max-new-tokens must be at least 1, not 0"),
+        ("--device quantum", "--device quantum: "),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_before_anything_is_read(words, message, capsys):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        main(["generate", "/nowhere", "x", *words.split()])
+
+
+# -- exporting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    target = tmp_path_factory.mktemp("exported") / "small"
+    main(["export", str(checkpoint(run, 3)), str(target)])
+    return target
+
+
+def test_an_exported_checkpoint_has_its_weights(run, exported, tmp_path):
+    """By torch's own reading of the checkpoint."""
+    dcp_to_torch_save(checkpoint(run, 3), tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)["model"]
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert all(torch.equal(p, whole[name]) for name, p in model.named_parameters())
+
+
+def test_an_exported_model_knows_how_it_is_used(run, exported):
+    for folder in (exported, run / "model"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        made = model.generation_config
+        assert (made.bos_token_id, made.eos_token_id, made.pad_token_id, model.config.eos_token_id) == (256,) * 4
+        assert tokenizer.model_max_length == CONTEXT
+        assert model.config.use_cache
+        assert model.config.architectures == ["GPT2LMHeadModel"]
+        assert json.loads((folder / "generation_config.json").read_text()).get("use_cache", True)
+        assert tokenizer.decode(tokenizer("naïve 1").input_ids) == "naïve 1"
+
+
+def test_the_model_card_says_data_recipe_and_results(run, exported, texts):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for folder, step in ((exported, 3), (run / "model", 6)):
+        card = huggingface_hub.ModelCard.load(folder / "README.md")
+        assert card.data.pipeline_tag == "text-generation"
+        assert card.data.library_name == "transformers"
+        lines = [line for line in card.text.splitlines() if line.startswith("| ") and line != "| | |"]
+        rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
+        assert rows["source"] == str(texts)
+        assert rows["tokenizer"] == "bytes"
+        assert rows["tokens"] == f"{step * 8 * 32} (256 a step)".replace("1536", "1,536")
+        assert "anon: lr 0.003, betas [0.9, 0.95]" in rows["optimizer"]
+        assert "gamma 1.0" in rows["optimizer"]
+        assert rows["after step"] == str(step)
+        loss = next(r for r in records if r["step"] == step and ("final_loss" if step == 6 else "val_loss") in r)
+        where = "the whole validation split" if step == 6 else "a part of the validation split"
+        assert rows[f"loss, nats per token, on {where}"] == f"{loss['final_loss' if step == 6 else 'val_loss']:.4f}"
+
+
+def test_any_checkpoint_is_exported_with_what_is_named(run, tmp_path):
+    """Weights in a file of torch.save, which knows neither its model nor its tokenizer."""
+    main(["ckpt", "convert", str(checkpoint(run)), str(tmp_path / "w.pt"), "--to", "consolidated"])
+    state = torch.load(tmp_path / "w.pt", weights_only=False)
+    torch.save({"model": state["model"]}, tmp_path / "w.pt")
+    words, model = ["export", str(tmp_path / "w.pt"), str(tmp_path / "out")], run / "model"
+    with pytest.raises(SystemExit, match=r"w\.pt: no tokenizer .*name it with --tokenizer FOLDER"):
+        main(words)
+    with pytest.raises(SystemExit, match=r"does not say which model its weights are of; .*--model-config"):
+        main([*words, "--tokenizer", str(model)])
+    GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=320, n_positions=CONTEXT).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"has another shape of transformer\.wte\.weight and \d+ more"):
+        main([*words, "--tokenizer", str(model), "--model-config", str(tmp_path / "other" / "config.json")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "w.pt"]
+    main([*words, "--tokenizer", str(model), "--model-config", str(model / "config.json")])
+    assert plain(tmp_path / "out", "a") == plain(model, "a")
+    with pytest.raises(SystemExit, match=r"out exists; choose another target, or replace it with --overwrite"):
+        main([*words, "--tokenizer", str(model), "--model-config", str(model / "config.json")])
+    main([*words, "--tokenizer", str(model), "--model-config", str(model / "config.json"), "--overwrite"])
+
+
+def test_a_model_is_not_given_another_models_tokenizer(run, tmp_path):
+    corpus = ["--source", __file__, "--text-unit", "line", "--workers", "1"]
+    main(["data", "prepare", *corpus, "--tokenizer", "spm-bpe:500", "--out", str(tmp_path / "d")])
+    with pytest.raises(SystemExit, match=r"has 320 embeddings, and the tokenizer a token 4\d\d"):
+        main(["generate", str(run), "x", "--tokenizer", str(tmp_path / "d" / "tokenizer")])
+
+
+def test_data_that_changed_since_is_not_asked_for_its_tokenizer(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    assert tokenizer_of(find(copy), None).get_vocab() == AutoTokenizer.from_pretrained(run / "model").get_vocab()
+    progress = json.loads((checkpoint(run) / "trainer.json").read_text())
+    trained = find(checkpoint(copy))
+    trained.progress["data"]["fingerprint"] = "0" * 32
+    with pytest.raises(CheckpointError, match="is not the data that the run read any more"):
+        tokenizer_of(trained, None)
+    trained.progress.update(tokenizer=str(tmp_path / "gone" / "tokenizer"), data=progress["data"])
+    with pytest.raises(CheckpointError, match=r"gone/index\.json does not exist"):
+        tokenizer_of(trained, None)
+
+
+def test_what_is_none_is_refused_in_a_line(run, tmp_path):
+    (tmp_path / "begun").mkdir()
+    for name in ("config.yaml", "run.lock"):
+        (tmp_path / "begun" / name).touch()
+    (tmp_path / "file").write_text("x")
+    cases = {
+        "nowhere": "nowhere does not exist",
+        "begun": "begun is a run without a checkpoint so far",
+        "file": "file is no checkpoint of a known format",
+    }
+    for name, message in cases.items():
+        with pytest.raises(CheckpointError, match=message) as refused:
+            load_model(find(tmp_path / name))
+        assert "\n" not in str(refused.value)
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, name, **options):
+        self.calls.append((name, options))
+        if self.error:
+            raise self.error
+
+    def upload_folder(self, *, folder_path, repo_id, **options):
+        self.calls.append((repo_id, sorted(p.name for p in (c.Path(folder_path)).iterdir())))
+        return huggingface_hub.CommitInfo(
+            commit_url="https://huggingface.co/me/small/commit/1", commit_message="", commit_description="", oid="1"
+        )
+
+
+def test_pushing_needs_a_token_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(SystemExit, match=r"^error: --push needs a token .*`hf auth login`, or set HF_TOKEN$"):
+        main(["export", str(run), str(tmp_path / "out"), "--push", "me/small"])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_mine")
+    assert hub.hub().token == "hf_mine"
+
+
+def test_pushing_uploads_the_folder_and_a_refusal_leaves_it(run, tmp_path, monkeypatch, capsys):
+    fake = FakeHub()
+    monkeypatch.setattr(hub, "hub", lambda: fake)
+    main(["export", str(run), str(tmp_path / "out"), "--push", "me/small", "--private"])
+    (made, options), (repository, files) = fake.calls
+    assert (made, repository, options["private"]) == ("me/small", "me/small", True)
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert 'from_pretrained("me/small")' in (tmp_path / "out" / "README.md").read_text()
+    assert "uploaded: https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
+    fake.error = OSError("403\nForbidden")
+    with pytest.raises(SystemExit, match=r"^error: --push me/small: OSError: 403 Forbidden; .*out is complete"):
+        main(["export", str(run), str(tmp_path / "out"), "--push", "me/small", "--overwrite"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
