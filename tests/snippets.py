@@ -26,7 +26,8 @@ SNIPPETS = {
     "accelerate, resumed": (ENGINES, "Accelerator("),
     "fsdp2, resumed": (ENGINES, "fully_shard(model)"),
     "zero1, resumed": ("tests/users/README.md", "ZeroRedundancyOptimizer(groups"),
-    "arguments": (OPTIM, "window=64"),
+    "arguments": (OPTIM, "gamma=1.0,"),
+    "bases": (OPTIM, "basis_block=128"),
     "matched": (OPTIM, "matched(groups"),
 }
 """The page, and words that no other block of it has."""

@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage", "arguments"),
+    ("files", "machine", "launcher", "usage"),
+    ("arguments",),
     ("agreement", "optim"),
     ("data",),
     ("checkpoint",),

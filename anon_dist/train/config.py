@@ -19,7 +19,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from anon_dist.arguments import parse
+from anon_dist.arguments import parse, whole_number
 from anon_dist.train import strict_yaml
 from anon_dist.train.fields import (
     CheckpointConfig,
@@ -251,7 +251,8 @@ def _check_keys(args: Sequence[str]) -> None:
     for name, hint in field_types().items():
         if typing.get_origin(hint) is dict:
             flag, key_type = "--" + name.replace("_", "-"), typing.get_args(hint)[0]
-            given = [typing.get_args(key_type)[0](key) for key in values_of(args, flag)[::2]]
+            read = whole_number if typing.get_args(key_type)[0] is int else str
+            given = [read(key) for key in values_of(args, flag)[::2]]
             if twice := [key for i, key in enumerate(given) if key in given[:i]]:
                 raise ConfigError(f"{flag} names {twice[0]!r} twice: {' '.join(values_of(args, flag))}")
 

@@ -224,7 +224,7 @@ def again(out):
 
 def alone(out):
     found = resumed_snippets(out, ("trainer, resumed", "accelerate, resumed"))
-    made = one_line_snippets(out, ("trainer", "arguments"))
+    made = one_line_snippets(out, ("trainer", "arguments", "bases"))
     for way, train in WAYS.items():
         if way == "trainer_fsdp2":
             continue
