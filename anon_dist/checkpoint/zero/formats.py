@@ -122,7 +122,8 @@ class ZeroFormat:
         if self.stage == 3 and source.muon:
             notes.append(
                 "DeepSpeed's Muon sorts its matrices by size, but not those of a model made under zero.Init: their order is the "
-                "source's, and a loading engine's must be the same."
+                "source's, and a loading engine's must be the same: DeepSpeed compares lengths alone, and would give a matrix another's "
+                "numbers. anon_dist.engines.zero_restore.restore goes by the names, from any format."
             )
         if self.stage is None:
             notes.append(
