@@ -13,11 +13,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from anon_dist.arguments import parse
 from anon_dist.train import strict_yaml
@@ -33,6 +32,9 @@ from anon_dist.train.fields import (
     TrainConfig,
 )
 from anon_dist.train.ranges import spell
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "CheckpointConfig",
@@ -308,6 +310,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _checker() -> TypeAdapter[Config]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(Config)
 
 
@@ -320,6 +324,8 @@ def _validated(values: Mapping[str, Any], called: Callable[[str], str]) -> Confi
     Raises:
         ConfigError: naming every field that is unknown, of the wrong type, or out of its range.
     """
+    from pydantic import ValidationError
+
     try:
         return _checker().validate_json(
             json.dumps(values, default=str)
