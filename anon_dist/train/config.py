@@ -13,11 +13,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from anon_dist.arguments import parse, whole_number
 from anon_dist.train import strict_yaml
@@ -34,6 +33,9 @@ from anon_dist.train.fields import (
 )
 from anon_dist.train.ranges import spell
 from anon_dist.usage import UsageError, parse_or_raise, values_of
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "CheckpointConfig",
@@ -336,6 +338,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _checker() -> TypeAdapter[Config]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(Config)
 
 
@@ -348,6 +352,8 @@ def _validated(values: Mapping[str, Any], called: Callable[[str], str]) -> Confi
     Raises:
         ConfigError: naming every field that is unknown, of the wrong type, or out of its range.
     """
+    from pydantic import ValidationError
+
     try:
         # As JSON, in which lists are tuples, and "5" is the step 5 of a schedule.
         config = _checker().validate_json(json.dumps(values, default=str))

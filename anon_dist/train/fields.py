@@ -6,8 +6,6 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from anon_dist.train.ranges import (
     Below1,
     Epsilon,
@@ -225,7 +223,11 @@ class LogConfig:
 class Config:
     """Pretraining of a GPT-style model."""
 
-    __pydantic_config__: typing.ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    __pydantic_config__: typing.ClassVar[dict[str, typing.Any]] = {
+        "extra": "forbid",
+        "strict": True,
+        "allow_inf_nan": False,
+    }
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

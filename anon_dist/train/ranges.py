@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, MinLen
-from pydantic import AfterValidator, StringConstraints
 
 MOST_STEPS = 1 << 24
 """The optimizer's step count is a float32, as torch's, and goes no further."""
@@ -18,6 +18,28 @@ _FLOATS = "(float32|float64|bfloat16)"
 _STATES = rf"(exp_avg=({_FLOATS}|int8)|exp_avg_sq={_FLOATS}|precond={_FLOATS})"
 _STATE_DTYPE = re.compile(rf"{_FLOATS}|{_STATES}(, *{_STATES})*")
 """What the optimizer takes, without asking it: that would import torch."""
+
+
+class Checked:
+    """A check after that of the type: pydantic's AfterValidator, without importing pydantic, for which a command's help would wait.
+
+    Args:
+        check: gives the value, or raises ValueError.
+    """
+
+    def __init__(self, check: Callable[[str], str]) -> None:
+        self._check = check
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"must be text without a NUL character, not {text!r}")
+    return text
 
 
 def _state_dtype(text: str) -> str:
@@ -53,9 +75,9 @@ Epsilon = Annotated[float, Interval(ge=1e-37, le=1)]
 RefreshRatio = Annotated[float, Interval(gt=1, le=1e6)]
 Gamma = Annotated[float, Interval(ge=-100, le=100)]
 Text = Annotated[str, MinLen(1)]
-Place = Annotated[str, MinLen(1), StringConstraints(pattern=r"^[^\x00]*$")]
+Place = Annotated[str, MinLen(1), Checked(_no_nul)]
 """A path, or the name of something."""
-StateDtype = Annotated[str, AfterValidator(_state_dtype)]
+StateDtype = Annotated[str, Checked(_state_dtype)]
 
 
 def spell(hint: Any) -> str:
