@@ -15,7 +15,7 @@ is a full matrix elsewhere: σ_ij = Σ_kl Q_L,ik² Q_R,jl² σ'_kl is its diagon
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -28,16 +28,14 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Basis
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
+from anon_dist.optim.basis import turn
+from anon_dist.optim.frame import LEAST_GAMMA, MOST_ROWS
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.update import D_MAX, D_MIN
 
 Shape = tuple[int, ...]
 
 REMEDY = "turn the states back first: anon-dist ckpt convert SRC DST --to … --optimizer anon --anon.drop-basis"
-MOST_ROWS = 16
-"""Rows are turned where there are at most so many to a column, as Anon has it."""
-LEAST_GAMMA = 0.25
-"""|γ| from which on σ is turned; below, where d^(1/γ) would be beyond float64, d itself. As Anon has it."""
 
 
 def check_whole(states: Collection[str], parameter: str, where: str) -> None:
@@ -160,7 +158,9 @@ class _Frame:
         def whole_rows(first: int, last: int) -> Tensor:
             x = read(first * self._columns, last * self._columns).view(last - first, self._columns)
             return (
-                x if "column" not in self._keys else _turned_back(x, self._basis("column", 0, self._columns, squared))
+                x
+                if "column" not in self._keys
+                else turn(x, self._basis("column", 0, self._columns, squared), "columns", back=True)
             )
 
         def rows(first: int, last: int) -> Tensor:
@@ -189,19 +189,3 @@ class _Frame:
         block = self._checkpoint.tensors[key].shape[1]
         q = reader(self._checkpoint, key)(first * block, last * block).view(last - first, block)
         return q.square_() if squared else q
-
-
-def _turned_back(x: Tensor, basis: Tensor) -> Tensor:
-    """x Qᵀ of a matrix and a basis of its columns."""
-    return torch.cat([torch.einsum("mki,kji->mkj", x[:, where].unflatten(1, (len(q), -1)), q).flatten(1)
-                      for where, q in _squares(basis)], 1)  # fmt: skip
-
-
-def _squares(basis: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The blocks (k, b, b) of an (n, b) basis, and the rest (1, r, r), each with the columns that it is of."""
-    n, block = basis.shape
-    whole = n - n % block
-    if whole:
-        yield slice(0, whole), basis[:whole].view(-1, block, block)
-    if rest := n - whole:
-        yield slice(whole, n), basis[whole:, :rest].unsqueeze(0)

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, ParamGroup
+from anon_dist.optim.frame import BASIS_KEYS
 
 ANON, PORT, ADAM, ADAMW = "Anon", "Anon (the paper's reference port)", "Adam", "AdamW"
 """Names that conversions go by."""
-BASIS_STATES = ("column_basis", "column_cov", "row_basis", "row_cov")
+BASIS_STATES = BASIS_KEYS
 """Anon's states of a matrix's sides, see `frames`: not of the parameter's shape, or of it by chance."""
 
 

@@ -85,6 +85,10 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
     matched = args.match_rms or args.match_from is not None
     if matched and base.optim.match is not None:
         raise ConfigError("optim.match matches learning rates already; remove it, or --match-rms and --match-from")
+    if matched and any(name in ("optim.basis", "optim.basis_block") for name, _ in grid.axes):
+        raise ConfigError(
+            "--match-rms measures in one basis, and optim.basis or basis_block is in the grid: sweep each by itself"
+        )
     kept, common = args.out / "calibration" / "spectrum.json", copy.deepcopy(base)
     by_group = matched and grid.has_own_gammas(base)
     if by_group:
@@ -115,6 +119,11 @@ def _matched(grid: Grid, base: Config, spectra: Spectra, by_group: bool) -> Grid
     if by_group:
         print("learning rates are multiplied group by group: lr_factor/0, … in the cells' metrics.jsonl")
         return grid
+    if bool(spectra.frames) != (base.optim.basis is not None):
+        raise ConfigError(
+            f"optim.basis is {base.optim.basis}, and what learning rates are matched by was measured "
+            f"{'with' if spectra.frames else 'without'} a basis: --match-from takes a checkpoint of Anon with the same one"
+        )
     grid = replace(grid, factor=spectra.whole().lr_factor)
     for gamma in grid.gammas(base):
         print(f"γ = {gamma:g}: learning rates are multiplied by {grid.factor_of(gamma, base.optim.update_clip):g}")

@@ -36,6 +36,11 @@ ANON_ONLY = tuple(
         "beta3",
         "update_clip",
         "window",
+        "max_interval",
+        "nesterov",
+        "cautious_decay",
+        "basis",
+        "basis_block",
         "hold_silent",
         "state_dtype",
     )
@@ -44,6 +49,9 @@ ANON_ONLY = tuple(
 
 OWN_GAMMAS = ("optim.gamma_by_name", "optim.gamma_schedule")
 """Fields that make γ differ within a cell."""
+
+BY_NAME = ("optim.gamma_by_name", "optim.lr_by_name", "optim.weight_decay_by_name")
+"""Fields whose patterns are of the model's parameters."""
 
 OWN = {
     "optim.name": "use --baseline adamw",
@@ -111,7 +119,7 @@ class Cell:
         try:
             check(config)
             accumulation(config, 1)
-            build_optimizer(with_fields(config, {"optim.gamma_by_name": {}}, where).optim, nn.Linear(1, 1))
+            build_optimizer(with_fields(config, {name: {} for name in BY_NAME}, where).optim, nn.Linear(1, 1))
         except ValueError as error:  # ConfigError is one
             raise ConfigError(f"{where}: {error}") from None
         return config

@@ -9,7 +9,7 @@ from test_semantics import Live as _Live
 from torch import nn
 
 from anon_dist import Anon
-from anon_dist.checkpoint import CheckpointError, cli, rank_local, semantics
+from anon_dist.checkpoint import CheckpointError, cli, rank_local
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, WriteOptions
@@ -268,18 +268,8 @@ def test_what_cannot_be_left():
 # -- begun -------------------------------------------------------------------------------------------------------------
 
 
-class WithBasis(Anon):
-    """What the optimizer's groups have with a basis."""
-
-    def __init__(self, params, basis=None, basis_block=128, nesterov=False, **options):
-        super().__init__(params, **options)
-        for group in self.param_groups:
-            group.update(basis=basis, basis_block=basis_block, nesterov=nesterov)
-
-
 @pytest.mark.parametrize("basis", ["columns", "rows", "both"])
-def test_adamw_begins_with_a_basis_in_which_nothing_is_turned(tmp_path, monkeypatch, basis):
-    monkeypatch.setattr(semantics, "Anon", WithBasis)
+def test_adamw_begins_with_a_basis_in_which_nothing_is_turned(tmp_path, basis):
     torch.manual_seed(0)
     model = Model()
     adamw = torch.optim.AdamW(model.named_parameters())
@@ -311,9 +301,8 @@ def test_adamw_begins_with_a_basis_in_which_nothing_is_turned(tmp_path, monkeypa
         assert torch.equal(whole(back, *key), whole(plain, *key)), key
 
 
-def test_an_embeddings_rows_are_not_turned(monkeypatch):
+def test_an_embeddings_rows_are_not_turned():
     """They stand for tokens: more than 16 to a column, as in the optimizer."""
-    monkeypatch.setattr(semantics, "Anon", WithBasis)
     p = nn.Parameter(torch.randn(65, 4))
     adamw = torch.optim.AdamW([p])
     p.grad = torch.randn_like(p)
