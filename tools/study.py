@@ -166,6 +166,17 @@ PARTS: dict[str, tuple[str, list[Sweep]]] = {
             ),
         ],
     ),
+    # Matrices in bases of their own, beside Anon by element with the same momentum, and AdamW.
+    "basis": (
+        "--seeds 2 --schedule.warmup-steps 150",
+        [
+            Sweep("sides", f"--grid optim.basis=both,columns,null optim.nesterov=true {NEW} optim.lr=6e-3,1.2e-2"),
+            Sweep(
+                "adamw",
+                f"--grid optim.betas=[0.9,0.99] {NEW} optim.lr=6e-3 --baseline adamw --baseline-lr 3e-3,6e-3",
+            ),
+        ],
+    ),
     # Refreshes more often still.
     "around": (
         "--seeds 2",

@@ -88,7 +88,7 @@ class Anon(Optimizer):
         state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16; or by state, as in
             `{"exp_avg": "int8", "exp_avg_sq": "bfloat16", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg
             alone: blocks of 32 elements of the local shard share a power of two (5.03 bytes per parameter in all, here); state dicts
-            have it in bfloat16, exactly. Means are rounded stochastically, precond to nearest (see `rounding`). All bits but
+            have it in bfloat16, exactly. They are rounded stochastically (see `rounding`). All bits but
             int8's are independent of the sharding.
         stochastic_rounding: round bfloat16 parameters stochastically, instead of to nearest, which loses updates smaller than about
             1/500 of a parameter: for training without a float32 master copy. Parameters of other dtypes are rounded to nearest.
