@@ -13,7 +13,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
-| ZeRO's stages 1 to 3, and stage 0 in bf16, cut matrices into flat parts, which have no basis | refused with `basis` |
+| ZeRO's stages 1 to 3 and BF16_Optimizer cut matrices into flat parts, which have no basis | refused with `basis` |
 | SuperOffload and ZenFlow step an Adam of their own, with the optimizer's param groups | refused |
 | an optimizer swapped to NVMe does not resume where it was (seen by the loss) | loading a checkpoint is refused |
 | stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |

@@ -63,7 +63,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         names: names of the parameters.
 
     Returns:
-        Whether the checkpoint's param groups are the present ones.
+        Whether the checkpoint's param groups are the present ones, as far as bases may part them.
 
     Raises:
         CheckpointError: a matrix has a basis there, and can have none under this engine.
@@ -79,14 +79,15 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
             f"optim.basis none, which turns them back, to the next checkpoint, and under {engine} from there"
         )
     turned |= any(group["basis"] for group in optimizer.param_groups)
-    if turned:
-        for group, members in zip(optimizer.param_groups, own, strict=True):
-            source = next((s for s in saved if members & s.members), None)
-            if source is not None:
-                group["basis"], group["basis_block"] = source.basis, source.block
-                group[HISTORY] = Regime(group).fresh()
-        optimizer.state.clear()
-        allocate(optimizer)
+    if not turned:
+        return True
+    for group, members in zip(optimizer.param_groups, own, strict=True):
+        source = next((s for s in saved if members & s.members), None)
+        if source is not None:
+            group["basis"], group["basis_block"] = source.basis, source.block
+            group[HISTORY] = Regime(group).fresh()
+    optimizer.state.clear()
+    allocate(optimizer)
     return len(own) == len(saved) and all(a <= b.members for a, b in zip(own, saved, strict=True))
 
 
