@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copyreg
+import enum
 import importlib
 import pickle
 from collections.abc import Callable, Collection, Mapping
@@ -101,6 +102,8 @@ class StandIn:
 
     _arguments: tuple[Any, ...]
     _called = False
+    _member: str
+    """Of an enumeration, if it was pickled by its member's name."""
     _items: list[Any]
 
     def __new__(cls, *arguments: Any) -> StandIn:
@@ -128,6 +131,8 @@ class StandIn:
         self._items.append((key, value))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if "_member" in self.__dict__:
+            return getattr, (type(self), self._member)
         own = {k: v for k, v in self.__dict__.items() if k not in ("_arguments", "_called", "_items", "_state")}
         state = self.__dict__.get("_state", own or None)
         paired = bool(self._items) and all(isinstance(i, tuple) and len(i) == 2 for i in self._items)
@@ -148,6 +153,29 @@ def _reconstructor(cls: type, base: type, state: Any) -> Any:
     return cls.__new__(cls)
 
 
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+"""DeepSpeed's names of ZeRO's stages 0 to 3."""
+
+
+def _member(cls: Any = None, name: Any = None) -> Any:
+    """`getattr` as Python 3.11.0 to 3.11.3 pickle a member of an enumeration; of nothing else."""
+    if isinstance(cls, enum.EnumMeta) and name in cls.__members__:
+        return cls[name]
+    if (
+        isinstance(cls, type)
+        and issubclass(cls, StandIn)
+        and isinstance(name, str)
+        and name.isidentifier()
+        and name[0] != "_"
+    ):
+        if cls.__qualname__ == "ZeroStageEnum" and name in _STAGES:
+            return cls(_STAGES.index(name))  # as other versions of Python pickle it
+        found = cls.__new__(cls)
+        found.__dict__["_member"] = name
+        return found
+    raise ForbiddenClass(f"builtins.getattr of {getattr(cls, '__qualname__', cls)}")
+
+
 _NDARRAY = object()
 """Stands for numpy.ndarray, which takes bytes for pointers if it is called with them."""
 
@@ -160,6 +188,7 @@ def _array(cls: Any, shape: Any, kind: Any) -> Any:
 
 
 _REPLACED: Mapping[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _member,
     ("copyreg", "_reconstructor"): _reconstructor,
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy._core.multiarray", "_reconstruct"): _array,

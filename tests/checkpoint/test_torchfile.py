@@ -213,6 +213,45 @@ def test_foreign_classes_stand_in_and_are_written_again(tmp_path, foreign):
     assert again["class"] is address
 
 
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration; or as somebody's who wants another attribute."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_that_are_pickled_by_name(tmp_path, foreign):
+    stages = foreign["deepspeed.runtime.zero.config"].ZeroStageEnum
+    devices = type("OffloadDeviceEnum", (), {"__module__": "deepspeed.runtime.zero.offload_config", "cpu": "cpu"})
+    offload = types.ModuleType("deepspeed.runtime.zero.offload_config")
+    offload.OffloadDeviceEnum = devices
+    sys.modules[offload.__name__] = offload
+    torch.save({"stage": ByName(stages, "gradients"), "device": ByName(devices, "cpu")}, tmp_path / "a.pt")
+    modules = {k: sys.modules.pop(k) for k in (*foreign, offload.__name__)}
+    read = open_torch(tmp_path / "a.pt")
+    assert "ZeroStageEnum(2)" in repr(read["stage"])
+    assert isinstance(read["device"], StandIn)
+    written(tmp_path / "b.pt", read)
+    sys.modules.update(modules)
+    again = torch.load(tmp_path / "b.pt", weights_only=False)
+    assert again["stage"] is stages.gradients
+    assert again["device"] == "cpu"
+    del sys.modules[offload.__name__]
+
+
+@pytest.mark.parametrize("of", ["harmless class", "stand-in"])
+def test_other_attributes_are_taken_from_nothing(tmp_path, foreign, of):
+    stages = foreign["deepspeed.runtime.zero.config"].ZeroStageEnum
+    torch.save(
+        ByName(OrderedDict, "fromkeys") if of == "harmless class" else ByName(stages, "__init__"), tmp_path / "a.pt"
+    )
+    with pytest.raises(CheckpointError, match=r"builtins\.getattr of (OrderedDict|ZeroStageEnum)"):
+        open_torch(tmp_path / "a.pt")
+
+
 def test_what_training_scripts_save_is_read(tmp_path):
     """numpy arrays and scalars, random states, dates, default dictionaries."""
     value = {

@@ -485,8 +485,10 @@ def run_until(config, step):
     """A run that is stopped after a step."""
     patch = Patch()
     at_step(patch, step - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the ranks agree one step later
-    folder = run(config)
-    patch.close()
+    try:
+        folder = run(config)
+    finally:
+        patch.close()
     assert max(r["step"] for r in metrics(folder)) == step
 
 
