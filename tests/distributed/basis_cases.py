@@ -1,6 +1,6 @@
 """Matrices in bases of their own, on several ranks: each case against one process, and what ranks send each other counted.
 
-`test_basis.py` launches them on 1 to 4 ranks; each `case_…` function runs on every rank, over gloo.
+`test_bases.py` launches them on 2 to 4 ranks; each `case_…` function runs on every rank, over gloo.
 """
 
 import sys
