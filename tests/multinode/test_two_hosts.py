@@ -270,11 +270,11 @@ def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
     """The host that has the store raises what nobody expects, at the first step."""
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent("""
-            import os, sys
+            import sys
 
             def break_off(event, arguments):
-                if event == "import" and arguments[0] == "resource" and "RANK" in os.environ:
-                    raise NotADirectoryError("resource")
+                if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and "a" in str(arguments[1]):
+                    raise ArithmeticError("metrics")
 
             sys.addaudithook(break_off)
         """)
@@ -284,12 +284,12 @@ def test_a_rank_that_raises_is_named_on_every_host(hosts, config, tmp_path):
         host.start("torchrun.sh", tmp_path, "--config", str(config), "--run-dir", str(tmp_path / "run"), **variables)
         for host, variables in zip(hosts, (broken, {}), strict=True)
     ]
-    launches[0].until("NotADirectoryError: ")
+    launches[0].until("ArithmeticError: ")
     assert max(ends_in_error(launch) for launch in launches) < AT_ONCE
     here, there = (stopped_first(launch) for launch in launches)
     assert here == f"The first of 2 ranks to fail was this one, rank 0 on {hosts[0].name}."
     assert there.startswith(f"The first of 2 ranks to fail was rank 0 on {hosts[0].name} at ")
-    assert "(NotADirectoryError: " in there
+    assert "(ArithmeticError: " in there
     assert "Connection closed by peer" in launches[1].output
 
 
