@@ -279,7 +279,9 @@ RULES = {
     r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,
-    r"anon-dist (ckpt (inspect|convert|verify)|init|runs|generate|export)": lambda command: None,  # as a name; with arguments below
+    r"anon-dist (ckpt (inspect|convert|verify)|init|runs|generate|export)": lambda command: (
+        None
+    ),  # as a name; with arguments below
     r"anon-dist ckpt .*": checkpoint,
     r"python tools/.*": tool,
     r"(apt-get|pip) install .*": packages,

@@ -83,7 +83,9 @@ def test_each_byte_is_checked_once_and_only_where_it_is_read(tmp_path, monkeypat
         again.read(Key("w", "weight"), numel - 1, numel)
     del checked[:]
     with pytest.raises(DamagedCheckpoint):
-        convert(tmp_path / "c", tmp_path / "d", "dcp", WriteOptions(world_size=3), workers=1)  # two would count each other's
+        convert(
+            tmp_path / "c", tmp_path / "d", "dcp", WriteOptions(world_size=3), workers=1
+        )  # two would count each other's
     assert sum(checked) <= 4
 
 

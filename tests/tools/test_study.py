@@ -19,7 +19,20 @@ def rows(text):
 def test_the_tables_of_the_readme_are_those_of_the_cells(capsys):
     study.table(
         STUDY / "results",
-        ["warm", "final", "size", "large", "untied", "warmup", "screen", "memory", "around", "combine", "rest", "basis"],
+        [
+            "warm",
+            "final",
+            "size",
+            "large",
+            "untied",
+            "warmup",
+            "screen",
+            "memory",
+            "around",
+            "combine",
+            "rest",
+            "basis",
+        ],
     )
     printed, written = rows(capsys.readouterr().out), rows((STUDY / "README.md").read_text())
     assert written == printed
