@@ -8,18 +8,18 @@ GPU.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from anon_dist.optim.backends.layout import Addresses, Lists, addresses_of
+from anon_dist.optim.backends.layout import Addresses, Lists, addresses_of, table
 from anon_dist.optim.frame import sides
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
@@ -28,6 +28,7 @@ LAST_STEP = 1 << 24
 Group = Mapping[str, Any]
 States = Mapping[Tensor, dict[str, Any]]
 
+_Pick = Callable[[list[Any]], list[Any]]
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 _values = itemgetter(*STATE_KEYS)
 
@@ -45,10 +46,12 @@ class Bucket:
     """The step that each parameter takes."""
     counters: list[Tensor]
     """Step counts, which go up when the step has been taken."""
-    counts: list[np.ndarray[Any, Any]] = field(default_factory=list)
-    """The counters' memory, if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
+    counts: list[Any] = field(default_factory=list)
+    """The counters' memory (memoryview), if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
     addresses: Addresses | None = None
     """Of the lists' tensors, where they are known (see `layout.Addresses`)."""
+    choices: dict[Any, Any] | None = None
+    """What was chosen by the tensors' kinds, which are those of the steps before; None where they may be others."""
 
     def count(self, by: float = 1.0) -> None:
         """Raise the step counts."""
@@ -71,7 +74,8 @@ class Bucket:
             pick(self.steps),
             pick(self.counters),
             pick(self.counts) if self.counts else [],
-            None if self.addresses is None else tuple(map(pick, self.addresses)),
+            None if self.addresses is None else self.addresses[list(indices)],
+            self.choices,
         )
 
 
@@ -109,68 +113,74 @@ class _Kind:
         self._references = [_references(members) for members in zip(*map(_values, states), strict=True)]
         self._exponents = _references(s[EXPONENTS] for s in states if EXPONENTS in s)
         theta, grad, *means = lists
-        # An object that is the same, at the same address, has the dtype, device and size that it had.
-        self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *means)]
+        counters = [s["step"] for s in states]
+        # An object that is the same, at the same address, has the dtype, device, size and strides that it had.
+        self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *means, counters)]
         self._grad_kind = _kind(grad[:1])
         self._numels = list(map(Tensor.numel, theta))
-        counters = [s["step"] for s in states]
-        self._counted_at = list(map(Tensor.data_ptr, counters))
         countable = all(type(c) is Tensor and c.device.type == "cpu" for c in counters)
-        self._counts = [c.numpy() for c in counters] if countable else []
+        self._counts = [c.numpy().data for c in counters] if countable else []
         self._is_plain = {type(t) for p, s in zip(params, states, strict=True) for t in (p, *s.values())} <= {
             nn.Parameter,
             Tensor,
         }
+        found = (addresses_of(members) for members in (theta, *means)) if self._is_plain else ()
+        known = [addresses for addresses in found if addresses is not None]
+        self._table = table([known[0], *known], theta) if len(known) == 4 else None  # a column for the gradients
+        self._choices: dict[Any, Any] = {}
 
     def bucket(self, params: list[Tensor], grads: list[Tensor | None], state: States) -> Bucket | None:
         """The bucket of the parameters that have a gradient now; None if something else has changed."""
         if not self._counts:
             return None
-        there = [grads[i] is not None or is_empty_shard(params[i]) for i in self.positions]
-        present = list(compress(self.positions, there))
-        if not present:
+        own, found = [params[i] for i in self.positions], [grads[i] for i in self.positions]
+        there = [g is not None for g in found]
+        if not all(there):
+            there = [has or is_empty_shard(p) for has, p in zip(there, own, strict=True)]
+        if not any(there):
             return Bucket([], ([], [], [], [], []), None, [], [])
-        owners = [params[i] for i in present]
+        pick = _all if all(there) else partial(_some, there)
+        owners, grad = pick(own), pick(found)
         try:
             states = [state[p] for p in owners]
             counters, *means = map(list, zip(*map(_values, states), strict=True))
             exponents = [s[EXPONENTS] for s in states] if self._exponents else None
         except KeyError:
             return None
-        references = (compress(r, there) for r in self._references)
-        if not all(map(_are, (counters, *means), references)):
+        if not all(map(_are, (counters, *means), map(pick, self._references))):
             return None
-        if exponents is not None and not _are(exponents, compress(self._exponents, there)):
+        if exponents is not None and not _are(exponents, pick(self._exponents)):
             return None
-        theta, grad = owners, [grads[i] for i in present]
-        if not self._is_plain or set(map(type, grad)) - {Tensor}:
+        plain = self._is_plain and set(map(type, grad)) == {Tensor}
+        theta = owners
+        if not plain:
             theta, grad = list(map(local, owners)), list(map(local_gradient, owners))
             means = [list(map(local, members)) for members in means]
         lists = cast(Lists, (theta, grad, *means))
-        if not self._is_as_it_was(lists, counters, there):
+        if not self._is_as_it_was(lists, counters, pick):
             return None
-        counts = list(compress(self._counts, there))
-        steps = [count + 1 for count in map(int, counts)]
+        counts = pick(self._counts)
+        steps = [int(count[()]) + 1 for count in counts]
         if max(steps) >= LAST_STEP:
             return None
-        return Bucket(owners, lists, exponents, steps, counters, counts, self._known_addresses(lists, there))
+        addresses = self._known_addresses(theta, grad, there) if plain else None
+        return Bucket(owners, lists, exponents, steps, counters, counts, addresses, self._choices if plain else None)
 
-    def _is_as_it_was(self, lists: Lists, counters: list[Tensor], there: list[bool]) -> bool:
+    def _is_as_it_was(self, lists: Lists, counters: list[Tensor], pick: _Pick) -> bool:
         theta, grad, *means = lists
-        for members, addresses in zip((theta, *means, counters), (*self._addresses, self._counted_at), strict=True):
-            if list(map(Tensor.data_ptr, members)) != list(compress(addresses, there)):
+        for members, addresses in zip((theta, *means, counters), map(pick, self._addresses), strict=True):
+            if list(map(Tensor.data_ptr, members)) != addresses:
                 return False
-        numels = list(compress(self._numels, there))
-        return list(map(Tensor.numel, grad)) == numels and _kind(grad) == self._grad_kind
+        return list(map(Tensor.numel, grad)) == pick(self._numels) and _kind(grad) == self._grad_kind
 
-    def _known_addresses(self, lists: Lists, there: list[bool]) -> Addresses | None:
+    def _known_addresses(self, theta: list[Tensor], grad: list[Tensor], there: list[bool]) -> Addresses | None:
         """What `_is_as_it_was` has compared, and the gradients'; None where a tensor has gaps or another order."""
-        theta, grad, *means = lists
-        found = addresses_of(grad) if self._is_plain else None
-        if found is None or not all(all(map(Tensor.is_contiguous, members)) for members in (theta, *means)):
+        found = addresses_of(grad)
+        if self._table is None or found is None or not all(map(Tensor.is_contiguous, theta)):
             return None
-        first, *others = ([*compress(addresses, there)] for addresses in self._addresses)
-        return (first, found, *others)
+        known = self._table[there]
+        known[:, 1] = found
+        return known
 
 
 def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathered]:
@@ -258,6 +268,14 @@ def is_empty_shard(p: Tensor) -> bool:
     """Whether p is what FSDP1 leaves of a parameter on a rank that holds none of its elements. It never has a gradient there; its step
     counts all the same, since FSDP1 saves one count for all ranks."""
     return p.numel() == 0 and p.requires_grad and not isinstance(p, DTensor)
+
+
+def _all(members: list[Any]) -> list[Any]:
+    return members
+
+
+def _some(there: list[bool], members: list[Any]) -> list[Any]:
+    return list(compress(members, there))
 
 
 def _kind(tensors: list[Tensor]) -> tuple[set[Any], ...]:

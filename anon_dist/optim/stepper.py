@@ -117,7 +117,7 @@ class Stepper:
         part_of = {p: i for i, part in enumerate(parts) for p in part}
         for group, buckets, turn in zip(groups, found, turns, strict=True):
             for bucket in buckets:
-                backend = choice.choose(bucket.lists, group, bool(self.kernel_agreed))
+                backend = _backend(bucket, group, bool(self.kernel_agreed))
                 plans = _plans(group, bucket, turn[0] if turn else None, told, later=bool(parts))
                 for part, indices in _by_part(bucket, part_of).items():
                     chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
@@ -175,6 +175,16 @@ class Stepper:
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
         return [buckets for buckets, _ in gathered]
+
+
+def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Backend:
+    """`choice.choose`, which is asked once where the tensors' kinds are those of the steps before."""
+    asked = (group["fused"], group["foreach"], agreed, torch.compiler.is_compiling())
+    choices = {} if bucket.choices is None else bucket.choices
+    if asked not in choices:
+        choices[asked] = choice.choose(bucket.lists, group, agreed)
+    chosen: choice.Backend = choices[asked]
+    return chosen
 
 
 def _plans(group: dict[str, Any], bucket: Bucket, turn: Turn | None, told: Told, later: bool) -> list[StepPlan]:

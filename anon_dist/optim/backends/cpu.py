@@ -6,9 +6,7 @@ import ctypes
 import math
 import threading
 from array import array
-from collections.abc import Callable
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,32 +95,26 @@ def run(
         exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
         addresses: of the tensors in `lists`, if they are known.
     """
-    if 0 in (lengths := list(map(Tensor.numel, lists[0]))):
-        kept = [i for i, length in enumerate(lengths) if length]
-        pick: Callable[[list[Any]], list[Any]] = lambda members: [members[i] for i in kept]  # noqa: E731
-        lists, plans, lengths = tuple(map(pick, lists)), pick(plans), pick(lengths)
-        exponents = None if exponents is None else pick(exponents)
-        addresses = None if addresses is None else tuple(map(pick, addresses))
-    if not lengths or (plans[0].found_inf is not None and bool(plans[0].found_inf)):
+    if not plans or (plans[0].found_inf is not None and bool(plans[0].found_inf)):
         return
     copies, kept_alive = Copies(), lists
     if addresses is None:
         copies, addresses, kept_alive = laid_out(lists, row_major=exponents is not None)
+    lengths = np.ascontiguousarray(addresses[:, -1])
+    pointers = np.array(addresses, order="C")
+    pointers[:, -1] = 0 if exponents is None else list(map(Tensor.data_ptr, exponents))
     steps, which = _table(plans)
-    scales = [0] * len(lengths) if exponents is None else list(map(Tensor.data_ptr, exponents))
-    pointers = array("Q", chain.from_iterable(zip(*addresses, scales, strict=True)))
     dtypes = array("i", [CODES[members[0].dtype] for members in lists])
-    threads = min(torch.get_num_threads(), sum([-(-n // CHUNK) for n in lengths]))
     library().anon_step(
         dtypes.buffer_info()[0],
-        threads,
+        max(1, min(torch.get_num_threads(), int((-(-lengths // CHUNK)).sum()))),
         steps.ctypes.data,
         which.buffer_info()[0],
         len(lengths),
-        pointers.buffer_info()[0],
-        (sizes := array("q", lengths)).buffer_info()[0],
+        pointers.ctypes.data,
+        lengths.ctypes.data,
     )
-    del sizes, kept_alive
+    del kept_alive
     write_back(copies)
     torch.autograd.graph.increment_version(lists[0])
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anon_dist.optim import update
 from anon_dist.optim.backends.build import BuildError
-from anon_dist.optim.backends.gpu_layout import ALIGNMENT, TILE, WARPS
+from anon_dist.optim.backends.gpu_layout import ALIGNMENT, ROW, TILE, WARPS
 from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan, Variant
 
@@ -100,7 +101,7 @@ def run(
         chosen = [i for i, plan in enumerate(plans) if plan.variant == variant and lists[0][i].numel()]
         if chosen:
             some = tuple([members[i] for i in chosen] for members in lists)
-            at = None if addresses is None else tuple([members[i] for i in chosen] for members in addresses)
+            at = None if addresses is None else addresses[chosen]
             scales = None if exponents is None else [exponents[i] for i in chosen]
             _launch(some, [plans[i] for i in chosen], scales, at)
 
@@ -120,16 +121,16 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None,
         places.setdefault(id(plan), len(places))
     different = {id(plan): plan for plan in plans}
     values = sent([_values(different[key]) for key in places], torch.float64, device)
-    scales = (0,) * len(theta) if exponents is None else tuple(map(Tensor.data_ptr, exponents))
-    lengths = tuple(map(Tensor.numel, theta))
+    at, lengths = addresses[:, :-1], addresses[:, -1]
+    scales = [0] * len(theta) if exponents is None else list(map(Tensor.data_ptr, exponents))
+    aligned, follows = (at % ALIGNMENT == 0).all(1), [places[id(plan)] for plan in plans]
+    rows = np.column_stack([at, scales, lengths, aligned, follows])
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    chunks = _chunks(lengths, device, stream)
+    chunks = _chunks(tuple(lengths.tolist()), device, stream)
     one, zero = _constants(device, stream)
     with torch.cuda.device_of(theta[0]):
         gpu_step.step[(len(chunks),)](
-            _table(
-                (*map(tuple, addresses), scales, lengths, tuple(places[id(plan)] for plan in plans)), device, stream
-            ),
+            _table(rows.astype(np.int64).tobytes(), device, stream),
             chunks,
             values,
             first.lr if isinstance(first.lr, Tensor) and first.lr.device.type == device.type else values,
@@ -181,10 +182,8 @@ def sent(numbers: object, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    rows = torch.tensor(columns).T
-    aligned = (rows[:, : len(ROLES)] % ALIGNMENT == 0).all(1, keepdim=True)
-    return sent(torch.cat([rows[:, :-1], aligned, rows[:, -1:]], 1), torch.int64, device)
+def _table(rows: bytes, device: torch.device, stream: int) -> Tensor:
+    return sent(np.frombuffer(rows, np.int64).reshape(-1, ROW).copy(), torch.int64, device)
 
 
 @lru_cache(maxsize=16)

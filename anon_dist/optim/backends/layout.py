@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from operator import is_not
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -15,8 +17,9 @@ Lists = tuple[list[Tensor], ...]
 """θ, g, m, s, v (`ROLES`): the i-th members belong to one parameter, or to one piece of one; all are local tensors of one device, and each
 list has one dtype. g need not be the parameter's own gradient, nor θ the parameter (see `StepPlan.handing_back`)."""
 
-Addresses = tuple[list[int], ...]
-"""Of the tensors in `Lists`, where each parameter's are known to lie in memory in row-major order without gaps."""
+Addresses = np.ndarray[Any, np.dtype[np.int64]]
+"""Where the tensors in `Lists` lie, each parameter's in row-major order without gaps: (parameters, 6) int64, a row of the addresses of
+θ, g, m, s, v and their number of elements."""
 
 Copies = list[tuple[list[Tensor], list[Tensor]]]
 """Of some parameters, θ, g, m, s, v and what was taken in their place."""
@@ -50,6 +53,11 @@ def addresses_of(tensors: list[Tensor]) -> list[int] | None:
     return list(map(Tensor.data_ptr, tensors)) if plain and not any(map(Tensor.is_neg, tensors)) else None
 
 
+def table(columns: list[list[int]], theta: list[Tensor]) -> Addresses:
+    """`Addresses` of their columns."""
+    return np.array([*columns, list(map(Tensor.numel, theta))], np.int64).T
+
+
 def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
     """Addresses of the lists as a kernel can take them, and of which parameters these are copies.
 
@@ -60,13 +68,13 @@ def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
     """
     addresses = [found for members in lists if (found := addresses_of(members)) is not None]
     if len(addresses) == len(lists):
-        return [], tuple(addresses), lists
+        return [], table(addresses, lists[0]), lists
     pairs = [same_layout(list(tensors)) for tensors in zip(*lists, strict=True)]
     if row_major:
         pairs = [(given, [t.contiguous() for t in used]) for given, used in pairs]
     copies = [(given, used) for given, used in pairs if any(map(is_not, given, used))]
     columns = tuple(list(members) for members in zip(*(used for _, used in pairs), strict=True))
-    return copies, tuple([t.data_ptr() for t in members] for members in columns), columns
+    return copies, table([list(map(Tensor.data_ptr, members)) for members in columns], lists[0]), columns
 
 
 def write_back(copies: Copies) -> None:
