@@ -35,6 +35,55 @@ def assert_passed(case: str, out: Path, ranks: int) -> None:
         assert result == "passed", f"rank {rank}: {result}"
 
 
+MC = """task: local_mc
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/mc.jsonl}, cache_dir: FOLDER/cache}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{q}}"
+doc_to_choice: "{{c}}"
+doc_to_target: "{{a}}"
+metric_list: [{metric: acc}]
+"""
+TEXT = """task: local_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/text.jsonl}, cache_dir: FOLDER/cache}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{t}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+def write_tasks(folder: Path) -> Path:
+    """A folder of lm-eval's task files: questions with choices of several lengths, and texts shorter and longer than a context of 32."""
+    folder.mkdir(parents=True)
+    questions = [{"q": f"def f{i}(x): return", "c": [" x", " yes", " None + 1"], "a": i % 3} for i in range(11)]
+    texts = [{"t": f"import os{i}\n" * (3 * i + 1)} for i in range(5)]
+    for name, documents, task in (("mc", questions, MC), ("text", texts, TEXT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+        (folder / f"{name}.yaml").write_text(task.replace("FOLDER", str(folder)))
+    return folder
+
+
+def assert_scored_as_by_one_process(run: Path, tasks: Path) -> None:
+    """The last scores of a run on `write_tasks`' tasks are those of lm-eval's own model class, loaded from what the run exported."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from anon_dist.train.harness import find_tasks, run_tasks, scores
+
+    model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    alone = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=3)
+    wanted = scores(run_tasks(find_tasks(["local_mc", "local_text"], str(tasks)), alone, errors=False))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "task/local_mc/acc" in record][-1]
+    assert set(wanted) == set(last) - {"step"} == {"task/local_mc/acc", "task/local_text/bits_per_byte"}
+    assert last["task/local_mc/acc"] == wanted["task/local_mc/acc"]
+    assert abs(last["task/local_text/bits_per_byte"] / wanted["task/local_text/bits_per_byte"] - 1) < 1e-5
+
+
 def at_step(monkeypatch, step, action):
     """Have `action()` called when the given step is about to be made."""
     original = loop.lr_factor

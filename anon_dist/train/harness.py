@@ -29,7 +29,8 @@ def check_installed() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise HarnessError(f"tasks are run by lm-eval, and {error.name} is not installed: {INSTALL}") from None
+            missing = (error.name or "lm_eval").partition(".")[0]
+            raise HarnessError(f"tasks are run by lm-eval, and {missing} is not installed: {INSTALL}") from None
 
 
 @dataclass(frozen=True)

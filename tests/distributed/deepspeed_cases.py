@@ -22,7 +22,7 @@ import snippets
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from damage import PAYLOADS, altered, flip, poison, refused, unsealed
-from helpers import at_step, forget_accelerate, metrics
+from helpers import assert_scored_as_by_one_process, at_step, forget_accelerate, metrics, write_tasks
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 
@@ -430,6 +430,20 @@ def case_run_zero3_offload():
 
 def case_run_zero3_offload_params():
     check_run("zero3-offload-params")
+
+
+def case_tasks_are_scored_by_all_ranks():
+    folder = Path(shared_folder(OUT)) / "tasks"
+    if dist.get_rank() == 0:
+        write_tasks(folder)
+    dist.barrier()
+    for name, precision in (("zero2", "fp32"), ("zero3", "fp32"), ("zero3-offload-params", "fp32"), ("zero1", "bf16")):
+        config = run_config(name, shared_folder(OUT))
+        config.train.steps, config.schedule.warmup_steps, config.train.precision = 2, 1, precision
+        config.eval.tasks, config.eval.tasks_path = ("local_mc", "local_text"), str(folder)
+        done = run(config)
+        if dist.get_rank() == 0 and precision == "fp32":
+            assert_scored_as_by_one_process(done, folder)
 
 
 def case_runs_with_a_gamma_schedule():
