@@ -1,9 +1,14 @@
 """What tests of whole runs share."""
 
+import html
 import json
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from ranks import run_ranks
 
@@ -33,6 +38,32 @@ def assert_passed(case: str, out: Path, ranks: int) -> None:
         results = json.loads(path.read_text()) if path.exists() else {}
         result = results.get(case, "was not reached:\n" + (out / "log").read_text()[-4000:])
         assert result == "passed", f"rank {rank}: {result}"
+
+
+MEASURE = """<script>addEventListener('load', () => {
+  const pictures = [...document.images].map(i => i.complete ? i.naturalWidth : 0);
+  const asked = performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith('data:'));
+  const tables = [...document.querySelectorAll('table')].map(t => t.rows.length);
+  const found = {pictures, asked, tables, wide: document.documentElement.scrollWidth, window: innerWidth};
+  document.title = JSON.stringify(found);
+});</script></body>"""
+
+
+def browse(page: Path, work: Path) -> dict:
+    """What a browser makes of a page: widths of its pictures, what it asked for besides, rows of its tables, its width and the window's.
+
+    The test is skipped where there is no browser.
+    """
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium here")
+    measured = work / "measured.html"
+    measured.write_text(page.read_text().replace("</body>", MEASURE))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'browser'}"]
+    options += ["--window-size=1000,1200", "--virtual-time-budget=5000", "--dump-dom"]
+    command = [browser, *options, measured.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown)[1]))
 
 
 MC = """task: local_mc

@@ -905,7 +905,7 @@ def tasks_folder():
 
 def case_tasks_are_scored_by_all_ranks():
     """11 questions of 3 choices and 5 texts, which ranks cannot share evenly; and the run stays what it is."""
-    folder = tasks_folder()
+    folder, whole = tasks_folder(), whole_run("fsdp2")
     for engine, split in (("fsdp2", 1), ("fsdp2", 2), ("ddp", 1), ("zero1", 1), ("fsdp1", 1), ("hsdp", 1)):
         config = run_config(DATA, shared_folder(OUT), engine=engine)
         config.eval.tasks, config.eval.tasks_path = ("local_mc", "local_text"), str(folder)
@@ -920,9 +920,7 @@ def case_tasks_are_scored_by_all_ranks():
         if dist.get_rank() == 0:
             assert_scored_as_by_one_process(done, folder)
             if config.eval.tasks_every:
-                assert [r for r in metrics(done) if len(r) > 1] == metrics(whole_run("fsdp2"))
-        else:
-            whole_run("fsdp2")
+                assert [r for r in metrics(done) if len(r) > 1] == metrics(whole)
 
 
 def case_tensor_parallel_runs_agree_and_resume():
