@@ -115,6 +115,23 @@ def assert_scored_as_by_one_process(run: Path, tasks: Path) -> None:
     assert abs(last["task/local_text/bits_per_byte"] / wanted["task/local_text/bits_per_byte"] - 1) < 1e-5
 
 
+def assert_exported_as_by_the_run(run: Path, out: Path) -> None:
+    """`anon-dist export` makes of a run's last checkpoint what the run itself exported, from its engine's own weights."""
+    from safetensors.torch import load_file
+
+    from anon_dist.cli import main
+
+    (*_, last) = sorted((run / "checkpoints").glob("step-*"))
+    main(["export", str(last), str(out)])
+    ours, wanted = (load_file(folder / "model.safetensors") for folder in (out, run / "model"))
+    assert set(ours) == set(wanted)
+    assert all(value.equal(wanted[name].to(value.dtype)) for name, value in ours.items())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (out, run / "model")]
+    assert configs[0]["vocab_size"] == configs[1]["vocab_size"]
+    assert (out / "README.md").is_file()
+    assert (out / "tokenizer.json").read_bytes() == (run / "model" / "tokenizer.json").read_bytes()
+
+
 def at_step(monkeypatch, step, action):
     """Have `action()` called when the given step is about to be made."""
     original = loop.lr_factor

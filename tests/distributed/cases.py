@@ -50,7 +50,14 @@ from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
-from helpers import assert_scored_as_by_one_process, at_step, forget_accelerate, metrics, write_tasks
+from helpers import (
+    assert_exported_as_by_the_run,
+    assert_scored_as_by_one_process,
+    at_step,
+    forget_accelerate,
+    metrics,
+    write_tasks,
+)
 from launch_cases import Patch, raises, run_cases, shared_folder
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
@@ -903,7 +910,7 @@ def tasks_folder():
     return folder
 
 
-def case_tasks_are_scored_by_all_ranks():
+def case_runs_are_scored_by_all_ranks_and_exported():
     """11 questions of 3 choices and 5 texts, which ranks cannot share evenly; and the run stays what it is."""
     folder, whole = tasks_folder(), whole_run("fsdp2")
     for engine, split in (("fsdp2", 1), ("fsdp2", 2), ("ddp", 1), ("zero1", 1), ("fsdp1", 1), ("hsdp", 1)):
@@ -919,6 +926,7 @@ def case_tasks_are_scored_by_all_ranks():
         done = run(config)
         if dist.get_rank() == 0:
             assert_scored_as_by_one_process(done, folder)
+            assert_exported_as_by_the_run(done, done / "exported")
             if config.eval.tasks_every:
                 assert [r for r in metrics(done) if len(r) > 1] == metrics(whole)
 

@@ -22,7 +22,14 @@ import snippets
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from damage import PAYLOADS, altered, flip, poison, refused, unsealed
-from helpers import assert_scored_as_by_one_process, at_step, forget_accelerate, metrics, write_tasks
+from helpers import (
+    assert_exported_as_by_the_run,
+    assert_scored_as_by_one_process,
+    at_step,
+    forget_accelerate,
+    metrics,
+    write_tasks,
+)
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 
@@ -432,7 +439,7 @@ def case_run_zero3_offload_params():
     check_run("zero3-offload-params")
 
 
-def case_tasks_are_scored_by_all_ranks():
+def case_runs_are_scored_by_all_ranks_and_exported():
     folder = Path(shared_folder(OUT)) / "tasks"
     if dist.get_rank() == 0:
         write_tasks(folder)
@@ -442,8 +449,10 @@ def case_tasks_are_scored_by_all_ranks():
         config.train.steps, config.schedule.warmup_steps, config.train.precision = 2, 1, precision
         config.eval.tasks, config.eval.tasks_path = ("local_mc", "local_text"), str(folder)
         done = run(config)
-        if dist.get_rank() == 0 and precision == "fp32":
-            assert_scored_as_by_one_process(done, folder)
+        if dist.get_rank() == 0:
+            assert_exported_as_by_the_run(done, done / "exported")
+            if precision == "fp32":
+                assert_scored_as_by_one_process(done, folder)
 
 
 def case_runs_with_a_gamma_schedule():
