@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
 
+hyper = {"lr": 1e-3, "betas": (0.9, 0.95), "torch_adam": True}
 config = {
     "train_batch_size": 8,
     "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 3},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": (0.9, 0.95), "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": hyper},
 }
 
 
@@ -22,14 +23,14 @@ def main(folder):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=64, vocab_size=512))
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
-    for step in range(10):
+    for _ in range(10):
         tokens = torch.randint(0, 512, (8 // dist.get_world_size(), 64), device=engine.device)
         loss = engine(input_ids=tokens, labels=tokens).loss
         engine.backward(loss)
         engine.step()
     engine.save_checkpoint(folder)
     if dist.get_rank() == 0:
-        print(f"step {step + 1}, loss {loss.item():.3f}, {type(engine.optimizer.optimizer).__name__}")
+        print(f"loss {loss.item():.3f}, {type(engine.optimizer.optimizer).__name__}")
 
 
 if __name__ == "__main__":
