@@ -228,7 +228,9 @@ def evaluation(command: str) -> None:
     """lm-eval's own tasks, which it would fetch, stand for those of a folder."""
     folder, words = (
         tasks(),
-        command.replace("README.md", str(ROOT / "README.md")).replace("--tasks mine", "--tasks local_mc"),
+        command.replace("README.md", "my-texts")
+        .replace("my-texts", str(ROOT / "README.md"))
+        .replace("--tasks mine", "--tasks local_mc"),
     )
     words = re.sub(r"--tasks (hellaswag|arc_easy| )+", f"--tasks local_mc --include-path {folder} ", words)
     of_a_run(words)
