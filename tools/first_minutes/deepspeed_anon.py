@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 deepspeed_adamw.py FOLDER
 """
 
+import os
 import sys
 
 import deepspeed
@@ -33,8 +34,9 @@ def main(folder):
         engine.step()
     engine.save_checkpoint(folder)
     if dist.get_rank() == 0:
-        print(f"loss {loss.item():.3f}, {type(engine.optimizer.optimizer).__name__}")
+        print(f"loss {loss.item():.3f}, {type(engine.optimizer.optimizer).__name__}", flush=True)
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    os._exit(0)  # where gloo, seldom, aborts a process that has done its work
