@@ -6,6 +6,7 @@ link that leads nowhere.
 
 import argparse
 import contextlib
+import difflib
 import re
 import runpy
 import shlex
@@ -353,6 +354,14 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{link} is not there"
         assert target.is_relative_to(ROOT), f"{link} leads out of the clone"
         assert not anchor or anchor in headings(target), f"{link}: {target.name} has no such heading"
+
+
+def test_as_many_lines_of_a_deepspeed_script_change_as_the_first_page_says():
+    before, after = (
+        (ROOT / f"tools/first_minutes/deepspeed_{n}.py").read_text().splitlines() for n in ("adamw", "anon")
+    )
+    changed = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line[2:].strip()]
+    assert f"{len(changed)} lines change" in (ROOT / "README.md").read_text()
 
 
 def test_the_first_page_is_short():

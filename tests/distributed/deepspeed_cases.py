@@ -6,6 +6,7 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -188,6 +189,14 @@ def case_snippets_of_the_pages():
         (group,) = engine.basic_optimizer.param_groups
         assert (group["lr"], tuple(group["betas"]), group["gamma"]) == (1e-3, (0.9, 0.95), gamma)
         assert group["window"] == (64 if gamma == 1.0 else None)
+
+
+def case_the_scripts_of_the_first_minutes():
+    for name in ("adamw", "anon"):
+        script = runpy.run_path(str(CONFIGS.parents[1] / "tools" / "first_minutes" / f"deepspeed_{name}.py"))
+        folder = Path(shared_folder(OUT))
+        script["main"](str(folder))
+        assert len(list(folder.glob("global_step10/*optim_states.pt"))) == dist.get_world_size()
 
 
 def check_kernel(stage):
