@@ -285,7 +285,7 @@ RULES = {
     r"anon-dist (data prepare|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
-    r"bash (tests/run|launch/setup)\.sh( deepspeed)?( dev)?": script,
+    r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
     r"(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
     r"anon-dist data prepare .*": prepare,
