@@ -112,6 +112,13 @@ def generate(args: list[str]) -> None:
     run(args)
 
 
+def evaluate(args: list[str]) -> None:
+    """`anon-dist eval`"""
+    from anon_dist.trained.cli import evaluate as run
+
+    run(args)
+
+
 def export(args: list[str]) -> None:
     """`anon-dist export`"""
     from anon_dist.trained.cli import export as run
@@ -157,6 +164,7 @@ COMMANDS = (
     ),
     Command(("runs",), "list and compare runs: a table, their loss curves, and a page that is one file", runs),
     Command(("generate",), "have a run's or checkpoint's model continue a text", generate),
+    Command(("eval",), "say how good a run's or checkpoint's model is, on lm-eval's tasks and on any text", evaluate),
     Command(("export",), "make a Hugging Face model of a checkpoint, and upload it if you like", export),
     Command(("ckpt", "inspect"), "show what a checkpoint of any optimizer is", partial(checkpoints, "inspect")),
     Command(

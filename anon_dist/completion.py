@@ -43,7 +43,7 @@ def _tree() -> dict[str, Any]:
     from anon_dist.data.config import PrepareConfig
     from anon_dist.sweep.options import Sweep
     from anon_dist.train.config import options_class
-    from anon_dist.trained.options import Export, Generate, Runs
+    from anon_dist.trained.options import Eval, Export, Generate, Runs
 
     return {
         "data": {"prepare": PrepareConfig},
@@ -51,6 +51,7 @@ def _tree() -> dict[str, Any]:
         "train": options_class(),
         "runs": Runs,
         "generate": Generate,
+        "eval": Eval,
         "export": Export,
         "ckpt": COMMANDS,
         "sweep": Sweep,

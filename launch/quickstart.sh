@@ -22,5 +22,7 @@ else
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi
 
+# Of torch's launcher errors only: after a Ctrl-C the run itself says what there is to say.
+export LOGLEVEL=${LOGLEVEL:-ERROR} TORCH_LOGS=${TORCH_LOGS:--torch.distributed.elastic}
 exec accelerate launch --config_file "$accelerate_config" --num_processes "$ranks" \
   launch/pretrain.py --config configs/train/quickstart.yaml "$@"

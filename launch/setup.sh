@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the virtual environment .venv (or $VENV) of this clone and install anon_dist into it, with the versions of constraints.txt.
 #
-#   bash launch/setup.sh [EXTRA ...]     extras of pyproject.toml: deepspeed, wandb, dev
+#   bash launch/setup.sh [EXTRA ...]     extras of pyproject.toml: deepspeed, wandb, eval, dev
 #
 # Does nothing when that has been done. PYTHON names the interpreter to use (3.11 or newer).
 set -euo pipefail

@@ -24,7 +24,7 @@ for words in json.loads(sys.argv[1]):
             code = 0
         except SystemExit as ended:
             code = ended.code
-    heavy = [m for m in ("torch", "numpy", "transformers", "datasets", "accelerate", "matplotlib") if m in sys.modules]
+    heavy = [m for m in ("torch", "numpy", "transformers", "datasets", "accelerate", "matplotlib", "lm_eval") if m in sys.modules]
     print(json.dumps([words, code, out.getvalue(), err.getvalue(), heavy, time.process_time() - before]))
 """
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage"),
+    ("files", "machine", "launcher", "usage", "page"),
     ("arguments",),
     ("agreement", "optim"),
     ("data",),

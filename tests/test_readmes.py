@@ -6,6 +6,7 @@ link that leads nowhere.
 
 import argparse
 import contextlib
+import difflib
 import re
 import runpy
 import shlex
@@ -19,7 +20,7 @@ import pytest
 import tyro
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from helpers import forget_accelerate
+from helpers import forget_accelerate, write_tasks
 from snippets import PAGES, ROOT, SNIPPETS, blocks
 from torch.distributed.run import get_args_parser
 
@@ -80,6 +81,12 @@ def with_options(args: list[str], options: list[str]) -> list[str]:
     return [*kept, *options]
 
 
+def tasks() -> Path:
+    """Tasks for which nothing is fetched."""
+    folder = Path.cwd() / "my-tasks"
+    return folder if folder.exists() else write_tasks(folder)
+
+
 def pretrain(args: list[str]) -> None:
     """A training, made short and in this process; its own options first, which must be right by themselves."""
     parse_args(args)
@@ -93,7 +100,8 @@ def pretrain(args: list[str]) -> None:
         args[args.index("spectrum")] = "runs/before/checkpoints/step-00000002"
         forget_accelerate()
     run = Path("runs") / str(abs(hash(tuple(args))))
-    train(with_options(args, [*SHORT, "--run-dir", str(run)]))
+    mine = ["--eval.tasks", "local_mc", "--eval.tasks-path", str(tasks())] if "--eval.tasks" in args else []
+    train(with_options(args, [*SHORT, *mine, "--run-dir", str(run)]))
     assert (run / "model" / "model.safetensors").is_file()
 
 
@@ -217,6 +225,18 @@ def of_a_run(command: str) -> None:
     main(shlex.split(command)[1:])
 
 
+def evaluation(command: str) -> None:
+    """lm-eval's own tasks, which it would fetch, stand for those of a folder."""
+    folder, words = (
+        tasks(),
+        command.replace("README.md", "my-texts")
+        .replace("my-texts", str(ROOT / "README.md"))
+        .replace("--tasks mine", "--tasks local_mc"),
+    )
+    words = re.sub(r"--tasks (hellaswag|arc_easy| )+", f"--tasks local_mc --include-path {folder} ", words)
+    of_a_run(words)
+
+
 class ParsedError(Exception):
     """A script has read its options."""
 
@@ -265,7 +285,7 @@ RULES = {
     r"anon-dist (data prepare|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
-    r"bash (tests/run|launch/setup)\.sh( deepspeed)?( dev)?": script,
+    r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
     r"(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
     r"anon-dist data prepare .*": prepare,
@@ -275,11 +295,12 @@ RULES = {
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),
     r"(OMP_NUM_THREADS=\d )?anon-dist bench.*": bench,
     r"anon-dist (runs|generate|export) .*": of_a_run,
+    r"anon-dist eval .*": evaluation,
     r"anon-dist init .*": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,
-    r"anon-dist (ckpt (inspect|convert|verify)|init|runs|generate|export)": lambda command: (
+    r"anon-dist (ckpt (inspect|convert|verify)|init|runs|generate|eval|export)": lambda command: (
         None
     ),  # as a name; with arguments below
     r"anon-dist ckpt .*": checkpoint,
@@ -333,6 +354,14 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{link} is not there"
         assert target.is_relative_to(ROOT), f"{link} leads out of the clone"
         assert not anchor or anchor in headings(target), f"{link}: {target.name} has no such heading"
+
+
+def test_as_many_lines_of_a_deepspeed_script_change_as_the_first_page_says():
+    before, after = (
+        (ROOT / f"tools/first_minutes/deepspeed_{n}.py").read_text().splitlines() for n in ("adamw", "anon")
+    )
+    changed = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line[2:].strip()]
+    assert f"{len(changed)} lines change" in (ROOT / "README.md").read_text()
 
 
 def test_the_first_page_is_short():

@@ -15,5 +15,5 @@ A sweep's folder:
     cells/NAME/outcome.json finished, stopped or failed, and why; while it is not there, the same command goes on with the cell
     cells/NAME/log.txt      what the run printed
     calibration/            --match-rms: a short run at γ = 1, and the spectrum of its moments
-    report.md, cells.csv, *.png
+    report.md, report.html, cells.csv, *.png
 """

@@ -53,7 +53,7 @@ def sweep(parsed: Sweep, rest: list[str], args: list[str]) -> None:
 def report(parsed: Report) -> None:
     """`anon-dist sweep report`"""
     try:
-        print(f"Report: {write_report(parsed.folder)}")
+        print(f"Report: {write_report(parsed.folder)}, and with its pictures in one file: report.html")
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -105,7 +105,7 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
                 return False
             grid = _matched(grid, base, spectra, by_group)
         whole, in_use = _run_cells(args, grid, base, room, trainer)
-    print(f"Report: {write_report(args.out)}")
+    print(f"Report: {write_report(args.out)}, and with its pictures in one file: report.html")
     if in_use and whole:
         raise RunInUseError(
             f"cells left out, as other processes are at work in their folders: {len(in_use)} (the first, {in_use[0].path}: "

@@ -48,7 +48,7 @@ class Sweep:
 
 @dataclass
 class Report:
-    """Write report.md, its pictures and cells.csv for a sweep as it is now; it may be running."""
+    """Write report.md, its pictures, report.html and cells.csv for a sweep as it is now; it may be running."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """The sweep's --out."""

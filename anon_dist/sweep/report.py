@@ -1,16 +1,18 @@
-"""A sweep as a Markdown page with pictures, and as a table for other programs; at any time, of what is there."""
+"""A sweep as a Markdown page with pictures, as a page that is one file, and as a table for programs; at any time, of what is there."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from anon_dist.page import page, picture
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import OWN_GAMMAS, short, show
 from anon_dist.sweep.plots import LR, draw_all
@@ -21,10 +23,10 @@ NAMES = {"anon": "Anon", "adamw": "AdamW"}
 
 
 def write_report(sweep: Path) -> Path:
-    """Write `report.md`, its pictures and `cells.csv`, a row for each cell, into the sweep's folder.
+    """Write `report.md`, its pictures, `report.html` with all of it in one file, and `cells.csv`, a row for each cell, into the folder.
 
     Returns:
-        The page.
+        `report.md`.
 
     Raises:
         ConfigError: it is no sweep's folder.
@@ -44,8 +46,29 @@ def write_report(sweep: Path) -> Path:
         _how(record, results),
     ]
     _replace(sweep / "cells.csv", _rows(results))
-    _replace(sweep / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    _replace(sweep / "report.html", _html(text, sweep, dict(pictures)))
+    _replace(sweep / "report.md", text)
     return sweep / "report.md"
+
+
+def _html(text: str, sweep: Path, pictures: dict[str, str]) -> str:
+    """The Markdown as a page. Of HTML in it only our own `details` counts: settings and logs are text."""
+    import markdown
+
+    reader = markdown.Markdown(extensions=["tables", "fenced_code", "sane_lists"])
+    reader.preprocessors.deregister("html_block")
+    reader.inlinePatterns.deregister("html")
+    body = reader.convert(text)
+    body = re.sub(
+        r"<p>&lt;details&gt;&lt;summary&gt;(.*?)&lt;/summary&gt;</p>", r"<details><summary>\1</summary>", body
+    )
+    body = body.replace("<p>&lt;/details&gt;</p>", "</details>")
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    for name, caption in pictures.items():
+        png = (sweep / name).read_bytes()
+        body = re.sub(rf'<img [^>]*src="{re.escape(name)}"[^>]*>', lambda _, png=png, c=caption: picture(png, c), body)  # type: ignore[misc]
+    return page(f"Sweep {sweep.resolve().name}", body)
 
 
 def _replace(file: Path, text: str) -> None:

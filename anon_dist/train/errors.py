@@ -1,4 +1,4 @@
-"""The errors of a run's folder."""
+"""The errors of a run: of its folder, of its evaluation."""
 
 
 class RunError(RuntimeError):
@@ -7,6 +7,10 @@ class RunError(RuntimeError):
 
 class RunInUseError(RunError):
     """Another process is at work in the folder."""
+
+
+class HarnessError(ValueError):
+    """lm-eval, a task or its data is missing, or a task does not go with the model; the message names it, and the remedy."""
 
 
 IN_USE = 75

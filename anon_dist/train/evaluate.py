@@ -29,6 +29,14 @@ class Evaluation:
         """exp(loss)"""
         return math.exp(min(self.loss, 700.0))
 
+    def record(self, prefix: str) -> dict[str, float | int]:
+        """As metrics."""
+        return {
+            f"{prefix}_loss": self.loss,
+            f"{prefix}_perplexity": self.perplexity,
+            f"{prefix}_bits_per_byte": self.bits_per_byte,
+        }
+
 
 def token_loss(model: nn.Module, batch: Tensor, mask_eod: int | None) -> Tensor:
     """Cross-entropy of each token.

@@ -197,6 +197,16 @@ class EvalConfig:
     """Validation sequences, always the same ones; 0: the whole split."""
     final_sequences: Whole = 0
     """The same for the last validation, whose result is the run's."""
+    tasks: tuple[Text, ...] = ()
+    """Tasks of lm-eval (pip install lm-eval), by name or by YAML file, whose scores go into the metrics; those that score given text."""
+    tasks_every: StepsOrZero = 0
+    """Steps between evaluations on the tasks; 0: only after the last step."""
+    tasks_path: Place | None = None
+    """Folder of your own task files (lm-eval's --include_path)."""
+    tasks_limit: Size | None = None
+    """Documents of each task. None: all."""
+    tasks_fewshot: Whole | None = None
+    """Worked examples before each question. None: as the task says."""
 
 
 @dataclass

@@ -31,7 +31,7 @@ from anon_dist.train.alike import shared_settings
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
-from anon_dist.train.errors import RunError
+from anon_dist.train.errors import HarnessError, RunError
 from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
 from anon_dist.train.export import export_model
 from anon_dist.train.lock import RunLock, held
@@ -42,6 +42,7 @@ from anon_dist.train.recording import recording
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
+from anon_dist.train.tasks import score_tasks
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
     Returns:
         What ended them early, a signal's name, say; None after the last.
     """
-    config, steps, checkpoint_every = run.config, run.config.train.steps, run.config.checkpoint.every
+    config, steps = run.config, run.config.train.steps
     watch = Stopwatch(run.accelerator.device)
     batches = iter(run.loader)
     logged = run.step
@@ -129,13 +130,14 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
             logged = run.step
-        if run.val_shards is not None and (
-            run.step == steps or (config.eval.every and run.step % config.eval.every == 0)
-        ):
+        if run.val_shards is not None and _is_due(run, config.eval.every):
             _compare_replicas(run)
-            write(_evaluation_record(run, _validate(run, config.eval.sequences), "val"))
+            write({"step": run.step, **_validate(run, config.eval.sequences).record("val")})
             watch.skip()
-        saved = run.step == steps or bool(checkpoint_every and run.step % checkpoint_every == 0)
+        if run.tasks is not None and _is_due(run, config.eval.tasks_every):
+            write(_score(run, stop))
+            watch.skip()
+        saved = _is_due(run, config.checkpoint.every)
         if saved:
             _save(run, stop)
             watch.skip()
@@ -146,6 +148,11 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
                 _save(run, stop)
             return stop.reason
     return None
+
+
+def _is_due(run: Run, every: int) -> bool:
+    """Whether what is done every so many steps, and after the last one, is done now."""
+    return run.step == run.config.train.steps or bool(every and run.step % every == 0)
 
 
 @dataclass(frozen=True)
@@ -282,13 +289,18 @@ def _validate(run: Run, sequences: int) -> Evaluation:
     )
 
 
-def _evaluation_record(run: Run, result: Evaluation, prefix: str) -> Record:
-    return {
-        "step": run.step,
-        f"{prefix}_loss": result.loss,
-        f"{prefix}_perplexity": result.perplexity,
-        f"{prefix}_bits_per_byte": result.bits_per_byte,
-    }
+def _score(run: Run, stop: StopSignal) -> Record:
+    """Of the tasks; if one fails, the run ends with a checkpoint."""
+    assert run.tasks is not None
+    _compare_replicas(run)
+    device, reader, readers = run.accelerator.device, run.reader, run.readers
+    try:
+        found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
+    except HarnessError as error:
+        _save(run, stop)
+        again = f"the checkpoint of step {run.step} is written; the same command goes on with other tasks, or none"
+        raise RunError(f"eval.tasks: {error}; {again}") from error
+    return {"step": run.step, **found}
 
 
 # -- saving and finishing ---------------------------------------------------------------------------------------------
@@ -354,7 +366,7 @@ def _finish(run: Run) -> None:
     config, main = run.config, run.accelerator.is_main_process
     record: Record = {"step": run.step}
     if run.val_shards is not None:
-        record = _evaluation_record(run, _validate(run, config.eval.final_sequences), "final")
+        record |= _validate(run, config.eval.final_sequences).record("final")
     weights = run.engine.full_weights()
     failed: Exception | None = None
     if main:

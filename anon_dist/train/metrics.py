@@ -15,25 +15,28 @@ import torch
 from tqdm import tqdm
 
 Record = dict[str, float | int]
+TASK = "task/"
+"""Begins the name of a task's metric: task/NAME/METRIC."""
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a JSON object a line, by step. A resumed run first cuts off the lines of steps it will repeat.
+    """`metrics.jsonl`: a JSON object a line, by step. A resumed run first takes out the lines of steps it will repeat.
 
-    Cut in place: that takes no room on a full disk.
+    In place: that takes no room on a full disk. What `anon-dist eval` added of earlier checkpoints stays, though it stands behind them.
 
     Raises:
         OSError: of any method.
     """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = 0
-        for line, record in _records(path):
-            if record["step"] > resumed_at or "final_loss" in record:
-                break
-            kept += len(line)
-        with path.open("ab") as file:
-            file.truncate(kept)
+        lines = list(_records(path))
+        stays = [record["step"] <= resumed_at and "final_loss" not in record for _, record in lines]
+        first = stays.index(False) if False in stays else len(lines)
+        later = b"".join(line for (line, _), kept in zip(lines[first:], stays[first:], strict=True) if kept)
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.seek(sum(len(line) for line, _ in lines[:first]))
+            file.write(later)
+            file.truncate()
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Record) -> None:
@@ -43,6 +46,18 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def add_metrics(path: Path, record: Record) -> None:
+    """Append a record to the metrics of a run that is not at work.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("r+b") as file:
+        file.seek(sum(len(line) for line, _ in _records(path)))  # a line torn by a kill goes
+        file.truncate()
+        file.write((json.dumps(record) + "\n").encode())
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -83,6 +98,10 @@ class Console:
         """Show a record of metrics."""
         taken = int(record["step"]) - self._start
         left = (time.monotonic() - self._began) / max(taken, 1) * (self._steps - int(record["step"]))
+        if any(key.startswith(TASK) for key in record):
+            for line in task_lines(record, self._steps):
+                self.say(line)
+            return
         self.say(table_line(record, self._steps, left if taken > 0 else None))
         if self._bar is not None:
             words = (("loss", "loss"), ("val_loss", "val"), ("tokens_per_s", "tok/s"), ("mfu", "mfu"))
@@ -135,6 +154,16 @@ def table_line(record: Record, steps: int, left: float | None) -> str:
     while len(line := " ".join(cells).rstrip()) > LINE and len(cells) > 2:
         cells.pop(-2)
     return line
+
+
+def task_lines(record: Record, steps: int) -> list[str]:
+    """The scores of each task in a line of at most `LINE` columns."""
+    by_task: dict[str, str] = {}
+    for key, value in record.items():
+        if key.startswith(TASK) and "_stderr" not in key:
+            name, _, metric = key.removeprefix(TASK).partition("/")
+            by_task[name] = f"{by_task.get(name, name)} {metric}={value:.4g}"
+    return [f"step={record['step']:<{len(str(steps))}} {line}"[:LINE] for line in by_task.values()]
 
 
 def _spelled(key: str, value: float | int) -> str:

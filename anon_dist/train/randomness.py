@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,8 @@ def seed(base: int, rank: int, step: int) -> None:
 
 def save(folder: Path, rank: int) -> None:
     """Write this rank's random state into a checkpoint."""
-    numpy_state: Any = np.random.get_state(legacy=True)
-    state = {
-        "torch": torch.get_rng_state(),
-        "accelerator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
-    }
     data = io.BytesIO()
-    torch.save(state, data)
+    torch.save(_state(), data)
     (folder / f"random-{rank:05d}.pt").write_bytes(
         data.getbuffer()
     )  # where torch would not say what is wrong with the disk
@@ -60,6 +55,26 @@ def load(folder: Path, rank: int) -> bool:
                 f"{path} is damaged: it holds no random state: {error!r}. Take an earlier checkpoint"
             ) from None
     return True
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Whatever the block draws or seeds, all generators of this process go on as if it had not been."""
+    before = _state()
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _state() -> dict[str, Any]:
+    numpy_state: Any = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "accelerator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
+    }
 
 
 def _set(state: dict[str, Any]) -> None:

@@ -38,11 +38,13 @@ from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
+from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -70,6 +72,8 @@ class Run:
     state: StateBytes
     watch: OptimizerWatch
     gammas: GammaRules
+    tasks: Tasks | None
+    """Of lm-eval, on which the model is evaluated."""
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -126,7 +130,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
-    spectra = _spectra(config, accelerator)
+    spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
     try:
         optimizer = build_optimizer(config.optim, built)
         gammas = GammaRules(config.optim, optimizer, built, spectra)
@@ -156,6 +160,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         state=engine.state_bytes(),
         watch=OptimizerWatch(engine, accelerator.device),
         gammas=gammas,
+        tasks=tasks,
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)

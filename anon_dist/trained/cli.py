@@ -1,4 +1,4 @@
-"""`anon-dist generate`, `anon-dist export` and `anon-dist runs`."""
+"""`anon-dist generate`, `anon-dist eval`, `anon-dist export` and `anon-dist runs`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from anon_dist.arguments import parse
-from anon_dist.trained.options import Export, Generate, Runs
+from anon_dist.trained.options import Eval, Export, Generate, Runs
 
 
 def generate(args: list[str]) -> None:
@@ -15,6 +15,15 @@ def generate(args: list[str]) -> None:
     options = parse(Generate, args, "anon-dist generate")
     _quietly()
     from anon_dist.trained.generate import generate as run
+
+    _or_exit(lambda: run(options))
+
+
+def evaluate(args: list[str]) -> None:
+    """`anon-dist eval`; as above."""
+    options = parse(Eval, args, "anon-dist eval")
+    _quietly()
+    from anon_dist.trained.evaluate import evaluate as run
 
     _or_exit(lambda: run(options))
 

@@ -30,6 +30,14 @@ class Trained:
     progress: Mapping[str, Any] = field(default_factory=dict)
     """What the training loop wrote into the checkpoint; of an exported model, into that of the run's last step."""
 
+    @property
+    def step(self) -> int | None:
+        """After which step of its training it was; None if that is not known."""
+        found = self.progress.get("step")
+        if found is None and self.is_model and self.run is not None and self.path.resolve() == self.run / "model":
+            found = _finished_at(self.run)
+        return found if isinstance(found, int) and found >= 0 else None
+
     def results(self) -> dict[str, Any]:
         """The record of the validation after this step, or else of the last before it; {} if there is none."""
         if self.run is None or "step" not in self.progress:

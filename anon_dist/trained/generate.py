@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.train.export import context_of, generation_config
+from anon_dist.trained.device import device_of
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.model import check_tokens, load_model
 from anon_dist.trained.options import Generate
@@ -26,7 +27,7 @@ def generate(options: Generate) -> None:
         CheckpointError: an option is out of its range, or there is no such model.
     """
     check(options)
-    device = _device(options.device)
+    device = device_of(options.device)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     trained = find(options.source)
     tokenizer = tokenizer_of(trained, options.tokenizer)
@@ -93,17 +94,6 @@ def check(options: Generate) -> None:
     for name, value, right, allowed in rules:
         if not right:
             raise CheckpointError(f"--{name} must be {allowed}, not {value}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _step(progress: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from anon_dist.data.config import TextUnit
+
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
 
 
@@ -33,6 +35,49 @@ class Generate:
     """Choose among the likeliest tokens that together have this probability."""
     seed: int | None = None
     """For the same text again. None: another each time."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, … None: CUDA if there is one."""
+    tokenizer: str | None = None
+    """Folder (or hub name) of the tokenizer, where neither the model nor its run has it."""
+    model_config: Path | None = None
+    """Hugging Face's config.json of the model, where the checkpoint does not have it."""
+    unsafe: bool = False
+    """Build whatever classes the checkpoint's pickles ask for. This may run any code that the file's author wants."""
+
+
+@dataclass
+class Eval:
+    """Say how good a model is: on lm-eval's tasks, and in bits per byte of any text.
+
+    RUN_OR_CHECKPOINT is as for `anon-dist generate`. The results are printed; of a run they also go into its metrics.jsonl and, with all
+    that lm-eval says, into a file in its folder `evaluations`.
+    """
+
+    source: _Source
+    """Whose model."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of lm-eval by name, or YAML files of your own (pip install lm-eval)."""
+    include_path: str | None = None
+    """Folder of task files of your own, whose names --tasks may then name."""
+    num_fewshot: int | None = None
+    """Worked examples before each question. None: as the task says."""
+    limit: int | None = None
+    """Documents of each task. None: all."""
+    text: tuple[str, ...] = ()
+    """Files or folders of text, JSON Lines or parquet, as for `anon-dist data prepare`: bits per byte of each."""
+    text_unit: TextUnit = "file"
+    """What of a plain-text file is one document."""
+    text_field: str = "text"
+    """Field of JSON Lines and parquet that holds the text."""
+    window: int | None = None
+    """Tokens that the model reads at once of a text. None: its context."""
+    stride: int | None = None
+    """Tokens from the beginning of a window of a text to that of the next. Less than the window: they overlap, and each token is predicted
+    from more. None: the window, so that each begins anew."""
+    batch_size: int = 8
+    """Sequences at once."""
+    out: Path | None = None
+    """File for the results, as JSON. None: one in the run's folder, if it is a run's model."""
     device: str | None = None
     """cpu, cuda, cuda:1, … None: CUDA if there is one."""
     tokenizer: str | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from rich.table import Table
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.files import write_text
+from anon_dist.page import page, picture
 from anon_dist.train import strict_yaml
 from anon_dist.train.config import flat
-from anon_dist.train.metrics import Record, read_metrics
+from anon_dist.train.metrics import TASK, Record, read_metrics
 from anon_dist.train.report import RESULT
 from anon_dist.trained.options import Runs
 
@@ -30,7 +31,7 @@ INSIDE = ("checkpoints", "model", "tensorboard")
 """Folders of a run in which no other run lies."""
 PLACES = ("run_dir", "resume")
 MOST_DIFFERENCES = 8
-"""Fields of the configuration that are shown, of those in which the runs differ."""
+"""Fields of the configuration that are shown, of those in which the runs differ; and scores on tasks."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def runs(options: Runs) -> None:
     Raises:
         CheckpointError: there is no run below the folder.
     """
-    found = collect(options.folder)
+    found, unreadable = collect(options.folder)
+    for problem in unreadable:
+        print(f"WARNING: {problem}; this run is left out", file=sys.stderr)
     found.sort(key=_order(options.sort))
     columns, rows = table(found)
     shown = Table(*columns[:1])
@@ -91,29 +94,36 @@ def runs(options: Runs) -> None:
         out = options.out or options.folder
         out.mkdir(parents=True, exist_ok=True)
         draw(found, out / "runs.png")
-        write_text(out / "runs.html", page(options.folder, columns, rows, (out / "runs.png").read_bytes()))
+        write_text(out / "runs.html", page_of(options.folder, columns, rows, (out / "runs.png").read_bytes()))
         print(f"curves: {out / 'runs.png'}, and with the table: {out / 'runs.html'}")
 
 
-def collect(folder: Path) -> list[Run]:
-    """The runs in and below a folder, by name: what has config.yaml and metrics.jsonl.
+def collect(folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs in and below a folder, by name: what has config.yaml and metrics.jsonl. And what is wrong with those that cannot be read.
 
     Raises:
         CheckpointError: there is none.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
-    found = []
+    found: list[Run] = []
+    unreadable: list[str] = []
     for parent, folders, files in os.walk(folder):
         if {"config.yaml", "metrics.jsonl"} <= set(files):
             path = Path(parent)
             name = path.relative_to(folder).as_posix() if path != folder else folder.resolve().name
-            found.append(Run(name, path, _config(path / "config.yaml"), read_metrics(path / "metrics.jsonl")))
+            try:
+                found.append(Run(name, path, _config(path / "config.yaml"), read_metrics(path / "metrics.jsonl")))
+            except (CheckpointError, OSError) as error:
+                unreadable.append(str(error))
             folders[:] = [f for f in folders if f not in INSIDE]
         folders.sort()
     if not found:
-        raise CheckpointError(f"there is no run in or below {folder}: no folder with config.yaml and metrics.jsonl")
-    return found
+        raise CheckpointError(
+            "; ".join(unreadable)
+            or f"there is no run in or below {folder}: no folder with config.yaml and metrics.jsonl"
+        )
+    return found, unreadable
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -131,9 +141,11 @@ def _order(sort: str) -> Any:
 
 
 def table(found: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: how far, how good, how fast; and the settings in which the runs differ."""
+    """Columns and rows: how far, how good, how fast; the scores on tasks; and the settings in which the runs differ."""
     names = dict.fromkeys(name for run in found for name in run.config)
     changed = [n for n in names if n not in PLACES and len({_text(r.config.get(n)) for r in found}) > 1]
+    scored = list(dict.fromkeys(k for run in found for r in run.records for k in r if k.startswith(TASK)))
+    scored = [key for key in scored if "_stderr" not in key][:MOST_DIFFERENCES]
     columns = ["run", "step", "state", "loss", "val loss", "bits/byte", "tokens/s", "last written"]
     rows = [
         [
@@ -145,11 +157,12 @@ def table(found: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             _number(run.last("final_bits_per_byte", "val_bits_per_byte")),
             f"{statistics.median(v for _, v in speed):,.0f}" if (speed := run.curve("tokens_per_s")) else "",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)),
+            *(_number(run.last(key)) for key in scored),
             *(_text(run.config.get(n)) for n in changed[:MOST_DIFFERENCES]),
         ]
         for run in found
     ]
-    return columns + changed[:MOST_DIFFERENCES], rows
+    return [*columns, *(key.removeprefix(TASK) for key in scored), *changed[:MOST_DIFFERENCES]], rows
 
 
 def _number(value: float | None) -> str:
@@ -173,58 +186,31 @@ def draw(found: Sequence[Run], path: Path) -> None:
         colour = colours(i % colours.N)
         training, validation = run.curve("loss"), run.curve("val_loss", "final_loss")
         if training:
-            axes.plot(*zip(*training, strict=True), lw=0.8, alpha=0.5, color=colour)
+            axes.plot(*zip(*training, strict=True), "." * (len(training) == 1) + "-", lw=0.8, alpha=0.5, color=colour)
         if validation:
             axes.plot(*zip(*validation, strict=True), lw=1.8, marker="o", ms=3, color=colour)
-        axes.plot([], [], color=colour, label=run.name.replace("$", r"\$"))
+        if training or validation:
+            axes.plot([], [], color=colour, label=run.name.replace("$", r"\$"))
     axes.set(xlabel="step", ylabel="loss (nats per token); dots: validation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.lines:
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; background: #fff; }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; height: auto; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{count} runs, {when}.</p>
-<div><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table></div>
-<p><img alt="Loss of each run over its steps" src="data:image/png;base64,{picture}"></p>
-</body>
-</html>
-"""
-
-
-def page(folder: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], picture: bytes) -> str:
-    """The table and the picture as HTML that asks for nothing else."""
+def page_of(folder: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], png: bytes) -> str:
+    """The table and the picture as a page."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
 
-    return PAGE.format(
-        title=html.escape(f"Runs in {folder}"),
-        count=len(rows),
-        when=time.strftime("%Y-%m-%d %H:%M"),
-        head=cells("th", columns),
-        rows="\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows),
-        picture=base64.b64encode(picture).decode(),
+    title = f"Runs in {folder}"
+    lines = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return page(
+        title,
+        f"<h1>{html.escape(title)}</h1>\n<p>{len(rows)} run{'s' * (len(rows) != 1)}, {time.strftime('%Y-%m-%d %H:%M')}.</p>\n"
+        f'<div class="wide"><table>\n<thead><tr>{cells("th", columns)}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>\n'
+        f"<p>{picture(png, 'Loss of each run over its steps')}</p>",
     )

@@ -50,7 +50,14 @@ from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
-from helpers import at_step, forget_accelerate, metrics
+from helpers import (
+    assert_exported_as_by_the_run,
+    assert_scored_as_by_one_process,
+    at_step,
+    forget_accelerate,
+    metrics,
+    write_tasks,
+)
 from launch_cases import Patch, raises, run_cases, shared_folder
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
@@ -893,6 +900,35 @@ def case_engines_agree_and_resume_each_other():
             a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (config.run_dir, whole))
             assert len(a) == len(b), key
             assert all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b, strict=True)), (key, a, b)
+
+
+def tasks_folder():
+    folder = Path(shared_folder(OUT)) / "tasks"
+    if dist.get_rank() == 0:
+        write_tasks(folder)
+    dist.barrier()
+    return folder
+
+
+def case_runs_are_scored_by_all_ranks_and_exported():
+    """11 questions of 3 choices and 5 texts, which ranks cannot share evenly; and the run stays what it is."""
+    folder, whole = tasks_folder(), whole_run("fsdp2")
+    for engine, split in (("fsdp2", 1), ("fsdp2", 2), ("ddp", 1), ("zero1", 1), ("fsdp1", 1), ("hsdp", 1)):
+        config = run_config(DATA, shared_folder(OUT), engine=engine)
+        config.eval.tasks, config.eval.tasks_path = ("local_mc", "local_text"), str(folder)
+        if (engine, split) == ("fsdp2", 1):
+            config.eval.tasks_every = 5
+        else:
+            config.train.steps, config.schedule.warmup_steps = 2, 1
+        if split > 1:
+            config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32)
+            config.train.tensor_parallel = split
+        done = run(config)
+        if dist.get_rank() == 0:
+            assert_scored_as_by_one_process(done, folder)
+            assert_exported_as_by_the_run(done, done / "exported")
+            if config.eval.tasks_every:
+                assert [r for r in metrics(done) if len(r) > 1] == metrics(whole)
 
 
 def case_tensor_parallel_runs_agree_and_resume():

@@ -6,6 +6,7 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -22,7 +23,14 @@ import snippets
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from damage import PAYLOADS, altered, flip, poison, refused, unsealed
-from helpers import at_step, forget_accelerate, metrics
+from helpers import (
+    assert_exported_as_by_the_run,
+    assert_scored_as_by_one_process,
+    at_step,
+    forget_accelerate,
+    metrics,
+    write_tasks,
+)
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 
@@ -181,6 +189,14 @@ def case_snippets_of_the_pages():
         (group,) = engine.basic_optimizer.param_groups
         assert (group["lr"], tuple(group["betas"]), group["gamma"]) == (1e-3, (0.9, 0.95), gamma)
         assert group["window"] == (64 if gamma == 1.0 else None)
+
+
+def case_the_scripts_of_the_first_minutes():
+    for name in ("adamw", "anon"):
+        script = runpy.run_path(str(CONFIGS.parents[1] / "tools" / "first_minutes" / f"deepspeed_{name}.py"))
+        folder = Path(shared_folder(OUT))
+        script["main"](str(folder))
+        assert len(list(folder.glob("global_step10/*optim_states.pt"))) == dist.get_world_size()
 
 
 def check_kernel(stage):
@@ -430,6 +446,22 @@ def case_run_zero3_offload():
 
 def case_run_zero3_offload_params():
     check_run("zero3-offload-params")
+
+
+def case_runs_are_scored_by_all_ranks_and_exported():
+    folder = Path(shared_folder(OUT)) / "tasks"
+    if dist.get_rank() == 0:
+        write_tasks(folder)
+    dist.barrier()
+    for name, precision in (("zero2", "fp32"), ("zero3", "fp32"), ("zero3-offload-params", "fp32"), ("zero1", "bf16")):
+        config = run_config(name, shared_folder(OUT))
+        config.train.steps, config.schedule.warmup_steps, config.train.precision = 2, 1, precision
+        config.eval.tasks, config.eval.tasks_path = ("local_mc", "local_text"), str(folder)
+        done = run(config)
+        if dist.get_rank() == 0:
+            assert_exported_as_by_the_run(done, done / "exported")
+            if precision == "fp32":
+                assert_scored_as_by_one_process(done, folder)
 
 
 def case_runs_with_a_gamma_schedule():

@@ -13,6 +13,7 @@ from functools import partial
 import fake_trainer
 import pytest
 from fake_trainer import CRASH, DIVERGE, HELD, HOPELESS, PATIENCE, final_loss
+from helpers import browse
 
 from anon_dist.sweep import run
 from anon_dist.sweep.report import write_report
@@ -58,6 +59,29 @@ def once(monkeypatch):
         monkeypatch.setattr(run.Scheduler, "_start", _start)
 
     return arrange
+
+
+def test_the_report_is_one_file_that_a_browser_shows(sweep, cells, tmp_path):
+    """Logs and settings are text in it, whatever they look like."""
+    assert sweep("optim.gamma=0,1", "optim.lr=1e-3,3e-3", baseline="adamw", pictures=True)
+    folder = cells()["anon", 1.0, 1e-3, 0]
+    outcome = json.loads((folder.path / "outcome.json").read_text())
+    tail = "<script>document.title = 'run'</script>\n<b>not bold</b> & so on"
+    failed = {**outcome, "state": "failed", "reason": "a <class 'x'> | b", "loss": None, "log_tail": tail}
+    (folder.path / "outcome.json").write_text(json.dumps(failed))
+    write_report(tmp_path / "sweep")
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', text) == []
+    assert text.count("<details>") == text.count("</details>") == 1
+    for said in ("<h2>Best</h2>", "&lt;class 'x'&gt;", "&lt;script&gt;", "&lt;b&gt;not bold&lt;/b&gt; &amp; so on"):
+        assert said in text
+    assert "<script" not in text
+    shown = browse(tmp_path / "sweep" / "report.html", tmp_path)
+    assert len(shown["pictures"]) >= 2
+    assert min(shown["pictures"]) > 500
+    assert shown["asked"] == []
+    assert shown["tables"] == [4, 7, 2]
+    assert shown["wide"] <= shown["window"]
 
 
 def test_a_sweep_finds_the_best_and_says_so(sweep, cells, tmp_path):

@@ -116,6 +116,11 @@ NONSENSE = {
     "eval.every": [*NO_COUNT, None],
     "eval.sequences": [*NO_COUNT, -3, None],
     "eval.final_sequences": [*NO_COUNT, None],
+    "eval.tasks": [None, "hellaswag", [1], [""], {"hellaswag": 1}],
+    "eval.tasks_every": [*NO_COUNT, None],
+    "eval.tasks_path": NO_PATH,
+    "eval.tasks_limit": [*NO_COUNT, 0],
+    "eval.tasks_fewshot": NO_COUNT,
     "checkpoint.every": [*NO_COUNT, None],
     "checkpoint.keep": [*NO_COUNT, 0, None],
     "log.every": [*NO_COUNT, 0, None],
@@ -149,6 +154,9 @@ EDGES = {
     "train.timeout_minutes": [0.05, 10],
     "train.seed": [0, (1 << 63) - 1],
     "eval.sequences": [0],
+    "eval.tasks": [[], ["hellaswag", "mine.yaml"]],
+    "eval.tasks_limit": [1, None],
+    "eval.tasks_fewshot": [0, None],
     "log.trackers": [[], ["wandb", "tensorboard"]],
 }
 

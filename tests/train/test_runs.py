@@ -4,6 +4,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from helpers import browse
 from PIL import Image
 
 from anon_dist.cli import main
@@ -86,12 +87,46 @@ def test_the_page_is_one_file_and_says_what_the_table_does(folder, tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # lines, not an empty sheet
 
 
+def test_a_browser_shows_the_page(folder, tmp_path):
+    make(
+        folder / ("long" * 12), [{"step": 4, "loss": 1.0, "task/hellaswag/acc": 0.25, "task/hellaswag/acc_stderr": 0.1}]
+    )
+    main(["runs", str(folder), "--out", str(tmp_path / "out")])
+    shown = browse(tmp_path / "out" / "runs.html", tmp_path)
+    assert shown["pictures"] == [1200]
+    assert shown["asked"] == []
+    assert shown["tables"] == [5]
+    assert shown["wide"] <= shown["window"]  # a wide table scrolls by itself
+
+
+def test_scores_on_tasks_are_columns(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    make(
+        folder / "scored",
+        [{"step": 4, "task/mine/acc": 0.25, "task/mine/acc_stderr": 0.1}, {"step": 4, "task/mine/acc": 0.5}],
+    )
+    main(["runs", str(folder), "--no-pictures", "--sort", "name"])
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃"))]
+    place = [cell.strip() for cell in head.split("┃")[1:-1]].index("mine/acc")
+    assert [cells(row)[place] for row in rows] == ["", "", "", "0.5000"]
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder / "begun" / "config.yaml").write_text("a: [")
+    main(["runs", str(folder), "--no-pictures"])
+    shown = capsys.readouterr()
+    assert "WARNING: " in shown.err
+    assert "begun/config.yaml cannot be read: " in shown.err
+    assert len([line for line in shown.out.splitlines() if line.startswith("│")]) == 2
+
+
 def test_what_cannot_be_listed_is_said_in_a_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"^error: there is no run in or below .*empty: no folder with config\.yaml"):
         main(["runs", str(tmp_path / "empty")])
     with pytest.raises(SystemExit, match="nowhere is no folder"):
         main(["runs", str(tmp_path / "nowhere")])
-    (folder / "begun" / "config.yaml").write_text("a: [")
-    with pytest.raises(SystemExit, match=r"^error: .*begun/config\.yaml cannot be read: "):
-        main(["runs", str(folder)])
+    make(tmp_path / "one" / "bad", [], "a: [")
+    with pytest.raises(SystemExit, match=r"^error: .*bad/config\.yaml cannot be read: "):
+        main(["runs", str(tmp_path / "one")])
