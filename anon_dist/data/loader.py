@@ -145,6 +145,10 @@ class BatchLoader(Iterator[Tensor]):
         self._taken = 0
         return self._cursor
 
+    def step_targets(self) -> int:
+        """Tokens that the step in work predicts, over all ranks."""
+        return self.global_batch * self.seq_len
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, and what that position is only meaningful with. The same on every rank; plain JSON values."""
         return {"cursor": self._cursor, **self._identity()}

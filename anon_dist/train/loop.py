@@ -28,13 +28,15 @@ from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import randomness
 from anon_dist.train.alike import shared_settings
+from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
 from anon_dist.train.errors import RunError
-from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
+from anon_dist.train.evaluate import Evaluation, evaluate
 from anon_dist.train.export import export_model
 from anon_dist.train.lock import RunLock, held
+from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.model import peak_flops
@@ -152,8 +154,8 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
 class Step:
     """What came of one step."""
 
-    loss: Tensor
-    """This rank's mean loss, 0-dim, on the device."""
+    losses: Tensor
+    """This rank's `loss.SUMS`, per token of the step, on the device."""
     grad_norm: HostCopy
     """Global gradient norm, before clipping."""
     lr: float
@@ -168,7 +170,7 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
         FloatingPointError: the gradient was not finite in too many steps in a row.
     """
     config = run.config
-    loss = _gradients(run, batches, watch)
+    losses = _gradients(run, batches, watch)
     learn(run)  # of the step before: the device has long been past it
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
     factors = run.gammas.factors(run.engine, run.step + 1)
@@ -180,27 +182,28 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     if known_to_the_host(norm):
         learn(run)
     watch.lap("other")
-    return Step(loss, on_its_way, lr, factors)
+    return Step(losses, on_its_way, lr, factors)
 
 
 def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     """Accumulate the gradients of one step.
 
     Returns:
-        This rank's mean loss, a 0-dim tensor on the device; the host does not wait for it.
+        This rank's `loss.SUMS`, divided so that their mean over ranks is that over the step's tokens; the host does not wait for them.
     """
-    rounds = run.loader.accumulation
-    total = torch.zeros((), device=run.accelerator.device)
+    rounds, device = run.loader.accumulation, run.accelerator.device
+    share = run.readers / run.loader.step_targets()  # engines take the mean over readers
+    total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
-        batch = next(batches)
+        batch = Batch.of(next(batches), run.mask_eod)
         watch.lap("data")
-        batch = batch.to(run.accelerator.device, non_blocking=True)
         last = i + 1 == rounds
         with run.engine.micro_batch(last):
-            loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
-            run.engine.backward(loss, last)
-        total += loss.detach()
-        watch.lap("gradients")
+            sums = batch.losses(run.engine.model, device) * share
+            watch.lap("forward")
+            run.engine.backward(sums[0], last)
+        total += sums.detach()
+        watch.lap("backward")
     return total
 
 
@@ -232,18 +235,23 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     run.skip_is_news = False
     accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
     tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    loss = done.loss.double()
+    losses = done.losses.double()
     if dist.is_initialized():
-        dist.all_reduce(loss)
+        dist.all_reduce(losses)
+    found = dict(zip(SUMS, (losses / accelerator.num_processes).tolist(), strict=True))
     record: Record = {
         "step": run.step,
         "samples": run.loader.cursor,
         "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
-        "loss": float(loss) / accelerator.num_processes,
+        "loss": found["cross_entropy"],
         "lr": done.lr,
         "grad_norm": done.grad_norm.value(),
         "tokens_per_s": tokens / wall,
     }
+    if run.config.train.z_loss:
+        record["z_loss"] = run.config.train.z_loss * found["z"]
+    if found["balance"]:
+        record["balance_loss"] = found["balance"]
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()

@@ -39,6 +39,7 @@ from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.lock import RunLock
+from anon_dist.train.loss import attach
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
@@ -173,6 +174,9 @@ def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
     if config.model.from_pretrained is not None:
         check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
+    loss = attach(built, config.train.loss, config.train.z_loss, half=config.train.precision != "fp32")
+    if loss.why_whole and is_first():
+        _warn(f"{loss.why_whole}: its loss takes the whole logits")
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:

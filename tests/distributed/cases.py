@@ -44,7 +44,8 @@ from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
 from anon_dist.train import loop, randomness, signals
-from anon_dist.train.evaluate import token_loss
+from anon_dist.train.batch import mean_loss
+from anon_dist.train.loss import attach
 from anon_dist.train.model import build_model
 from anon_dist.train.run import set_up, wanted_engine
 
@@ -829,6 +830,7 @@ def case_gradients_are_exchanged_as_often_as_asked():
         for rounds in (1, 3):
             forget_accelerate()
             model = small_model()
+            attach(model)
             groups = param_groups(model, 0.1)
             engine = wrap(*reversed(start(wanted(name))), model, Anon(groups, lr=1e-3), accumulate=accumulate)
             for _ in range(2):  # the first step sets up buckets
@@ -837,7 +839,7 @@ def case_gradients_are_exchanged_as_often_as_asked():
                     for i in range(rounds):
                         tokens, last = torch.randint(0, 100, (2, 33)), i + 1 == rounds
                         with engine.micro_batch(last):
-                            engine.backward(token_loss(engine.model, tokens, None).mean(), last)
+                            engine.backward(mean_loss(engine.model, tokens), last)
             counts.append((traffic.sent["all-reduce"], traffic.sent["reduce-scatter"]))
         (reduced, scattered), more = counts
         assert more == (reductions * reduced, scatters * scattered), (name, accumulate, counts)
