@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anon_dist.train.cross_entropy import IGNORED
+from anon_dist.data.packing import IGNORED
 from anon_dist.train.documents import CAUSAL, Documents, Spans
 
 

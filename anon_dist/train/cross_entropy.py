@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
-"""The target of a position that counts for nothing."""
+from anon_dist.data.packing import IGNORED
+
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Of a piece's float32 logits, which there are two buffers of. On CPUs they should stay in the cache; on GPUs the output matrix and its
 gradient are read again for each piece, which should cost little beside its arithmetic."""

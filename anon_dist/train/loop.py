@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import randomness
+from anon_dist.train import randomness, records
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
@@ -39,8 +39,9 @@ from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
-from anon_dist.train.model import peak_flops
+from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
+from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
@@ -87,7 +88,9 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
         _introduce(run, console)
     timeout = timedelta(minutes=config.train.timeout_minutes)
     with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
-        stopped = _steps(run, stop, write, console)
+        profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
+        with contextlib.closing(profiler), profiler.watching_memory():
+            stopped = _steps(run, stop, write, console, profiler)
     if console:
         console.close()
         if stopped:
@@ -103,7 +106,11 @@ def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
     config, ranks = run.config, run.accelerator.num_processes
     mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
-    epochs = config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len)
+    epochs = config.train.steps * config.train.global_batch / run.loader.order.num_samples
+    if (packing := run.loader.packing) is not None:
+        console.say(
+            f"{packing.num_samples:,} samples of whole documents; {packing.padding:.1%} of their places are left free"
+        )
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {config.train.precision}, {run.engine.name} on {ranks} "
         f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
@@ -115,7 +122,9 @@ def _introduce(run: Run, console: Console) -> None:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None) -> str | None:
+def _steps(
+    run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None, profiler: Profiler
+) -> str | None:
     """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
     Returns:
@@ -126,7 +135,9 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
     batches = iter(run.loader)
     logged = run.step
     while run.step < steps:
+        profiler.before(run.step + 1)
         done = take_step(run, batches, watch)
+        profiler.after(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
@@ -148,19 +159,6 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
                 _save(run, stop)
             return stop.reason
     return None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What came of one step."""
-
-    losses: Tensor
-    """This rank's `loss.SUMS`, per token of the step, on the device."""
-    grad_norm: HostCopy
-    """Global gradient norm, before clipping."""
-    lr: float
-    lr_factors: list[float]
-    """What each param group's is multiplied by."""
 
 
 def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
@@ -192,7 +190,9 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
         This rank's `loss.SUMS`, divided so that their mean over ranks is that over the step's tokens; the host does not wait for them.
     """
     rounds, device = run.loader.accumulation, run.accelerator.device
-    share = run.readers / run.loader.step_targets()  # engines take the mean over readers
+    targets = run.loader.step_targets()
+    share = run.readers / targets  # engines take the mean over readers
+    run.predicted += targets
     total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
         batch = Batch.of(next(batches), run.mask_eod)
@@ -217,7 +217,9 @@ def learn(run: Run) -> None:
     """
     if run.norm is None:
         return
+    begun = time.perf_counter()
     norm, run.norm = run.norm.value(), None
+    run.waited += time.perf_counter() - begun
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     run.skip_is_news |= run.skipped > 0
     if run.skipped and run.accelerator.is_main_process:
@@ -230,48 +232,10 @@ def learn(run: Run) -> None:
 
 
 def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
-    """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
+    """See `records.record_of`; what the host does not know yet is waited for."""
     learn(run)
     run.skip_is_news = False
-    accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
-    tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    losses = done.losses.double()
-    if dist.is_initialized():
-        dist.all_reduce(losses)
-    found = dict(zip(SUMS, (losses / accelerator.num_processes).tolist(), strict=True))
-    record: Record = {
-        "step": run.step,
-        "samples": run.loader.cursor,
-        "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
-        "loss": found["cross_entropy"],
-        "lr": done.lr,
-        "grad_norm": done.grad_norm.value(),
-        "tokens_per_s": tokens / wall,
-    }
-    if run.config.train.z_loss:
-        record["z_loss"] = run.config.train.z_loss * found["z"]
-    if found["balance"]:
-        record["balance_loss"] = found["balance"]
-    if run.gammas.multiplied:
-        record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
-    record |= run.watch.read()
-    if peak := peak_flops(accelerator.device):
-        record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
-    for part in ("data", "optimizer", "logging"):
-        record[f"{part}_share"] = seconds.get(part, 0.0) / wall
-    record["memory_gb"] = _memory_gb(accelerator.device)
-    if run.skipped:
-        record["skipped"] = run.skipped
-    return record
-
-
-def _memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the accelerator, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return records.record_of(run, done, steps, seconds)
 
 
 def _validate(run: Run, sequences: int) -> Evaluation:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 
+from anon_dist.data.packing import IGNORED
 from anon_dist.train.config import ConfigError
-from anon_dist.train.cross_entropy import IGNORED, Head, Split, summed_loss, token_losses
+from anon_dist.train.cross_entropy import Head, Split, summed_loss, token_losses
 from anon_dist.train.documents import ATTRIBUTE, Documents, know_documents
 
 Kind = Literal["auto", "chunked", "torch", "liger", "whole"]
@@ -45,7 +46,7 @@ class NotUnderstoodError(Exception):
 def attach(model: Any, kind: Kind = "auto", z_loss: float = 0.0, half: bool = False) -> Loss:
     """Have a causal LM's forward take `targets`, in place; before it is wrapped.
 
-    With `targets`, (B, L) int64, of which `cross_entropy.IGNORED` count for nothing, it returns float32 (4,): `SUMS`; of these only the
+    With `targets`, (B, L) int64, of which `packing.IGNORED` count for nothing, it returns float32 (4,): `SUMS`; of these only the
     first has a gradient, and is what to minimise. With `per_token=True` besides, it returns each token's cross-entropy, (B, L) float32,
     without gradient. Without `targets` it returns what it always has. `documents`: those that attention keeps apart (see there).
 

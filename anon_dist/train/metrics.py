@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 Record = dict[str, float | int]
+PARTS = ("data", "forward", "backward", "optimizer", "logging")
+"""Of a step, by whose names the loop tells its `Stopwatch`; "other" is what is left."""
 
 
 class MetricsFile:

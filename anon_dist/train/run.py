@@ -23,7 +23,7 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.folder import read_progress, step_of
-from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.data import BatchLoader, Index, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
@@ -43,6 +43,7 @@ from anon_dist.train.loss import attach
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
+from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
@@ -77,6 +78,10 @@ class Run:
     """Steps in a row whose gradient was not finite, as far as the host knows."""
     skip_is_news: bool = False
     """Whether one of them is not in the metrics yet."""
+    predicted: int = 0
+    """Tokens that steps since the last record predicted, over all ranks."""
+    waited: float = 0.0
+    """Seconds since then that the host waited for the device or for other ranks' losses."""
     norm: HostCopy | None = None
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
@@ -148,7 +153,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         val_shards=val_shards,
         engine=engine,
         model_config=built.config,
-        loader=_loader(config, train_shards, reader, readers, rounds),
+        loader=open_loader(config, train_shards, folder, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         reader=reader,
         readers=readers,
@@ -183,18 +188,6 @@ def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
     return built, flops, parameters
-
-
-def _loader(config: Config, shards: TokenShards, reader: int, readers: int, rounds: int) -> BatchLoader:
-    return BatchLoader(
-        shards,
-        SampleOrder(shards.num_samples(config.data.seq_len), config.data.seed),
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=reader,
-        world_size=readers,
-        accumulation=rounds,
-    )
 
 
 def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
