@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from anon_dist.data import BatchLoader, DataError, Packing, PrepareConfig, SampleOrder, TokenShards, pack, packing, prepare
+from anon_dist.data import (
+    BatchLoader,
+    DataError,
+    Packing,
+    PrepareConfig,
+    SampleOrder,
+    TokenShards,
+    pack,
+    packing,
+    prepare,
+)
 
 SEQ_LEN = 100
 IGNORED = -100
@@ -17,7 +27,14 @@ def shards(tmp_path_factory):
     """300 documents, the longest of several samples, in shards that cut some; an empty one among them."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
-    lengths = [*rng.integers(1, 60, 200), *rng.integers(60, 350, 100), SEQ_LEN - 1, SEQ_LEN, 2 * SEQ_LEN, 2 * SEQ_LEN + 1]
+    lengths = [
+        *rng.integers(1, 60, 200),
+        *rng.integers(60, 350, 100),
+        SEQ_LEN - 1,
+        SEQ_LEN,
+        2 * SEQ_LEN,
+        2 * SEQ_LEN + 1,
+    ]
     lines = ["".join(rng.choice(list("abcdefgh"), n)) for n in rng.permutation(lengths)]
     (source / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
     options = {"val_fraction": 0.0, "shard_tokens": 1000, "workers": 1}
@@ -87,7 +104,8 @@ def test_every_document_is_predicted_once_and_cut_only_where_it_is_too_long(shar
 def read(shards, packed, cursor, steps, micro_batch, ranks, rounds):
     order = SampleOrder(packed.num_samples, 3)
     loaders = [
-        BatchLoader(shards, order, SEQ_LEN, micro_batch, rank, ranks, rounds, cursor, packing=packed) for rank in range(ranks)
+        BatchLoader(shards, order, SEQ_LEN, micro_batch, rank, ranks, rounds, cursor, packing=packed)
+        for rank in range(ranks)
     ]
     found, counts = [], []
     for _ in range(steps):
@@ -113,7 +131,9 @@ def test_the_samples_are_the_same_on_any_ranks_and_after_a_resume(shards, packed
     order = SampleOrder(shards.num_samples(SEQ_LEN), 3)
     with (
         BatchLoader(shards, order, SEQ_LEN, 8) as loader,
-        pytest.raises(DataError, match=r"packing is 'concat', the saved state has 'best_fit' \(keep the setting of packing"),
+        pytest.raises(
+            DataError, match=r"packing is 'concat', the saved state has 'best_fit' \(keep the setting of packing"
+        ),
     ):
         loader.load_state_dict(state)
 

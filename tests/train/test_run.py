@@ -248,6 +248,7 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
     "changes",
     [
         {"train__activation_checkpointing": True},
+        {"train__loss": "whole"},
         {"model__attention": "eager"},
         pytest.param({"train__compile": True}, marks=pytest.mark.slow),
     ],
