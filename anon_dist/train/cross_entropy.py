@@ -27,6 +27,13 @@ FEWEST_ROWS = 128
 """Tokens of a piece, however large the vocabulary."""
 
 
+def piece_rows(tokens: int, vocabulary: int, device: str) -> int:
+    """Tokens of a piece: of so many on one kind of device, of a vocabulary or a rank's part of it. All pieces have about one size."""
+    most = PIECE_BYTES.get(device, PIECE_BYTES["cuda"]) // (4 * max(1, vocabulary))
+    count = -(-tokens // max(FEWEST_ROWS, most))
+    return -(-tokens // max(1, count))
+
+
 @dataclass(frozen=True)
 class Head:
     """How logits are made of a = h Wᵀ + b, and what they cost."""
@@ -116,9 +123,7 @@ class _Pieces:
         self.targets, self.head = targets, head
         self.group: Any = None if split is None else split.group
         self.first = 0 if split is None else split.first
-        most = PIECE_BYTES.get(device, PIECE_BYTES["cuda"]) // (4 * max(1, len(weight)))
-        count = -(-len(hidden) // max(FEWEST_ROWS, most))  # pieces, all of about one size
-        self.rows = -(-len(hidden) // max(1, count))
+        self.rows = piece_rows(len(hidden), len(weight), device)
         wide = torch.promote_types(dtype, torch.float32)
         self.buffers = torch.empty(2, self.rows, len(weight), dtype=wide, device=hidden.device)
 
