@@ -294,8 +294,8 @@ LLAMA = ["--model.family", "llama"]
         (["--model.kv-heads", "2"], "are Llama's"),
         (["--model.rope-theta", "5e5"], "are Llama's"),
         (
-            ["--model.attention", "flash_attention_2", "--data.mask-documents", "true", "--train.precision", "bf16"],
-            "flash_attention_2 takes no mask",
+            ["--log.profile-steps", "5", "4"],
+            "log.profile_steps = 5 4 must be a first and a last step, up to train.steps",
         ),
         (["--model.attention", "flash_attention_2"], "in half precision only"),
         (["--optim.lr", "10"], "decay the weights past 0"),
