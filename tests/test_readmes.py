@@ -93,7 +93,8 @@ def pretrain(args: list[str]) -> None:
         args[args.index("spectrum")] = "runs/before/checkpoints/step-00000002"
         forget_accelerate()
     run = Path("runs") / str(abs(hash(tuple(args))))
-    train(with_options(args, [*SHORT, "--run-dir", str(run)]))
+    profiled = ["--log.profile-steps", "1", "2"] if "--log.profile-steps" in args else []
+    train(with_options(args, [*SHORT, *profiled, "--run-dir", str(run)]))
     assert (run / "model" / "model.safetensors").is_file()
 
 

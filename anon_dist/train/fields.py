@@ -56,8 +56,8 @@ class ModelConfig:
     from_pretrained: Place | None = None
     """Folder or hub name of a Hugging Face causal LM whose weights and shape to start from, instead of all the above."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation of transformers. flex_attention is compiled, and not for GPT-2; with flash_attention_2 and flex_attention
-    documents are kept apart in the kernel (data.mask_documents), with sdpa by a call for each."""
+    """Attention implementation of transformers. flex_attention is compiled, and neither for GPT-2 nor for CPUs; it and flash_attention_2
+    keep documents apart in the kernel (data.mask_documents), sdpa by a call for each."""
 
 
 @dataclass

@@ -127,6 +127,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     readers, reader = accelerator.num_processes // split, accelerator.process_index // split
     rounds = accumulation(config, readers)
 
+    if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
+        raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
     index, train_shards, val_shards = _open_data(config, accelerator)
     built, flops, parameters = _built(config, index)
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from anon_dist.data import Packing, PrepareConfig, SampleOrder, TokenShards, prepare
 from anon_dist.train import loop
+from anon_dist.train.config import ConfigError
 from anon_dist.train.metrics import read_metrics
 from anon_dist.train.model import build_model
 
@@ -101,3 +102,10 @@ def test_running_out_of_gpu_memory_leaves_a_snapshot(run_config, train, monkeypa
         f"Snapshot of rank 0's GPU memory: {file}; open it in https://docs.pytorch.org/memory_viz"
         in capsys.readouterr().out
     )
+
+
+def test_flex_attention_is_refused_on_cpus(run_config, train):
+    with pytest.raises(
+        ConfigError, match=r"model.attention = flex_attention has no backward pass on CPUs; set it to sdpa"
+    ):
+        train(run_config(model__attention="flex_attention"))
