@@ -187,7 +187,7 @@ class TrainConfig:
     """torch.compile each transformer block."""
     loss: Literal["auto", "chunked", "torch", "liger", "whole"] = "auto"
     """How the cross-entropy is computed. chunked: from logits of a piece of the tokens at a time, in float32; torch: by torch 2.13's
-    linear_cross_entropy, in fp32 only; liger: by Liger's kernels, on GPUs (pip install 'anon_dist[liger]'); whole: from all logits at once,
+    linear_cross_entropy, in fp32 only; liger: by Liger's kernels, on GPUs (pip install 'anon-dist[liger]'); whole: from all logits at once,
     as transformers does. auto: chunked, but whole, and said, for a model that does more to its logits than scale and cap them."""
     z_loss: NotNegative = 0.0
     """Weight of logsumexp(logits)² beside the cross-entropy of a token, which keeps logits from growing; 1e-4 is usual."""

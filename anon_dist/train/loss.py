@@ -99,7 +99,7 @@ def _check(loss: Loss, half: bool) -> None:
             import liger_kernel.transformers  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"train.loss is liger: {error}; pip install 'anon_dist[liger]', or set it to auto"
+                f"train.loss is liger: {error}; pip install 'anon-dist[liger]', or set it to auto"
             ) from None
 
 
