@@ -101,7 +101,8 @@ def pretrain(args: list[str]) -> None:
         forget_accelerate()
     run = Path("runs") / str(abs(hash(tuple(args))))
     mine = ["--eval.tasks", "local_mc", "--eval.tasks-path", str(tasks())] if "--eval.tasks" in args else []
-    train(with_options(args, [*SHORT, *mine, "--run-dir", str(run)]))
+    profiled = ["--log.profile-steps", "1", "2"] if "--log.profile-steps" in args else []
+    train(with_options(args, [*SHORT, *mine, *profiled, "--run-dir", str(run)]))
     assert (run / "model" / "model.safetensors").is_file()
 
 

@@ -14,6 +14,7 @@ from anon_dist.bench.shapes import Parameter, Shape
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.optim.schedule import Phase, Schedule, Window
 from anon_dist.train.config import OptimConfig
+from anon_dist.train.cross_entropy import piece_rows
 
 LIVE = 1_000_000_000
 """Elements that DeepSpeed's stage 3 leaves gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
@@ -42,6 +43,9 @@ class Job:
     """Recompute each block's activations in the backward pass."""
     whole_gradients: bool = False
     """FSDP: micro-batches' gradients are summed in full and reduced once a step (train.accumulate whole)."""
+
+    whole_logits: bool = False
+    """The loss is taken of all logits at once (train.loss whole)."""
 
     @property
     def width(self) -> int:
@@ -180,13 +184,24 @@ def working_bytes(engine: EngineName, job: Job) -> float:
 
 
 def activation_bytes(engine: EngineName, job: Job) -> float:
-    """What a micro-batch saves for its backward pass, and its logits: an estimate, of an attention that keeps no scores."""
+    """What a micro-batch saves for its backward pass, and what its loss takes: an estimate, of an attention that keeps no scores."""
     shape, tensor = job.shape, job.tensor if engine == "fsdp2+tp" else 1
     whole, split = shape.saved_per_token()
     block = job.width * (whole + split / tensor)
     blocks = job.width * shape.width * shape.layers + block if job.checkpointing else block * shape.layers
-    logits = shape.vocab * (job.width + 8.0)  # and in float32, and their gradient
-    return job.tokens * (blocks + logits)
+    return job.tokens * blocks + loss_bytes(job, tensor)
+
+
+def loss_bytes(job: Job, tensor: int = 1) -> float:
+    """What the loss takes: logits of a piece of the tokens, their probabilities and the gradient of both in the dtype computed with; the
+    gradients of hidden states and, in float32, of the output matrix. Of whole logits: in the dtype computed with, in float32, their
+    gradient. `tensor`: ranks that split the output matrix, as tensor parallelism does where it is not tied."""
+    shape = job.shape
+    if job.whole_logits:
+        return job.tokens * shape.vocab * (job.width + 8.0)
+    vocabulary = -(-shape.vocab // (1 if shape.tied else tensor))
+    piece = piece_rows(job.tokens, vocabulary, "cuda") * vocabulary * (8.0 + (job.width if job.bf16 else 0.0))
+    return piece + job.tokens * shape.width * job.width + 4.0 * vocabulary * shape.width
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------

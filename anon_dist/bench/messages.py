@@ -72,9 +72,12 @@ def _tensor_parallel_traffic(job: Job) -> list[Message]:
     if shape.tied:
         return [Message("all-reduce", activations * sums * rounds, job.tensor)]
     sums += 2  # embedding, and before the output matrix
-    logits = float(job.tokens * shape.vocab * job.width)
-    found = Message("all-reduce", activations * sums * rounds, job.tensor)
-    return [found, Message("all-gather", logits * rounds, job.tensor)]
+    if job.whole_logits:
+        logits = float(job.tokens * shape.vocab * job.width)
+        found = Message("all-reduce", activations * sums * rounds, job.tensor)
+        return [found, Message("all-gather", logits * rounds, job.tensor)]
+    numbers = 3 * 4.0 * job.tokens  # a token's largest logit, its sum, and its target's
+    return [Message("all-reduce", (activations * sums + numbers) * rounds, job.tensor)]
 
 
 def _deepspeed_traffic(engine: EngineName, job: Job) -> list[Message]:

@@ -158,6 +158,8 @@ class PlanOptions:
     """Micro-batches of a step."""
     accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
     """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
+    loss: Annotated[str, tyro.conf.arg(metavar="{chunked,whole}")] = "chunked"
+    """Logits of a piece of the tokens at a time, or of all at once (train.loss)."""
     seq_len: int | None = None
     """Tokens of a sequence. None: the model's context."""
     precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"

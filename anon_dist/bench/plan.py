@@ -176,6 +176,8 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--precision is bf16 or fp32, not {options.precision}")
     if options.accumulate not in ("sharded", "whole"):
         raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
+    if options.loss not in ("chunked", "whole"):
+        raise ConfigError(f"--loss is chunked or whole, not {options.loss}")
     shape = find_shape(options.model, options.vocab)
     return Job(
         shape,
@@ -188,6 +190,7 @@ def job_of(options: PlanOptions) -> Job:
         options.precision == "bf16",
         options.checkpointing,
         options.accumulate == "whole",
+        options.loss == "whole",
     )
 
 

@@ -24,8 +24,9 @@ from anon_dist.bench.traffic import Traffic, bytes_written
 from anon_dist.engines.base import Engine
 from anon_dist.engines.start import FSDP, Accumulate, Wanted, start, wrap
 from anon_dist.optim import Anon, param_groups
+from anon_dist.train.batch import mean_loss
 from anon_dist.train.config import shipped_configs
-from anon_dist.train.evaluate import token_loss
+from anon_dist.train.loss import attach
 from anon_dist.train.model import build_model
 
 WARM_UP = 3
@@ -86,6 +87,7 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
     )
     torch.manual_seed(0)
     model = build_model(config_of(job.shape), job.shape.vocab, 0, job.seq_len)
+    attach(model)
     if job.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     accelerator, resolved = start(wanted)
@@ -99,7 +101,7 @@ def take_step(engine: Engine, batches: list[Tensor]) -> None:
     for i, batch in enumerate(batches):
         last = i + 1 == len(batches)
         with engine.micro_batch(last):
-            engine.backward(token_loss(engine.model, batch, None).mean() / len(batches), last)
+            engine.backward(mean_loss(engine.model, batch) / len(batches), last)
     engine.step(1e-4, None)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anon_dist.data.index import Index, ShardInfo, SplitInfo, Statistics
     from anon_dist.data.loader import BatchLoader
     from anon_dist.data.order import SampleOrder
+    from anon_dist.data.packing import Packing, is_packed, pack
     from anon_dist.data.preparation import prepare
     from anon_dist.data.shards import TokenShards, verify_checksums
     from anon_dist.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ __all__ = [
     "BatchLoader",
     "DataError",
     "Index",
+    "Packing",
     "PreparationError",
     "PrepareConfig",
     "SampleOrder",
@@ -34,6 +36,8 @@ __all__ = [
     "TokenShards",
     "Tokenizer",
     "TokenizerError",
+    "is_packed",
+    "pack",
     "prepare",
     "verify_checksums",
 ]
@@ -43,6 +47,7 @@ _MODULES = {
     "index": ("Index", "ShardInfo", "SplitInfo", "Statistics"),
     "loader": ("BatchLoader",),
     "order": ("SampleOrder",),
+    "packing": ("Packing", "is_packed", "pack"),
     "preparation": ("prepare",),
     "shards": ("TokenShards", "verify_checksums"),
     "tokenizer": ("Tokenizer",),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anon_dist.data.errors import DataError
 from anon_dist.data.order import SampleOrder
+from anon_dist.data.packing import Packing
 from anon_dist.data.shards import TokenShards
 
 ORDER_BLOCK = 1024
@@ -21,7 +22,8 @@ ORDER_BLOCK = 1024
 
 
 class BatchLoader(Iterator[Tensor]):
-    """An endless iterator of micro-batches, int64 CPU tensors of shape (micro_batch, seq_len + 1).
+    """An endless iterator of micro-batches, int64 CPU tensors of shape (micro_batch, seq_len + 1); of a packing, (micro_batch, 3, seq_len),
+    as `Packing.samples` has them.
 
     One optimizer step reads the next `global_batch = micro_batch · accumulation · world_size` positions of the order, those from
     `cursor` on. Micro step m of rank r reads the `micro_batch` positions that start at `cursor + (m · world_size + r) · micro_batch`: the
@@ -49,6 +51,7 @@ class BatchLoader(Iterator[Tensor]):
         accumulation: micro steps in an optimizer step.
         cursor: samples consumed before.
         prefetch: micro-batches that the background thread reads ahead.
+        packing: what lies in which sample; None: the tokens one after the other, documents cut where samples end.
         pin_memory: whether batches lie in page-locked memory; None: if there is a CUDA device.
 
     Raises:
@@ -66,6 +69,7 @@ class BatchLoader(Iterator[Tensor]):
         accumulation: int = 1,
         cursor: int = 0,
         *,
+        packing: Packing | None = None,
         prefetch: int = 4,
         pin_memory: bool | None = None,
     ) -> None:
@@ -81,13 +85,15 @@ class BatchLoader(Iterator[Tensor]):
                 raise ValueError(f"BatchLoader: {name} must be at least {low}, not {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"BatchLoader: rank must be in [0, {world_size}), not {rank}")
-        available = shards.num_samples(seq_len)
+        available = shards.num_samples(seq_len) if packing is None else packing.num_samples
         if order.num_samples != available:
             raise ValueError(
                 f"BatchLoader: the order is for {order.num_samples} samples, but {shards.directory} ({shards.split}) "
                 f"has {available} of length {seq_len}"
             )
-        self.shards, self.order, self.seq_len = shards, order, seq_len
+        if packing is not None and packing.seq_len != seq_len:
+            raise ValueError(f"BatchLoader: the packing is for samples of length {packing.seq_len}, not {seq_len}")
+        self.shards, self.order, self.seq_len, self.packing = shards, order, seq_len, packing
         self.micro_batch, self.rank, self.world_size, self.accumulation = micro_batch, rank, world_size, accumulation
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetch = prefetch
@@ -145,6 +151,12 @@ class BatchLoader(Iterator[Tensor]):
         self._taken = 0
         return self._cursor
 
+    def step_targets(self) -> int:
+        """Tokens that the step in work predicts, over all ranks."""
+        if self.packing is None:
+            return self.global_batch * self.seq_len
+        return self.packing.targets_of(self.order(self._cursor + np.arange(self.global_batch)))
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, and what that position is only meaningful with. The same on every rank; plain JSON values."""
         return {"cursor": self._cursor, **self._identity()}
@@ -162,7 +174,9 @@ class BatchLoader(Iterator[Tensor]):
             "num_samples": "point the run at the data it began with",
             "seed": "keep the data seed",
             "shuffle": "keep the setting of shuffle",
+            "packing": "keep the setting of packing",
         }
+        state = {"packing": "concat", **state}  # earlier versions had no other
         differences = [
             f"{key} is {mine!r}, the saved state has {state.get(key)!r} ({remedies[key]})"
             for key, mine in self._identity().items()
@@ -196,6 +210,7 @@ class BatchLoader(Iterator[Tensor]):
             "num_samples": self.order.num_samples,
             "seed": self.order.seed,
             "shuffle": self.order.shuffle,
+            "packing": "concat" if self.packing is None else "best_fit",
         }
 
     def _start(self, cursor: int) -> None:
@@ -218,7 +233,9 @@ class BatchLoader(Iterator[Tensor]):
 
     def _read(self, indices: Iterator[NDArray[np.int64]]) -> Tensor:
         """Runs in the background thread, which alone draws from `indices`."""
-        batch = torch.from_numpy(self.shards.samples(next(indices), self.seq_len))
+        chosen = next(indices)
+        samples = self.shards.samples(chosen, self.seq_len) if self.packing is None else self.packing.samples(chosen)
+        batch = torch.from_numpy(samples)
         return batch.pin_memory() if self._pin else batch
 
     def _drop_pending(self) -> None:

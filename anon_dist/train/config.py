@@ -80,16 +80,10 @@ def check(config: Config) -> None:
 
 def _model_rules(config: Config) -> None:
     m, d = config.model, config.data
-    if m.attention == "flash_attention_2":
-        if d.mask_documents:
-            raise ConfigError(
-                "data.mask_documents is true, and model.attention = flash_attention_2 takes no mask of its own: it would attend across "
-                "documents; set model.attention to sdpa"
-            )
-        if config.train.precision == "fp32":
-            raise ConfigError(
-                "model.attention = flash_attention_2 computes in half precision only; set train.precision to bf16, or attention to sdpa"
-            )
+    if m.attention == "flash_attention_2" and config.train.precision == "fp32":
+        raise ConfigError(
+            "model.attention = flash_attention_2 computes in half precision only; set train.precision to bf16, or attention to sdpa"
+        )
     if m.from_pretrained is not None:
         return
     if m.width % m.heads:
@@ -137,6 +131,11 @@ def _train_rules(config: Config) -> None:
     if s.warmup_steps >= t.steps:
         raise ConfigError(
             f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
+        )
+    profiled = config.log.profile_steps
+    if profiled is not None and not profiled[0] <= profiled[1] <= t.steps:
+        raise ConfigError(
+            f"log.profile_steps = {profiled[0]} {profiled[1]} must be a first and a last step, up to train.steps = {t.steps}"
         )
     if len(set(trackers)) < len(trackers):
         raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")

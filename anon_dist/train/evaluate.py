@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from anon_dist.data import TokenShards
-from anon_dist.train.model import document_mask
+from anon_dist.train.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,6 @@ class Evaluation:
             f"{prefix}_perplexity": self.perplexity,
             f"{prefix}_bits_per_byte": self.bits_per_byte,
         }
-
-
-def token_loss(model: nn.Module, batch: Tensor, mask_eod: int | None) -> Tensor:
-    """Cross-entropy of each token.
-
-    Args:
-        batch: (B, L + 1) int64 token ids on the model's device.
-        mask_eod: keep documents, which end with this token, apart; None: do not.
-
-    Returns:
-        (B, L) float32.
-    """
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    extra = {}
-    if mask_eod is not None:
-        extra["attention_mask"], extra["position_ids"] = document_mask(inputs, mask_eod)
-    logits = model(input_ids=inputs, use_cache=False, **extra).logits
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return losses.view_as(targets)
 
 
 @torch.no_grad()
@@ -82,9 +63,9 @@ def evaluate(
     model.eval()
     for start in range(0, count, batch * readers):
         indices = np.arange(start + reader * batch, start + (reader + 1) * batch)
-        tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len).astype(np.int64)).to(device)
+        tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len))
         weights = torch.from_numpy(indices < count).to(device, torch.float64)
-        losses = token_loss(model, tokens, mask_eod).double().mean(1)
+        losses = Batch.of(tokens, mask_eod).losses(model, device, per_token=True).double().mean(1)
         sums += torch.stack([(losses * weights).sum(), weights.sum()])
     model.train(training)
     if dist.is_initialized():

@@ -55,8 +55,9 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this, for the matrix units."""
     from_pretrained: Place | None = None
     """Folder or hub name of a Hugging Face causal LM whose weights and shape to start from, instead of all the above."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention implementation of transformers. flex_attention is compiled, and neither for GPT-2 nor for CPUs; it and flash_attention_2
+    keep documents apart in the kernel (data.mask_documents), sdpa by a call for each."""
 
 
 @dataclass
@@ -71,6 +72,9 @@ class DataConfig:
     """Order of the samples; a function of this and the sample's position alone."""
     mask_documents: bool = False
     """Whether attention stops at document borders (and positions count from them). Off: documents follow each other in one stream."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """What a sample holds. concat: the corpus one token after the other, documents cut where samples end; best_fit: whole documents, those
+    longer than seq_len cut, packed so that little is left free (said at the start); places that are left predict nothing."""
     verify: Literal["size", "checksum"] = "checksum"
     """What of the shards is checked at start: their sizes, or their contents too (about 1 GB/s, by one process per node)."""
 
@@ -181,6 +185,12 @@ class TrainConfig:
     """Recompute activations in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile each transformer block."""
+    loss: Literal["auto", "chunked", "torch", "liger", "whole"] = "auto"
+    """How the cross-entropy is computed. chunked: from logits of a piece of the tokens at a time, in float32; torch: by torch 2.13's
+    linear_cross_entropy, in fp32 only; liger: by Liger's kernels, on GPUs (pip install 'anon-dist[liger]'); whole: from all logits at once,
+    as transformers does. auto: chunked, but whole, and said, for a model that does more to its logits than scale and cap them."""
+    z_loss: NotNegative = 0.0
+    """Weight of logsumexp(logits)² beside the cross-entropy of a token, which keeps logits from growing; 1e-4 is usual."""
     deterministic: bool = False
     """Deterministic algorithms on CUDA, for bit-identical resumes; slower. (CPU runs are deterministic without.)"""
     seed: Seed = 0
@@ -223,6 +233,9 @@ class LogConfig:
     """Steps between records of the metrics."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where the metrics go besides metrics.jsonl."""
+    profile_steps: tuple[Steps, Steps] | None = None
+    """First and last step of which the first rank writes a trace of torch's profiler, and each rank with a GPU a snapshot of its memory,
+    into run_dir/profile. None: nothing is recorded."""
     project: Text = "anon_dist"
     """Project name for the trackers."""
     sample_prompt: Text | None = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
@@ -26,19 +26,22 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import randomness
+from anon_dist.train import randomness, records
 from anon_dist.train.alike import shared_settings
+from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
 from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.evaluate import Evaluation, evaluate, token_loss
+from anon_dist.train.evaluate import Evaluation, evaluate
 from anon_dist.train.export import export_model
 from anon_dist.train.lock import RunLock, held
+from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
-from anon_dist.train.model import peak_flops
+from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
+from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
@@ -86,7 +89,9 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
         _introduce(run, console)
     timeout = timedelta(minutes=config.train.timeout_minutes)
     with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
-        stopped = _steps(run, stop, write, console)
+        profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
+        with contextlib.closing(profiler), profiler.watching_memory():
+            stopped = _steps(run, stop, write, console, profiler)
     if console:
         console.close()
         if stopped:
@@ -102,7 +107,11 @@ def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
     config, ranks = run.config, run.accelerator.num_processes
     mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
-    epochs = config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len)
+    epochs = config.train.steps * config.train.global_batch / run.loader.order.num_samples
+    if (packing := run.loader.packing) is not None:
+        console.say(
+            f"{packing.num_samples:,} samples of whole documents; {packing.padding:.1%} of their places are left free"
+        )
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {config.train.precision}, {run.engine.name} on {ranks} "
         f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
@@ -114,7 +123,9 @@ def _introduce(run: Run, console: Console) -> None:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None) -> str | None:
+def _steps(
+    run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None, profiler: Profiler
+) -> str | None:
     """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
     Returns:
@@ -125,7 +136,9 @@ def _steps(run: Run, stop: StopSignal, write: Callable[[Record], None], console:
     batches = iter(run.loader)
     logged = run.step
     while run.step < steps:
+        profiler.before(run.step + 1)
         done = take_step(run, batches, watch)
+        profiler.after(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
@@ -155,19 +168,6 @@ def _is_due(run: Run, every: int) -> bool:
     return run.step == run.config.train.steps or bool(every and run.step % every == 0)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What came of one step."""
-
-    loss: Tensor
-    """This rank's mean loss, 0-dim, on the device."""
-    grad_norm: HostCopy
-    """Global gradient norm, before clipping."""
-    lr: float
-    lr_factors: list[float]
-    """What each param group's is multiplied by."""
-
-
 def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     """Gradients of one global batch, clipped; one optimizer step.
 
@@ -175,7 +175,7 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
         FloatingPointError: the gradient was not finite in too many steps in a row.
     """
     config = run.config
-    loss = _gradients(run, batches, watch)
+    losses = _gradients(run, batches, watch)
     learn(run)  # of the step before: the device has long been past it
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
     factors = run.gammas.factors(run.engine, run.step + 1)
@@ -187,27 +187,30 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     if known_to_the_host(norm):
         learn(run)
     watch.lap("other")
-    return Step(loss, on_its_way, lr, factors)
+    return Step(losses, on_its_way, lr, factors)
 
 
 def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     """Accumulate the gradients of one step.
 
     Returns:
-        This rank's mean loss, a 0-dim tensor on the device; the host does not wait for it.
+        This rank's `loss.SUMS`, divided so that their mean over ranks is that over the step's tokens; the host does not wait for them.
     """
-    rounds = run.loader.accumulation
-    total = torch.zeros((), device=run.accelerator.device)
+    rounds, device = run.loader.accumulation, run.accelerator.device
+    targets = run.loader.step_targets()
+    share = run.readers / targets  # engines take the mean over readers
+    run.predicted += targets
+    total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
-        batch = next(batches)
+        batch = Batch.of(next(batches), run.mask_eod)
         watch.lap("data")
-        batch = batch.to(run.accelerator.device, non_blocking=True)
         last = i + 1 == rounds
         with run.engine.micro_batch(last):
-            loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
-            run.engine.backward(loss, last)
-        total += loss.detach()
-        watch.lap("gradients")
+            sums = batch.losses(run.engine.model, device) * share
+            watch.lap("forward")
+            run.engine.backward(sums[0], last)
+        total += sums.detach()
+        watch.lap("backward")
     return total
 
 
@@ -221,7 +224,9 @@ def learn(run: Run) -> None:
     """
     if run.norm is None:
         return
+    begun = time.perf_counter()
     norm, run.norm = run.norm.value(), None
+    run.waited += time.perf_counter() - begun
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     run.skip_is_news |= run.skipped > 0
     if run.skipped and run.accelerator.is_main_process:
@@ -234,43 +239,10 @@ def learn(run: Run) -> None:
 
 
 def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
-    """The metrics of the step just taken; loss and norm are its own, rates are means over the `steps` since the last record."""
+    """See `records.record_of`; what the host does not know yet is waited for."""
     learn(run)
     run.skip_is_news = False
-    accelerator, wall = run.accelerator, max(sum(seconds.values()), 1e-9)
-    tokens = steps * run.config.train.global_batch * run.config.data.seq_len
-    loss = done.loss.double()
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-    record: Record = {
-        "step": run.step,
-        "samples": run.loader.cursor,
-        "epoch": run.loader.cursor / run.train_shards.num_samples(run.config.data.seq_len),
-        "loss": float(loss) / accelerator.num_processes,
-        "lr": done.lr,
-        "grad_norm": done.grad_norm.value(),
-        "tokens_per_s": tokens / wall,
-    }
-    if run.gammas.multiplied:
-        record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
-    record |= run.watch.read()
-    if peak := peak_flops(accelerator.device):
-        record["mfu"] = run.flops * tokens / wall / (peak * accelerator.num_processes)
-    for part in ("data", "optimizer", "logging"):
-        record[f"{part}_share"] = seconds.get(part, 0.0) / wall
-    record["memory_gb"] = _memory_gb(accelerator.device)
-    if run.skipped:
-        record["skipped"] = run.skipped
-    return record
-
-
-def _memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the accelerator, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return records.record_of(run, done, steps, seconds)
 
 
 def _validate(run: Run, sequences: int) -> Evaluation:

@@ -17,6 +17,8 @@ from tqdm import tqdm
 Record = dict[str, float | int]
 TASK = "task/"
 """Begins the name of a task's metric: task/NAME/METRIC."""
+PARTS = ("data", "forward", "backward", "optimizer", "logging")
+"""Of a step, by whose names the loop tells its `Stopwatch`; "other" is what is left."""
 
 
 class MetricsFile:

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anon_dist.train.config import ConfigError, ModelConfig
+from anon_dist.train.documents import register_causal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -60,7 +61,7 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
         shape = model_config(config, vocab_size, eod_id)
         _check_memory(shape)
         try:
-            attention = _without_masks() if config.attention == "sdpa" else config.attention
+            attention = register_causal() if config.attention == "sdpa" else config.attention
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
@@ -87,19 +88,6 @@ def build_model(config: ModelConfig, vocab_size: int, eod_id: int, seq_len: int)
     model.config.use_cache = False
     trained: PreTrainedModel = model.train()
     return trained
-
-
-def _without_masks() -> str:
-    """Name of transformers' own SDPA, registered once more, so that no mask is made for it: none is causal, and one that is given stays.
-
-    Under the name "sdpa" each forward looks in the position ids for packed sequences, for which the host waits for the device. Not for
-    models with sliding windows, which need the masks.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
-    return "sdpa_causal"
 
 
 def _check_memory(shape: PretrainedConfig) -> None:
@@ -161,22 +149,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
-
-
-def document_mask(tokens: Tensor, eod_id: int) -> tuple[Tensor, Tensor]:
-    """Attention mask and positions that keep documents apart.
-
-    Args:
-        tokens: (B, L) token ids. A document ends with `eod_id`, which still belongs to it.
-
-    Returns:
-        A (B, 1, L, L) boolean mask, True where query i may look at key j ≤ i of its own document; and (B, L) int64 positions that count
-        from each document's first token.
-    """
-    length = tokens.shape[1]
-    starts = torch.nn.functional.pad(tokens[:, :-1] == eod_id, (1, 0))
-    document = starts.cumsum(1)
-    index = torch.arange(length, device=tokens.device)
-    mask = (document[:, :, None] == document[:, None, :]) & (index[None, :] <= index[:, None])
-    first = torch.where(starts, index, 0).cummax(1).values
-    return mask[:, None], index - first

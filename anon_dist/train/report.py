@@ -12,7 +12,7 @@ from rich.table import Table
 from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
 from anon_dist.train.config import Config
-from anon_dist.train.metrics import read_metrics
+from anon_dist.train.metrics import PARTS, Record, read_metrics
 from anon_dist.train.plot import plot_loss
 
 RESULT = "result.json"
@@ -25,6 +25,14 @@ def finished(folder: Path, config: Config) -> bool:
     except (OSError, ValueError):
         return False
     return bool(result["step"] >= config.train.steps)
+
+
+def spent_on(records: list[Record]) -> str:
+    """Where the time of steps went, in words: the mean of what records say; "" if they say nothing."""
+    told = [r for r in records if "forward_share" in r]
+    mean = {part: sum(r.get(f"{part}_share", 0.0) for r in told) / max(1, len(told)) for part in (*PARTS, "waiting")}
+    words = [f"{part} {share:.1%}" for part, share in mean.items() if part != "waiting"]
+    return f"{', '.join(words)}; the host waited for device and ranks {mean['waiting']:.1%}" if told else ""
 
 
 def report(folder: Path, config: Config) -> None:
@@ -43,6 +51,8 @@ def report(folder: Path, config: Config) -> None:
     console.print(table)
     if "final_loss" in result:
         console.print(f"perplexity {result['final_perplexity']:.2f}, {result['final_bits_per_byte']:.3f} bits per byte")
+    if spent := spent_on(read_metrics(folder / "metrics.jsonl")):
+        console.print(f"Time: {spent}")
     plot_loss(
         folder / "loss.png", read_metrics(folder / "metrics.jsonl"), levels, f"{folder.name}: {config.optim.name}"
     )

@@ -23,7 +23,7 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.folder import read_progress, step_of
-from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_checksums
+from anon_dist.data import BatchLoader, Index, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
@@ -40,9 +40,11 @@ from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
+from anon_dist.train.loss import attach
 from anon_dist.train.model import blocks, build_model, flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
+from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.vocabulary import tokenizer_problem
@@ -80,6 +82,10 @@ class Run:
     """Steps in a row whose gradient was not finite, as far as the host knows."""
     skip_is_news: bool = False
     """Whether one of them is not in the metrics yet."""
+    predicted: int = 0
+    """Tokens that steps since the last record predicted, over all ranks."""
+    waited: float = 0.0
+    """Seconds since then that the host waited for the device or for other ranks' losses."""
     norm: HostCopy | None = None
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
@@ -125,6 +131,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     readers, reader = accelerator.num_processes // split, accelerator.process_index // split
     rounds = accumulation(config, readers)
 
+    if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
+        raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
     index, train_shards, val_shards = _open_data(config, accelerator)
     built, flops, parameters = _built(config, index)
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
@@ -151,7 +159,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         val_shards=val_shards,
         engine=engine,
         model_config=built.config,
-        loader=_loader(config, train_shards, reader, readers, rounds),
+        loader=open_loader(config, train_shards, folder, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         reader=reader,
         readers=readers,
@@ -178,24 +186,15 @@ def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
     if config.model.from_pretrained is not None:
         check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
+    loss = attach(built, config.train.loss, config.train.z_loss, half=config.train.precision != "fp32")
+    if loss.why_whole and is_first():
+        _warn(f"{loss.why_whole}: its loss takes the whole logits")
     if config.train.activation_checkpointing:
         built.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in blocks(built):
             block.forward = torch.compile(block.forward)
     return built, flops, parameters
-
-
-def _loader(config: Config, shards: TokenShards, reader: int, readers: int, rounds: int) -> BatchLoader:
-    return BatchLoader(
-        shards,
-        SampleOrder(shards.num_samples(config.data.seq_len), config.data.seed),
-        seq_len=config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=reader,
-        world_size=readers,
-        accumulation=rounds,
-    )
 
 
 def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:

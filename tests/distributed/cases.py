@@ -44,7 +44,8 @@ from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.state import decoded
 from anon_dist.train import config as c
 from anon_dist.train import loop, randomness, signals
-from anon_dist.train.evaluate import token_loss
+from anon_dist.train.batch import mean_loss
+from anon_dist.train.loss import attach
 from anon_dist.train.model import build_model
 from anon_dist.train.run import set_up, wanted_engine
 
@@ -105,9 +106,9 @@ def wanted(engine, precision="fp32"):
     return Wanted(engine, precision, timedelta(minutes=1), micro_batch=2, accumulation=lambda ranks: 2, clip=None)
 
 
-def small_model(**changes):
+def small_model(vocab=100, **changes):
     torch.manual_seed(0)
-    return build_model(c.ModelConfig(**{"layers": 2, "width": 32, "heads": 2, "context": 32, **changes}), 100, 0, 32)
+    return build_model(c.ModelConfig(**{"layers": 2, "width": 32, "heads": 2, "context": 32, **changes}), vocab, 0, 32)
 
 
 # -- the optimizer under FSDP2 ----------------------------------------------------------------------------------------
@@ -836,6 +837,7 @@ def case_gradients_are_exchanged_as_often_as_asked():
         for rounds in (1, 3):
             forget_accelerate()
             model = small_model()
+            attach(model)
             groups = param_groups(model, 0.1)
             engine = wrap(*reversed(start(wanted(name))), model, Anon(groups, lr=1e-3), accumulate=accumulate)
             for _ in range(2):  # the first step sets up buckets
@@ -844,7 +846,7 @@ def case_gradients_are_exchanged_as_often_as_asked():
                     for i in range(rounds):
                         tokens, last = torch.randint(0, 100, (2, 33)), i + 1 == rounds
                         with engine.micro_batch(last):
-                            engine.backward(token_loss(engine.model, tokens, None).mean(), last)
+                            engine.backward(mean_loss(engine.model, tokens), last)
             counts.append((traffic.sent["all-reduce"], traffic.sent["reduce-scatter"]))
         (reduced, scattered), more = counts
         assert more == (reductions * reduced, scatters * scattered), (name, accumulate, counts)
@@ -947,6 +949,33 @@ def case_tensor_parallel_runs_agree_and_resume():
                 for other in others:
                     assert len(whole) == len(other), (tied, key)
                     assert all(abs(x / y - 1) < 1e-5 for x, y in zip(other, whole, strict=True)), (tied, key)
+
+
+def case_the_loss_is_split_with_the_output_matrix():
+    """Over a vocabulary that does not divide: losses and gradients of plain code, and no rank has all logits."""
+    sizes = {"family": "llama", "heads": 4, "tie_embeddings": False, "pad_vocab_to": 1}
+    alone, model = small_model(101, **sizes), small_model(101, **sizes)
+    attach(model, z_loss=0.01)
+    forget_accelerate()
+    options = dataclasses.replace(wanted("fsdp2"), tensor_parallel=2)
+    engine = wrap(*reversed(start(options)), model, torch.optim.SGD(model.parameters(), lr=1.0), 2)
+    assert model.lm_head.weight.to_local().shape[0] == (51, 50)[dist.get_rank()]
+    tokens = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = alone(input_ids=inputs).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    squares = logits.logsumexp(2).square().sum()
+    ((losses.sum() + 0.01 * squares) / 64).backward()
+    with CommDebugMode() as communication:
+        sums = engine.model(input_ids=inputs, targets=targets)
+        engine.backward(sums[0] / 64, last=True)
+    assert torch.ops.c10d_functional.all_gather_into_tensor not in communication.get_comm_counts()
+    torch.testing.assert_close(sums[1:3], torch.stack([losses.sum(), squares]).detach(), rtol=1e-6, atol=0)
+    for (name, p), q in zip(engine.model.named_parameters(), alone.parameters(), strict=True):
+        grad, atol = p.grad.full_tensor(), 1e-5 * float(q.grad.abs().max())
+        torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    each = engine.model(input_ids=inputs, targets=targets, per_token=True)
+    torch.testing.assert_close(each.flatten(), losses.detach(), rtol=1e-6, atol=2e-6)
 
 
 def case_what_tensor_parallelism_cannot_split_is_refused():

@@ -1,10 +1,15 @@
 """Shapes, document masks and operation counts."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn import functional as F
 
+from anon_dist.train.batch import Batch
 from anon_dist.train.config import ConfigError, ModelConfig
-from anon_dist.train.model import blocks, build_model, document_mask, flops_per_token
+from anon_dist.train.loss import attach
+from anon_dist.train.model import blocks, build_model, flops_per_token
 
 EOD = 0
 
@@ -25,17 +30,30 @@ def test_shapes(family, tie):
     assert model.training
 
 
+BORDERS = ((0, 0, 11), (0, 11, 31), (0, 31, 48), (1, 0, 1), (1, 1, 48))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_masked_documents_do_not_see_each_other(family):
-    """Each document in a packed sequence has the logits that it has alone."""
-    model = small(family=family).eval()
-    tokens = torch.randint(1, 100, (2, 48), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_documents_do_not_see_each_other(family, attention):
+    """Each document in a sequence has the losses and the gradients that it has alone, at positions that begin with it."""
+    model = small(family=family, attention=attention)
+    alone = copy.deepcopy(model)
+    attach(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})  # which attends once more, in the backward pass
+    tokens = torch.randint(1, 100, (2, 49), generator=torch.Generator().manual_seed(1))
     tokens[0, 10] = tokens[0, 30] = tokens[1, 0] = EOD
-    mask, positions = document_mask(tokens, EOD)
-    packed = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
-    for row, start, end in ((0, 0, 11), (0, 11, 31), (0, 31, 48), (1, 0, 1), (1, 1, 48)):
-        alone = model(input_ids=tokens[row : row + 1, start:end]).logits[0]
-        torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-5)
+    batch = Batch.of(tokens, EOD)
+    losses = batch.losses(model, torch.device("cpu"), per_token=True)
+    expected = []
+    for row, start, end in BORDERS:
+        logits = alone(input_ids=tokens[row : row + 1, start:end]).logits[0]
+        expected.append(F.cross_entropy(logits, tokens[row, start + 1 : end + 1], reduction="none"))
+    torch.testing.assert_close(losses.flatten(), torch.cat(expected).detach(), rtol=1e-5, atol=1e-5)
+    batch.losses(model, torch.device("cpu"))[0].backward()
+    torch.cat(expected).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * float(q.grad.abs().max()), msg=name)
 
 
 def test_operations_per_token_are_those_that_torch_counts():

@@ -248,6 +248,7 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
     "changes",
     [
         {"train__activation_checkpointing": True},
+        {"train__loss": "whole"},
         {"model__attention": "eager"},
         pytest.param({"train__compile": True}, marks=pytest.mark.slow),
     ],
@@ -271,14 +272,14 @@ def test_bf16_computes_in_bf16_over_float32_weights(run_config, train, tmp_path)
 
 def test_gradients_that_are_not_finite_skip_the_step(run_config, train, tmp_path, monkeypatch):
     """The weights and the optimizer's step count stay; the sample is passed over; too many in a row end the run."""
-    original, calls = loop.token_loss, []
+    original, calls = loop.Batch.losses, []
 
-    def poisoned(model, batch, mask):
+    def poisoned(batch, model, *args, **options):
         calls.append(1)
-        loss = original(model, batch, mask)
+        loss = original(batch, model, *args, **options)
         return loss * float("nan") if model.training and poison() else loss
 
-    monkeypatch.setattr(loop, "token_loss", poisoned)
+    monkeypatch.setattr(loop.Batch, "losses", poisoned)
     poison = lambda: len(calls) in (5, 6)  # noqa: E731 - both micro-batches of step 3
     folder = train(run_config(eval__every=0, optim__refresh_ratio=1.1))
     records = {r["step"]: r for r in metrics(folder) if "loss" in r}
@@ -324,16 +325,16 @@ def test_the_host_asks_the_device_for_nothing_between_records(run_config, train,
 @pytest.mark.parametrize("at", [5, 6, 14])
 def test_a_skipped_step_is_learnt_of_one_step_late(run_config, train, tmp_path, monkeypatch, at):
     """As on a GPU; the run is the one that learns at once, and no checkpoint is written in between."""
-    original, folders = loop.token_loss, []
+    original, folders = loop.Batch.losses, []
     for late in (False, True):
         calls = []
 
-        def poisoned(model, batch, mask, calls=calls):
+        def poisoned(batch, model, *args, calls=calls, **options):
             calls.append(model.training)
-            loss = original(model, batch, mask)
+            loss = original(batch, model, *args, **options)
             return loss * float("nan") if model.training and sum(calls) in (2 * at, 2 * at + 2) else loss
 
-        monkeypatch.setattr(loop, "token_loss", poisoned)
+        monkeypatch.setattr(loop.Batch, "losses", poisoned)
         if late:
             for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
                 monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
