@@ -49,7 +49,7 @@ COMMANDS = sorted({c for path in PAGES for c in commands(path.read_text())})
 SHORT = shlex.split(
     "--data.path data/stdlib --data.seq-len 32 --model.layers 1 --model.width 32 --model.heads 2 --model.context 64 "
     "--train.steps 2 --schedule.warmup-steps 1 --train.global-batch 4 --train.micro-batch 4 --train.precision fp32 "
-    "--train.compile false --eval.sequences 4 --eval.final-sequences 4 --checkpoint.every 1 --log.trackers"
+    "--train.compile none --eval.sequences 4 --eval.final-sequences 4 --checkpoint.every 1 --log.trackers"
 )
 
 

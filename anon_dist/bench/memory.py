@@ -38,8 +38,8 @@ class Job:
     seq_len: int = 4096
     bf16: bool = True
     """Compute in bfloat16, with float32 masters; else in float32."""
-    checkpointing: bool = True
-    """Recompute each block's activations in the backward pass."""
+    checkpointing: str = "full"
+    """What of a block's activations is computed again in the backward pass: none, full, selective."""
     whole_gradients: bool = False
     """FSDP: micro-batches' gradients are summed in full and reduced once a step (train.accumulate whole)."""
 
@@ -184,7 +184,11 @@ def activation_bytes(engine: EngineName, job: Job) -> float:
     shape, tensor = job.shape, job.tensor if engine == "fsdp2+tp" else 1
     whole, split = shape.saved_per_token()
     block = job.width * (whole + split / tensor)
-    blocks = job.width * shape.width * shape.layers + block if job.checkpointing else block * shape.layers
+    if job.checkpointing == "none":
+        blocks = block * shape.layers
+    else:  # each block's input, and one block's all
+        kept_whole, kept_split = shape.selected_per_token() if job.checkpointing == "selective" else (0.0, 0.0)
+        blocks = job.width * (shape.width + kept_whole + kept_split / tensor) * shape.layers + block
     logits = shape.vocab * (job.width + 8.0)  # and in float32, and their gradient
     return job.tokens * (blocks + logits)
 

@@ -67,7 +67,7 @@ def _tensor_parallel_traffic(job: Job) -> list[Message]:
     shape, rounds = job.shape, job.accumulation
     activations = float(job.tokens * shape.width * job.width)
     sums = 7 * shape.layers
-    if job.checkpointing:  # attention's again; the recomputation ends before the MLP's
+    if job.checkpointing != "none":  # attention's again; the recomputation ends before the MLP's
         sums += shape.layers
     if shape.tied:
         return [Message("all-reduce", activations * sums * rounds, job.tensor)]

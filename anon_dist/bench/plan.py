@@ -37,6 +37,7 @@ from anon_dist.bench.messages import traffic
 from anon_dist.bench.options import EngineName, Hardware, OptimizerName, PlanOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
+from anon_dist.engines.tensor_parallel import SPLIT
 from anon_dist.train.config import ConfigError, OptimConfig
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -97,7 +98,11 @@ def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware)
     """Why the engine cannot run the job."""
     if engine == "fsdp2+tp":
         sizes = job.shape.heads, job.shape.kv_heads, job.shape.hidden
-        if job.shape.family != "llama" or any(size % job.tensor for size in sizes) or job.ranks % job.tensor:
+        if (
+            job.shape.family not in {kind.removesuffix("_text") for kind in SPLIT}
+            or any(size % job.tensor for size in sizes)
+            or job.ranks % job.tensor
+        ):
             return f"cannot split this model in {job.tensor}"
     if engine == "hsdp" and job.ranks % job.shard:
         return f"{job.ranks} ranks are no multiple of {job.shard}"
@@ -176,6 +181,8 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--precision is bf16 or fp32, not {options.precision}")
     if options.accumulate not in ("sharded", "whole"):
         raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
+    if options.checkpointing not in ("none", "full", "selective"):
+        raise ConfigError(f"--checkpointing is none, full or selective, not {options.checkpointing}")
     shape = find_shape(options.model, options.vocab)
     return Job(
         shape,

@@ -1,4 +1,8 @@
-"""The errors of a run's folder."""
+"""The errors of a configuration and of a run's folder."""
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message says which file or flag, which key, and the remedy."""
 
 
 class RunError(RuntimeError):

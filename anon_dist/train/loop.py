@@ -40,7 +40,7 @@ from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.model import peak_flops
 from anon_dist.train.recording import recording
 from anon_dist.train.report import RESULT, finished, report
-from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.run import Run, set_up, uses_tf32, wanted_engine
 from anon_dist.train.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,9 @@ def _introduce(run: Run, console: Console) -> None:
     config, ranks = run.config, run.accelerator.num_processes
     mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
     epochs = config.train.steps * config.train.global_batch / run.train_shards.num_samples(config.data.seq_len)
+    precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
-        f"{run.parameters / 1e6:.2f}M parameters, {config.train.precision}, {run.engine.name} on {ranks} "
+        f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
         f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
         f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
         f"{config.train.steps} steps, {epochs:.2f} epochs"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
@@ -27,22 +27,22 @@ from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
-from anon_dist.engines.comparison import check_alike
+from anon_dist.engines.precision import use_tf32
 from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
-from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.lock import RunLock
-from anon_dist.train.model import blocks, build_model, flops_per_token
+from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.trainable import trainable
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -118,11 +118,17 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     split = splitting_ranks(wanted_engine(config))
+    if uses_tf32(config, accelerator):
+        use_tf32()
     readers, reader = accelerator.num_processes // split, accelerator.process_index // split
     rounds = accumulation(config, readers)
 
     index, train_shards, val_shards = _open_data(config, accelerator)
-    built, flops, parameters = _built(config, index)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = local / accelerator.num_processes if name == "fsdp2" else 1.0
+    planned = trainable(config, index, share)
+    built = planned.model
+    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
@@ -134,7 +140,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
-    engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate)
+    engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
     randomness.seed(config.train.seed, reader, 0)
 
@@ -164,21 +170,9 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     return run
 
 
-def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
-    """The model before it is wrapped, seeded and as its options ask; floating-point operations per token; parameters."""
-    torch.manual_seed(config.train.seed)
-    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
-    if config.train.precision == "bf16-true":
-        built.to(torch.bfloat16)
-    if config.model.from_pretrained is not None:
-        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    if config.train.activation_checkpointing:
-        built.activation_checkpointing_enable({"use_reentrant": False})
-    if config.train.compile:
-        for block in blocks(built):
-            block.forward = torch.compile(block.forward)
-    return built, flops, parameters
+def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
+    """Whether products of float32 matrices are in TF32."""
+    return config.train.precision == "fp32" and config.train.tf32 and accelerator.device.type == "cuda"
 
 
 def _loader(config: Config, shards: TokenShards, reader: int, readers: int, rounds: int) -> BatchLoader:

@@ -27,11 +27,22 @@ def test_known_parameter_counts(name, count):
     assert sum(p.numel for p in MODELS[name].parameters()) == count
 
 
-@pytest.mark.parametrize("shape", [TINY, GPT2, Shape("llama", 1, 8, 2, 2, 16, 12, 16, tied=True)])
+SHAPES = [
+    TINY,
+    GPT2,
+    Shape("llama", 1, 8, 2, 2, 16, 12, 16, tied=True),
+    Shape("qwen3", 2, 24, 4, 2, 40, 10, 16, tied=False, head_dim=8),
+    Shape("gemma3", 7, 24, 4, 1, 40, 10, 16, tied=True, head_dim=10, window=5),
+    Shape("olmo2", 2, 24, 4, 2, 40, 10, 16, tied=False),
+    Shape("mixtral", 2, 24, 4, 2, 40, 10, 16, tied=False, experts=5, experts_per_token=3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.family)
 def test_shapes_are_those_of_the_built_model(shape):
     model = build_model(config_of(shape), shape.vocab, 0, 16)
     assert sorted(p.shape for p in shape.parameters()) == sorted(tuple(p.shape) for p in model.parameters())
-    assert shape.flops_per_token(16) == flops_per_token(model, 16)
+    assert shape.flops_per_token(16) == pytest.approx(flops_per_token(model, 16), rel=1e-12)
 
 
 def test_fsdp2_by_hand():

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from anon_dist.train.config import parse_args
-from anon_dist.train.model import model_config
+from anon_dist.train.families import model_config
 
 
 @pytest.mark.parametrize(

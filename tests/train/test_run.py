@@ -247,9 +247,9 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train__activation_checkpointing": True},
+        {"train__activation_checkpointing": "full"},
         {"model__attention": "eager"},
-        pytest.param({"train__compile": True}, marks=pytest.mark.slow),
+        pytest.param({"train__compile": "blocks"}, marks=pytest.mark.slow),
     ],
 )
 def test_options_that_do_not_change_the_result(changes, run_config, train, tmp_path):

@@ -1,0 +1,59 @@
+"""The model of a run, with what the configuration asks of it before an engine wraps it: precision, recomputation, compilation."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from anon_dist.data import Index
+from anon_dist.engines.comparison import check_alike
+from anon_dist.train.alike import pretrained_settings
+from anon_dist.train.config import Config, ConfigError, TrainConfig
+from anon_dist.train.families import window_of
+from anon_dist.train.model import Planned, blocks, plan_model
+from anon_dist.train.recompute import recompute, set_budget
+
+
+def trainable(config: Config, index: Index, share: float) -> Planned:
+    """The model before it is wrapped, as its options ask. Every rank calls it.
+
+    Args:
+        share: of the model that this machine's ranks will hold together.
+
+    Raises:
+        ConfigError: see `plan_model`; or options do not go together with this model.
+    """
+    planned = plan_model(
+        config.model, index.vocab_size, index.eod_id, config.data.seq_len, seed=config.train.seed, share=share
+    )
+    built = planned.model
+    if config.train.precision == "bf16-true":
+        built.to(torch.bfloat16)
+    if config.model.from_pretrained is not None:
+        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
+    _check_masks(config, built.config)
+    recompute(blocks(built), config.train.activation_checkpointing)
+    _compile(built, config.train)
+    return planned
+
+
+def _compile(model: PreTrainedModel, train: TrainConfig) -> None:
+    """Outside of what `recompute` has wrapped, which torch.compile then sees."""
+    if train.activation_checkpointing == "budget":
+        set_budget(train.activation_budget)
+    if train.compile == "blocks":
+        for block in blocks(model):
+            block.forward = torch.compile(block.forward)
+    elif train.compile == "whole":
+        model.forward = torch.compile(model.forward)
+
+
+def _check_masks(config: Config, shape: PretrainedConfig) -> None:
+    """Refuse a mask of documents that would be one too many."""
+    windows = [window_of(shape, layer) for layer in range(shape.num_hidden_layers)]
+    shortest = min((w for w in windows if w is not None), default=config.data.seq_len)
+    if config.data.mask_documents and shortest < config.data.seq_len:
+        raise ConfigError(
+            f"data.mask_documents is true, and the model has layers that attend to {shortest} tokens only: the mask of documents would "
+            f"take the place of that. Set mask_documents to false, or data.seq_len to {shortest} or less"
+        )
