@@ -43,6 +43,9 @@ class Job:
     whole_gradients: bool = False
     """FSDP: micro-batches' gradients are summed in full and reduced once a step (train.accumulate whole)."""
 
+    context: int = 1
+    """fsdp2 and hsdp: ranks that share each sequence."""
+
     @property
     def width(self) -> int:
         """Bytes of a number that is computed with."""
@@ -50,8 +53,13 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.seq_len
+        """Of a rank in a micro-batch."""
+        return self.micro_batch * self.seq_len // self.context
+
+    @property
+    def keys_and_values(self) -> float:
+        """Bytes of one layer's, of whole sequences."""
+        return 2.0 * self.shape.kv_width * self.width * self.micro_batch * self.seq_len
 
 
 # -- elements ---------------------------------------------------------------------------------------------------------
@@ -190,7 +198,8 @@ def activation_bytes(engine: EngineName, job: Job) -> float:
         kept_whole, kept_split = shape.selected_per_token() if job.checkpointing == "selective" else (0.0, 0.0)
         blocks = job.width * (shape.width + kept_whole + kept_split / tensor) * shape.layers + block
     logits = shape.vocab * (job.width + 8.0)  # and in float32, and their gradient
-    return job.tokens * (blocks + logits)
+    gathered = 0.0 if job.context == 1 else job.keys_and_values * (shape.layers if job.checkpointing == "none" else 1)
+    return job.tokens * (blocks + logits) + gathered
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ class PlanOptions:
     """hsdp: ranks that share one copy."""
     tensor_parallel: int = 8
     """fsdp2+tp: ranks that split matrices."""
+    context_parallel: int = 1
+    """fsdp2 and hsdp: ranks that share each sequence (train.context_parallel)."""
     mfu: float = 0.4
     """Share of the peak that forward and backward passes reach."""
     steps: int = 100_000

@@ -104,6 +104,8 @@ def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware)
             or job.ranks % job.tensor
         ):
             return f"cannot split this model in {job.tensor}"
+    if job.context > 1 and (engine not in ("fsdp2", "hsdp") or job.ranks % job.context or job.shape.window):
+        return f"cannot share sequences among {job.context}"
     if engine == "hsdp" and job.ranks % job.shard:
         return f"{job.ranks} ranks are no multiple of {job.shard}"
     if (over := needed.device - (hardware.memory - hardware.reserve)) > 0:
@@ -169,6 +171,7 @@ def job_of(options: PlanOptions) -> Job:
         "accumulation",
         "shard_ranks",
         "tensor_parallel",
+        "context_parallel",
         "steps",
         "vocab",
         "basis_block",
@@ -195,6 +198,7 @@ def job_of(options: PlanOptions) -> Job:
         options.precision == "bf16",
         options.checkpointing,
         options.accumulate == "whole",
+        options.context_parallel,
     )
 
 

@@ -66,6 +66,8 @@ class Wanted:
     """hsdp: ranks among which one copy of the model is sharded; the copies are replicas. None: as accelerate was configured, else all."""
     tensor_parallel: int | None = None
     """fsdp2: ranks that split the matrices of a block between them. None: as accelerate was configured, else 1."""
+    context_parallel: int | None = None
+    """fsdp2 and hsdp: ranks that share each sequence. None: as accelerate was configured, else 1."""
     offload: Offload | None = None
     """fsdp2 and hsdp: parameters, gradients and optimizer state on the host, and whether Anon steps in the background there (see
     `overlap`). None: offloaded as accelerate was configured, else "off"; where offloaded, "overlap"."""
@@ -133,6 +135,27 @@ def splitting_ranks(wanted: Wanted) -> int:
     if configured not in (1, asked):
         raise EngineError(
             f"train.tensor_parallel is {asked}, and accelerate's configuration says parallelism_config_tp_size: {configured}; make them "
+            "agree"
+        )
+    return asked
+
+
+def sharing_ranks(wanted: Wanted) -> int:
+    """Ranks that share each sequence, 1 without context parallelism.
+
+    Raises:
+        EngineError: accelerate's configuration says another number, or asks for DeepSpeed's sequence parallelism.
+    """
+    if (sequence := int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))) > 1:
+        raise EngineError(
+            f"accelerate's configuration says parallelism_config_sp_size: {sequence}, and DeepSpeed's sequence parallelism is not "
+            "supported; take parallelism_config_cp_size (train.context_parallel) with fsdp2"
+        )
+    configured = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
+    asked = wanted.context_parallel or configured
+    if configured not in (1, asked):
+        raise EngineError(
+            f"train.context_parallel is {asked}, and accelerate's configuration says parallelism_config_cp_size: {configured}; make them "
             "agree"
         )
     return asked
@@ -243,6 +266,11 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
     if (split := splitting_ranks(wanted)) > 1 and (engine != "fsdp2" or launched % split):
         raise EngineError(
             f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
+        )
+    if (sharing := sharing_ranks(wanted)) > 1 and (engine not in ("fsdp2", "hsdp") or launched % sharing or split > 1):
+        raise EngineError(
+            f"train.context_parallel is {sharing}: it needs engine fsdp2 or hsdp, here {engine}, without tensor parallelism, here {split}, "
+            f"and a multiple of {sharing} ranks, here {launched}"
         )
     if configured == "hsdp" and launched == 1:
         raise EngineError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +62,12 @@ def evaluate(
     mask_eod: int | None = None,
     reader: int = 0,
     readers: int = 1,
+    own: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> Evaluation:
     """The loss over the first `sequences` sequences of the split (0: all of it). Every rank must call it.
 
     The rank takes part `reader` of `readers`; ranks that run out repeat the last sequence with weight 0, since sharded models need all
-    ranks in every forward pass.
+    ranks in every forward pass. `own`: what it computes of sequences (B, L + 1), B rows or a multiple.
     """
     available = shards.num_samples(seq_len)
     count = min(sequences or available, available)
@@ -76,7 +78,7 @@ def evaluate(
         indices = np.arange(start + reader * batch, start + (reader + 1) * batch)
         tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len).astype(np.int64)).to(device)
         weights = torch.from_numpy(indices < count).to(device, torch.float64)
-        losses = token_loss(model, tokens, mask_eod).double().mean(1)
+        losses = token_loss(model, own(tokens), mask_eod).double().unflatten(0, (-1, batch)).mean((0, 2))
         sums += torch.stack([(losses * weights).sum(), weights.sum()])
     model.train(training)
     if dist.is_initialized():

@@ -172,8 +172,11 @@ class TrainConfig:
     """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: as accelerate's
     parallelism_config says, else all."""
     tensor_parallel: Size | None = None
-    """fsdp2 and Llama shapes: neighbouring ranks that split the matrices of each block between them, and read the same samples. None: as
-    accelerate's parallelism_config says, else 1."""
+    """fsdp2 with llama, qwen3 and gemma3: neighbouring ranks that split the matrices of each block between them, and read the same samples.
+    None: as accelerate's parallelism_config says, else 1."""
+    context_parallel: Size | None = None
+    """fsdp2 and hsdp: neighbouring ranks that share each sequence, for lengths that one cannot hold. None: as accelerate's
+    parallelism_config says (cp_size), else 1."""
     offload: Literal["off", "serial", "overlap"] | None = None
     """fsdp2 and hsdp: parameters, gradients and optimizer state in host memory, where the CPU steps them; serial: the device waits for the
     step; overlap: it goes on with the next forward, whose modules wait for their own parameters (Anon only; the same bits, so this is what

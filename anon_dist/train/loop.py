@@ -40,8 +40,9 @@ from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.model import peak_flops
 from anon_dist.train.recording import recording
 from anon_dist.train.report import RESULT, finished, report
-from anon_dist.train.run import Run, set_up, uses_tf32, wanted_engine
+from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
+from anon_dist.train.trainable import uses_tf32
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
         batch = batch.to(run.accelerator.device, non_blocking=True)
         last = i + 1 == rounds
         with run.engine.micro_batch(last):
-            loss = token_loss(run.engine.model, batch, run.mask_eod).mean() / rounds
+            loss = token_loss(run.engine.model, run.own(batch), run.mask_eod).mean() / rounds
             run.engine.backward(loss, last)
         total += loss.detach()
         watch.lap("gradients")
@@ -280,6 +281,7 @@ def _validate(run: Run, sequences: int) -> Evaluation:
         run.mask_eod,
         run.reader,
         run.readers,
+        run.own,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +49,20 @@ class SavedWeights(Checkpoint):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._files[key.parameter]}: {key.parameter}: {error}") from None
         return rows.reshape(-1)[start - first * row : stop - first * row].to(torch.float32)
+
+    def digests(self) -> dict[str, int]:
+        """CRC-32 of each parameter's values."""
+        found = {}
+        for key, info in self.tensors.items():
+            crc = 0
+            for start in range(0, info.numel, _PIECE):
+                crc = zlib.crc32(self.read(key, start, min(info.numel, start + _PIECE)).numpy().tobytes(), crc)
+            found[key.parameter] = crc
+        return found
+
+
+_PIECE = 1 << 22
+"""Elements that are read at once to be compared."""
 
 
 def saved_weights(source: str, model: nn.Module) -> SavedWeights | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, first_does, is_first
@@ -27,8 +28,9 @@ from anon_dist.data import BatchLoader, Index, SampleOrder, TokenShards, verify_
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
+from anon_dist.engines.context import ContextParallel
 from anon_dist.engines.precision import use_tf32
-from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
+from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
@@ -42,7 +44,7 @@ from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
-from anon_dist.train.trainable import trainable
+from anon_dist.train.trainable import shared_sequences, trainable, uses_tf32
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -61,8 +63,10 @@ class Run:
     model_config: PretrainedConfig
     loader: BatchLoader
     checkpoints: Checkpoints
+    context: ContextParallel | None
+    """With the ranks that share this one's sequences."""
     reader: int
-    """Which of the `readers` shares of a batch this rank reads; with tensor parallelism, several ranks read the same."""
+    """Which of the `readers` shares of a batch this rank reads; with tensor or context parallelism, several ranks read the same."""
     readers: int
     flops: float
     """Per token."""
@@ -83,6 +87,10 @@ class Run:
     lock: RunLock | None = None
     """On the folder; of rank 0."""
 
+    def own(self, tokens: Tensor) -> Tensor:
+        """What this rank computes of sequences (B, L + 1): all, or with context parallelism its pieces."""
+        return tokens if self.context is None else self.context.pieces(tokens)
+
     @property
     def mask_eod(self) -> int | None:
         """The token that ends a document, if attention is to stop there."""
@@ -101,6 +109,7 @@ def wanted_engine(config: Config) -> Wanted:
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
+        context_parallel=train.context_parallel,
         offload=train.offload,
         deepspeed_config=train.deepspeed_config,
     )
@@ -117,10 +126,10 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    split = splitting_ranks(wanted_engine(config))
+    split, sharing = splitting_ranks(wanted_engine(config)), sharing_ranks(wanted_engine(config))
     if uses_tf32(config, accelerator):
         use_tf32()
-    readers, reader = accelerator.num_processes // split, accelerator.process_index // split
+    readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
     rounds = accumulation(config, readers)
 
     index, train_shards, val_shards = _open_data(config, accelerator)
@@ -128,6 +137,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     share = local / accelerator.num_processes if name == "fsdp2" else 1.0
     planned = trainable(config, index, share)
     built = planned.model
+    shared = shared_sequences(config, accelerator, built, sharing)
     flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
@@ -155,6 +165,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         model_config=built.config,
         loader=_loader(config, train_shards, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        context=shared,
         reader=reader,
         readers=readers,
         flops=flops,
@@ -168,11 +179,6 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
-
-
-def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
-    """Whether products of float32 matrices are in TF32."""
-    return config.train.precision == "fp32" and config.train.tf32 and accelerator.device.type == "cuda"
 
 
 def _loader(config: Config, shards: TokenShards, reader: int, readers: int, rounds: int) -> BatchLoader:
@@ -342,7 +348,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
-    run.loader.load_state_dict(progress["data"])
+    other_length = run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
@@ -355,6 +361,8 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     run.step, run.skipped = progress["step"], progress["skipped"]
     for line in changes(config, run.engine.name, source, progress):
         say(line)
+    if other_length:
+        say(other_length)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 

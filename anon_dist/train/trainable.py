@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anon_dist.data import Index
 from anon_dist.engines.comparison import check_alike
+from anon_dist.engines.context import ContextParallel
 from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, TrainConfig
 from anon_dist.train.families import window_of
 from anon_dist.train.model import Planned, blocks, plan_model
+from anon_dist.train.pretrained import SavedWeights
 from anon_dist.train.recompute import recompute, set_budget
 
 
@@ -31,10 +36,18 @@ def trainable(config: Config, index: Index, share: float) -> Planned:
         built.to(torch.bfloat16)
     if config.model.from_pretrained is not None:
         check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
+        _check_same_files(planned, config.train.timeout_minutes * 60)
     _check_masks(config, built.config)
     recompute(blocks(built), config.train.activation_checkpointing)
     _compile(built, config.train)
     return planned
+
+
+def _check_same_files(planned: Planned, seconds: float) -> None:
+    """That all ranks read the same pretrained weights, of which each may keep another part."""
+    if isinstance(planned.weights, SavedWeights) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        digests = planned.weights.digests()
+        check_alike({f"the pretrained model's weight {name}": crc for name, crc in digests.items()}, seconds)
 
 
 def _compile(model: PreTrainedModel, train: TrainConfig) -> None:
@@ -57,3 +70,31 @@ def _check_masks(config: Config, shape: PretrainedConfig) -> None:
             f"data.mask_documents is true, and the model has layers that attend to {shortest} tokens only: the mask of documents would "
             f"take the place of that. Set mask_documents to false, or data.seq_len to {shortest} or less"
         )
+
+
+def shared_sequences(
+    config: Config, accelerator: Accelerator, model: PreTrainedModel, ranks: int
+) -> ContextParallel | None:
+    """The ranks that share sequences, and the model told of them; None where each rank has its own. Every rank calls it.
+
+    Raises:
+        ConfigError, EngineError: the sequence does not divide, or the model or options do not allow it.
+    """
+    if ranks == 1:
+        return None
+    if config.data.seq_len % (2 * ranks):
+        raise ConfigError(
+            f"data.seq_len = {config.data.seq_len} is not a multiple of 2 · train.context_parallel = 2 · {ranks}; change one of them"
+        )
+    if config.data.mask_documents or config.model.attention != "sdpa":
+        raise ConfigError(
+            "train.context_parallel has an attention of its own, without masks: set data.mask_documents to false, model.attention to sdpa"
+        )
+    context = ContextParallel(ranks, accelerator.device)
+    context.attach(model)
+    return context
+
+
+def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
+    """Whether products of float32 matrices are in TF32."""
+    return config.train.precision == "fp32" and config.train.tf32 and accelerator.device.type == "cuda"

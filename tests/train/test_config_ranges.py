@@ -107,6 +107,7 @@ NONSENSE = {
     "train.engine": NO_CHOICE,
     "train.shard_ranks": [*NO_COUNT, 0, -2],
     "train.tensor_parallel": [*NO_COUNT, 0],
+    "train.context_parallel": [*NO_COUNT, 0],
     "train.offload": NO_CHOICE[:-1],
     "train.accumulate": NO_CHOICE[:-1],
     "train.deepspeed_config": NO_PATH,

@@ -1,0 +1,113 @@
+"""Models of every family under FSDP2, tensor and context parallelism: the bits that one process begins with, and its gradients."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from anon_dist.engines.errors import EngineError
+from anon_dist.engines.start import Wanted, start, wrap
+from anon_dist.optim import Anon, param_groups
+from anon_dist.train.config import ModelConfig
+from anon_dist.train.evaluate import token_loss
+from anon_dist.train.model import build_model, plan_model
+
+# isort: split
+from helpers import forget_accelerate
+from launch_cases import raises
+
+LENGTH, VOCABULARY = 32, 100
+SIZES = {"layers": 2, "width": 32, "heads": 4, "context": LENGTH}
+FAMILIES = {
+    "gpt2": {},
+    "llama": {"kv_heads": 2, "head_dim": 6},
+    "qwen3": {"kv_heads": 2, "head_dim": 16, "tie_embeddings": False},
+    "gemma3": {"kv_heads": 2, "window": 8, "layers": 7},
+    "olmo2": {"kv_heads": 2},
+    "mixtral": {"kv_heads": 2, "experts": 3},
+}
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def batch_of(rows):
+    return torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+
+
+def plain_gradients(model, batch):
+    """Of transformers' own model with these weights, over the whole batch."""
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    plain.load_state_dict(model.state_dict())
+    logits = plain(input_ids=batch[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in plain.named_parameters()}
+
+
+def engine_of(planned, tensor=1, context=1, engine="fsdp2", **changes):
+    """The engine over a model that no rank has had whole, and what a rank makes of a batch."""
+    from anon_dist.engines.context import ContextParallel
+
+    forget_accelerate()
+    wanted = Wanted(
+        engine,
+        "fp32",
+        timedelta(minutes=1),
+        2,
+        lambda ranks: 1,
+        None,
+        tensor_parallel=tensor,
+        context_parallel=context,
+        **changes,
+    )
+    accelerator, name = start(wanted)
+    shared = ContextParallel(context, accelerator.device) if context > 1 else None
+    if shared is not None:
+        shared.attach(planned.model)
+    optimizer = Anon(param_groups(planned.model, 0.1), lr=1e-3)
+    made = wrap(name, accelerator, planned.model, optimizer, tensor, weights=planned.weights)
+    return made, shared
+
+
+def case_every_family_has_the_bits_and_gradients_of_plain_transformers():
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for family, changes in FAMILIES.items():
+        config = ModelConfig(family=family, **{**SIZES, **changes})
+        whole = build_model(config, VOCABULARY, 0, LENGTH, seed=5)
+        batch = batch_of(2 * ranks)
+        loss, expected = plain_gradients(whole, batch)
+        layouts = [{"engine": "fsdp2"}, {"engine": "hsdp"}, {"engine": "ddp"}]
+        layouts += [{"tensor": 2}] * (family in ("llama", "qwen3", "gemma3"))
+        layouts += [{"context": 2}] * (family not in ("gemma3",))
+        for layout in layouts:
+            engine, shared = engine_of(plan_model(config, VOCABULARY, 0, LENGTH, seed=5), **layout)
+            where = (family, layout)
+            for (name, p), q in zip(engine.model.named_parameters(), whole.named_parameters(), strict=True):
+                assert torch.equal(full(p.detach()), q[1]), (where, name)
+            alike = 2 if "tensor" in layout or "context" in layout else 1
+            own = batch.chunk(ranks // alike)[rank // alike]
+            found = token_loss(engine.model, own if shared is None else shared.pieces(own), None).mean()
+            engine.backward(found, last=True)
+            mean = found.detach().clone()
+            dist.all_reduce(mean)
+            torch.testing.assert_close(mean / ranks, loss, rtol=2e-6, atol=0)
+            for name, p in engine.model.named_parameters():
+                plain = name.removeprefix("module.")
+                apart = (full(p.grad) - expected[plain]).abs().max()
+                assert apart <= 2e-6 + 2e-5 * expected[plain].abs().max(), (where, plain, apart)
+
+
+def case_what_sharing_sequences_cannot_do_is_refused():
+    for config, words in (
+        (ModelConfig(family="gemma3", **SIZES, window=8), "layers attend to everything before"),
+        (ModelConfig(**SIZES, dropout=0.1), "no dropout of attention"),
+    ):
+        planned = plan_model(config, VOCABULARY, 0, LENGTH, seed=0)
+        raises(EngineError, words, lambda planned=planned: engine_of(planned, context=2))
+    planned = plan_model(ModelConfig(**SIZES), VOCABULARY, 0, LENGTH, seed=0)
+    raises(EngineError, "needs engine fsdp2 or hsdp, here ddp", lambda: engine_of(planned, context=2, engine="ddp"))
+    raises(EngineError, "and a multiple of 3 ranks", lambda: engine_of(planned, context=3))
