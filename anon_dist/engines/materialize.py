@@ -28,12 +28,13 @@ def on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, weights: Checkpoint, device: torch.device) -> None:
+def materialize(model: nn.Module, weights: Checkpoint, device: torch.device, only: str | None = None) -> None:
     """Give the parameters storage on the device, for the elements that this rank keeps, and the values that `weights` has for them.
 
     Args:
         model: whole, or as FSDP2 and tensor parallelism have cut it. Parameters stay the objects that they are, for optimizers and ties.
         weights: by parameter name, float32 or what it was stored in.
+        only: the name of one parameter.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -41,6 +42,8 @@ def materialize(model: nn.Module, weights: Checkpoint, device: torch.device) -> 
     names = list(dict(model.named_parameters()))
     plain, ranges = unwrapped(names), Ranges(model)
     for name, p in list(model.named_parameters()):
+        if only not in (None, name):
+            continue
         local = p.to_local() if isinstance(p, DTensor) else p
         real = torch.empty(local.shape, dtype=local.dtype, device=device)
         ranges.fill(real, weights, Key(plain[name], WEIGHT), p)

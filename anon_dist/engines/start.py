@@ -195,10 +195,10 @@ def wrap(
         refuse_flattened(f"engine {name}", optimizer)
     if is_meta(model):
         assert weights is not None
-        if name not in ("fsdp2", "hsdp"):
+        if name not in ("fsdp2", "hsdp", "fsdp1", "deepspeed"):
             materialize(model, weights, torch.device("cpu"))
     if not is_meta(model):
-        weights = None
+        weights = None  # they are in it
         check_same_start(model, accelerator.device)
     if any(
         state and int(state["step"])
@@ -211,7 +211,7 @@ def wrap(
     if name == "deepspeed":
         from anon_dist.engines.zero import ZeroEngine
 
-        return ZeroEngine(name, accelerator, model, optimizer)
+        return ZeroEngine(name, accelerator, model, optimizer, weights=weights)
     if name == "zero1":
         return ZeroRedundancyEngine(name, accelerator, model, optimizer)
     if tensor_parallel > 1:
@@ -219,7 +219,7 @@ def wrap(
             name, accelerator, model, optimizer, tensor_parallel, sharded_sums=sharded_sums, weights=weights
         )
     if name == "fsdp1":
-        return Fsdp1Engine(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
+        return Fsdp1Engine(name, accelerator, model, optimizer, sharded_sums=sharded_sums, weights=weights)
     plugin = accelerator.state.fsdp_plugin if name in ("fsdp2", "hsdp") else None
     offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     overlap = overlap and offloaded and isinstance(optimizer, Anon)

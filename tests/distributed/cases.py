@@ -50,6 +50,11 @@ from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
+from family_cases import (  # noqa: F401 - run_cases finds them here
+    case_every_family_has_the_bits_and_gradients_of_plain_transformers,
+    case_no_rank_ever_has_a_whole_model,
+    case_what_sharing_sequences_cannot_do_is_refused,
+)
 from helpers import at_step, forget_accelerate, metrics
 from launch_cases import Patch, raises, run_cases, shared_folder
 
@@ -916,6 +921,10 @@ def case_tensor_parallel_runs_agree_and_resume():
 def case_what_tensor_parallelism_cannot_split_is_refused():
     for model, words in (
         (c.ModelConfig("gpt2", 1, 32, 4, context=32), "set model.family to llama"),
+        (
+            c.ModelConfig("olmo2", 1, 32, 4, context=32),
+            "splits llama, qwen3, gemma3_text, and this model is a Olmo2ForCausalLM",
+        ),
         (c.ModelConfig("llama", 1, 32, 4, kv_heads=1, context=32), "does not divide the model's 1 key-value heads"),
     ):
         config = run_config(DATA, shared_folder(OUT), engine="fsdp2")

@@ -1,9 +1,12 @@
 """Models of every family under FSDP2, tensor and context parallelism: the bits that one process begins with, and its gradients."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import forget_accelerate
+from launch_cases import raises
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -13,10 +16,6 @@ from anon_dist.optim import Anon, param_groups
 from anon_dist.train.config import ModelConfig
 from anon_dist.train.evaluate import token_loss
 from anon_dist.train.model import build_model, plan_model
-
-# isort: split
-from helpers import forget_accelerate
-from launch_cases import raises
 
 LENGTH, VOCABULARY = 32, 100
 SIZES = {"layers": 2, "width": 32, "heads": 4, "context": LENGTH}
@@ -78,16 +77,19 @@ def case_every_family_has_the_bits_and_gradients_of_plain_transformers():
     for family, changes in FAMILIES.items():
         config = ModelConfig(family=family, **{**SIZES, **changes})
         whole = build_model(config, VOCABULARY, 0, LENGTH, seed=5)
-        batch = batch_of(2 * ranks)
+        parameters, batch = {name: p.detach() for name, p in whole.named_parameters()}, batch_of(2 * ranks)
         loss, expected = plain_gradients(whole, batch)
-        layouts = [{"engine": "fsdp2"}, {"engine": "hsdp"}, {"engine": "ddp"}]
+        layouts = [{"engine": "fsdp2"}, {"engine": "hsdp"}, {"engine": "ddp"}, {"engine": "fsdp1"}]
         layouts += [{"tensor": 2}] * (family in ("llama", "qwen3", "gemma3"))
         layouts += [{"context": 2}] * (family not in ("gemma3",))
         for layout in layouts:
             engine, shared = engine_of(plan_model(config, VOCABULARY, 0, LENGTH, seed=5), **layout)
             where = (family, layout)
-            for (name, p), q in zip(engine.model.named_parameters(), whole.named_parameters(), strict=True):
-                assert torch.equal(full(p.detach()), q[1]), (where, name)
+            flat = layout.get("engine") == "fsdp1"  # whose parameters are parts that have lost their shapes
+            for name, p in {} if flat else dict(engine.model.named_parameters()).items():
+                assert torch.equal(full(p.detach()), parameters[name.removeprefix("module.")]), (where, name)
+            for name, value in engine.full_weights().items() if flat else ():
+                assert name not in parameters or torch.equal(value, parameters[name]), (where, name)
             alike = 2 if "tensor" in layout or "context" in layout else 1
             own = batch.chunk(ranks // alike)[rank // alike]
             found = token_loss(engine.model, own if shared is None else shared.pieces(own), None).mean()
@@ -95,10 +97,34 @@ def case_every_family_has_the_bits_and_gradients_of_plain_transformers():
             mean = found.detach().clone()
             dist.all_reduce(mean)
             torch.testing.assert_close(mean / ranks, loss, rtol=2e-6, atol=0)
-            for name, p in engine.model.named_parameters():
+            norm = torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt()
+            for name, p in {} if flat else dict(engine.model.named_parameters()).items():
                 plain = name.removeprefix("module.")
                 apart = (full(p.grad) - expected[plain]).abs().max()
                 assert apart <= 2e-6 + 2e-5 * expected[plain].abs().max(), (where, plain, apart)
+            torch.testing.assert_close(engine.step(0.0, None).float(), norm, rtol=1e-5, atol=0)
+
+
+def status(key):
+    """MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def case_no_rank_ever_has_a_whole_model():
+    """The peak of resident memory is what the rank keeps, and far from the half more that the whole parameters would be."""
+    config = ModelConfig(family="qwen3", layers=8, width=512, heads=8, kv_heads=4, hidden=2048, context=LENGTH)
+    engine_of(plan_model(ModelConfig(**SIZES), VOCABULARY, 0, LENGTH, seed=1))  # libraries that are loaded late
+    for tied in (True, False):
+        config.tie_embeddings = tied
+        planned = plan_model(config, 32000, 0, LENGTH, seed=1)
+        whole = 4 * sum(p.numel() for p in planned.model.parameters()) / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmRSS")
+        engine, _ = engine_of(planned)
+        kept = whole / dist.get_world_size() + engine.state_bytes().local / 2**20
+        grown = status("VmHWM") - before
+        assert 0.9 * kept < grown < kept + 0.15 * whole, (tied, whole, kept, grown)
 
 
 def case_what_sharing_sequences_cannot_do_is_refused():
