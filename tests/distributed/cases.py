@@ -906,7 +906,8 @@ def case_tensor_parallel_runs_agree_and_resume():
         folders = {}
         for splits in ((1,), (2, 1), (1, 2)):
             config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
-            config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32, tie_embeddings=tied)
+            family = "llama" if tied else "qwen3"
+            config.model = c.ModelConfig(family, 2, 32, 4, kv_heads=2, context=32, tie_embeddings=tied)
             for i, config.train.tensor_parallel in enumerate(splits):
                 run(config) if i + 1 == len(splits) else run_until(config, 7)
             folders[splits] = config.run_dir
@@ -916,6 +917,32 @@ def case_tensor_parallel_runs_agree_and_resume():
                 for other in others:
                     assert len(whole) == len(other), (tied, key)
                     assert all(abs(x / y - 1) < 1e-5 for x, y in zip(other, whole, strict=True)), (tied, key)
+
+
+def case_runs_that_share_sequences_agree_and_resume():
+    """Begun with ranks that share each sequence and ended without, and the other way round."""
+    folders = {}
+    for shared in ((1,), (2, 1), (1, 2)):
+        config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
+        config.model = c.ModelConfig("qwen3", 2, 32, 4, kv_heads=2, context=32)
+        for i, config.train.context_parallel in enumerate(shared):
+            run(config) if i + 1 == len(shared) else run_until(config, 7)
+        folders[shared] = config.run_dir
+    if dist.get_rank() == 0:
+        for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "samples"):
+            whole, *others = ([r[key] for r in metrics(Path(f)) if key in r] for f in folders.values())
+            for other in others:
+                assert len(whole) == len(other), key
+                assert all(abs(x / y - 1) < 1e-5 for x, y in zip(other, whole, strict=True)), key
+    config.data.mask_documents = True
+    raises(c.ConfigError, "has an attention of its own, without masks", lambda: run(config))
+    config.data.mask_documents, config.data.seq_len = False, 30
+    raises(c.ConfigError, "data.seq_len = 30 is not a multiple of 2 · train.context_parallel", lambda: run(config))
+    os.environ["PARALLELISM_CONFIG_SP_SIZE"] = "2"
+    try:
+        raises(EngineError, "DeepSpeed's sequence parallelism is not supported", lambda: start(wanted("fsdp2")))
+    finally:
+        del os.environ["PARALLELISM_CONFIG_SP_SIZE"]
 
 
 def case_what_tensor_parallelism_cannot_split_is_refused():
