@@ -6,6 +6,7 @@ link that leads nowhere.
 
 import argparse
 import contextlib
+import json
 import re
 import runpy
 import shlex
@@ -60,6 +61,8 @@ def work(prepared, tmp_path_factory):
     for name in ("configs", "launch", "tools", "tests"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(prepared, folder / "data" / "stdlib")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    (folder / "my-config.json").write_text(json.dumps({"model_type": "phi3", "num_key_value_heads": 1, **sizes}))
     return folder
 
 
