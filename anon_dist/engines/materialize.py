@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from anon_dist.checkpoint.names import unwrapped
@@ -48,6 +49,10 @@ def materialize(model: nn.Module, weights: Checkpoint, device: torch.device, onl
         real = torch.empty(local.shape, dtype=local.dtype, device=device)
         ranges.fill(real, weights, Key(plain[name], WEIGHT), p)
         _put(p, real)
+    if isinstance(model, FSDPModule):
+        model._apply(
+            lambda x: x
+        )  # FSDP2 takes note of new tensors, pads and pins them: now, and not in the first forward pass
 
 
 def _put(p: nn.Parameter, real: Tensor) -> None:

@@ -934,7 +934,7 @@ def case_runs_that_share_sequences_agree_and_resume():
             for other in others:
                 assert len(whole) == len(other), key
                 assert all(abs(x / y - 1) < 1e-5 for x, y in zip(other, whole, strict=True)), key
-    config.data.mask_documents = True
+    config.run_dir, config.data.mask_documents = shared_folder(OUT), True
     raises(c.ConfigError, "has an attention of its own, without masks", lambda: run(config))
     config.data.mask_documents, config.data.seq_len = False, 30
     raises(c.ConfigError, "data.seq_len = 30 is not a multiple of 2 · train.context_parallel", lambda: run(config))

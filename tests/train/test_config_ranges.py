@@ -305,6 +305,7 @@ LLAMA = ["--model.family", "llama"]
         ),
         (["--model.family", "qwen3", "--model.head-dim", "5"], "model.head_dim = 5 is odd"),
         (["--model.family", "mixtral", "--model.experts-per-token", "9"], "= 9 is more than model.experts = 8"),
+        (["--model.family", "mixtral", "--model.hidden", "36"], "model.hidden = 36 is not a multiple of 8"),
         (["--model.config", "a", "--model.from-pretrained", "b"], "both say what the model is"),
         (
             ["--model.attention", "flash_attention_2", "--data.mask-documents", "true", "--train.precision", "bf16"],
