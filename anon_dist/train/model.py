@@ -69,18 +69,47 @@ def build_model(
     return planned.model
 
 
+MASKLESS = ("gpt2", "llama", "qwen3", "olmo2", "mixtral")
+"""Model types that attend causally to everything where no mask is made for them."""
+
+
 def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    attention = _without_masks() if config.attention == "sdpa" and not has_windows(shape) else config.attention
+    unmasked = config.attention == "sdpa" and shape.model_type in MASKLESS and not has_windows(shape)
+    attention = _without_masks() if unmasked else config.attention
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of a model's own code, for sizes that it did not expect
+        if config.config is None:
+            raise
+        raise ConfigError(
+            f"model.config = {config.config}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     model.config.use_cache = False
+    _name_blocks(model)
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _name_blocks(model: PreTrainedModel) -> None:
+    """Have the model name the class of its blocks, by which FSDP, recomputation and compilation go: of those that it names, which it shares
+    with other models, the ones that it has; else that of its longest list of one kind.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    named = [name for name in getattr(model, "_no_split_modules", None) or () if name in present]
+    if not named:
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+        if not lists:
+            raise ConfigError(f"model: {type(model).__name__} has no list of blocks, by which it could be sharded")
+        named = [type(max(lists, key=len)[0]).__name__]
+    model._no_split_modules = named
 
 
 def _pretrained(config: ModelConfig, vocab_size: int, seq_len: int) -> Planned:
@@ -168,9 +197,12 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
         multiplied -= embedding.numel()
     if getattr(config, "model_type", "") == "gpt2":
         multiplied -= config.n_positions * config.n_embd
-    heads = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    count = getattr(config, "num_attention_heads", None)
+    if (
+        not isinstance(count, int) or not count
+    ):  # layers that differ, or none that attend: their products are not counted
+        return 6.0 * multiplied
+    heads = count * (getattr(config, "head_dim", None) or config.hidden_size // count)
     windows = (window_of(config, layer) for layer in range(config.num_hidden_layers))
     seen = sum(min(seq_len, window or seq_len) for window in windows)
     return float(6.0 * multiplied + 12.0 * heads * seen)

@@ -61,9 +61,9 @@ def _family_rules(m: ModelConfig) -> None:
         raise ConfigError(
             f"model.width = {m.width} is not a multiple of model.heads = {m.heads}, as transformers wants it of gemma3"
         )
-    for name, size in (("width", m.width), ("hidden", m.hidden or 8)) if m.family == "mixtral" else ():
-        if size % 8:
-            raise ConfigError(f"model.{name} = {size} is not a multiple of 8, as products grouped by experts want")
+    for key, number in (("width", m.width), ("hidden", m.hidden or 8)) if m.family == "mixtral" else ():
+        if number % 8:
+            raise ConfigError(f"model.{key} = {number} is not a multiple of 8, as products grouped by experts want")
     if (m.experts_per_token or 2) > (m.experts or 8):
         raise ConfigError(
             f"model.experts_per_token = {m.experts_per_token or 2} is more than model.experts = {m.experts or 8}"

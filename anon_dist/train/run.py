@@ -44,7 +44,7 @@ from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.spectrum import load_spectra
-from anon_dist.train.trainable import shared_sequences, trainable, uses_tf32
+from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -152,6 +152,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
     engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
+    check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)
 
     run = Run(

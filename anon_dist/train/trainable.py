@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anon_dist.data import Index
@@ -13,6 +14,7 @@ from anon_dist.engines.comparison import check_alike
 from anon_dist.engines.context import ContextParallel
 from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, TrainConfig
+from anon_dist.train.evaluate import sees_what_comes
 from anon_dist.train.families import window_of
 from anon_dist.train.model import Planned, blocks, plan_model
 from anon_dist.train.pretrained import SavedWeights
@@ -98,3 +100,18 @@ def shared_sequences(
 def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
     """Whether products of float32 matrices are in TF32."""
     return config.train.precision == "fp32" and config.train.tf32 and accelerator.device.type == "cuda"
+
+
+def check_causal(config: Config, model: nn.Module, device: torch.device) -> None:
+    """Refuse a model, of those that are not among the tested families, that sees the tokens it is to predict, as an encoder does: it would
+    learn to copy them. Every rank calls it, with the wrapped model.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    source = config.model.config or config.model.from_pretrained
+    rounding = 1e-5 if config.train.precision == "fp32" else 1e-4
+    if source is not None and sees_what_comes(model, device, config.data.seq_len, rounding):
+        raise ConfigError(
+            f"model: {source} is of a model that sees the tokens it is to predict, and cannot be trained so"
+        )

@@ -254,6 +254,18 @@ def test_continued_pretraining_starts_from_the_weights(run_config, train, tmp_pa
     assert json.loads((second / "result.json").read_text())["final_loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for kind, words in (("bert-generation", "sees the tokens it is to predict"), ("stablelm", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+        config = run_config(model__config=str(tmp_path / "config.json"), train__steps=4, run_dir=str(tmp_path / kind))
+        if words is None:
+            assert (train(config) / "model" / "model.safetensors").is_file()
+            continue
+        with pytest.raises(ConfigError, match=words):
+            train(config)
+
+
 def test_a_run_goes_on_with_longer_sequences(run_config, train, capsys):
     """After as many tokens; with another base of its rotary positions, which is said; and not where positions are learned."""
     config = run_config(model__family="qwen3", data__seq_len=16, model__context=16, train__steps=8)
