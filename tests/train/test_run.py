@@ -255,7 +255,13 @@ def test_continued_pretraining_starts_from_the_weights(run_config, train, tmp_pa
 
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_key_value_heads": 2,
+    }
     for kind, words in (("bert-generation", "sees the tokens it is to predict"), ("stablelm", None)):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
         config = run_config(model__config=str(tmp_path / "config.json"), train__steps=4, run_dir=str(tmp_path / kind))
