@@ -89,7 +89,7 @@ def test_help_of_the_training_lists_the_presets(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "usage: anon-dist train " in text
     assert "--config FILE" in text
-    assert "(gpt2-medium, gpt2-small, llama-1b, quickstart)" in text
+    assert "(gpt2-medium, gpt2-small, llama-1b, quickstart, qwen3-1b)" in text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ link that leads nowhere.
 import argparse
 import contextlib
 import difflib
+import json
 import re
 import runpy
 import shlex
@@ -50,7 +51,7 @@ COMMANDS = sorted({c for path in PAGES for c in commands(path.read_text())})
 SHORT = shlex.split(
     "--data.path data/stdlib --data.seq-len 32 --model.layers 1 --model.width 32 --model.heads 2 --model.context 64 "
     "--train.steps 2 --schedule.warmup-steps 1 --train.global-batch 4 --train.micro-batch 4 --train.precision fp32 "
-    "--train.compile false --eval.sequences 4 --eval.final-sequences 4 --checkpoint.every 1 --log.trackers"
+    "--train.compile none --eval.sequences 4 --eval.final-sequences 4 --checkpoint.every 1 --log.trackers"
 )
 
 
@@ -61,6 +62,8 @@ def work(prepared, tmp_path_factory):
     for name in ("configs", "launch", "tools", "tests"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(prepared, folder / "data" / "stdlib")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    (folder / "my-config.json").write_text(json.dumps({"model_type": "phi3", "num_key_value_heads": 1, **sizes}))
     return folder
 
 

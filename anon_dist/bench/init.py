@@ -148,7 +148,7 @@ class Chosen:
 
     engine: str
     """For train.engine."""
-    checkpointing: bool
+    checkpointing: str
     micro_batch: int
     global_batch: int
     steps: int
@@ -171,7 +171,7 @@ def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int,
     hardware = Hardware(memory=1e9 * options.memory, reserve=min(5e9, 1e8 * options.memory), per_node=options.per_node)
     engines: tuple[EngineName, ...] = ("ddp", "fsdp2") if options.ranks > 1 else ("ddp",)
     least: Row | None = None
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         fitting = []
         for engine in engines:
             for micro in (1 << i for i in range(share.bit_length())):
@@ -238,6 +238,7 @@ def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int)
     usual = dataclasses.asdict(ModelConfig())
     shown = {k: v for k, v in dataclasses.asdict(model).items() if k in _ALWAYS or v != usual[k]}
     sizes = "\n".join(f"  {k}: {_yaml(v)}" for k, v in shown.items())
+    why = "fits without" if chosen.checkpointing == "none" else "what would not fit otherwise"
     timing = (
         f"{speed:,.0f} tokens/s on all ranks, {tokens / speed / 3600:,.2g} hours, on H100s at {MFU:.0%} of their peak"
         if options.precision == "bf16"
@@ -270,7 +271,7 @@ train:
   micro_batch: {chosen.micro_batch}  # of those that fit the fastest; on each rank {rounds} make a step
   engine: {chosen.engine}
   precision: {options.precision}
-  activation_checkpointing: {_yaml(chosen.checkpointing)}  # {"what would not fit otherwise" if chosen.checkpointing else "fits without"}
+  activation_checkpointing: {_yaml(chosen.checkpointing)}  # {why}
   compile: {_yaml(options.precision == "bf16")}
 eval:
   every: {every}

@@ -39,13 +39,15 @@ class Job:
     seq_len: int = 4096
     bf16: bool = True
     """Compute in bfloat16, with float32 masters; else in float32."""
-    checkpointing: bool = True
-    """Recompute each block's activations in the backward pass."""
+    checkpointing: str = "full"
+    """What of a block's activations is computed again in the backward pass: none, full, selective."""
     whole_gradients: bool = False
     """FSDP: micro-batches' gradients are summed in full and reduced once a step (train.accumulate whole)."""
 
     whole_logits: bool = False
     """The loss is taken of all logits at once (train.loss whole)."""
+    context: int = 1
+    """fsdp2 and hsdp: ranks that share each sequence."""
 
     @property
     def width(self) -> int:
@@ -54,8 +56,13 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.seq_len
+        """Of a rank in a micro-batch."""
+        return self.micro_batch * self.seq_len // self.context
+
+    @property
+    def keys_and_values(self) -> float:
+        """Bytes of one layer's, of whole sequences."""
+        return 2.0 * self.shape.kv_width * self.width * self.micro_batch * self.seq_len
 
 
 # -- elements ---------------------------------------------------------------------------------------------------------
@@ -188,8 +195,13 @@ def activation_bytes(engine: EngineName, job: Job) -> float:
     shape, tensor = job.shape, job.tensor if engine == "fsdp2+tp" else 1
     whole, split = shape.saved_per_token()
     block = job.width * (whole + split / tensor)
-    blocks = job.width * shape.width * shape.layers + block if job.checkpointing else block * shape.layers
-    return job.tokens * blocks + loss_bytes(job, tensor)
+    if job.checkpointing == "none":
+        blocks = block * shape.layers
+    else:  # each block's input, and one block's all
+        kept_whole, kept_split = shape.selected_per_token() if job.checkpointing == "selective" else (0.0, 0.0)
+        blocks = job.width * (shape.width + kept_whole + kept_split / tensor) * shape.layers + block
+    gathered = 0.0 if job.context == 1 else job.keys_and_values * (shape.layers if job.checkpointing == "none" else 1)
+    return job.tokens * blocks + gathered + loss_bytes(job, tensor)
 
 
 def loss_bytes(job: Job, tensor: int = 1) -> float:

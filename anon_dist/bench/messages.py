@@ -54,7 +54,7 @@ def traffic(engine: EngineName, job: Job) -> list[Message]:
     ]
     if engine == "hsdp":
         found.append(Message("all-reduce", reduced_size / ranks, n // ranks, ranks))
-    return found + (_tensor_parallel_traffic(job) if tensor > 1 else [])
+    return found + (_tensor_parallel_traffic(job) if tensor > 1 else []) + _context_parallel_traffic(job)
 
 
 def gathers(unit: str) -> int:
@@ -67,7 +67,7 @@ def _tensor_parallel_traffic(job: Job) -> list[Message]:
     shape, rounds = job.shape, job.accumulation
     activations = float(job.tokens * shape.width * job.width)
     sums = 7 * shape.layers
-    if job.checkpointing:  # attention's again; the recomputation ends before the MLP's
+    if job.checkpointing != "none":  # attention's again; the recomputation ends before the MLP's
         sums += shape.layers
     if shape.tied:
         return [Message("all-reduce", activations * sums * rounds, job.tensor)]
@@ -78,6 +78,15 @@ def _tensor_parallel_traffic(job: Job) -> list[Message]:
         return [found, Message("all-gather", logits * rounds, job.tensor)]
     numbers = 3 * 4.0 * job.tokens  # a token's largest logit, its sum, and its target's
     return [Message("all-reduce", (activations * sums + numbers) * rounds, job.tensor)]
+
+
+def _context_parallel_traffic(job: Job) -> list[Message]:
+    """Keys and values, gathered in each forward pass and in its repetition, and their gradients."""
+    if job.context == 1:
+        return []
+    size = job.keys_and_values * job.shape.layers * job.accumulation
+    times = 1 if job.checkpointing == "none" else 2
+    return [Message("all-gather", size * times, job.context), Message("reduce-scatter", size, job.context)]
 
 
 def _deepspeed_traffic(engine: EngineName, job: Job) -> list[Message]:

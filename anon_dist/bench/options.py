@@ -132,8 +132,8 @@ class ScalingOptions:
     """Tokens of a sequence."""
     precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "fp32"
     """Of the computation."""
-    checkpointing: bool = False
-    """Recompute activations, block by block."""
+    checkpointing: Annotated[str, tyro.conf.arg(metavar="{none,full,selective}")] = "none"
+    """What of a block's activations is computed again (train.activation_checkpointing)."""
     check: bool = False
     """Exit with code 1 if state bytes are not those predicted, or bytes sent differ by more than 3%."""
     minutes: float = 5.0
@@ -164,12 +164,14 @@ class PlanOptions:
     """Tokens of a sequence. None: the model's context."""
     precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"
     """Of the computation."""
-    checkpointing: bool = True
-    """Recompute activations, block by block."""
+    checkpointing: Annotated[str, tyro.conf.arg(metavar="{none,full,selective}")] = "full"
+    """What of a block's activations is computed again (train.activation_checkpointing)."""
     shard_ranks: int = 8
     """hsdp: ranks that share one copy."""
     tensor_parallel: int = 8
     """fsdp2+tp: ranks that split matrices."""
+    context_parallel: int = 1
+    """fsdp2 and hsdp: ranks that share each sequence (train.context_parallel)."""
     mfu: float = 0.4
     """Share of the peak that forward and backward passes reach."""
     steps: int = 100_000

@@ -37,6 +37,7 @@ from anon_dist.bench.messages import traffic
 from anon_dist.bench.options import EngineName, Hardware, OptimizerName, PlanOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
+from anon_dist.engines.tensor_parallel import SPLIT
 from anon_dist.train.config import ConfigError, OptimConfig
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -97,8 +98,14 @@ def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware)
     """Why the engine cannot run the job."""
     if engine == "fsdp2+tp":
         sizes = job.shape.heads, job.shape.kv_heads, job.shape.hidden
-        if job.shape.family != "llama" or any(size % job.tensor for size in sizes) or job.ranks % job.tensor:
+        if (
+            job.shape.family not in {kind.removesuffix("_text") for kind in SPLIT}
+            or any(size % job.tensor for size in sizes)
+            or job.ranks % job.tensor
+        ):
             return f"cannot split this model in {job.tensor}"
+    if job.context > 1 and (engine not in ("fsdp2", "hsdp") or job.ranks % job.context or job.shape.window):
+        return f"cannot share sequences among {job.context}"
     if engine == "hsdp" and job.ranks % job.shard:
         return f"{job.ranks} ranks are no multiple of {job.shard}"
     if (over := needed.device - (hardware.memory - hardware.reserve)) > 0:
@@ -164,6 +171,7 @@ def job_of(options: PlanOptions) -> Job:
         "accumulation",
         "shard_ranks",
         "tensor_parallel",
+        "context_parallel",
         "steps",
         "vocab",
         "basis_block",
@@ -178,6 +186,8 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
     if options.loss not in ("chunked", "whole"):
         raise ConfigError(f"--loss is chunked or whole, not {options.loss}")
+    if options.checkpointing not in ("none", "full", "selective"):
+        raise ConfigError(f"--checkpointing is none, full or selective, not {options.checkpointing}")
     shape = find_shape(options.model, options.vocab)
     return Job(
         shape,
@@ -191,6 +201,7 @@ def job_of(options: PlanOptions) -> Job:
         options.checkpointing,
         options.accumulate == "whole",
         options.loss == "whole",
+        options.context_parallel,
     )
 
 

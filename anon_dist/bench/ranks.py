@@ -27,7 +27,8 @@ from anon_dist.optim import Anon, param_groups
 from anon_dist.train.batch import mean_loss
 from anon_dist.train.config import shipped_configs
 from anon_dist.train.loss import attach
-from anon_dist.train.model import build_model
+from anon_dist.train.model import blocks, build_model
+from anon_dist.train.recompute import recompute
 
 WARM_UP = 3
 STREAM_ELEMENTS = 1 << 23
@@ -88,8 +89,7 @@ def bring_up(name: str, job: Job, make: Callable[[Any], torch.optim.Optimizer]) 
     torch.manual_seed(0)
     model = build_model(config_of(job.shape), job.shape.vocab, 0, job.seq_len)
     attach(model)
-    if job.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(blocks(model), job.checkpointing)  # type: ignore[arg-type]
     accelerator, resolved = start(wanted)
     accumulate: Accumulate | None = ("whole" if job.whole_gradients else "sharded") if resolved in FSDP else None
     optimizer = make(param_groups(model, 0.1))

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from anon_dist.train.config import find_config, load_config
-from anon_dist.train.model import model_config
+from anon_dist.train.families import model_config
 
 Shapes = Sequence[Sequence[int]]
 
-VOCABULARY = {"gpt2": 50257, "llama": 32000}
+VOCABULARY = {"gpt2": 50257, "llama": 32000, "qwen3": 151936, "gemma3": 262144, "olmo2": 100352, "mixtral": 32000}
 TENSORS = 4
 BLOCKS = 2048
 """A multiple of the blocks that share a scale: torchao's and bitsandbytes' 128 to 256 elements."""
@@ -30,7 +30,7 @@ def few_large(elements: int) -> list[list[int]]:
 
 
 def model_shapes(preset: str) -> list[list[int]]:
-    """Of the parameters of a shipped training configuration's model, with the vocabulary of GPT-2 or Llama 2, as published.
+    """Of the parameters of a shipped training configuration's model, with its family's vocabulary, as published (of Llama, 2's).
 
     Raises:
         ConfigError: there is no such configuration.

@@ -1,4 +1,4 @@
-"""The parameters of GPT-2 and Llama shapes, without building them, and what their arithmetic costs."""
+"""The parameters of each family's shapes, without building them, and what their arithmetic costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anon_dist.train.config import ConfigError, ModelConfig, find_config, load_config
+from anon_dist.train.families import GLOBAL_EVERY, default_hidden
 
+Family = Literal["gpt2", "llama", "qwen3", "gemma3", "olmo2", "mixtral"]
 Where = Literal["block", "embedding", "tail", "root"]
 """A transformer block; token embedding; final norm and output matrix; GPT-2's positions."""
 
@@ -38,7 +40,7 @@ class Parameter:
 class Shape:
     """A model's dimensions."""
 
-    family: Literal["gpt2", "llama"]
+    family: Family
     layers: int
     width: int
     heads: int
@@ -47,20 +49,35 @@ class Shape:
     vocab: int
     context: int
     tied: bool
+    head_dim: int | None = None
+    """None: width / heads."""
+    experts: int = 0
+    """mixtral: of a layer."""
+    experts_per_token: int = 0
+    window: int | None = None
+    """gemma3: tokens that most layers attend to."""
+
+    @property
+    def head_size(self) -> int:
+        """Of a head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries."""
+        return self.head_size * self.heads
 
     @property
     def kv_width(self) -> int:
         """Width of the keys, and of the values."""
-        return self.width // self.heads * self.kv_heads
+        return self.head_size * self.kv_heads
 
     def parameters(self) -> list[Parameter]:
         """All, in the model's order."""
-        h, f, kv = self.width, self.hidden, self.kv_width
+        h, f = self.width, self.hidden
         block: list[tuple[tuple[int, ...], int | None]]
-        if self.family == "llama":  # q, k, v, o; gate, up, down; norms (transformers' LlamaDecoderLayer)
-            block = [((h, h), 0), ((kv, h), 0), ((kv, h), 0), ((h, h), 1), ((f, h), 0), ((f, h), 0), ((h, f), 1)]
-            block += [((h,), None)] * 2
-            first, last = [], [Parameter((h,), "tail")]
+        if self.family != "gpt2":
+            block, first, last = self._rotary_block(), [], [Parameter((h,), "tail")]
         else:  # norm; q, k, v in one; projection; norm; MLP (transformers' GPT2Block)
             block = [((h,), None), ((h,), None), ((h, 3 * h), None), ((3 * h,), None), ((h, h), None), ((h,), None)]
             block += [((h,), None), ((h,), None), ((h, f), None), ((f,), None), ((f, h), None), ((h,), None)]
@@ -70,21 +87,51 @@ class Shape:
         blocks = [Parameter(shape, "block", i, split) for i in range(self.layers) for shape, split in block]
         return [embedding, *first, *blocks, *last, *output]
 
+    def _rotary_block(self) -> list[tuple[tuple[int, ...], int | None]]:
+        """Of Llama and what came of it: attention's matrices and norms, the MLP's matrices, or the experts', the block's norms."""
+        h, f, q, kv = self.width, self.hidden, self.query_width, self.kv_width
+        block: list[tuple[tuple[int, ...], int | None]] = [((q, h), 0), ((kv, h), 0), ((kv, h), 0), ((h, q), 1)]
+        if self.family in ("qwen3", "gemma3"):
+            block += [((self.head_size,), None)] * 2
+        elif self.family == "olmo2":
+            block += [((q,), None), ((kv,), None)]
+        if self.family == "mixtral":
+            block += [((self.experts, h), None), ((self.experts, 2 * f, h), None), ((self.experts, h, f), None)]
+        else:
+            block += [((f, h), 0), ((f, h), 0), ((h, f), 1)]
+        return block + [((h,), None)] * (4 if self.family == "gemma3" else 2)
+
     def flops_per_token(self, seq_len: int) -> float:
-        """As `anon_dist.train.model.flops_per_token`: 6 for each parameter that multiplies, 12 · layers · width · seq_len for attention."""
-        multiplied = sum(p.numel for p in self.parameters() if p.where not in ("embedding", "root"))
-        return 6.0 * multiplied + 12.0 * self.layers * self.width * seq_len
+        """As `anon_dist.train.model.flops_per_token`."""
+        share = self.experts_per_token / self.experts if self.experts else 1.0
+        multiplied = sum(
+            p.numel * (share if len(p.shape) == 3 else 1.0)
+            for p in self.parameters()
+            if p.where not in ("embedding", "root")
+        )
+        near = self.layers - self.layers // GLOBAL_EVERY if self.window else 0
+        seen = near * min(seq_len, self.window or seq_len) + (self.layers - near) * seq_len
+        return 6.0 * multiplied + 12.0 * self.query_width * seen
 
     def saved_per_token(self) -> tuple[float, float]:
         """Numbers that a block saves for its backward pass, for each token, with attention that keeps no scores (FlashAttention).
 
         Returns:
             Those that are whole on every rank of a tensor-parallel group (inputs of norms and of the matrices after them), and those
-            that are split (queries, keys, values, attention's output; the MLP's hidden numbers). After Korthikanti et al., arXiv
-            2205.05198, section 4.1.
+            that are split (queries, keys, values, attention's output, what is normed of them; the MLP's hidden numbers). After
+            Korthikanti et al., arXiv 2205.05198, section 4.1.
         """
-        hidden = (4 if self.family == "llama" else 2) * self.hidden
-        return 4.0 * self.width, 2.0 * self.width + 2.0 * self.kv_width + hidden
+        hidden = (2 if self.family == "gpt2" else 4) * self.hidden * max(1, self.experts_per_token)
+        normed = self.query_width + self.kv_width if self.family in ("qwen3", "gemma3", "olmo2") else 0
+        gathered = 2 * self.width * self.experts_per_token  # each expert's input and output
+        return 4.0 * self.width + gathered, 2.0 * self.query_width + 2.0 * self.kv_width + hidden + normed
+
+    def selected_per_token(self) -> tuple[float, float]:
+        """Of these, whole and split, what `train.recompute` keeps of a block beside its input under selective: attention's output, and the
+        results of every second matrix product (in Llama's order the first is q, the last the MLP's)."""
+        if self.family == "gpt2":
+            return 0.0, 4.0 * self.width + self.hidden
+        return 1.0 * self.width, 2.0 * self.query_width + self.kv_width + self.hidden * max(1, self.experts_per_token)
 
 
 MODELS = {
@@ -114,21 +161,31 @@ def find_shape(name: str, vocab: int) -> Shape:
         raise ConfigError(
             f"--model {name} is none of {', '.join(MODELS)}, and no configuration either: {error}"
         ) from None
-    if config.from_pretrained is not None:
-        raise ConfigError(
-            f"--model {name} starts from {config.from_pretrained}; give the sizes in a configuration instead"
-        )
+    for source in (config.from_pretrained, config.config):
+        if source is not None:
+            raise ConfigError(f"--model {name} starts from {source}; give the sizes in a configuration instead")
     return shape_of(config, vocab)
 
 
 def shape_of(config: ModelConfig, vocab: int) -> Shape:
-    """What `anon_dist.train.model.model_config` makes of a configuration."""
-    llama = config.family == "llama"
-    hidden = config.hidden or (-(-8 * config.width // 3 // 256) * 256 if llama else 4 * config.width)
+    """What `anon_dist.train.families.model_config` makes of a configuration."""
     padded = -(-vocab // config.pad_vocab_to) * config.pad_vocab_to
-    kv_heads = (config.kv_heads or config.heads) if llama else config.heads
-    sizes = (config.layers, config.width, config.heads, kv_heads, hidden, padded, config.context)
-    return Shape(config.family, *sizes, tied=config.tie_embeddings)
+    kv_heads = config.heads if config.family == "gpt2" else config.kv_heads or config.heads
+    experts = (config.experts or 8, config.experts_per_token or 2) if config.family == "mixtral" else (0, 0)
+    return Shape(
+        config.family,
+        config.layers,
+        config.width,
+        config.heads,
+        kv_heads,
+        config.hidden or default_hidden(config),
+        padded,
+        config.context,
+        config.tie_embeddings,
+        config.head_dim,
+        *experts,
+        window=(config.window or 512) if config.family == "gemma3" else None,
+    )
 
 
 def config_of(shape: Shape) -> ModelConfig:
@@ -138,8 +195,12 @@ def config_of(shape: Shape) -> ModelConfig:
         layers=shape.layers,
         width=shape.width,
         heads=shape.heads,
-        kv_heads=shape.kv_heads if shape.family == "llama" else None,
+        kv_heads=None if shape.family == "gpt2" else shape.kv_heads,
+        head_dim=shape.head_dim,
         hidden=shape.hidden,
+        experts=shape.experts or None,
+        experts_per_token=shape.experts_per_token or None,
+        window=shape.window,
         context=shape.context,
         tie_embeddings=shape.tied,
         pad_vocab_to=1,

@@ -32,8 +32,8 @@ class BatchLoader(Iterator[Tensor]):
     The cursor is the number of samples that finished steps have consumed, over all ranks, since the start of training. It moves only in
     `advance()`, which the consumer calls once after each optimizer step, when it has taken the step's `accumulation` micro-batches. What a
     background thread has read ahead, or a step has begun, does not count; a run that is resumed from `state_dict()` therefore starts
-    with the first sample of the first unfinished step. Seed, sequence length and corpus must stay the same over a resume; world
-    size, micro-batch and accumulation may change.
+    with the first sample of the first unfinished step. Seed and corpus must stay the same over a resume; world size, micro-batch and
+    accumulation may change. So may the sequence length: the cursor then goes on after as many tokens, in the order of the other samples.
 
         with BatchLoader(shards, SampleOrder(shards.num_samples(seq_len), seed), seq_len, micro_batch=8) as loader:
             for step in range(steps):
@@ -161,33 +161,56 @@ class BatchLoader(Iterator[Tensor]):
         """Where training stands, and what that position is only meaningful with. The same on every rank; plain JSON values."""
         return {"cursor": self._cursor, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on from `state`; micro-batches taken since the last `advance()` are given out again, at the loaded place.
 
+        Returns:
+            What another sequence length comes to, in a sentence.
+
         Raises:
-            DataError: the state belongs to another corpus, sequence length, seed or order. It names each difference.
+            DataError: the state belongs to another corpus, seed or order. It names each difference.
         """
         remedies = {
             "fingerprint": "point the run at the data it began with",
             "split": "read the split it began with",
-            "seq_len": "keep the sequence length",
             "num_samples": "point the run at the data it began with",
             "seed": "keep the data seed",
             "shuffle": "keep the setting of shuffle",
             "packing": "keep the setting of packing",
         }
         state = {"packing": "concat", **state}  # earlier versions had no other
+        if self.packing is not None and state.get("seq_len") != self.seq_len:
+            raise DataError(
+                f"data: cannot resume: data.seq_len is {self.seq_len}, the saved state has {state.get('seq_len')!r}, and documents are packed "
+                "into samples of one length (data.packing best_fit); keep the length"
+            )
         differences = [
             f"{key} is {mine!r}, the saved state has {state.get(key)!r} ({remedies[key]})"
-            for key, mine in self._identity().items()
-            if state.get(key) != mine
+            for key, mine in {**self._identity(), "num_samples": self._samples_of(state)}.items()
+            if key != "seq_len" and state.get(key) != mine
         ]
         if differences:
             raise DataError("data: cannot resume: " + "; ".join(differences))
         cursor = state.get("cursor")
         if not isinstance(cursor, int) or cursor < 0:
             raise DataError(f"BatchLoader: cannot resume: cursor must be an integer ≥ 0, not {cursor!r}")
-        self._start(cursor)
+        length = state["seq_len"]
+        if length == self.seq_len:
+            self._start(cursor)
+            return None
+        self._start(-(-cursor * length // self.seq_len))
+        return (
+            f"data.seq_len is {self.seq_len} now: the run goes on after {cursor * length:,} tokens, at sample {self._cursor:,} of the "
+            f"{self.order.num_samples:,} of that length, in their order. What it has read of this epoch, "
+            f"{cursor / state['num_samples'] % 1:.1%}, was in another order, and may come again"
+        )
+
+    def _samples_of(self, state: dict[str, Any]) -> int:
+        """Of the sequence length in a state: 0 if that is none."""
+        length = state.get("seq_len")
+        if self.packing is not None and length == self.seq_len:
+            return self.order.num_samples
+        return self.shards.num_samples(length) if type(length) is int and length > 0 else 0
 
     def close(self) -> None:
         """Stop the background thread. May be called again."""

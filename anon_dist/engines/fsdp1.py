@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.check import StateBytes, state_bytes_of_ranks
 from anon_dist.engines.grads import global_norm
+from anon_dist.engines.materialize import materialize
 from anon_dist.engines.replicas import Copy, copies_of
 from anon_dist.engines.torch_native import TorchEngine, full_weights
 
@@ -42,9 +44,26 @@ class Fsdp1Engine(TorchEngine):
     """See `base.Engine`. On a rank a parameter is the 1-D part of it that lies in the rank's share of the block, often none of it."""
 
     def __init__(
-        self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, sharded_sums: bool
+        self,
+        name: str,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        sharded_sums: bool,
+        weights: Checkpoint | None = None,
     ) -> None:
-        """`sharded_sums`: see `start.wrap`."""
+        """`sharded_sums`, `weights`: see `start.wrap`. A block is built whole, and cut before the next one is."""
+        if weights is not None:
+            names = {p: name for name, p in model.named_parameters()}
+
+            def build(module: nn.Module) -> nn.Module:
+                for p in module.parameters(recurse=False):
+                    if p.is_meta:
+                        materialize(model, weights, torch.device("cpu"), only=names[p])
+                return module
+
+            accelerator.state.fsdp_plugin.param_init_fn = build
         with _quiet():
             super().__init__(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
 

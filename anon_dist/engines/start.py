@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines import cpu, peers
 from anon_dist.engines.base import Engine
 from anon_dist.engines.bases import FLATTENING, refuse_flattened
@@ -28,6 +29,8 @@ from anon_dist.engines.check import check_launcher, check_same_start, check_worl
 from anon_dist.engines.comparison import check_alike, surroundings
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.fsdp1 import Fsdp1Engine, fsdp1_plugin
+from anon_dist.engines.materialize import is_meta, materialize
+from anon_dist.engines.precision import Precision, mixed_precision, recipes
 from anon_dist.engines.register import register
 from anon_dist.engines.tensor_parallel import TensorParallelEngine
 from anon_dist.engines.torch_native import TorchEngine
@@ -35,7 +38,6 @@ from anon_dist.engines.zero_redundancy import ZeroRedundancyEngine
 from anon_dist.optim import Anon
 
 Name = Literal["single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"]
-Precision = Literal["fp32", "bf16", "fp16", "bf16-true"]
 Offload = Literal["off", "serial", "overlap"]
 Accumulate = Literal["sharded", "whole"]
 FSDP: tuple[Name, ...] = ("fsdp2", "hsdp", "fsdp1")
@@ -53,7 +55,7 @@ class Wanted:
     """"auto" takes what accelerate's configuration asks for; under torchrun, which asks for nothing, fsdp2."""
     precision: Precision
     """Dtype of the computation. In bf16 parameters and state stay float32, and gradients are reduced in float32. fp16, with a loss scale,
-    is DeepSpeed's, on GPUs. bf16-true: the model is bfloat16 itself; its optimizer must round stochastically."""
+    is DeepSpeed's, on GPUs. fp8: see `precision`. bf16-true: the model is bfloat16 itself; its optimizer must round stochastically."""
     timeout: timedelta
     """How long a rank waits for its peers."""
     micro_batch: int
@@ -64,6 +66,8 @@ class Wanted:
     """hsdp: ranks among which one copy of the model is sharded; the copies are replicas. None: as accelerate was configured, else all."""
     tensor_parallel: int | None = None
     """fsdp2: ranks that split the matrices of a block between them. None: as accelerate was configured, else 1."""
+    context_parallel: int | None = None
+    """fsdp2 and hsdp: ranks that share each sequence. None: as accelerate was configured, else 1."""
     offload: Offload | None = None
     """fsdp2 and hsdp: parameters, gradients and optimizer state on the host, and whether Anon steps in the background there (see
     `overlap`). None: offloaded as accelerate was configured, else "off"; where offloaded, "overlap"."""
@@ -94,7 +98,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     name = _resolve(wanted, launched)
     on_cpu = _on_cpu()
-    mixed = _mixed_precision(wanted, name, on_cpu)
+    mixed = mixed_precision(wanted.precision, name, on_cpu, splitting_ranks(wanted) > 1)
     if name == "deepspeed" and os.environ.get("LOCAL_RANK", "0") == "0":
         warn_of_waiting()
     if name in ("fsdp2", "deepspeed") and "RANK" not in os.environ:
@@ -108,7 +112,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
         accelerator = Accelerator(
             mixed_precision=mixed,
             cpu=on_cpu and not as_device,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=wanted.timeout), *recipes(wanted.precision)],
             **_plugins(name, wanted, launched),
             **accelerator_args,
         )
@@ -124,23 +128,6 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     return accelerator, name
 
 
-def _mixed_precision(wanted: Wanted, name: Name, on_cpu: bool) -> str:
-    """What accelerate calls the precision; one that the engine has not is refused."""
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    mixed = "no" if wanted.precision in ("fp32", "bf16-true") else wanted.precision
-    if configured not in ("no", mixed):
-        raise EngineError(
-            f"accelerate's configuration says mixed_precision: {configured}, and train.precision is {wanted.precision}; make them agree"
-        )
-    if wanted.precision == "fp16" and (name != "deepspeed" or on_cpu):
-        raise EngineError("train.precision fp16 needs engine deepspeed, which scales the loss, and a GPU; use bf16")
-    if wanted.precision == "bf16-true" and (
-        name not in ("single", "ddp", "fsdp2", "hsdp") or splitting_ranks(wanted) > 1
-    ):
-        raise EngineError(f"train.precision bf16-true needs engine single, ddp, fsdp2 or hsdp, here {name}; use bf16")
-    return mixed
-
-
 def splitting_ranks(wanted: Wanted) -> int:
     """Ranks that split matrices between them and read the same samples, 1 without tensor parallelism."""
     configured = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
@@ -148,6 +135,27 @@ def splitting_ranks(wanted: Wanted) -> int:
     if configured not in (1, asked):
         raise EngineError(
             f"train.tensor_parallel is {asked}, and accelerate's configuration says parallelism_config_tp_size: {configured}; make them "
+            "agree"
+        )
+    return asked
+
+
+def sharing_ranks(wanted: Wanted) -> int:
+    """Ranks that share each sequence, 1 without context parallelism.
+
+    Raises:
+        EngineError: accelerate's configuration says another number, or asks for DeepSpeed's sequence parallelism.
+    """
+    if (sequence := int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))) > 1:
+        raise EngineError(
+            f"accelerate's configuration says parallelism_config_sp_size: {sequence}, and DeepSpeed's sequence parallelism is not "
+            "supported; take parallelism_config_cp_size (train.context_parallel) with fsdp2"
+        )
+    configured = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
+    asked = wanted.context_parallel or configured
+    if configured not in (1, asked):
+        raise EngineError(
+            f"train.context_parallel is {asked}, and accelerate's configuration says parallelism_config_cp_size: {configured}; make them "
             "agree"
         )
     return asked
@@ -162,6 +170,7 @@ def wrap(
     tensor_parallel: int = 1,
     overlap: bool = True,
     accumulate: Accumulate | None = None,
+    weights: Checkpoint | None = None,
 ) -> Engine:
     """Model and optimizer under the engine; the optimizer with its state allocated for the wrapped parameters.
 
@@ -171,6 +180,7 @@ def wrap(
         accumulate: fsdp1, fsdp2 and hsdp: the gradients' sum over micro-batches. "sharded": ranks reduce each micro-batch's and keep their
             share; "whole": all of it on every rank, reduced once a step. None: sharded, but for parameters of bfloat16, whose shares are
             summed in bfloat16, where whole gradients are summed in float32.
+        weights: of a model that is on the meta device. Engines that shard it read what the rank keeps.
 
     Raises:
         EngineError: the ranks' weights differ, what came back is not what was asked for, or another engine is to `accumulate`.
@@ -183,7 +193,13 @@ def wrap(
     sharded_sums = name in FSDP and (accumulate or ("whole" if rounded else "sharded")) == "sharded"
     if name in FLATTENING:
         refuse_flattened(f"engine {name}", optimizer)
-    check_same_start(model, accelerator.device)
+    if is_meta(model):
+        assert weights is not None
+        if name not in ("fsdp2", "hsdp", "fsdp1", "deepspeed"):
+            materialize(model, weights, torch.device("cpu"))
+    if not is_meta(model):
+        weights = None  # they are in it
+        check_same_start(model, accelerator.device)
     if any(
         state and int(state["step"])
         for state in optimizer.state.values()
@@ -195,17 +211,19 @@ def wrap(
     if name == "deepspeed":
         from anon_dist.engines.zero import ZeroEngine
 
-        return ZeroEngine(name, accelerator, model, optimizer)
+        return ZeroEngine(name, accelerator, model, optimizer, weights=weights)
     if name == "zero1":
         return ZeroRedundancyEngine(name, accelerator, model, optimizer)
     if tensor_parallel > 1:
-        return TensorParallelEngine(name, accelerator, model, optimizer, tensor_parallel, sharded_sums=sharded_sums)
+        return TensorParallelEngine(
+            name, accelerator, model, optimizer, tensor_parallel, sharded_sums=sharded_sums, weights=weights
+        )
     if name == "fsdp1":
-        return Fsdp1Engine(name, accelerator, model, optimizer, sharded_sums=sharded_sums)
+        return Fsdp1Engine(name, accelerator, model, optimizer, sharded_sums=sharded_sums, weights=weights)
     plugin = accelerator.state.fsdp_plugin if name in ("fsdp2", "hsdp") else None
     offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     overlap = overlap and offloaded and isinstance(optimizer, Anon)
-    return TorchEngine(name, accelerator, model, optimizer, overlap=overlap, sharded_sums=sharded_sums)
+    return TorchEngine(name, accelerator, model, optimizer, overlap=overlap, sharded_sums=sharded_sums, weights=weights)
 
 
 def limit_waits(timeout: timedelta) -> None:
@@ -248,6 +266,11 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
     if (split := splitting_ranks(wanted)) > 1 and (engine != "fsdp2" or launched % split):
         raise EngineError(
             f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
+        )
+    if (sharing := sharing_ranks(wanted)) > 1 and (engine not in ("fsdp2", "hsdp") or launched % sharing or split > 1):
+        raise EngineError(
+            f"train.context_parallel is {sharing}: it needs engine fsdp2 or hsdp, here {engine}, without tensor parallelism, here {split}, "
+            f"and a multiple of {sharing} ranks, here {launched}"
         )
     if configured == "hsdp" and launched == 1:
         raise EngineError(
@@ -304,7 +327,7 @@ def _fsdp2_plugin(wanted: Wanted) -> FullyShardedDataParallelPlugin:
     os.environ["FSDP_VERSION"] = "2"  # accelerate sets ACCELERATE_USE_FSDP, and not this
     given = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     policy = None
-    if wanted.precision == "bf16":
+    if wanted.precision in ("bf16", "fp8"):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     elif wanted.precision == "bf16-true":
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""FSDP2 over tensor parallelism, for Llama shapes: matrices are split within groups of ranks, and all is sharded across the groups.
+"""FSDP2 over tensor parallelism, for Llama-like shapes: matrices are split within groups of ranks, and all is sharded across the groups.
 
 Ranks form a grid (data, tensor); neighbouring ranks, which should share a node, split matrices between them and read the same samples.
 What is not split (norms, and tied embeddings) is computed alike by all ranks of a group.
@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import check_optimizer
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.materialize import materialize, on_device
 from anon_dist.engines.restore import parameter_order
 from anon_dist.engines.torch_native import TorchEngine
 
@@ -36,6 +44,10 @@ BLOCK_PLAN: dict[str, type[ColwiseParallel] | type[RowwiseParallel]] = {
 }
 """How a Llama block is split: by heads, and by the hidden units of its MLP (Megatron-LM, arXiv 1909.08053, section 3)."""
 
+SPLIT: dict[str, int | None] = {"llama": None, "qwen3": 2, "gemma3_text": 1}
+"""Model types whose blocks are split so, and the dimension of heads where queries and keys are normed: the weight of such a norm is
+the same on all ranks of a group, and its gradient the sum over their heads."""
+
 
 class TensorParallelEngine(TorchEngine):
     """See `base.Engine`. The checkpoint is the one that `TorchEngine` writes."""
@@ -49,22 +61,26 @@ class TensorParallelEngine(TorchEngine):
         ranks: int,
         *,
         sharded_sums: bool,
+        weights: Checkpoint | None = None,
     ) -> None:
-        """`ranks`: in a group that splits matrices. `sharded_sums`: see `start.wrap`.
+        """`ranks`: in a group that splits matrices. `sharded_sums`, `weights`: see `start.wrap`.
 
         Raises:
-            EngineError: the model is no Llama, or its sizes do not divide by `ranks`.
+            EngineError: the model's blocks are none that are split here, or its sizes do not divide by `ranks`.
         """
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._order = parameter_order(model, optimizer)
         names = {p: name for name, p in model.named_parameters()}
         members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        self.name, self._accelerator, self.model = f"{name}+tp{ranks}", accelerator, model.to(accelerator.device)
+        self.name, self._accelerator = f"{name}+tp{ranks}", accelerator
+        self.model = on_device(model, accelerator.device)
         self._sharded_sums = sharded_sums
         world = accelerator.num_processes
         mesh = init_device_mesh(accelerator.device.type, (world // ranks, ranks), mesh_dim_names=("data", "tensor"))
         _split(model, mesh["tensor"])
         _shard(model, mesh["data"], accelerator.mixed_precision == "bf16")
+        if weights is not None:
+            materialize(model, weights, accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         current = dict(model.named_parameters())
         for group, held in zip(optimizer.param_groups, members, strict=True):
@@ -86,11 +102,10 @@ class TensorParallelEngine(TorchEngine):
 def _split(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split the matrices over the mesh, in place."""
     config: Any = model.config
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if layers is None or not all(hasattr(layers[0], part.split(".")[0]) for part in BLOCK_PLAN):
+    if config.model_type not in SPLIT:
         raise EngineError(
-            f"train.tensor_parallel splits Llama shapes, and this model is a {type(model).__name__}; set model.family to llama, "
-            "or train.tensor_parallel to 1"
+            f"train.tensor_parallel splits {', '.join(SPLIT)}, and this model is a {type(model).__name__}; set model.family to llama, or "
+            "train.tensor_parallel to 1"
         )
     sizes = {
         "attention heads": config.num_attention_heads,
@@ -100,8 +115,12 @@ def _split(model: nn.Module, mesh: DeviceMesh) -> None:
     for what, size in sizes.items():
         if size % mesh.size():
             raise EngineError(f"train.tensor_parallel = {mesh.size()} does not divide the model's {size} {what}")
-    for layer in layers:
-        parallelize_module(layer, mesh, {name: style() for name, style in BLOCK_PLAN.items()})
+    plan: dict[str, ParallelStyle] = {name: style() for name, style in BLOCK_PLAN.items()}
+    if (heads := SPLIT[config.model_type]) is not None:
+        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+            plan[norm] = SequenceParallel(sequence_dim=heads, use_local_output=True)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        parallelize_module(layer, mesh, plan)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
         vocabulary = {
             "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),

@@ -13,14 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint import load_sharded, save_sharded
+from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.base import set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
+from anon_dist.engines.materialize import materialize, told_apart
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import check_present, opened, parameter_order, restore
@@ -43,12 +45,17 @@ class TorchEngine:
         *,
         overlap: bool = False,
         sharded_sums: bool = False,
+        weights: Checkpoint | None = None,
     ) -> None:
-        """`overlap`: step in the background (see `overlap`). `sharded_sums`: of FSDP, see `start.wrap`."""
+        """`overlap`: step in the background (see `overlap`). `sharded_sums`, `weights`: of FSDP, see `start.wrap`."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._order = parameter_order(model, optimizer)
         self.name, self._accelerator, self._sharded_sums = name, accelerator, sharded_sums
-        self.model, prepared = accelerator.prepare(model, optimizer)
+        with told_apart(model):
+            self.model, prepared = accelerator.prepare(model, optimizer)
+        if weights is not None:
+            offload = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+            materialize(self.model, weights, torch.device("cpu") if offload else accelerator.device)
         check_optimizer(prepared, self.model, type(optimizer), groups)
         self.optimizer: Optimizer = prepared.optimizer
         allocate(self.optimizer)

@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines import zero_restore
 from anon_dist.engines.base import set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
+from anon_dist.engines.materialize import materialize
 from anon_dist.engines.register import NVME, refuse_other_steppers
 from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import DEEPSPEED, opened, parameter_order
@@ -77,13 +79,48 @@ def zero_config(
     return config
 
 
+def _build(model: nn.Module, weights: Checkpoint, accelerator: Accelerator) -> None:
+    """Give a meta model its weights: in stage 3 one parameter after the other, each partitioned before the next is made."""
+    asked = accelerator.state.deepspeed_plugin.hf_ds_config.config
+    zero = asked["zero_optimization"]
+    if zero.get("stage") != 3:
+        materialize(model, weights, torch.device("cpu"))
+        return
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    half = [kind for kind in ("bf16", "fp16") if asked[kind]["enabled"]]
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {key: zero[key] for key in ("stage", "offload_param") if key in zero},
+        **{kind: {"enabled": True} for kind in half},
+    }
+    for p in model.parameters() if half else ():  # buffers stay float32, as DeepSpeed keeps them
+        p.data = p.data.to(torch.bfloat16 if half == ["bf16"] else torch.float16)
+    partitioner: Any = Init(module=nn.Module(), config_dict_or_path=config)
+    names = {p: name for name, p in model.named_parameters()}
+    for p, name in names.items():
+        materialize(model, weights, torch.device("cpu"), only=name)
+        partitioner._convert_to_zero_parameters([p])
+
+
 class ZeroEngine:
     """A DeepSpeed engine, brought up by accelerate. See `base.Engine`."""
 
-    def __init__(self, name: str, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        name: str,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weights: Checkpoint | None = None,
+    ) -> None:
+        """`weights`: of a model on the meta device, see `start.wrap`."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._order = parameter_order(model, optimizer)
         self.name = name
+        if weights is not None:
+            _build(model, weights, accelerator)
         watch = GradientWatch(model)
         self.model, _ = accelerator.prepare(model, optimizer)
         self._engine: Any = self.model

@@ -36,6 +36,7 @@ def param_groups(
         gamma: pattern → γ of the parameters it matches.
         basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
             layers with as many outputs as an embedding has rows. They have "columns" under "both", None under "rows", in groups apart.
+            Stacks of matrices in one tensor, such as a layer's experts, have none, in groups apart.
         overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
@@ -52,6 +53,7 @@ def param_groups(
     overrides = overrides or {}
     patterns = {pattern for named in (*values.values(), overrides, no_decay) for pattern in named}
     unused, of_tokens = set(patterns), token_matrices(model) if basis in ("rows", "both") else set()
+    stacked = stacks(model) if basis is not None else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -64,13 +66,24 @@ def param_groups(
         settings |= {key: values[key][pattern] for key, pattern in own.items() if pattern is not None}
         if basis is not None:
             settings["basis"] = basis if p not in of_tokens else "columns" if basis == "both" else None
+            if p in stacked:
+                settings["basis"] = None
         own["overrides"] = next((m for m in overrides if m in matches), None)
         settings |= overrides.get(own["overrides"] or "", {})
-        groups.setdefault((decayed, p in of_tokens, *own.values()), {"params": [], **settings})["params"].append(p)
+        groups.setdefault((decayed, p in of_tokens, p in stacked, *own.values()), {"params": [], **settings})[
+            "params"
+        ].append(p)
     if unused:
         names = ", ".join(n for n, p in list(model.named_parameters())[:4])
         raise ValueError(f"param_groups: {sorted(unused)} match no trainable parameter; the names are like {names}, …")
     return list(groups.values())
+
+
+def stacks(model: nn.Module) -> set[Tensor]:
+    """The parameters that are several matrices in one tensor of three dimensions; those of convolutions are one matrix."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    others = (module for module in model.modules() if not isinstance(module, convolutions))
+    return {p for module in others for p in module.parameters(recurse=False) if p.dim() == 3}
 
 
 def token_matrices(model: nn.Module) -> set[Tensor]:

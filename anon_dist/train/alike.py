@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from anon_dist.data import DataError, Index
-from anon_dist.train.config import Config
+from anon_dist.train.config import Config, ConfigError
+from anon_dist.train.families import read_config
 
-BY_CONTENT = ("data.path", "train.deepspeed_config", "model.from_pretrained", "optim.match")
+BY_CONTENT = ("data.path", "train.deepspeed_config", "model.config", "model.from_pretrained", "optim.match")
 """Paths that may differ from node to node. Of the data the fingerprint is compared, of DeepSpeed's configuration what is in it (by
-`start`), of a pretrained model its configuration and, once it is built, the weights; what `optim.match` names is read by rank 0 alone."""
+`start`), of `model.config` too, of a pretrained model its configuration and weights; what `optim.match` names is read by rank 0 alone."""
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -23,11 +25,21 @@ def shared_settings(config: Config) -> dict[str, Any]:
         path = found.pop(name)
         if name in ("model.from_pretrained", "optim.match"):
             found[name] = None if path is None else "a path"
+        if name == "model.config" and path is not None:
+            found["what model.config says"] = _content(path)
     try:
         fingerprint = Index.load(config.data.path).fingerprint
     except DataError:
         fingerprint = "none, as there is no data that can be read"
     return {**found, "the fingerprint of the data": fingerprint}
+
+
+def _content(path: str) -> Any:
+    """Of a config.json; a fault of it is said later."""
+    try:
+        return read_config(Path(path))
+    except ConfigError:
+        return "none that can be read"
 
 
 def pretrained_settings(built: PretrainedConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import yaml
 
 from anon_dist.arguments import parse, whole_number
 from anon_dist.train import strict_yaml
+from anon_dist.train.errors import ConfigError
 from anon_dist.train.fields import (
     CheckpointConfig,
     Config,
@@ -31,7 +32,8 @@ from anon_dist.train.fields import (
     ScheduleConfig,
     TrainConfig,
 )
-from anon_dist.train.ranges import spell
+from anon_dist.train.ranges import Instead, spell
+from anon_dist.train.rules import model_rules, optim_rules, train_rules
 from anon_dist.usage import UsageError, parse_or_raise, values_of
 
 if TYPE_CHECKING:
@@ -63,10 +65,6 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
-    """The configuration is wrong; the message says which file or flag, which key, and the remedy."""
-
-
 def check(config: Config) -> None:
     """Every field's type and range, and the relations between fields that no single type can say.
 
@@ -74,71 +72,8 @@ def check(config: Config) -> None:
         ConfigError: naming the fields, what they may be, and what they are.
     """
     _validated(dataclasses.asdict(config), str)
-    for rules in (_model_rules, _optim_rules, _train_rules):
+    for rules in (model_rules, optim_rules, train_rules):
         rules(config)
-
-
-def _model_rules(config: Config) -> None:
-    m, d = config.model, config.data
-    if m.attention == "flash_attention_2" and config.train.precision == "fp32":
-        raise ConfigError(
-            "model.attention = flash_attention_2 computes in half precision only; set train.precision to bf16, or attention to sdpa"
-        )
-    if m.from_pretrained is not None:
-        return
-    if m.width % m.heads:
-        raise ConfigError(f"model.width = {m.width} is not a multiple of model.heads = {m.heads}")
-    if m.family == "llama":
-        if m.dropout:
-            raise ConfigError(f"model.dropout = {m.dropout} is GPT-2's; set it to 0 for Llama")
-        if m.heads % (m.kv_heads or 1):
-            raise ConfigError(f"model.heads = {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
-        if m.width // m.heads % 2:
-            raise ConfigError(
-                f"model.width / model.heads = {m.width} / {m.heads} is odd, and Llama's position embedding turns pairs; change one of them"
-            )
-    elif m.kv_heads is not None or m.rope_theta != ModelConfig.rope_theta:
-        raise ConfigError(
-            "model.kv_heads and model.rope_theta are Llama's, and model.family is gpt2; leave them out, or set model.family to llama"
-        )
-    if d.seq_len > m.context:
-        raise ConfigError(
-            f"data.seq_len = {d.seq_len} is longer than model.context = {m.context}; raise the context or shorten the samples"
-        )
-
-
-def _optim_rules(config: Config) -> None:
-    o, anon = config.optim, config.optim.name == "anon"
-    if config.train.precision == "bf16-true" and not anon:
-        raise ConfigError(
-            f"train.precision bf16-true needs optim.name anon: {o.name} rounds parameters to nearest, which loses small updates"
-        )
-    if config.train.offload == "overlap" and not anon:
-        raise ConfigError(f"train.offload is overlap, which {o.name} has not; set it to serial")
-    if len(set(o.gamma_schedule.values())) > 1 and o.match is None and anon:
-        raise ConfigError(
-            "optim.gamma_schedule changes γ, and with it the unit of the learning rate: set optim.match to a checkpoint of Anon or AdamW "
-            "on this model, or to a sweep's calibration/spectrum.json (anon-dist sweep: --match-rms), so that it follows"
-        )
-    if o.lr * o.weight_decay >= 1.0:
-        raise ConfigError(
-            f"optim.lr · optim.weight_decay = {o.lr:g} · {o.weight_decay:g} ≥ 1 would decay the weights past 0 in a step; lower one of them"
-        )
-
-
-def _train_rules(config: Config) -> None:
-    t, s, trackers = config.train, config.schedule, config.log.trackers
-    if s.warmup_steps >= t.steps:
-        raise ConfigError(
-            f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
-        )
-    profiled = config.log.profile_steps
-    if profiled is not None and not profiled[0] <= profiled[1] <= t.steps:
-        raise ConfigError(
-            f"log.profile_steps = {profiled[0]} {profiled[1]} must be a first and a last step, up to train.steps = {t.steps}"
-        )
-    if len(set(trackers)) < len(trackers):
-        raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")
 
 
 def accumulation(config: Config, world_size: int) -> int:
@@ -222,6 +157,7 @@ def parse_args(
         SystemExit: for `--help`, or for no arguments at all, after it.
     """
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
+    rest = _as_now(rest)
     default = Config() if file is None else load_config(file)
     shown = options_class()(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
     flags = (tyro.conf.FlagConversionOff,)  # every flag takes a value, as in the file
@@ -284,6 +220,20 @@ def _file_of(args: list[str]) -> tuple[Path | None, list[str]]:
     if len(names) > 1:
         raise ConfigError(f"--config comes {len(names)} times: {', '.join(names)}; give one")
     return (find_config(names[0]) if names else None), rest
+
+
+def _as_now(args: list[str]) -> list[str]:
+    """Arguments with what stands now for values of former versions."""
+    found = list(args)
+    for name, hint in field_types().items():
+        flag = f"--{name.replace('_', '-')}"
+        for instead in (m for m in typing.get_args(hint)[1:] if isinstance(m, Instead)):
+            for i, arg in enumerate(found):
+                if arg == flag and i + 1 < len(found):
+                    found[i + 1] = instead.of_text(found[i + 1])
+                elif arg.startswith(f"{flag}="):
+                    found[i] = f"{flag}={instead.of_text(arg.split('=', 1)[1])}"
+    return found
 
 
 @cache

@@ -1,4 +1,8 @@
-"""The errors of a run: of its folder, of its evaluation."""
+"""The errors of a configuration, of a run's folder, of an evaluation."""
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message says which file or flag, which key, and the remedy."""
 
 
 class RunError(RuntimeError):

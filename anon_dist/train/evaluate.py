@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from anon_dist.data import TokenShards
 from anon_dist.train.batch import Batch
@@ -39,6 +40,23 @@ class Evaluation:
 
 
 @torch.no_grad()
+def sees_what_comes(model: nn.Module, device: torch.device, length: int, rounding: float) -> bool:
+    """Whether the model's losses depend on tokens that come later: it is no causal model then. Every rank must call it.
+
+    `rounding`: by how much, relative to a loss, they may differ all the same.
+    """
+    training = model.training
+    model.eval()
+    half = min(length, 32) // 2
+    tokens = torch.arange(2 * half + 1, device=device)[None] % 7
+    changed = torch.cat([tokens[:, :half], (tokens[:, half:] * 5 + 3) % 31], 1)
+    losses = [Batch.of(t, None).losses(model, device, per_token=True)[0, : half - 1] for t in (tokens, changed)]
+    model.train(training)
+    # What differs by rounding alone: products of other shapes, where experts are chosen for later tokens.
+    return bool((losses[0] - losses[1]).abs().max() > rounding * losses[0].abs().max())
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     shards: TokenShards,
@@ -50,11 +68,12 @@ def evaluate(
     mask_eod: int | None = None,
     reader: int = 0,
     readers: int = 1,
+    own: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> Evaluation:
     """The loss over the first `sequences` sequences of the split (0: all of it). Every rank must call it.
 
     The rank takes part `reader` of `readers`; ranks that run out repeat the last sequence with weight 0, since sharded models need all
-    ranks in every forward pass.
+    ranks in every forward pass. `own`: what it computes of sequences (B, L + 1), B rows or a multiple.
     """
     available = shards.num_samples(seq_len)
     count = min(sequences or available, available)
@@ -65,7 +84,8 @@ def evaluate(
         indices = np.arange(start + reader * batch, start + (reader + 1) * batch)
         tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len))
         weights = torch.from_numpy(indices < count).to(device, torch.float64)
-        losses = Batch.of(tokens, mask_eod).losses(model, device, per_token=True).double().mean(1)
+        losses = Batch.of(own(tokens), mask_eod).losses(model, device, per_token=True).double()
+        losses = losses.unflatten(0, (-1, batch)).mean((0, 2))
         sums += torch.stack([(losses * weights).sum(), weights.sum()])
     model.train(training)
     if dist.is_initialized():

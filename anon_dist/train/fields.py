@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from anon_dist.train.ranges import (
     Below1,
     Epsilon,
     Gamma,
+    Instead,
     Layers,
     LearningRate,
     Minutes,
@@ -31,8 +32,9 @@ from anon_dist.train.ranges import (
 
 @dataclass
 class ModelConfig:
-    family: Literal["gpt2", "llama"] = "gpt2"
-    """Architecture, built with transformers: GPT2LMHeadModel or LlamaForCausalLM."""
+    family: Literal["gpt2", "llama", "qwen3", "gemma3", "olmo2", "mixtral"] = "gpt2"
+    """Architecture, built with transformers. qwen3 is Llama with norms of queries and keys, which keep large runs stable; gemma3 attends to
+    a window in five of six layers; mixtral has experts. Others: see config."""
     layers: Layers = 12
     """Transformer blocks."""
     width: Size = 768
@@ -40,9 +42,17 @@ class ModelConfig:
     heads: Size = 12
     """Attention heads; they divide the width."""
     kv_heads: Size | None = None
-    """Key and value heads of Llama's grouped-query attention. None: as many as heads."""
+    """Key and value heads of grouped-query attention; not GPT-2's. None: as many as heads."""
+    head_dim: Size | None = None
+    """Size of a head, for llama, qwen3, gemma3 and mixtral. None: width / heads."""
     hidden: Size | None = None
-    """Size inside the feed-forward block. None: 4 · width (GPT-2), or 8/3 · width rounded up to 256 (Llama)."""
+    """Size inside the feed-forward block. None: 4 · width (GPT-2), or 8/3 · width rounded up to 256 (the others)."""
+    experts: Size | None = None
+    """mixtral: feed-forward blocks of a layer. None: 8."""
+    experts_per_token: Size | None = None
+    """mixtral: how many of them a token passes. None: 2. Their load is balanced as in transformers (router_aux_loss_coef)."""
+    window: Size | None = None
+    """gemma3: tokens that the layers with a window attend to. None: 512."""
     context: Size = 1024
     """Longest sequence the model takes; data.seq_len must not exceed it."""
     tie_embeddings: bool = True
@@ -50,9 +60,12 @@ class ModelConfig:
     dropout: Below1 = 0.0
     """Dropout rate of GPT-2's embeddings, attention and residuals; pretraining over less than an epoch wants none."""
     rope_theta: Positive = 10000.0
-    """Base of Llama's rotary position embedding."""
+    """Base of rotary position embeddings; not GPT-2's. May be raised at a resume, for a longer data.seq_len."""
     pad_vocab_to: Size = 64
     """The vocabulary is padded to a multiple of this, for the matrix units."""
+    config: Place | None = None
+    """A config.json of transformers, of any causal language model that it has, in place of all the above but pad_vocab_to; the vocabulary
+    and its special tokens are those of the data."""
     from_pretrained: Place | None = None
     """Folder or hub name of a Hugging Face causal LM whose weights and shape to start from, instead of all the above."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
@@ -124,8 +137,9 @@ class OptimConfig:
     """(Anon) Decay a weight only where its update makes it smaller too."""
     basis: Literal["columns", "rows", "both"] | None = None
     """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; never by the
-    rows of embeddings and of the output matrix. Under fsdp2 and hsdp take columns: rows only where shards hold whole blocks. Not for
-    deepspeed and fsdp1, which cut matrices into flat parts. A run may be resumed with another one, or none."""
+    rows of embeddings and of the output matrix, and not experts, which are stacked. Under fsdp2 and hsdp take columns: rows only where
+    shards hold whole blocks. Not for deepspeed and fsdp1, which cut matrices into flat parts. A run may be resumed with another one, or
+    none."""
     basis_block: Size = 128
     """(Anon) Bases are block-diagonal, in blocks of so many columns or rows: 8 bytes of state for each, times the length of the side."""
     hold_silent: bool = False
@@ -162,8 +176,11 @@ class TrainConfig:
     """hsdp: ranks among which one copy of parameters and state is sharded, a node's, say; the copies are replicas. None: as accelerate's
     parallelism_config says, else all."""
     tensor_parallel: Size | None = None
-    """fsdp2 and Llama shapes: neighbouring ranks that split the matrices of each block between them, and read the same samples. None: as
-    accelerate's parallelism_config says, else 1."""
+    """fsdp2 with llama, qwen3 and gemma3: neighbouring ranks that split the matrices of each block between them, and read the same samples.
+    None: as accelerate's parallelism_config says, else 1."""
+    context_parallel: Size | None = None
+    """fsdp2 and hsdp: neighbouring ranks that share each sequence, for lengths that one cannot hold. None: as accelerate's
+    parallelism_config says (cp_size), else 1."""
     offload: Literal["off", "serial", "overlap"] | None = None
     """fsdp2 and hsdp: parameters, gradients and optimizer state in host memory, where the CPU steps them; serial: the device waits for the
     step; overlap: it goes on with the next forward, whose modules wait for their own parameters (Anon only; the same bits, so this is what
@@ -174,23 +191,33 @@ class TrainConfig:
     which would sum shares in bfloat16."""
     deepspeed_config: Place | None = None
     """deepspeed: JSON file, such as those in configs/deepspeed. None: the one in accelerate's configuration, else ZeRO stage 2."""
-    precision: Literal["fp32", "bf16", "fp16", "bf16-true"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "bf16-true", "fp8"] = "fp32"
     """Dtype of the computation; parameters are float32 all the same, but for bf16-true: there parameters and gradients are bfloat16 without
-    a float32 copy, and Anon rounds them stochastically (engines single, ddp, fsdp2, hsdp). fp16: engine deepspeed on GPUs only."""
+    a float32 copy, and Anon rounds them stochastically (engines single, ddp, fsdp2, hsdp). fp16: engine deepspeed on GPUs only. fp8: bf16
+    whose linear layers multiply in 8 bits (torchao; engines single, ddp, fsdp2; GPUs of compute capability 8.9 or more)."""
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     max_skipped: StepsOrZero = 10
     """A step with a non-finite gradient is skipped on every rank; more than so many in a row end the run."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    compile: bool = False
-    """torch.compile each transformer block."""
+    activation_checkpointing: Annotated[
+        Literal["none", "full", "selective", "budget"], Instead({True: "full", False: "none"})
+    ] = "none"
+    """Which activations of a block are computed again in the backward pass instead of kept. full: all, from the block's input. selective:
+    all but the results of attention and of every second matrix product. budget: what torch.compile chooses, so that activation_budget of
+    what it would keep is kept."""
+    activation_budget: Share = 0.5
+    """Share of the activations that budget keeps."""
+    compile: Annotated[Literal["none", "blocks", "whole"], Instead({True: "blocks", False: "none"})] = "none"
+    """What torch.compile makes code of. blocks: the transformer blocks, one like the other; whole: all from the tokens to the logits, which
+    takes long, and again for every shape."""
     loss: Literal["auto", "chunked", "torch", "liger", "whole"] = "auto"
     """How the cross-entropy is computed. chunked: from logits of a piece of the tokens at a time, in float32; torch: by torch 2.13's
     linear_cross_entropy, in fp32 only; liger: by Liger's kernels, on GPUs (pip install 'anon-dist[liger]'); whole: from all logits at once,
     as transformers does. auto: chunked, but whole, and said, for a model that does more to its logits than scale and cap them."""
     z_loss: NotNegative = 0.0
     """Weight of logsumexp(logits)² beside the cross-entropy of a token, which keeps logits from growing; 1e-4 is usual."""
+    tf32: bool = True
+    """In precision fp32 on a GPU: products of float32 matrices in TF32, with 10 bits of mantissa; never those of Anon's bases."""
     deterministic: bool = False
     """Deterministic algorithms on CUDA, for bit-identical resumes; slower. (CPU runs are deterministic without.)"""
     seed: Seed = 0

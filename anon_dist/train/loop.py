@@ -46,6 +46,7 @@ from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
+from anon_dist.train.trainable import uses_tf32
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,9 @@ def _introduce(run: Run, console: Console) -> None:
         console.say(
             f"{packing.num_samples:,} samples of whole documents; {packing.padding:.1%} of their places are left free"
         )
+    precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
-        f"{run.parameters / 1e6:.2f}M parameters, {config.train.precision}, {run.engine.name} on {ranks} "
+        f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
         f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
         f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
         f"{config.train.steps} steps, {epochs:.2f} epochs"
@@ -198,11 +200,11 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     """
     rounds, device = run.loader.accumulation, run.accelerator.device
     targets = run.loader.step_targets()
-    share = run.readers / targets  # engines take the mean over readers
+    share = run.readers * run.sharing / targets  # engines take the mean over ranks that have other tokens
     run.predicted += targets
     total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
-        batch = Batch.of(next(batches), run.mask_eod)
+        batch = Batch.of(run.own(next(batches)), run.mask_eod)
         watch.lap("data")
         last = i + 1 == rounds
         with run.engine.micro_batch(last):
@@ -258,6 +260,7 @@ def _validate(run: Run, sequences: int) -> Evaluation:
         run.mask_eod,
         run.reader,
         run.readers,
+        run.own,
     )
 
 

@@ -106,6 +106,11 @@ def _check(loss: Loss, half: bool) -> None:
 def _balance(model: Any) -> float:
     """Weight of the load-balancing loss, 0 where the model has none."""
     known = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    if getattr(model.config, "output_router_logits", False) and not known:
+        raise ConfigError(
+            f"model: output_router_logits asks for a balancing loss, which the code of {type(model).__name__} "
+            "has not where it is looked for; remove the key"
+        )
     return float(getattr(model, "router_aux_loss_coef", None) or 0.0) if known else 0.0
 
 

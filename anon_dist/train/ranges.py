@@ -36,6 +36,25 @@ class Checked:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
 
+class Instead:
+    """Values of former versions, each with what stands for it now: pydantic's BeforeValidator, without importing pydantic."""
+
+    def __init__(self, values: dict[bool, str]) -> None:
+        self._values = values
+
+    def of_text(self, text: str) -> str:
+        """For a value on the command line."""
+        return {str(former): now for former, now in self._values.items()}.get(text.capitalize(), text)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        def replaced(value: Any) -> Any:
+            return self._values[value] if isinstance(value, bool) else value
+
+        return core_schema.no_info_before_validator_function(replaced, handler(source))
+
+
 def _no_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError(f"must be text without a NUL character, not {text!r}")

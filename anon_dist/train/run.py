@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
@@ -27,26 +28,26 @@ from anon_dist.data import BatchLoader, Index, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
-from anon_dist.engines.comparison import check_alike
-from anon_dist.engines.start import Name, Wanted, limit_waits, splitting_ranks, wrap
+from anon_dist.engines.context import ContextParallel
+from anon_dist.engines.precision import use_tf32
+from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
 from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
-from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
-from anon_dist.train.loss import attach
-from anon_dist.train.model import blocks, build_model, flops_per_token
+from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
+from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -65,8 +66,10 @@ class Run:
     model_config: PretrainedConfig
     loader: BatchLoader
     checkpoints: Checkpoints
+    context: ContextParallel | None
+    """With the ranks that share this one's sequences."""
     reader: int
-    """Which of the `readers` shares of a batch this rank reads; with tensor parallelism, several ranks read the same."""
+    """Which of the `readers` shares of a batch this rank reads; with tensor or context parallelism, several ranks read the same."""
     readers: int
     flops: float
     """Per token."""
@@ -94,6 +97,15 @@ class Run:
     """On the folder; of rank 0."""
 
     @property
+    def sharing(self) -> int:
+        """Ranks that share each sequence."""
+        return 1 if self.context is None else self.context.ranks
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """What this rank computes of sequences (B, L + 1): all, or with context parallelism its pieces."""
+        return tokens if self.context is None else self.context.pieces(tokens)
+
+    @property
     def mask_eod(self) -> int | None:
         """The token that ends a document, if attention is to stop there."""
         return self.index.eod_id if self.config.data.mask_documents else None
@@ -111,6 +123,7 @@ def wanted_engine(config: Config) -> Wanted:
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
+        context_parallel=train.context_parallel,
         offload=train.offload,
         deepspeed_config=train.deepspeed_config,
     )
@@ -127,14 +140,21 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    split = splitting_ranks(wanted_engine(config))
-    readers, reader = accelerator.num_processes // split, accelerator.process_index // split
+    split, sharing = splitting_ranks(wanted_engine(config)), sharing_ranks(wanted_engine(config))
+    if uses_tf32(config, accelerator):
+        use_tf32()
+    readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
     rounds = accumulation(config, readers)
 
     if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
     index, train_shards, val_shards = _open_data(config, accelerator)
-    built, flops, parameters = _built(config, index)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = local / accelerator.num_processes if name == "fsdp2" else 1.0
+    planned = trainable(config, index, share)
+    built = planned.model
+    shared = shared_sequences(config, accelerator, built, sharing)
+    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
@@ -146,8 +166,10 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
     wanted = hyperparameters(optimizer)
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
-    engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate)
+    engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
     limit_waits(timedelta(minutes=config.train.timeout_minutes))
+    if shared is None:  # only models that are known to be causal share sequences
+        check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)
 
     run = Run(
@@ -161,6 +183,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         model_config=built.config,
         loader=open_loader(config, train_shards, folder, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        context=shared,
         reader=reader,
         readers=readers,
         flops=flops,
@@ -175,26 +198,6 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
-
-
-def _built(config: Config, index: Index) -> tuple[PreTrainedModel, float, int]:
-    """The model before it is wrapped, seeded and as its options ask; floating-point operations per token; parameters."""
-    torch.manual_seed(config.train.seed)
-    built = build_model(config.model, index.vocab_size, index.eod_id, config.data.seq_len)
-    if config.train.precision == "bf16-true":
-        built.to(torch.bfloat16)
-    if config.model.from_pretrained is not None:
-        check_alike(pretrained_settings(built.config), config.train.timeout_minutes * 60)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    loss = attach(built, config.train.loss, config.train.z_loss, half=config.train.precision != "fp32")
-    if loss.why_whole and is_first():
-        _warn(f"{loss.why_whole}: its loss takes the whole logits")
-    if config.train.activation_checkpointing:
-        built.activation_checkpointing_enable({"use_reentrant": False})
-    if config.train.compile:
-        for block in blocks(built):
-            block.forward = torch.compile(block.forward)
-    return built, flops, parameters
 
 
 def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
@@ -352,7 +355,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
-    run.loader.load_state_dict(progress["data"])
+    other_length = run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
@@ -365,6 +368,8 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     run.step, run.skipped = progress["step"], progress["skipped"]
     for line in changes(config, run.engine.name, source, progress):
         say(line)
+    if other_length:
+        say(other_length)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 

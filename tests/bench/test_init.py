@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from anon_dist.cli import main
 from anon_dist.train.config import accumulation, parse_args
-from anon_dist.train.model import model_config
+from anon_dist.train.families import model_config
 
 
 def written(tmp_path, data, model, *words):
@@ -41,7 +41,7 @@ def test_memory_decides_how_it_is_sharded_and_recomputed(tmp_path, prepared, cap
 
     def fits(memory, **job):
         out = tmp_path / "plan.json"
-        words = ["--checkpointing" if job.pop("checkpointing") else "--no-checkpointing"]
+        words = ["--checkpointing", job.pop("checkpointing")]
         words += [w for k, v in job.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         reserve = ("--hardware.reserve", str(1e8 * memory), "--hardware.memory", str(1e9 * memory))
         config = ("--model", str(tmp_path / "my.yaml"), "--vocab", "257", "--engines", "ddp", "fsdp2")
@@ -50,16 +50,19 @@ def test_memory_decides_how_it_is_sharded_and_recomputed(tmp_path, prepared, cap
 
     batch = ("--batch-tokens", "64k", "--tokens", "10M", "--ranks", 4, "--seq-len", "2048")
     roomy, text = written(tmp_path, prepared, "1B", *batch, "--memory", 45)
-    assert not roomy.train.activation_checkpointing
+    assert roomy.train.activation_checkpointing == "none"
     assert (roomy.data.seq_len, roomy.train.global_batch, accumulation(roomy, 4) >= 1) == (2048, 32, True)
     assert f"--num_processes 4 launch/pretrain.py --config {tmp_path / 'my.yaml'}" in text
     job = {"ranks": 4, "seq_len": 2048}
-    assert fits(45, **job, micro_batch=roomy.train.micro_batch, checkpointing=False)[roomy.train.engine]
+    assert fits(45, **job, micro_batch=roomy.train.micro_batch, checkpointing="none")[roomy.train.engine]
 
     tight, _ = written(tmp_path, prepared, "1B", *batch, "--memory", 7.5)
-    assert (tight.train.engine, tight.train.activation_checkpointing) == ("fsdp2", True)
-    assert fits(7.5, **job, micro_batch=tight.train.micro_batch, checkpointing=True) == {"ddp": False, "fsdp2": True}
-    assert not any(fits(7.5, **job, micro_batch=1, checkpointing=False).values())
+    assert (tight.train.engine, tight.train.activation_checkpointing) == ("fsdp2", "selective")
+    assert fits(7.5, **job, micro_batch=tight.train.micro_batch, checkpointing="selective") == {
+        "ddp": False,
+        "fsdp2": True,
+    }
+    assert not any(fits(7.5, **job, micro_batch=1, checkpointing="none").values())
     with pytest.raises(SystemExit, match=r"error: 1\S*B parameters do not fit on 4 x 2 GB: .*take more ranks"):
         main(
             [

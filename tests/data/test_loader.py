@@ -112,6 +112,27 @@ def test_advance_in_the_middle_of_a_step(shards):
             next(loader)
 
 
+def test_another_sequence_length_goes_on_after_as_many_tokens(shards):
+    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as loader:
+        for _ in range(5):
+            next(loader)
+            loader.advance()
+        state = loader.state_dict()
+        assert loader.load_state_dict(state) is None
+    length = SEQ_LEN + 5
+    order = SampleOrder(shards.num_samples(length), loader.order.seed)
+    with BatchLoader(shards, order, length, 2) as longer:
+        news = longer.load_state_dict(state)
+        assert (longer.cursor - 1) * length < 10 * SEQ_LEN <= longer.cursor * length
+        assert f"goes on after {10 * SEQ_LEN} tokens, at sample {longer.cursor} of" in news
+        indices = order(np.arange(longer.cursor, longer.cursor + 2))
+        assert torch.equal(next(longer), torch.from_numpy(shards.samples(indices, length)))
+        # and back, where the place is that of the tokens again
+        with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as again:
+            again.load_state_dict(longer.state_dict())
+            assert again.cursor == -(-longer.cursor * length // SEQ_LEN)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -127,9 +148,10 @@ def test_advance_in_the_middle_of_a_step(shards):
 def test_a_foreign_state_is_refused(shards, key, value):
     with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as loader:
         state = loader.state_dict()
-        with pytest.raises(ValueError, match=f"cannot resume: {key}"):
+        named = "num_samples" if key == "seq_len" else key  # which then is not that of the length
+        with pytest.raises(ValueError, match=f"cannot resume: {named}"):
             loader.load_state_dict({**state, key: value})
-        with pytest.raises(ValueError, match=f"cannot resume: {key}"):
+        with pytest.raises(ValueError, match=f"cannot resume: {named}"):
             loader.load_state_dict({k: v for k, v in state.items() if k != key})
         assert torch.equal(next(loader), expected(shards, 0, 2))
 

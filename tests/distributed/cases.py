@@ -51,6 +51,11 @@ from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
+from family_cases import (  # noqa: F401 - run_cases finds them here
+    case_every_family_has_the_bits_and_gradients_of_plain_transformers,
+    case_no_rank_ever_has_a_whole_model,
+    case_what_sharing_sequences_cannot_do_is_refused,
+)
 from helpers import (
     assert_exported_as_by_the_run,
     assert_scored_as_by_one_process,
@@ -477,7 +482,7 @@ def case_paths_may_differ_where_their_contents_do_not():
     with torch.no_grad():
         model.transformer.h[1].ln_2.weight[3] += 1e-6
     save(nodes[1:])
-    words = "transformer.h.1.ln_2.weight differs between rank 0 and rank 1. Seed them alike"
+    words = "the pretrained model's weight transformer.h.1.ln_2.weight is"
     raises(EngineError, words, lambda: run(config))
     model.config.layer_norm_epsilon = 1e-6
     save(nodes[1:])
@@ -939,7 +944,8 @@ def case_tensor_parallel_runs_agree_and_resume():
         folders = {}
         for splits in ((1,), (2, 1), (1, 2)):
             config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
-            config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32, tie_embeddings=tied)
+            family = "llama" if tied else "qwen3"
+            config.model = c.ModelConfig(family, 2, 32, 4, kv_heads=2, context=32, tie_embeddings=tied)
             for i, config.train.tensor_parallel in enumerate(splits):
                 run(config) if i + 1 == len(splits) else run_until(config, 7)
             folders[splits] = config.run_dir
@@ -978,9 +984,39 @@ def case_the_loss_is_split_with_the_output_matrix():
     torch.testing.assert_close(each.flatten(), losses.detach(), rtol=1e-6, atol=2e-6)
 
 
+def case_runs_that_share_sequences_agree_and_resume():
+    """Begun with ranks that share each sequence and ended without, and the other way round."""
+    folders = {}
+    for shared in ((1,), (2, 1), (1, 2)):
+        config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
+        config.model = c.ModelConfig("qwen3", 2, 32, 4, kv_heads=2, context=32)
+        for i, config.train.context_parallel in enumerate(shared):
+            run(config) if i + 1 == len(shared) else run_until(config, 7)
+        folders[shared] = config.run_dir
+    if dist.get_rank() == 0:
+        for key in ("loss", "val_loss", "final_loss", "grad_norm", "update_rms", "samples"):
+            whole, *others = ([r[key] for r in metrics(Path(f)) if key in r] for f in folders.values())
+            for other in others:
+                assert len(whole) == len(other), key
+                assert all(abs(x / y - 1) < 1e-5 for x, y in zip(other, whole, strict=True)), key
+    config.run_dir, config.data.mask_documents = shared_folder(OUT), True
+    raises(c.ConfigError, "has an attention of its own, without masks", lambda: run(config))
+    config.data.mask_documents, config.data.seq_len = False, 30
+    raises(c.ConfigError, "data.seq_len = 30 is not a multiple of 2 · train.context_parallel", lambda: run(config))
+    os.environ["PARALLELISM_CONFIG_SP_SIZE"] = "2"
+    try:
+        raises(EngineError, "DeepSpeed's sequence parallelism is not supported", lambda: start(wanted("fsdp2")))
+    finally:
+        del os.environ["PARALLELISM_CONFIG_SP_SIZE"]
+
+
 def case_what_tensor_parallelism_cannot_split_is_refused():
     for model, words in (
         (c.ModelConfig("gpt2", 1, 32, 4, context=32), "set model.family to llama"),
+        (
+            c.ModelConfig("olmo2", 1, 32, 4, context=32),
+            "splits llama, qwen3, gemma3_text, and this model is a Olmo2ForCausalLM",
+        ),
         (c.ModelConfig("llama", 1, 32, 4, kv_heads=1, context=32), "does not divide the model's 1 key-value heads"),
     ):
         config = run_config(DATA, shared_folder(OUT), engine="fsdp2")

@@ -100,7 +100,14 @@ def test_lower_precision_follows_float32(engine, precision, tolerance, config, s
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(precision, config, tmp_path):
     """In bfloat16 compiled too; there the kernels of backward passes may add up in any order."""
-    options = ["--train.steps", "300", "--train.precision", precision, "--train.compile", str(precision == "bf16")]
+    options = [
+        "--train.steps",
+        "300",
+        "--train.precision",
+        precision,
+        "--train.compile",
+        "blocks" if precision == "bf16" else "none",
+    ]
     train(config, tmp_path / "whole", [sys.executable], *options)
     command = [sys.executable, "launch/pretrain.py", "--config", str(config), "--run-dir", str(tmp_path / "resumed")]
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -54,10 +54,10 @@ def test_command_line_over_file(tmp_path):
         ("optm: {gamma: 1}", r"unknown key 'optm'; did you mean 'optim'\?"),
         ("optim: {gamma: high}", r"'optim\.gamma' must be a finite number ≥ -100 and ≤ 100, not 'high'"),
         ("train: {steps: 1.5}", r"'train\.steps' must be a whole number ≥ 1 and ≤ 16,777,216, not 1\.5"),
-        ("train: {compile: 1}", r"'train\.compile' must be true or false, not 1"),
+        ("train: {compile: 1}", r"'train\.compile' must be one of none, blocks, whole, not 1"),
         ("optim: {betas: [0.9]}", r"'optim\.betas' must be"),
         ("optim: {window: soon}", r"'optim\.window' must be"),
-        ("train: {precision: fp8}", r"'train\.precision' must be one of fp32, bf16, fp16, bf16-true, not 'fp8'"),
+        ("train: {precision: fp9}", r"'train\.precision' must be one of fp32, bf16, fp16, bf16-true, fp8, not 'fp9'"),
         ("optim: 3", r"'optim' is a section, not 3"),
         ("[1, 2]", r"expected a mapping"),
         ("a: [", r"c\.yaml, line 1: while parsing"),
@@ -70,7 +70,15 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False)])
 def test_switches_take_a_value(text, value):
-    assert parse_args(["--train.compile", text]).train.compile is value
+    assert parse_args(["--train.deterministic", text]).train.deterministic is value
+
+
+@pytest.mark.parametrize(("text", "now"), [("true", ("full", "blocks")), ("false", ("none", "none"))])
+def test_switches_that_are_choices_now_take_what_they_took(tmp_path, text, now):
+    file = write(tmp_path, f"train: {{activation_checkpointing: {text}, compile: {text}}}")
+    flags = ["--train.activation-checkpointing", text, f"--train.compile={text}"]
+    for config in (load_config(file), parse_args(flags), parse_args([f"--config={file}"])):
+        assert (config.train.activation_checkpointing, config.train.compile) == now
 
 
 def test_mappings_in_a_file_and_on_the_command_line(tmp_path):

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from anon_dist.train.config import parse_args
-from anon_dist.train.model import model_config
+from anon_dist.train.families import model_config
 
 
 @pytest.mark.parametrize(
     ("preset", "vocabulary", "millions"),
-    [("gpt2-small", 50257, 124), ("gpt2-medium", 50257, 355), ("llama-1b", 32000, 1039)],
+    [("gpt2-small", 50257, 124), ("gpt2-medium", 50257, 355), ("llama-1b", 32000, 1039), ("qwen3-1b", 32000, 1032)],
 )
 def test_presets_have_the_size_they_name(preset, vocabulary, millions):
     config = parse_args(["--config", preset])

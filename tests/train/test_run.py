@@ -202,15 +202,37 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, monk
     assert metrics(folder)[-1]["step"] == 18
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("tie", [True, False])
-def test_the_exported_model_is_the_trained_one(family, tie, run_config, train, prepared):
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "sizes"),
+    [
+        ("gpt2", True, {}),
+        ("gpt2", False, {}),
+        ("llama", True, {"kv_heads": 1}),
+        ("llama", False, {}),
+        ("qwen3", False, {"head_dim": 32}),
+        ("gemma3", True, {"window": 8, "layers": 6}),
+        ("olmo2", False, {}),
+        ("mixtral", False, {"experts": 3}),
+    ],
+)
+def test_the_exported_model_is_the_trained_one(family, tie, sizes, run_config, train, prepared):
     """Loaded with plain transformers, it has the validation loss that the run ended with."""
-    config = run_config(model__family=family, model__tie_embeddings=tie, train__steps=5)
+    sizes = {f"model__{name}": value for name, value in sizes.items()}
+    config = run_config(model__family=family, model__tie_embeddings=tie, train__steps=5, **sizes)
     folder = train(config)
     result = json.loads((folder / "result.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert type(model).__name__ == {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
+    assert type(model).__name__ == CLASSES[family]
     batch = torch.from_numpy(TokenShards(prepared, "val").samples(np.arange(32), 32)).long()
     with torch.no_grad():
         logits = model(input_ids=batch[:, :-1]).logits
@@ -232,6 +254,45 @@ def test_continued_pretraining_starts_from_the_weights(run_config, train, tmp_pa
     assert json.loads((second / "result.json").read_text())["final_loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_key_value_heads": 2,
+    }
+    for kind, words in (("bert-generation", "sees the tokens it is to predict"), ("stablelm", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+        config = run_config(model__config=str(tmp_path / "config.json"), train__steps=4, run_dir=str(tmp_path / kind))
+        if words is None:
+            assert (train(config) / "model" / "model.safetensors").is_file()
+            continue
+        with pytest.raises(ConfigError, match=words):
+            train(config)
+
+
+def test_a_run_goes_on_with_longer_sequences(run_config, train, capsys):
+    """After as many tokens; with another base of its rotary positions, which is said; and not where positions are learned."""
+    config = run_config(model__family="qwen3", data__seq_len=16, model__context=16, train__steps=8)
+    folder = train(config)
+    (folder / "result.json").unlink()
+    config.data.seq_len = config.model.context = 32
+    config.model.rope_theta, config.train.steps = 1e5, 12
+    train(config)
+    out = capsys.readouterr().out
+    assert "resuming with model.rope_theta = 100000.0; step-00000008 had 10000.0" in out
+    assert "data.seq_len is 32 now: the run goes on after 1,024 tokens, at sample 32 of" in out
+    assert [r["samples"] for r in metrics(folder) if "samples" in r][-5:] == [64, 40, 48, 56, 64]
+
+    learned = run_config(data__seq_len=16, model__context=16, train__steps=8, run_dir=str(folder) + "-learned")
+    train(learned)
+    learned.data.seq_len = learned.model.context = 32
+    learned.train.steps = 12
+    with pytest.raises(CheckpointError, match=r"wpe\.weight"):
+        train(learned)
+
+
 def test_documents_can_be_kept_apart(run_config, train, tmp_path):
     lines = [json.dumps({"text": f"line {i % 7} of {i}"}) for i in range(300)]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
@@ -247,10 +308,15 @@ def test_documents_can_be_kept_apart(run_config, train, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train__activation_checkpointing": True},
+        {"train__activation_checkpointing": "selective"},
         {"train__loss": "whole"},
         {"model__attention": "eager"},
-        pytest.param({"train__compile": True}, marks=pytest.mark.slow),
+        pytest.param({"train__compile": "blocks"}, marks=pytest.mark.slow),
+        pytest.param({"train__compile": "whole"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"train__compile": "blocks", "train__activation_checkpointing": "selective"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"train__compile": "blocks", "train__activation_checkpointing": "budget"}, marks=pytest.mark.slow),
     ],
 )
 def test_options_that_do_not_change_the_result(changes, run_config, train, tmp_path):

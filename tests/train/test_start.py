@@ -243,7 +243,7 @@ def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
     with pytest.raises(ConfigError, match=r"model\.attention = flash_attention_2: ") as error:
         train(config)
     assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"model: more than .* GB, do not fit into this machine's .* GB; lower"):
+    with pytest.raises(ConfigError, match=r"model: more than .* GB on this machine, do not fit into its .* GB; lower"):
         train(run_config(model__width=1 << 22, model__layers=1))
 
 

@@ -1,0 +1,119 @@
+"""Relations between the fields of a configuration that no single type can say. Each function raises `ConfigError`."""
+
+from __future__ import annotations
+
+from anon_dist.train.errors import ConfigError
+from anon_dist.train.fields import Config, ModelConfig, TrainConfig
+
+OF_FAMILIES: dict[str, tuple[str, ...]] = {
+    "dropout": ("gpt2",),
+    "kv_heads": ("llama", "qwen3", "gemma3", "olmo2", "mixtral"),
+    "rope_theta": ("llama", "qwen3", "gemma3", "olmo2", "mixtral"),
+    "head_dim": ("llama", "qwen3", "gemma3", "mixtral"),
+    "experts": ("mixtral",),
+    "experts_per_token": ("mixtral",),
+    "window": ("gemma3",),
+}
+"""Fields of a model that only some families have."""
+
+
+def model_rules(config: Config) -> None:
+    """Of the model with itself and with the data."""
+    m, d = config.model, config.data
+    if m.attention == "flash_attention_2" and config.train.precision == "fp32":
+        raise ConfigError(
+            "model.attention = flash_attention_2 computes in half precision only; set train.precision to bf16, or attention to sdpa"
+        )
+    if m.config is not None and m.from_pretrained is not None:
+        raise ConfigError("model.config and model.from_pretrained both say what the model is; leave one out")
+    if m.from_pretrained is not None or m.config is not None:
+        return
+    if m.width % m.heads and m.head_dim is None:
+        raise ConfigError(f"model.width = {m.width} is not a multiple of model.heads = {m.heads}")
+    _family_rules(m)
+    if d.seq_len > m.context:
+        raise ConfigError(
+            f"data.seq_len = {d.seq_len} is longer than model.context = {m.context}; raise the context or shorten the samples"
+        )
+
+
+def _family_rules(m: ModelConfig) -> None:
+    for name, families in OF_FAMILIES.items():
+        if getattr(m, name) != getattr(ModelConfig, name) and m.family not in families:
+            raise ConfigError(
+                f"model.{name} = {getattr(m, name)} is for {', '.join(families)}, and model.family is {m.family}; leave it out, or change "
+                "the family"
+            )
+    if m.family == "gpt2":
+        return
+    if m.heads % (m.kv_heads or 1):
+        raise ConfigError(f"model.heads = {m.heads} is not a multiple of model.kv_heads = {m.kv_heads}")
+    if (m.head_dim or m.width // m.heads) % 2:
+        size = f"model.head_dim = {m.head_dim}" if m.head_dim else f"model.width / model.heads = {m.width} / {m.heads}"
+        raise ConfigError(f"{size} is odd, and rotary position embeddings turn pairs; change it")
+    if m.family == "gemma3" and m.width % m.heads:
+        raise ConfigError(
+            f"model.width = {m.width} is not a multiple of model.heads = {m.heads}, as transformers wants it of gemma3"
+        )
+    for key, number in (("width", m.width), ("hidden", m.hidden or 8)) if m.family == "mixtral" else ():
+        if number % 8:
+            raise ConfigError(f"model.{key} = {number} is not a multiple of 8, as products grouped by experts want")
+    if (m.experts_per_token or 2) > (m.experts or 8):
+        raise ConfigError(
+            f"model.experts_per_token = {m.experts_per_token or 2} is more than model.experts = {m.experts or 8}"
+        )
+
+
+def optim_rules(config: Config) -> None:
+    """Of the optimizer with itself and with the training."""
+    o, anon = config.optim, config.optim.name == "anon"
+    if config.train.precision == "bf16-true" and not anon:
+        raise ConfigError(
+            f"train.precision bf16-true needs optim.name anon: {o.name} rounds parameters to nearest, which loses small updates"
+        )
+    if config.train.offload == "overlap" and not anon:
+        raise ConfigError(f"train.offload is overlap, which {o.name} has not; set it to serial")
+    if len(set(o.gamma_schedule.values())) > 1 and o.match is None and anon:
+        raise ConfigError(
+            "optim.gamma_schedule changes γ, and with it the unit of the learning rate: set optim.match to a checkpoint of Anon or AdamW "
+            "on this model, or to a sweep's calibration/spectrum.json (anon-dist sweep: --match-rms), so that it follows"
+        )
+    if o.lr * o.weight_decay >= 1.0:
+        raise ConfigError(
+            f"optim.lr · optim.weight_decay = {o.lr:g} · {o.weight_decay:g} ≥ 1 would decay the weights past 0 in a step; lower one of them"
+        )
+
+
+def train_rules(config: Config) -> None:
+    """Of the training with itself, the schedule and the log."""
+    t, s, trackers = config.train, config.schedule, config.log.trackers
+    if s.warmup_steps >= t.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
+        )
+    if t.activation_checkpointing == "budget" and t.compile == "none":
+        raise ConfigError(
+            "train.activation_checkpointing is budget, which torch.compile keeps; set train.compile to blocks or whole, or take "
+            "selective"
+        )
+    if t.activation_budget != TrainConfig.activation_budget and t.activation_checkpointing != "budget":
+        raise ConfigError(
+            f"train.activation_budget = {t.activation_budget} does nothing where train.activation_checkpointing is "
+            f"{t.activation_checkpointing}; set that to budget, or leave it out"
+        )
+    if (
+        t.precision == "fp8"
+        and config.model.family == "gpt2"
+        and config.model.config is None
+        and config.model.from_pretrained is None
+    ):
+        raise ConfigError(
+            "train.precision fp8 has no effect on gpt2, whose matrices are of another class than torchao turns; use bf16"
+        )
+    profiled = config.log.profile_steps
+    if profiled is not None and not profiled[0] <= profiled[1] <= t.steps:
+        raise ConfigError(
+            f"log.profile_steps = {profiled[0]} {profiled[1]} must be a first and a last step, up to train.steps = {t.steps}"
+        )
+    if len(set(trackers)) < len(trackers):
+        raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")
