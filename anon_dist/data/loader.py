@@ -181,8 +181,8 @@ class BatchLoader(Iterator[Tensor]):
         state = {"packing": "concat", **state}  # earlier versions had no other
         if self.packing is not None and state.get("seq_len") != self.seq_len:
             raise DataError(
-                f"data: cannot resume: data.seq_len is {self.seq_len}, the saved state has {state.get('seq_len')!r}, and documents are packed "
-                "into samples of one length (data.packing best_fit); keep the length"
+                f"data: cannot resume: data.seq_len is {self.seq_len}, the saved state has {state.get('seq_len')!r}, and documents are "
+                "packed into samples of one length (data.packing best_fit); keep the length"
             )
         differences = [
             f"{key} is {mine!r}, the saved state has {state.get(key)!r} ({remedies[key]})"
