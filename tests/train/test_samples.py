@@ -47,8 +47,7 @@ def test_packed_documents_train_as_if_each_were_alone(run_config, train, tmp_pat
     shards = TokenShards(short_documents)
     packing = Packing(whole / "packing-32", shards, 32)
     samples = packing.samples(SampleOrder(packing.num_samples, 0)(np.arange(8)))
-    torch.manual_seed(0)
-    model = build_model(run_config().model, shards.index.vocab_size, shards.index.eod_id, 32)
+    model = build_model(run_config().model, shards.index.vocab_size, shards.index.eod_id, 32, seed=0)
     losses, squares = [], []
     for inputs, targets, numbers in samples:
         for number in set(numbers) - {-1}:
