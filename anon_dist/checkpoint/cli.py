@@ -92,6 +92,9 @@ class Convert:
     muon_momentum: Literal["whole", "parts"] | None = None
     """zero1, zero2 of DeepSpeed's Muon: parts if the engine that will load offloads the optimizer, or runs stage 1 in bf16 with gradients
     summed in float32; else whole. By default as the source records."""
+    muon_order: Literal["size", "model"] | None = None
+    """zero3 of DeepSpeed's Muon: model if the model of the engine that will load is made under zero.Init, which hides the sizes that Muon
+    sorts its matrices by; else size. It need not be said where the two are the same."""
     buffers: tuple[str, ...] | None = None
     """zero3: patterns of the buffers among what is in no param group, if SRC does not tell them from frozen parameters."""
     optimizer: Literal["anon", "adamw"] | None = None
@@ -186,6 +189,7 @@ def _convert(args: Convert) -> None:
         args.sub_group_size,
         args.round_robin_gradients,
         args.muon_momentum,
+        args.muon_order,
         args.buffers,
     )
     notes = convert(

@@ -49,6 +49,9 @@ class WriteOptions:
     muon_momentum: Literal["whole", "parts"] | None = None
     """How the engine that will load zero1 or zero2 keeps the momentum of DeepSpeed's Muon: in parts if it offloads the optimizer or is
     BF16_Optimizer, else in whole matrices. None: as what the source records makes it."""
+    muon_order: Literal["size", "model"] | None = None
+    """How the engine that will load zero3 lays the matrices of DeepSpeed's Muon: by size, or, its model made under `zero.Init`, as the
+    model has them. None: refused where the two differ."""
     buffers: Sequence[str] | None = None
     """zero3: patterns (`*.inv_freq`) of the buffers among what is in no param group, where the source does not tell buffers from
     frozen parameters. None: not known, and refused where there are such."""

@@ -4,6 +4,7 @@ Needs a process group. What an engine holds is asked of the engine's own tables 
 """
 
 import math
+from contextlib import nullcontext
 
 import deepspeed
 import torch
@@ -129,8 +130,9 @@ def _mixed(model):
 
 
 def _muon(model):
-    matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "head" not in n]
-    rest = [p for n, p in model.named_parameters() if p.dim() < 2 or "head" in n]
+    dims = {p: len(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}  # zero.Init leaves vectors
+    matrices = [p for n, p in model.named_parameters() if dims[p] > 1 and "head" not in n]
+    rest = [p for n, p in model.named_parameters() if dims[p] < 2 or "head" in n]
     for p in model.parameters():
         p.use_muon = any(p is m for m in matrices)
     return [
@@ -161,11 +163,13 @@ KINDS = {
 """Name → model, its param groups, the optimizer."""
 
 
-def make_engine(kind, stage, config, seed=0):
-    """A DeepSpeed engine, trained by nobody yet."""
+def make_engine(kind, stage, config, seed=0, init=False):
+    """A DeepSpeed engine, trained by nobody yet; `init`: its model is made under `zero.Init`."""
     build, split, optimizer = KINDS[kind]
     torch.manual_seed(seed)
-    model = build()
+    plain = {"train_micro_batch_size_per_gpu": 1}  # without it DeepSpeed makes half-precision weights, whatever dtype is asked for
+    with deepspeed.zero.Init(config_dict_or_path=plain) if init else nullcontext():
+        model = build()
     built = optimizer(split(model))
     names = {p: n for n, p in model.named_parameters()}
     members = [[names[p] for p in g["params"]] for g in built.param_groups]

@@ -73,9 +73,9 @@ def converted(source, name, to, origin=None, **options):
     return target
 
 
-def fresh_engine(source, stage, config):
+def fresh_engine(source, stage, config, init=False):
     """One with other weights; what a checkpoint without its base cannot give, it has."""
-    engine = kinds.make_engine(SOURCES[source][0], stage, config, seed=1)
+    engine = kinds.make_engine(SOURCES[source][0], stage, config, seed=1, init=init)
     expected = told(source)
     if "excluded" in source:
         for name, p in engine.module.named_parameters():
@@ -133,7 +133,9 @@ def load(name):
     source, _, stage, config = LOADS[name]
     sub_groups = config.get("zero_optimization", {}).get("sub_group_size")
     momentum = {True: "parts", False: "whole"}[config in (kinds.OFFLOAD, kinds.BF16_OPTIMIZER)]
-    folder = converted(source, name, f"zero{stage}", sub_group_size=sub_groups, muon_momentum=momentum)
+    folder = converted(
+        source, name, f"zero{stage}", sub_group_size=sub_groups, muon_momentum=momentum, muon_order="size"
+    )
     engine = fresh_engine(source, stage, config)
     path, client_state = engine.load_checkpoint(str(folder), load_module_strict="excluded" not in source)
     assert path is not None
@@ -155,7 +157,7 @@ def through(source, to):
     between = converted(source, f"{to}_{source}", to)
     targets = (stage,) if "lamb" in source else (2, 3)
     for target in targets:
-        folder = converted(source, f"{to}_{source}_{target}", f"zero{target}", between)
+        folder = converted(source, f"{to}_{source}_{target}", f"zero{target}", between, muon_order="size")
         engine = fresh_engine(source, target, config)
         engine.load_checkpoint(str(folder))
         check(engine, source, target == stage)
@@ -232,6 +234,17 @@ def universal_of_muon():
     check(engine, "muon_1_bf16_optimizer", False)
 
 
+def muon_under_init():
+    """A model made under zero.Init hides the sizes that Muon sorts its matrices by."""
+    if RANK == 0:
+        refused = (OUT / "muon_3_of_2", OUT / "under_init", "zero3", WriteOptions(world_size=2))
+        raises(CheckpointError, "--muon-order", lambda: convert(*refused))
+    folder = converted("muon_3_of_2", "under_init", "zero3", muon_order="model")
+    engine = fresh_engine("muon_3_of_2", 3, {}, init=True)
+    engine.load_checkpoint(str(folder))
+    check(engine, "muon_3_of_2", False)
+
+
 def cases(world, first):
     """Name → function, for this number of ranks: those that make sources, or those that take them."""
     return {name: case for name, case in every(world, first).items() if name in WANTED}
@@ -252,6 +265,7 @@ def every(world, first):
         table["buffers_of_a_file_that_does_not_tell"] = untold_buffers
         table["universal_of_lora"] = universal_of_lora
         table["universal_of_muon"] = universal_of_muon
+        table["muon_under_init"] = muon_under_init
     return table
 
 

@@ -95,6 +95,7 @@ ALL = [
     "buffers_of_a_file_that_does_not_tell",
     "universal_of_lora",
     "universal_of_muon",
+    "muon_under_init",
 ]
 
 """Every case; `tests/run.sh --all` runs those that are not below."""
@@ -118,4 +119,5 @@ QUICK = [
     "restore_refuses_missing_bases",
     "buffers_of_a_file_that_does_not_tell",
     "universal_of_muon",
+    "muon_under_init",
 ]

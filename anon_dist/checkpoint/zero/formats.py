@@ -96,7 +96,7 @@ class ZeroFormat:
             files = write.universal(source)
         elif self.stage == 3:
             limit = options.sub_group_size or int(float(source.zero_config.get("sub_group_size", SUB_GROUP_SIZE)))
-            files = write.stage3(source, options.world_size, limit)
+            files = write.stage3(source, options.world_size, limit, options.muon_order)
         else:
             rotate = options.round_robin_gradients
             rotate = source.zero_config.get("round_robin_gradients") is True if rotate is None else rotate
@@ -118,12 +118,6 @@ class ZeroFormat:
             notes.append(
                 f"{'Of the schedules ' + ', '.join(several) + ' none is' if several else 'There is no'} lr_scheduler state: "
                 "an engine with one loads with load_lr_scheduler_states=False."
-            )
-        if self.stage == 3 and source.muon:
-            notes.append(
-                "DeepSpeed's Muon sorts its matrices by size, but not those of a model made under zero.Init: their order is the "
-                "source's, and a loading engine's must be the same: DeepSpeed compares lengths alone, and would give a matrix another's "
-                "numbers. anon_dist.engines.zero_restore.restore goes by the names, from any format."
             )
         if self.stage is None:
             notes.append(

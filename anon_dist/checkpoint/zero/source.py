@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,9 @@ class Group:
     """Of the members' shapes."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """States that are one number for all members."""
+
+
+MuonOrder = Literal["size", "model"]
 
 
 class Source:
@@ -193,23 +196,43 @@ class Source:
             parts.append(Part(None, 0, length - reached))
         return Stub((length,), dtype, parts)
 
-    def groups(self, frozen: bool = False, sort: bool = False) -> list[tuple[list[str], dict[str, Any]]]:
-        """Members and hyperparameters of the param groups, with or without what is frozen; sorted by size as DeepSpeed's Muon sorts its
-        matrices, where it sees their shapes (stage 3 under `zero.Init` hides them)."""
+    def groups(self, frozen: bool = False, muon: MuonOrder | None = None) -> list[tuple[list[str], dict[str, Any]]]:
+        """Members and hyperparameters of the param groups, with or without what is frozen.
+
+        Args:
+            muon: the order of DeepSpeed's Muon's matrices: the largest first, as it sorts them, or as in the model, which is how it leaves
+                them where `zero.Init` hides their sizes. None: as recorded.
+        """
         found = []
         for group in self.manifest.groups:
             members = [m for m in group.members if frozen or m in self.trained]
-            if sort and group.hyperparameters.get("use_muon") and "ns_method" in group.hyperparameters:
-                members = sorted(members, key=self.shape, reverse=True)
+            if muon and group.hyperparameters.get("use_muon") and "ns_method" in group.hyperparameters:
+                members = sorted(members, key=self.order.index)
+                members = sorted(members, key=self.shape, reverse=True) if muon == "size" else members
             found.append(
                 (members, {k: v for k, v in group.hyperparameters.items() if k not in ("params", "param_names")})
             )
         return found
 
+    def sure_groups(self, muon: MuonOrder | None) -> list[tuple[list[str], dict[str, Any]]]:
+        """The groups of stage 3.
+
+        Raises:
+            CheckpointError: `muon` is not given, and it would make a difference.
+        """
+        if muon is None and self.groups(muon="size") != self.groups(muon="model"):
+            raise CheckpointError(
+                "DeepSpeed's Muon sorts its matrices by size, but not those of a model made under zero.Init; at stage 3 DeepSpeed compares "
+                "lengths alone, and would give a matrix another's numbers. Say how the engine that will load makes its model: "
+                "--muon-order model (under zero.Init) or --muon-order size (otherwise). anon_dist.engines.zero_restore.restore goes by the "
+                "names, from any format"
+            )
+        return self.groups(muon=muon or "size")
+
     def flat_groups(self) -> list[Group]:
         """The groups of stages 1 and 2, whose engines have none without trained members."""
         found = []
-        for members, hyperparameters in self.groups(sort=True):
+        for members, hyperparameters in self.groups(muon="size"):
             if members:
                 found.append(self.common(members, hyperparameters))
             else:

@@ -23,14 +23,14 @@ from anon_dist.checkpoint.zero.flat import (
 )
 from anon_dist.checkpoint.zero.header import fresh
 from anon_dist.checkpoint.zero.model_states import VERSION, config, loss_scaler, model_states, slice_mapping
-from anon_dist.checkpoint.zero.source import Group, Source
+from anon_dist.checkpoint.zero.source import Group, MuonOrder, Source
 
 MODEL = "mp_rank_00_model_states.pt"
 
 
 def stage0(source: Source, world_size: int) -> dict[str, Any]:
     """File name → object. A bf16 or fp16 model gets the masters that FP16_UnfusedOptimizer keeps, which leaves out what is frozen."""
-    groups, state, index, param_groups = source.groups(source.dtype == torch.float32, sort=True), {}, 0, []
+    groups, state, index, param_groups = source.groups(source.dtype == torch.float32, muon="size"), {}, 0, []
     for members, hyperparameters in groups:
         first = index
         for name in members:
@@ -110,16 +110,20 @@ def stage12(
     return files
 
 
-def stage3(source: Source, world_size: int, sub_group_size: int) -> dict[str, Any]:
+def stage3(source: Source, world_size: int, sub_group_size: int, muon_order: MuonOrder | None = None) -> dict[str, Any]:
     """File name → object.
 
     Args:
         sub_group_size: of the engine that will load: it takes as many flat buffers as it has sub-groups, of the same lengths.
+        muon_order: see `WriteOptions`.
+
+    Raises:
+        CheckpointError: `muon_order` is None, and it would make a difference.
     """
     scaler = loss_scaler(source)
     parts: list[Group] = []
     param_groups = []
-    for members, hyperparameters in source.groups():
+    for members, hyperparameters in source.sure_groups(muon_order):
         first = len(parts)
         for places in sub_groups([source.numel(name) for name in members], world_size, sub_group_size):
             parts.append(source.common([members[i] for i in places], hyperparameters))
