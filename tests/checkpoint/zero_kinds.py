@@ -167,7 +167,9 @@ def make_engine(kind, stage, config, seed=0, init=False):
     """A DeepSpeed engine, trained by nobody yet; `init`: its model is made under `zero.Init`."""
     build, split, optimizer = KINDS[kind]
     torch.manual_seed(seed)
-    plain = {"train_micro_batch_size_per_gpu": 1}  # without it DeepSpeed makes half-precision weights, whatever dtype is asked for
+    plain = {
+        "train_micro_batch_size_per_gpu": 1
+    }  # without it DeepSpeed makes half-precision weights, whatever dtype is asked for
     with deepspeed.zero.Init(config_dict_or_path=plain) if init else nullcontext():
         model = build()
     built = optimizer(split(model))
