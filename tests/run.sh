@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: linter, type checker, and every test that needs no GPU.
 #
-#   bash tests/run.sh              about 12 minutes on 2 cores
+#   bash tests/run.sh              about 13 minutes on 2 cores
 #   bash tests/run.sh --all        the long soaks too
 #   bash tests/run.sh -k schedule  further arguments go to pytest, without the linter; -n 0: in one process
 set -euo pipefail
