@@ -130,14 +130,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
 
 def splitting_ranks(wanted: Wanted) -> int:
     """Ranks that split matrices between them and read the same samples, 1 without tensor parallelism."""
-    configured = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
-    asked = wanted.tensor_parallel or configured
-    if configured not in (1, asked):
-        raise EngineError(
-            f"train.tensor_parallel is {asked}, and accelerate's configuration says parallelism_config_tp_size: {configured}; make them "
-            "agree"
-        )
-    return asked
+    return _agreed("tensor_parallel", wanted.tensor_parallel, "tp_size")
 
 
 def sharing_ranks(wanted: Wanted) -> int:
@@ -151,12 +144,16 @@ def sharing_ranks(wanted: Wanted) -> int:
             f"accelerate's configuration says parallelism_config_sp_size: {sequence}, and DeepSpeed's sequence parallelism is not "
             "supported; take parallelism_config_cp_size (train.context_parallel) with fsdp2"
         )
-    configured = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
-    asked = wanted.context_parallel or configured
+    return _agreed("context_parallel", wanted.context_parallel, "cp_size")
+
+
+def _agreed(field: str, asked: int | None, size: str) -> int:
+    """What `train.FIELD` and accelerate's `parallelism_config_SIZE` (a variable in the environment) say together; 1 if neither does."""
+    configured = int(os.environ.get(f"PARALLELISM_CONFIG_{size.upper()}", "1"))
+    asked = asked or configured
     if configured not in (1, asked):
         raise EngineError(
-            f"train.context_parallel is {asked}, and accelerate's configuration says parallelism_config_cp_size: {configured}; make them "
-            "agree"
+            f"train.{field} is {asked}, and accelerate's configuration says parallelism_config_{size}: {configured}; make them agree"
         )
     return asked
 
