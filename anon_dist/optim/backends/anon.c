@@ -13,7 +13,7 @@
 
 #include <omp.h>
 
-#define ABI 5
+#define ABI 6
 #define TILE 1024              /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * TILE)      /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
@@ -45,8 +45,7 @@ struct step {
     double eps;
     double bound;        /* of |v m|, or infinity */
     double scale;        /* lr over the summed weight of what theta moves by */
-    double look_m;       /* with Nesterov theta moves by look_m m + look_g g */
-    double look_g;       /* 0: it moves by m */
+    double nesterov;     /* not 0: theta moves by keep_m m + add_m g of the new m, in place of m */
     double decay_against; /* in place of decay where the update and theta have different signs */
 };
 
@@ -219,49 +218,57 @@ static INLINE void put(void *tensor, int dtype, struct rounding how, long i, flo
         ((uint16_t *)tensor)[i] = to_bfloat16(x, how);
 }
 
-/* The plain step, or with a dtype of s the accumulating one. The parameter sees the momentum before it is rounded. */
+/* The plain step, or with a dtype of s the accumulating one. The parameter sees the momentum before it is rounded.
+ *
+ * extended: whether the step is with Nesterov or with cautious decay. A constant, so that the loop of the others does not pay for them.
+ * `nesterov` is a number to compare with: gcc does not vectorise the loop where it is a condition of two.
+ */
 static INLINE void update(long n, void *theta, int t, const void *g, int gt, void *m, int mt, void *s, int st, const void *v, int vt,
-                          const struct step *step) {
+                          int extended, const struct step *step) {
     const float decay = step->decay, keep_m = step->keep_m, add_m = step->add_m, bound = step->bound, scale = step->scale;
-    const float keep_s = step->keep_s, add_s = step->add_s, look_m = step->look_m, look_g = step->look_g;
-    const float decay_against = step->decay_against;
-    const int looks = look_g != 0.0f; /* 0 times an infinite gradient would be none */
+    const float keep_s = step->keep_s, add_s = step->add_s, nesterov = step->nesterov, decay_against = step->decay_against;
     const struct rounding round_theta = rounding_of(step, THETA), round_m = rounding_of(step, M), round_s = rounding_of(step, S);
     for (long i = 0; i < n; i++) {
         const float grad = get(g, gt, i);
         if (st != NONE) put(s, st, round_s, i, keep_s * get(s, st, i) + add_s * (grad * grad));
         const float mean = keep_m * get(m, mt, i) + add_m * grad;
         put(m, mt, round_m, i, mean);
-        const float ahead = look_m * mean + look_g * grad, wanted = get(v, vt, i) * (looks ? ahead : mean);
+        const float ahead = keep_m * mean + add_m * grad, wanted = get(v, vt, i) * (extended && nesterov != 0.0f ? ahead : mean);
         const float below = wanted > bound ? bound : wanted, update = below < -bound ? -bound : below, old = get(theta, t, i);
-        put(theta, t, round_theta, i, (update * old < 0.0f ? decay_against : decay) * old - scale * update);
+        put(theta, t, round_theta, i, (extended && update * old < 0.0f ? decay_against : decay) * old - scale * update);
     }
 }
 
 typedef void update_function(long, void *, const void *, void *, void *, const void *, const struct step *);
 
 /* A function for each choice of dtypes, so that the compiler keeps what `restrict` says: of theta and g, of m and v, and of s. */
-#define UPDATE(name, t, g, m, v, s)                                                                                                  \
+#define UPDATE(name, t, g, m, v, s, extended)                                                                                        \
     static __attribute__((noinline)) void name(long n, void *restrict a, const void *restrict b, void *restrict c, void *restrict d, \
                                                const void *restrict e, const struct step *step) {                                    \
-        update(n, a, t, b, g, c, m, d, s, e, v, step);                                                                               \
+        update(n, a, t, b, g, c, m, d, s, e, v, extended, step);                                                                     \
     }
-#define UPDATES_S(name, t, g, m, v)            \
-    UPDATE(name##_none, t, g, m, v, NONE)      \
-    UPDATE(name##_float, t, g, m, v, FLOAT32)  \
-    UPDATE(name##_half, t, g, m, v, BFLOAT16)
-#define UPDATES(name, t, g)                            \
-    UPDATES_S(name##_0, t, g, FLOAT32, FLOAT32)        \
-    UPDATES_S(name##_1, t, g, FLOAT32, BFLOAT16)       \
-    UPDATES_S(name##_2, t, g, BFLOAT16, BFLOAT16)
-UPDATES(update_0, FLOAT32, FLOAT32)
-UPDATES(update_1, FLOAT32, BFLOAT16)
-UPDATES(update_2, BFLOAT16, BFLOAT16)
+#define UPDATES_S(name, t, g, m, v, extended)           \
+    UPDATE(name##_none, t, g, m, v, NONE, extended)     \
+    UPDATE(name##_float, t, g, m, v, FLOAT32, extended) \
+    UPDATE(name##_half, t, g, m, v, BFLOAT16, extended)
+#define UPDATES(name, t, g, extended)                      \
+    UPDATES_S(name##_0, t, g, FLOAT32, FLOAT32, extended)  \
+    UPDATES_S(name##_1, t, g, FLOAT32, BFLOAT16, extended) \
+    UPDATES_S(name##_2, t, g, BFLOAT16, BFLOAT16, extended)
+UPDATES(update_0, FLOAT32, FLOAT32, 0)
+UPDATES(update_1, FLOAT32, BFLOAT16, 0)
+UPDATES(update_2, BFLOAT16, BFLOAT16, 0)
+UPDATES(extended_0, FLOAT32, FLOAT32, 1)
+UPDATES(extended_1, FLOAT32, BFLOAT16, 1)
+UPDATES(extended_2, BFLOAT16, BFLOAT16, 1)
 #define CHOICE_S(name) {name##_none, name##_float, name##_half}
 #define CHOICE(name) {CHOICE_S(name##_0), CHOICE_S(name##_1), CHOICE_S(name##_2)}
 
-/* By how many of theta and g are bfloat16 (g first), of v and m (v first), and by s. */
-static update_function *const updates[3][3][3] = {CHOICE(update_0), CHOICE(update_1), CHOICE(update_2)};
+/* By `extended`, by how many of theta and g are bfloat16 (g first), of v and m (v first), and by s. */
+static update_function *const updates[2][3][3][3] = {
+    {CHOICE(update_0), CHOICE(update_1), CHOICE(update_2)},
+    {CHOICE(extended_0), CHOICE(extended_1), CHOICE(extended_2)},
+};
 
 /* v / sqrt(keep + (1 - keep) d v^2) = 1 / sqrt(keep / v^2 + (1 - keep) d) */
 static INLINE double mixed(double d, double v, double keep) {
@@ -371,7 +378,8 @@ static void update_tile(void *const *tensors, const int32_t *dtypes, int64_t sta
     }
     if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
     const int s = step->variant != ACCUMULATE ? 0 : as[S] == FLOAT32 ? 1 : 2;
-    updates[(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s](
+    const int extended = step->nesterov != 0.0 || step->decay_against != step->decay;
+    updates[extended][(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s](
         n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
     if (in_blocks) {
         const struct rounding how = rounding_of(step, M);

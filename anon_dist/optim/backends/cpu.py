@@ -18,7 +18,7 @@ from anon_dist.optim.backends.build import BuildError, load
 from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan
 
-ABI = 5
+ABI = 6
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, tuple(CODES), _WIDE, _WIDE), strict=True))
@@ -30,7 +30,7 @@ STEP = np.dtype(
         *((name, np.int32) for name in ("variant", "hold_silent", "stochastic", "step")),
         *((name, np.float64) for name in ("decay", "keep_m", "add_m", "keep_s", "add_s", "debias_s", "keep_d")),
         *((name, np.float64) for name in ("gamma", "gamma_ratio", "eps", "bound", "scale")),
-        *((name, np.float64) for name in ("look_m", "look_g", "decay_against")),
+        *((name, np.float64) for name in ("nesterov", "decay_against")),
     ]
 )
 """`struct step` of anon.c, which says what each field is."""
@@ -148,8 +148,7 @@ def _row(plan: StepPlan) -> tuple[float, ...]:
         plan.eps,
         math.inf if plan.clip is None else plan.clip * debias_m,
         lr / debias_m,
-        plan.beta1,
-        add_m if plan.nesterov else 0.0,
+        plan.nesterov,
         1.0 if plan.cautious else decay,
     )
 
