@@ -5,9 +5,7 @@ A `Stepper` makes each step ready: what it does is said by the group's `Regime`,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -15,16 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim.hyper import normalise, state_dtypes, validate
-from anon_dist.optim.members import absent, allocate, steps_taken
-from anon_dist.optim.rebase import change
+from anon_dist.optim.hyper import normalise, validate, warn_of_silence
+from anon_dist.optim.members import absent, allocate, checked, complete, steps_taken
+from anon_dist.optim.rebase import UNSET, change, given
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import AsIs, LazyState, checked_state, decoded, named_parameters
-from anon_dist.optim.stepper import Stepper, Told, Work
-from anon_dist.optim.turned import TurnedWork
-
-_UNSET: Any = object()
+from anon_dist.optim.state import LazyState, decoded, uncast
+from anon_dist.optim.stepper import Stepper, Told
 
 
 class Anon(Optimizer):
@@ -156,13 +151,7 @@ class Anon(Optimizer):
             self.param_groups.pop()
             raise
         group[HISTORY] = Regime(group).fresh()
-        if group["gamma"] < 0 and not group["hold_silent"] and group["eps"] < 1e-10:
-            warnings.warn(
-                f"Anon: at gamma = {group['gamma']} and eps = {group['eps']} a coordinate whose gradient is exactly zero up to a "
-                "refresh (rare embedding rows, zero-initialised layers) hardly moves for a long time after; hold_silent=True or a "
-                "larger eps avoids it",
-                stacklevel=2,
-            )
+        warn_of_silence(group)
 
     def rebase(
         self,
@@ -171,9 +160,9 @@ class Anon(Optimizer):
         refresh_ratio: float | None = None,
         beta2: float | None = None,
         beta3: float | None = None,
-        window: Window = _UNSET,
-        max_interval: int | None = _UNSET,
-        basis: str | None = _UNSET,
+        window: Window = UNSET,
+        max_interval: int | None = UNSET,
+        basis: str | None = UNSET,
         basis_block: int | None = None,
         group: int | None = None,
     ) -> None:
@@ -199,32 +188,18 @@ class Anon(Optimizer):
             RuntimeError: another of these hyperparameters was edited in `param_groups`, or the engine shows the optimizer only some of
                 its parameters at a time (DeepSpeed), so that not all state could be converted.
         """
+        values = given(locals())
         self.settle()
-        values = {
-            "gamma": gamma,
-            "refresh_ratio": refresh_ratio,
-            "beta2": beta2,
-            "beta3": beta3,
-            "basis_block": basis_block,
-        }
-        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        may_be_none = {"window": window, "max_interval": max_interval, "basis": basis}
-        given |= {name: value for name, value in may_be_none.items() if value is not _UNSET}
-        chosen = range(len(self.param_groups)) if group is None else [group]
-        change(self.param_groups, self.state, given, chosen)
+        change(self.param_groups, self.state, values, range(len(self.param_groups)) if group is None else [group])
         self._stepper.known = ()
 
     def next_gammas(self) -> list[float]:
         """For each group, the γ in force in the next step's update.
 
         It is `group["gamma"]`, but where that has been edited: then the γ before stays until a step refreshes the group's foremost
-        parameters, those with the most steps. In that step their preconditioners are converted, d ← d^(γ'/γ), as a part of the refresh.
-        Parameters that are not refreshed in it, being behind for want of gradients, are converted alongside: a group has one γ. From
-        γ = 0, where v = 1 says nothing, refreshed preconditioners are d = σ^γ' alone, as at first, and others cannot be converted: the
-        step refuses that.
-
-        Everything whose unit depends on γ (lr, update_clip, weight_decay) is to follow this γ. Foremost parameters are taken to get
-        gradients.
+        parameters, those with the most steps (which are taken to get gradients). In that step the preconditioners are converted,
+        d ← d^(γ'/γ); of parameters that are behind, alongside. From γ = 0, where v = 1 says nothing, a refreshed one is d = σ^γ' alone, as
+        at first; the step refuses to convert others. What has a unit that depends on γ (lr, update_clip, weight_decay) is to follow it.
         """
         self.settle()
         return [Regime(group).next_gamma(steps_taken(group, self.state)) for group in self.param_groups]
@@ -261,46 +236,24 @@ class Anon(Optimizer):
         Raises:
             ValueError: another optimizer's state, a state of another shape or sharding, or hyperparameters out of range.
         """
-
-        # torch casts state to the parameter's dtype. Behind `_AsIs` it passes untouched, and __setstate__ takes it out again before
-        # any post-hook runs. A pre-hook, the last one, so that the user's own see plain tensors.
-        def protect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            states = {p: {k: AsIs(v) for k, v in s.items()} for p, s in loaded["state"].items()}
-            return {**loaded, "state": states}
-
         self.settle()
-        handle = self.register_load_state_dict_pre_hook(protect)
-        try:
+        with uncast(self):
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        missing = [name for p, name in named_parameters(self.param_groups) if p.requires_grad and p not in self.state]
-        if missing and len(self.state):
-            warnings.warn(
-                f"Anon: the loaded state has nothing for {', '.join(missing)}: it starts afresh there", stacklevel=2
-            )
-        allocate(self.param_groups, self.state)
+        complete(self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled, after the last step has come to its end."""
         self.settle()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
-        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
-        groups = [{**defaults, **g} for g in state.get("param_groups", self.__dict__.get("param_groups", []))]
+        known = {**self.__dict__, **state}
+        groups = [{**known.get("defaults", {}), **group} for group in known.get("param_groups", [])]
         for group in groups:
             normalise(group)
             validate(group)
             group.setdefault(HISTORY, Regime(group).fresh())
-        checked = LazyState()
-        names = dict(named_parameters(groups))
-        group_of = {p: group for group in groups for p in group["params"]}
-        for key, values in state.get("state", self.__dict__.get("state", {})).items():
-            if key in names:
-                checked[key] = checked_state(names[key], key, values, state_dtypes(group_of[key]), group_of[key])
-        super().__setstate__({**state, "param_groups": groups, "state": checked})
+        super().__setstate__({**state, "param_groups": groups, "state": checked(groups, known.get("state", {}))})
         if "_stepper" not in self.__dict__:  # copied, or from a pickle
             self._stepper = Stepper()
         self.defaults.pop("differentiable", None)  # torch adds it; here it would be an option without effect
@@ -332,8 +285,8 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for work in self._ready(())[0]:
-            work.run()
+        for run in self._stepper.ready(self.param_groups, self.state, Told.of(self), ()):
+            run()
         self._stepper.start_renewals()
         return loss
 
@@ -361,13 +314,4 @@ class Anon(Optimizer):
         Raises:
             RuntimeError, ValueError: as `step`.
         """
-        return [partial(_run, work) for work in self._ready(parts)]
-
-    def _ready(self, parts: Sequence[Iterable[Tensor]]) -> list[list[Work | TurnedWork]]:
-        told = Told(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return self._stepper.ready(self.param_groups, self.state, told, parts)
-
-
-def _run(work: Iterable[Work | TurnedWork]) -> None:
-    for one in work:
-        one.run()
+        return self._stepper.ready(self.param_groups, self.state, Told.of(self), parts)

@@ -35,8 +35,8 @@ def param_groups(
         decay: pattern → λ of the parameters it matches, matrices or not, in place of the rule.
         gamma: pattern → γ of the parameters it matches.
         basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
-            layers with as many outputs as an embedding has rows. They have "columns" under "both", None under "rows", in groups apart.
-            Stacks of matrices in one tensor, such as a layer's experts, have none, in groups apart.
+            layers with as many outputs as an embedding has rows; they have "columns" under "both" and None under "rows". Stacks of
+            matrices in one tensor, such as a layer's experts, have None. Both are in groups apart.
         overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
@@ -50,33 +50,38 @@ def param_groups(
     if basis not in (None, "columns", "rows", "both"):
         raise ValueError(f"param_groups: basis must be None, 'columns', 'rows' or 'both', not {basis!r}")
     values: dict[str, Mapping[str, Any]] = {"lr": lr or {}, "weight_decay": decay or {}, "gamma": gamma or {}}
-    overrides = overrides or {}
-    patterns = {pattern for named in (*values.values(), overrides, no_decay) for pattern in named}
+    by_pattern = {**values, "overrides": overrides or {}}
+    patterns = {pattern for named in (*by_pattern.values(), no_decay) for pattern in named}
     unused, of_tokens = set(patterns), token_matrices(model) if basis in ("rows", "both") else set()
     stacked = stacks(model) if basis is not None else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
         unused.difference_update(matches)
         decayed = p.dim() >= 2 and not matches.intersection(no_decay)
         settings: dict[str, Any] = {"weight_decay": weight_decay if decayed else 0.0}
-        own = {key: next((m for m in named if m in matches), None) for key, named in values.items()}
-        settings |= {key: values[key][pattern] for key, pattern in own.items() if pattern is not None}
+        own = {key: next((m for m in named if m in matches), "") for key, named in by_pattern.items()}
+        settings |= {key: named[own[key]] for key, named in values.items() if own[key]}
         if basis is not None:
-            settings["basis"] = basis if p not in of_tokens else "columns" if basis == "both" else None
-            if p in stacked:
-                settings["basis"] = None
-        own["overrides"] = next((m for m in overrides if m in matches), None)
-        settings |= overrides.get(own["overrides"] or "", {})
-        groups.setdefault((decayed, p in of_tokens, p in stacked, *own.values()), {"params": [], **settings})[
-            "params"
-        ].append(p)
+            settings["basis"] = _basis_of(p, basis, of_tokens, stacked)
+        settings |= by_pattern["overrides"].get(own["overrides"], {})
+        key = (decayed, p in of_tokens, p in stacked, *own.values())
+        groups.setdefault(key, {"params": [], **settings})["params"].append(p)
     if unused:
-        names = ", ".join(n for n, p in list(model.named_parameters())[:4])
-        raise ValueError(f"param_groups: {sorted(unused)} match no trainable parameter; the names are like {names}, …")
+        raise ValueError(_no_match(unused, model))
     return list(groups.values())
+
+
+def _basis_of(p: Tensor, wanted: Basis, of_tokens: set[Tensor], stacked: set[Tensor]) -> Basis | None:
+    """Which sides of a parameter are turned where `wanted` are in general."""
+    if p in stacked:
+        return None
+    return wanted if p not in of_tokens else "columns" if wanted == "both" else None
+
+
+def _no_match(patterns: set[str], model: nn.Module) -> str:
+    names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+    return f"param_groups: {sorted(patterns)} match no trainable parameter; the names are like {names}, …"
 
 
 def stacks(model: nn.Module) -> set[Tensor]:

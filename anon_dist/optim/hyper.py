@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -156,3 +157,14 @@ def validate(group: Group) -> None:
         _require(group[name] in (None, True, False), name, group[name], "None, True or False")
     _require(not (group["foreach"] and group["fused"]), "fused", group["fused"], "False or None with foreach=True")
     state_dtypes(group)
+
+
+def warn_of_silence(group: Group) -> None:
+    """Warn where γ < 0 and ε turn an element with no gradient off for a long time."""
+    if group["gamma"] < 0 and not group["hold_silent"] and group["eps"] < 1e-10:
+        warnings.warn(
+            f"Anon: at gamma = {group['gamma']} and eps = {group['eps']} a coordinate whose gradient is exactly zero up to a "
+            "refresh (rare embedding rows, zero-initialised layers) hardly moves for a long time after; hold_silent=True or a "
+            "larger eps avoids it",
+            stacklevel=3,
+        )

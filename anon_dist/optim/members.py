@@ -1,7 +1,8 @@
-"""The state of the parameters in param groups: what there is of it, and its allocation."""
+"""The state of the parameters in param groups: what there is of it, its allocation, and its check when it is loaded."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from anon_dist.optim import update
 from anon_dist.optim.frame import KEYS, length, sides
 from anon_dist.optim.hyper import state_dtypes
-from anon_dist.optim.state import fresh_state, local
+from anon_dist.optim.state import LazyState, checked_state, fresh_state, local, named_parameters
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -47,6 +48,30 @@ def allocate(groups: Groups, state: States) -> None:
         for p in absent(groups, state):
             if int(state[p].get("step", 0)) == 0:
                 del state[p]
+
+
+def checked(groups: Groups, states: Mapping[Any, dict[str, Any]]) -> LazyState:
+    """Loaded states of the parameters in the groups; those of others are left out.
+
+    Raises:
+        ValueError: see `state.checked_state`.
+    """
+    found, names = LazyState(), dict(named_parameters(groups))
+    group_of = {p: group for group in groups for p in group["params"]}
+    for p, values in states.items():
+        if p in names:
+            found[p] = checked_state(names[p], p, values, state_dtypes(group_of[p]), group_of[p])
+    return found
+
+
+def complete(groups: Groups, states: States) -> None:
+    """Make the state of parameters for which nothing was loaded; with a warning, if something was for others."""
+    missing = [name for p, name in named_parameters(groups) if p.requires_grad and p not in states]
+    if missing and len(states):
+        warnings.warn(
+            f"Anon: the loaded state has nothing for {', '.join(missing)}: it starts afresh there", stacklevel=3
+        )
+    allocate(groups, states)
 
 
 def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> bool:

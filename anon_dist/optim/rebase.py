@@ -11,6 +11,19 @@ from anon_dist.optim.members import Groups, States, convert_preconds, has_absent
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.state import EXPONENTS
 
+UNSET: Any = object()
+"""An argument of `Anon.rebase` that was not given, where None is a value."""
+MAY_BE_NONE = ("window", "max_interval", "basis")
+
+
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters among the arguments of `Anon.rebase` that were given."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("self", "group") and value is not UNSET and (value is not None or name in MAY_BE_NONE)
+    }
+
 
 def change(groups: Groups, state: States, given: Mapping[str, Any], indices: Iterable[int]) -> None:
     """Give some groups new values, and convert their state to them. All is checked before anything is changed.

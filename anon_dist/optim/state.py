@@ -47,6 +47,22 @@ class AsIs:
         self.value = value
 
 
+@contextmanager
+def uncast(optimizer: Optimizer) -> Iterator[None]:
+    """While it lasts, `load_state_dict` casts no state to its parameter's dtype: each value passes behind `AsIs`, out of which
+    `checked_state` takes it, before any post-hook runs."""
+
+    def protect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+        states = {p: {k: AsIs(v) for k, v in s.items()} for p, s in loaded["state"].items()}
+        return {**loaded, "state": states}
+
+    handle = optimizer.register_load_state_dict_pre_hook(protect)  # the last one: the user's own see plain tensors
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

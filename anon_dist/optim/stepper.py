@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from anon_dist.optim import frame
 from anon_dist.optim.backends import choice
@@ -46,6 +48,11 @@ class Told:
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> Told:
+        """What has been set on the optimizer."""
+        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
     @property
     def skips(self) -> bool:
@@ -84,12 +91,17 @@ class Stepper:
 
     def ready(
         self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
-    ) -> list[list[Work | TurnedWork]]:
-        """The updates of a step, checked, of each part and of the parameters that are in none.
+    ) -> list[Callable[[], None]]:
+        """The updates of a step, checked and to be run, of each part and of the parameters that are in none.
 
         Raises:
             RuntimeError, ValueError: see `Anon.step`.
         """
+        return [partial(_run, work) for work in self._work_of_parts(groups, state, told, parts)]
+
+    def _work_of_parts(
+        self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
+    ) -> list[list[Work | TurnedWork]]:
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
@@ -175,6 +187,11 @@ class Stepper:
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
         return [buckets for buckets, _ in gathered]
+
+
+def _run(work: Iterable[Work | TurnedWork]) -> None:
+    for one in work:
+        one.run()
 
 
 def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Backend:
