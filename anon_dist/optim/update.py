@@ -84,14 +84,15 @@ def refresh(
     """
     for whole_v, whole_s in zip(v, s, strict=True):
         for v_i, s_i in pieces(whole_v, whole_s):
-            sigma = s_i.double().div_(debias).add_(eps)
+            silent = s_i == 0 if hold_silent else None
+            sigma = s_i.double().div_(debias).add_(eps)  # in float64 this is s itself
             d = sigma.log_().mul_(gamma).exp_().clamp_(D_MIN, D_MAX) if gamma else torch.ones_like(sigma)
             old = v_i.double() if gamma_ratio == 1.0 else _power(v_i, gamma_ratio)
             if keep:
                 d.mul_(1.0 - keep).add_(old.square().reciprocal_(), alpha=keep)
             fresh = d.rsqrt_()
-            if hold_silent:
-                fresh = torch.where(s_i == 0, old, fresh)
+            if silent is not None:
+                fresh = torch.where(silent, old, fresh)
             v_i.copy_(fresh)
         whole_s.zero_()
 

@@ -50,6 +50,22 @@ def test_the_gradient_is_divided_by_the_scale_in_the_step(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_an_infinite_scale_is_a_gradient_of_zero(fused):
+    """With Nesterov too, where the update is then β1 m, and not m."""
+    mine, theirs = make(fused=fused, nesterov=True), make(fused=fused, nesterov=True)
+    for t in range(6):
+        give(mine[0], t)
+        give(theirs[0], t)
+        if t == 5:
+            mine[1].grad_scale = torch.tensor(torch.inf)
+            for p in theirs[0]:
+                p.grad.zero_()
+        mine[1].step()
+        theirs[1].step()
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_step_that_is_not_taken_leaves_no_trace(fused, late, monkeypatch):
     """`late`: as on a GPU, where the host learns of it at the next step, or when somebody asks."""

@@ -226,13 +226,14 @@ def test_auto_window_stays_within_its_bound_where_they_do_not():
     assert (v_windowed > 10 * v_full).all()  # and it is what the documentation warns of
 
 
-def test_hold_silent_keeps_the_preconditioner_of_silent_coordinates():
+@pytest.mark.parametrize("state_dtype", ["float32", "float64"])
+def test_hold_silent_keeps_the_preconditioner_of_silent_coordinates(state_dtype):
     """At γ = −1 a zero gradient at the first refresh leaves v at 1e-8 of normal; held, it stays neutral until the first gradient."""
     speeds = {}
     for hold in (False, True):
         with _quiet(ignore=True):
             p = nn.Parameter(torch.zeros(2))
-            optimizer = Anon([p], gamma=-1.0, betas=(0.9, 0.95), hold_silent=hold)
+            optimizer = Anon([p], gamma=-1.0, betas=(0.9, 0.95), hold_silent=hold, state_dtype=state_dtype)
         for t in range(1, 40):
             p.grad = torch.tensor([1.0, 0.0 if t < 20 else 1.0])
             optimizer.step()
