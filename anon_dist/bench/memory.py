@@ -48,6 +48,8 @@ class Job:
     """The loss is taken of all logits at once (train.loss whole)."""
     context: int = 1
     """fsdp2 and hsdp: ranks that share each sequence."""
+    device: str = "cuda"
+    """Or "cpu": how large the pieces are in which the loss is computed."""
 
     @property
     def width(self) -> int:
@@ -176,8 +178,8 @@ def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
 def working_bytes(engine: EngineName, job: Job) -> float:
     """Beyond what lasts from step to step, without activations."""
     whole, w = sum(p.numel for p in job.shape.parameters()), job.width
-    if engine in ("ddp", "zero1"):  # DDP's buckets; autocast's bfloat16 copies
-        return 4.0 * whole + (2.0 * whole if job.bf16 else 0.0)
+    if engine in ("ddp", "zero1"):  # DDP's buckets, which one process has not; autocast's bfloat16 copies
+        return (4.0 * whole if job.ranks > 1 else 0.0) + (2.0 * whole if job.bf16 else 0.0)
     if not is_deepspeed(engine):  # two units gathered, one's gradient before and in its float32 reduction
         sizes = sorted(
             units(job.shape.parameters(), *sharding(engine, job), fsdp2=engine in ("fsdp2", "hsdp")).values()
@@ -212,7 +214,7 @@ def loss_bytes(job: Job, tensor: int = 1) -> float:
     if job.whole_logits:
         return job.tokens * shape.vocab * (job.width + 8.0)
     vocabulary = -(-shape.vocab // (1 if shape.tied else tensor))
-    piece = piece_rows(job.tokens, vocabulary, "cuda") * vocabulary * (8.0 + (job.width if job.bf16 else 0.0))
+    piece = piece_rows(job.tokens, vocabulary, job.device) * vocabulary * (8.0 + (job.width if job.bf16 else 0.0))
     return piece + job.tokens * shape.width * job.width + 4.0 * vocabulary * shape.width
 
 
