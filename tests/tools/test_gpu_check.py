@@ -57,7 +57,7 @@ def parts(tmp_path, monkeypatch):
     def run(name, code, seconds=60.0):
         (tmp_path / "parts.py").write_text("import json, sys, time, subprocess\nout = sys.argv[7]\n" + code)
         monkeypatch.setattr(check, "HERE", tmp_path)
-        return check.run_part(name, seconds, "cpu", tmp_path, tmp_path / "log.txt")
+        return check.run_part(check.Part(name, seconds), seconds, "cpu", tmp_path, tmp_path / "log.txt")
 
     return run
 
@@ -71,6 +71,7 @@ def test_a_part_that_fails_is_a_row_with_its_error(parts):
         {"part": "broken", "what": "first"},
         {"part": "broken", "what": "the rest of it", "remark": "FAILED (code 1): ValueError: no such | device"},
     ]
+    assert numbers.pop("seconds") > 0
     assert numbers == {"x": 1}
     assert check.table(rows).splitlines()[3].count("|") == len(check.COLUMNS) + 2  # one of them is escaped
 

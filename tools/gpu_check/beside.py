@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from found import Found, configuration, forget_accelerate
@@ -82,7 +83,7 @@ def memory(found: Found) -> None:
     from anon_dist.bench.peak import growth, lasting_bytes
     from anon_dist.train.metrics import Stopwatch
 
-    layers = 8 if found.on_gpu else 2
+    layers = 4 if found.on_gpu else 2
     for name, changes in (
         ("selective checkpointing", {"train_activation_checkpointing": "selective"}),
         ("full checkpointing", {"train_activation_checkpointing": "full"}),
@@ -104,5 +105,6 @@ def memory(found: Found) -> None:
         remark = f"{peak / planned:.2f} of the plan's"
         found.row(what, f"{peak / 1e9:.3f}", f"bench plan says {planned / 1e9:.3f}", remark, [peak, planned])
         del ours
+        gc.collect()
         torch.cuda.empty_cache()
         forget_accelerate()

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +34,25 @@ class Part:
     name: str
     seconds: float
     """Longest that it may take of 480, and accordingly of others; on a GPU about twice what it should."""
+    timed: bool = True
+    """Whether it measures time, and so wants the machine to itself."""
 
 
 PARTS = (
     Part("machine", 60),
     Part("gpt2-small", 50),
     Part("qwen3-1b", 75),
-    Part("kernel", 90),
+    Part("kernel", 110, timed=False),
+    Part("settings", 110, timed=False),
+    Part("resume", 110, timed=False),
     Part("qwen3-1b-compiled", 90),
     Part("gpt2-small-compiled", 70),
-    Part("settings", 100),
-    Part("resume", 70),
     Part("optimizer", 50),
     Part("memory", 60),
     Part("context", 40),
 )
-"""Those come first that say most."""
+"""Those come first that say most. Neighbours that measure no time run beside each other, where there are cores for that."""
+CORES = 8
 
 Row = dict[str, str]
 
@@ -58,8 +63,21 @@ def last_line(text: str) -> str:
     return lines[-1][-300:] if lines else "nothing was printed"
 
 
-def run_part(name: str, seconds: float, device: str, work: Path, log: Path) -> tuple[list[Row], dict[str, Any]]:
+def groups(parts: list[Part]) -> list[list[Part]]:
+    """What runs beside each other."""
+    found: list[list[Part]] = []
+    together = (os.cpu_count() or 1) >= CORES
+    for part in parts:
+        if together and found and not part.timed and not found[-1][-1].timed:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
+
+
+def run_part(part: Part, seconds: float, device: str, work: Path, log: Path) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a part, one of them about its end if that was none; and its numbers."""
+    name, begun = part.name, time.monotonic()
     out = work / f"{name}.json"
     command = [sys.executable, str(HERE / "parts.py"), name, "--device", device, "--work", str(work), "--out", str(out)]
     own = work / f"{name}.log"
@@ -79,7 +97,7 @@ def run_part(name: str, seconds: float, device: str, work: Path, log: Path) -> t
     if code != 0:
         why = f"stopped after {seconds:.0f} s; last:" if code is None else f"FAILED (code {code}):"
         rows.append({"part": name, "what": "the rest of it", "remark": f"{why} {last_line(printed)}"})
-    return rows, found["numbers"]
+    return rows, {**found["numbers"], "seconds": round(time.monotonic() - begun, 1)}
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -132,20 +150,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a part, and leaves what there is
     work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     try:
-        for part in PARTS:
-            if args.only and part.name not in ("machine", *args.only):
-                continue
+        for group in groups([p for p in PARTS if not args.only or p.name in ("machine", *args.only)]):
             left = args.seconds - (time.monotonic() - begun)
             if left < LEAST:
-                rows.append({"part": part.name, "what": "all of it", "remark": "not run: no time was left"})
+                rows += [{"part": p.name, "what": "all of it", "remark": "not run: no time was left"} for p in group]
                 continue
-            print(f"{time.monotonic() - begun:5.0f} s  {part.name}", file=sys.stderr, flush=True)
-            started = time.monotonic()
-            found, numbers[part.name] = run_part(
-                part.name, min(part.seconds * args.seconds / 480, left), args.device, work, log
-            )
-            rows += found
-            numbers[part.name]["seconds"] = round(time.monotonic() - started, 1)
+            names = ", ".join(part.name for part in group)
+            print(f"{time.monotonic() - begun:5.0f} s  {names}", file=sys.stderr, flush=True)
+            limits = [min(part.seconds * args.seconds / 480, left) for part in group]
+            with ThreadPoolExecutor(len(group)) as pool:
+                run = partial(run_part, device=args.device, work=work, log=log)
+                for part, (found, own) in zip(group, pool.map(run, group, limits), strict=True):
+                    rows += found
+                    numbers[part.name] = own
             write(args.out, rows, numbers)
     except KeyboardInterrupt:
         rows.append({"part": "all", "what": "the rest of it", "remark": "interrupted"})

@@ -60,7 +60,7 @@ def configuration(found: Found, preset: str, **changes: Any) -> Config:
     config.train.activation_checkpointing = "none"
     config.model.pad_vocab_to = {"gpt2": 50304}.get(config.model.family, 32000)  # more than the corpus has
     gpu_gb = memory_gb() if found.on_gpu else 0
-    config.train.micro_batch = 16 if config.model.family == "gpt2" else 4 if gpu_gb > 100 else 1
+    config.train.micro_batch = 16 if config.model.family == "gpt2" else 2 if gpu_gb > 100 else 1
     if not found.on_gpu:
         config.model.layers, config.model.width, config.model.heads, config.model.pad_vocab_to = 2, 64, 2, 512
         config.model.hidden = 4 * config.model.width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,10 @@ def train(found: Found, config: Path, name: str, *options: str) -> tuple[list[fl
     command = [sys.executable, "launch/pretrain.py", "--config", str(config), "--run-dir", str(folder), *options]
     if not found.on_gpu:
         command += [*TOY, "12"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {"OMP_NUM_THREADS": "2", **os.environ}  # others run beside it
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     print(f"-- {name}\n{done.stdout}", flush=True)
     if done.returncode:
         return [], last_line(done.stdout)

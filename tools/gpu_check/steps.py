@@ -21,7 +21,7 @@ def kernel(found: Found) -> None:
     """The GPU kernel's bits; on a CPU, one case in Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/optim/gpu_cases.py"]
     if found.on_gpu and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "8"]
+        command += ["-n", "6"]
     if not found.on_gpu:
         command += ["-k", "conversions"]
     environment = {**os.environ, "TRITON_INTERPRET": "0" if found.on_gpu else "1"}
@@ -58,6 +58,7 @@ def optimizer(found: Found) -> None:
         small = [[min(n, 16) for n in shape] for shape in small]
     lists = {f"{len(small)} tensors": small, "4 tensors": few_large(500_000_000 if found.on_gpu else 100_000)}
     known = {c.name: c for c in contestants()}
+    shares = {steps: weights(list(schedules().values())[-1], steps) for steps in (10_000, 100_000)}
     for title, shapes in lists.items():
         tensors = parameters(shapes, found.device)
         (base,) = make(known[BASE], tensors)[1].values()
@@ -70,8 +71,7 @@ def optimizer(found: Found) -> None:
                 remark = f"{ratio:.3f} of AdamW's; the host {host[0]:.3f} and {host[1]:.3f} ms"
                 found.row(what, f"{1e3 * own:.3f}", f"AdamW {1e3 * theirs:.3f}", remark, [own, theirs, *host])
                 ratios[kind] = ratio
-            for steps in (10_000, 100_000):
-                share = weights(list(schedules().values())[-1], steps)
+            for steps, share in shares.items():
                 mean = sum(part * ratios[kind] for kind, part in share.items())
                 found.row(f"{title}, {name}: mean of {steps:,} steps", f"{mean:.3f}", "AdamW 1")
 
