@@ -22,7 +22,7 @@ def pair(found: Found, preset: str, compiled: bool) -> None:
     config = configuration(found, preset, train_compile="blocks" if compiled else "none")
     ours, plain, run = bench_loop.compare(config, TURNS, TURN, lambda text: print(text, flush=True))
     low, middle, high = bench_loop.ratios(ours, plain)
-    size = f"{run.parameters / 1e6:.0f}M parameters, {config.train.micro_batch} x {config.data.seq_len} tokens a step"
+    size = f"{run.parameters / 1e6:.1f}M parameters, {config.train.micro_batch} x {config.data.seq_len} tokens a step"
     remark = f"{middle:.3f} times as fast (quartiles {low:.3f} to {high:.3f}); {size}, bf16"
     both = {"ours": vars(ours), "plain": vars(plain), "ratio": [low, middle, high]}
     found.row("tokens/s", f"{ours.speed:,.0f}", f"plain loop {plain.speed:,.0f}", remark, both)
@@ -65,6 +65,7 @@ def job(config: Config, found: Found) -> Job:
         checkpointing=t.activation_checkpointing,
         whole_logits=t.loss == "whole",
         device=found.device.type,
+        compiled=t.compile != "none",
     )
 
 

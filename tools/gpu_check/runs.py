@@ -66,7 +66,7 @@ def settings(found: Found) -> None:
             losses_of_it, error = run.result()
             base = losses.get("documents, sdpa" if name.startswith("documents") else "float32")
             if error:
-                found.row(name, "FAILED", "", error)
+                found.row(name, "refused" if error.startswith("error: ") else "FAILED", "", error)
                 continue
             losses[name] = last = losses_of_it[-1]
             beside, remark = "", ""
