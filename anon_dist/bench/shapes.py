@@ -121,7 +121,7 @@ class Shape:
             that are split (queries, keys, values, attention's output, what is normed of them; the MLP's hidden numbers). After
             Korthikanti et al., arXiv 2205.05198, section 4.1.
         """
-        hidden = (2 if self.family == "gpt2" else 4) * self.hidden * max(1, self.experts_per_token)
+        hidden = (2 if self.family == "gpt2" else 3) * self.hidden * max(1, self.experts_per_token)
         normed = self.query_width + self.kv_width if self.family in ("qwen3", "gemma3", "olmo2") else 0
         gathered = 2 * self.width * self.experts_per_token  # each expert's input and output
         return 4.0 * self.width + gathered, 2.0 * self.query_width + 2.0 * self.kv_width + hidden + normed
@@ -139,7 +139,8 @@ class Shape:
         heads = {"qwen3": (1, 2), "gemma3": (1, 3), "olmo2": (1, 3)}.get(self.family, (0, 0))[half] * (q + kv)
         repeated = 2.0 * (q - kv) if self.family == "gemma3" else 0.0  # keys and values, where there is a mask
         wide = experts if half else 0  # experts' grouped products are in float32 there
-        return norms + 2.0 * h * wide, heads + repeated + 4.0 * self.hidden * wide
+        gate = self.hidden * max(1, experts)  # after its SiLU or GELU
+        return norms + 2.0 * h * wide, heads + repeated + gate + 4.0 * self.hidden * wide
 
     def selected_per_token(self) -> tuple[float, float]:
         """Of these, whole and split, what `train.recompute` keeps of a block beside its input under selective: attention's output, and the
