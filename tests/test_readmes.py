@@ -309,6 +309,10 @@ RULES = {
     ),  # as a name; with arguments below
     r"anon-dist ckpt .*": checkpoint,
     r"python tools/.*": tool,
+    # its options are those of a script beside it
+    r"bash tools/gpu_check\.sh.*": lambda c, monkeypatch: tool(
+        c.replace("bash tools/gpu_check.sh", "python tools/gpu_check/check.py"), monkeypatch
+    ),
     r"(apt-get|pip) install .*": packages,
     r"pytest .*": files,
 }

@@ -48,6 +48,10 @@ class Job:
     """The loss is taken of all logits at once (train.loss whole)."""
     context: int = 1
     """fsdp2 and hsdp: ranks that share each sequence."""
+    device: str = "cuda"
+    """Or "cpu": how large the pieces are in which the loss is computed."""
+    compiled: bool = True
+    """Blocks are compiled (train.compile); else each operation saves what its own backward pass wants."""
 
     @property
     def width(self) -> int:
@@ -143,6 +147,7 @@ class Memory:
     working: float
     """Gathered parameters, buckets, autocast's copies."""
     activations: float
+    """What is allocated beside the gradients when most is: what blocks save, the loss, a block's backward pass."""
     host: float = 0.0
     """Offloaded: on the CPU."""
 
@@ -155,10 +160,12 @@ class Memory:
 def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
     """What a rank keeps at the peak of a step, but for bases."""
     owned = owned_elements(engine, job)
-    state, activations = optimizer.state_bytes * owned, activation_bytes(engine, job)
+    state = optimizer.state_bytes * owned
     if not is_deepspeed(engine):
         parameters = gradients = 4.0 * (sum(p.numel for p in job.shape.parameters()) if engine == "zero1" else owned)
+        activations = activation_bytes(engine, job, gradients)
         return Memory(parameters, 0.0, gradients, state, working_bytes(engine, job), activations)
+    activations = activation_bytes(engine, job)
     whole, n = sum(p.numel for p in job.shape.parameters()), job.ranks
     parameters = job.width * (owned if engine.startswith("zero3") else whole)
     gradients = job.width * (whole if engine in ("zero0", "zero1-deepspeed") else whole / n)
@@ -176,8 +183,8 @@ def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
 def working_bytes(engine: EngineName, job: Job) -> float:
     """Beyond what lasts from step to step, without activations."""
     whole, w = sum(p.numel for p in job.shape.parameters()), job.width
-    if engine in ("ddp", "zero1"):  # DDP's buckets; autocast's bfloat16 copies
-        return 4.0 * whole + (2.0 * whole if job.bf16 else 0.0)
+    if engine in ("ddp", "zero1"):  # DDP's buckets, which one process has not; autocast's bfloat16 copies
+        return (4.0 * whole if job.ranks > 1 else 0.0) + (2.0 * whole if job.bf16 else 0.0)
     if not is_deepspeed(engine):  # two units gathered, one's gradient before and in its float32 reduction
         sizes = sorted(
             units(job.shape.parameters(), *sharding(engine, job), fsdp2=engine in ("fsdp2", "hsdp")).values()
@@ -190,29 +197,62 @@ def working_bytes(engine: EngineName, job: Job) -> float:
     return float(w * (gathered + 2 * min(BUCKET, whole)))
 
 
-def activation_bytes(engine: EngineName, job: Job) -> float:
-    """What a micro-batch saves for its backward pass, and what its loss takes: an estimate, of an attention that keeps no scores."""
+def activation_bytes(engine: EngineName, job: Job, gradients: float = 0.0) -> float:
+    """What a micro-batch saves for its backward pass, and what that and its loss take: an estimate, of an attention that keeps no scores.
+
+    The most of three moments: the loss, when there are no gradients yet if the step has one micro-batch; the backward pass of the last
+    block; and of the first block, when only its own is left.
+
+    Args:
+        gradients: bytes that are not allocated before the backward pass; what is found is beside them.
+    """
     shape, tensor = job.shape, job.tensor if engine == "fsdp2+tp" else 1
-    whole, split = shape.saved_per_token()
-    block = job.width * (whole + split / tensor)
+    block = job.tokens * _block_bytes(job, tensor)
     if job.checkpointing == "none":
-        blocks = block * shape.layers
+        saved, again = block * shape.layers, 0.0
     else:  # each block's input, and one block's all
         kept_whole, kept_split = shape.selected_per_token() if job.checkpointing == "selective" else (0.0, 0.0)
-        blocks = job.width * (shape.width + kept_whole + kept_split / tensor) * shape.layers + block
-    gathered = 0.0 if job.context == 1 else job.keys_and_values * (shape.layers if job.checkpointing == "none" else 1)
-    return job.tokens * blocks + gathered + loss_bytes(job, tensor)
+        kept = shape.width * _stream_width(engine, job) + (kept_whole + kept_split / tensor) * job.width
+        saved, again = job.tokens * kept * shape.layers, block
+    if job.context > 1:
+        saved += job.keys_and_values * (shape.layers if job.checkpointing == "none" else 0)
+        again += job.keys_and_values * (job.checkpointing != "none")
+    loss = loss_bytes(job, tensor)
+    later = gradients if job.accumulation == 1 else 0.0  # not there at the loss
+    passing = job.tokens * job.width * 2 * shape.hidden / tensor  # gradients inside of a block
+    head = 4.0 * shape.vocab * shape.width / (1 if shape.tied else tensor)  # the output matrix's
+    moments = saved + loss - later, saved + again + passing + head - later, again + passing
+    return max(moments)
+
+
+def _block_bytes(job: Job, tensor: int) -> float:
+    """That a block saves for a token."""
+    parts = [job.shape.saved_per_token()]
+    if not job.compiled:
+        parts.append(job.shape.eager_per_token(job.bf16))
+    return job.width * sum(whole + split / tensor for whole, split in parts)
+
+
+def _stream_width(engine: EngineName, job: Job) -> int:
+    """Bytes of a number between blocks: autocast leaves them in float32, FSDP and DeepSpeed have none there."""
+    return 4 if engine in ("ddp", "zero1") else job.width
 
 
 def loss_bytes(job: Job, tensor: int = 1) -> float:
-    """What the loss takes: logits of a piece of the tokens, their probabilities and the gradient of both in the dtype computed with; the
-    gradients of hidden states and, in float32, of the output matrix. Of whole logits: in the dtype computed with, in float32, their
-    gradient. `tensor`: ranks that split the output matrix, as tensor parallelism does where it is not tied."""
+    """What the loss takes.
+
+    Of pieces: logits of a piece of the tokens, their probabilities and the gradient of both in the dtype computed with; the gradients of
+    hidden states and, in float32, of the output matrix. Of whole logits: in the dtype computed with, and in float32 themselves, their
+    log-probabilities and their gradient.
+
+    Args:
+        tensor: ranks that split the output matrix, as tensor parallelism does where it is not tied.
+    """
     shape = job.shape
     if job.whole_logits:
-        return job.tokens * shape.vocab * (job.width + 8.0)
+        return job.tokens * shape.vocab * (12.0 + (job.width if job.bf16 else 0.0))
     vocabulary = -(-shape.vocab // (1 if shape.tied else tensor))
-    piece = piece_rows(job.tokens, vocabulary, "cuda") * vocabulary * (8.0 + (job.width if job.bf16 else 0.0))
+    piece = piece_rows(job.tokens, vocabulary, job.device) * vocabulary * (8.0 + (job.width if job.bf16 else 0.0))
     return piece + job.tokens * shape.width * job.width + 4.0 * vocabulary * shape.width
 
 

@@ -166,6 +166,8 @@ class PlanOptions:
     """Of the computation."""
     checkpointing: Annotated[str, tyro.conf.arg(metavar="{none,full,selective}")] = "full"
     """What of a block's activations is computed again (train.activation_checkpointing)."""
+    compile: Annotated[str, tyro.conf.arg(metavar="{none,blocks}")] = "blocks"
+    """Whether blocks are compiled (train.compile), which saves less for the backward pass."""
     shard_ranks: int = 8
     """hsdp: ranks that share one copy."""
     tensor_parallel: int = 8

@@ -8,14 +8,20 @@ hide what a later one takes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 from anon_dist.bench.clock import Step
 from anon_dist.bench.optimizers import contestants, make
@@ -46,6 +52,39 @@ def working_bytes(steps: Iterable[Step], device: torch.device) -> int:
         step.run()
         most = max(most, _status("VmHWM") - before)
     return most
+
+
+@contextlib.contextmanager
+def growth(device: torch.device) -> Iterator[Callable[[], int]]:
+    """A block whose most bytes of tensors at once, beyond those before it, are told by what it is given, afterwards.
+
+    By torch's allocator; on the CPU by its events, which torch's profiler records.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield lambda: _most_at_once(recorded)
+
+
+def _most_at_once(recorded: profile) -> int:
+    results = getattr(recorded.profiler, "kineto_results", None)
+    assert results is not None  # once the block has ended
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes: list[int] = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0))
+
+
+def lasting_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Of parameters, buffers and the optimizer's state on this rank; what shares memory counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.numel()}.values())
 
 
 def in_fresh_process(names: list[str], shapes: Shapes) -> dict[str, int]:

@@ -188,6 +188,8 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--loss is chunked or whole, not {options.loss}")
     if options.checkpointing not in ("none", "full", "selective"):
         raise ConfigError(f"--checkpointing is none, full or selective, not {options.checkpointing}")
+    if options.compile not in ("none", "blocks"):
+        raise ConfigError(f"--compile is none or blocks, not {options.compile}")
     shape = find_shape(options.model, options.vocab)
     return Job(
         shape,
@@ -202,6 +204,7 @@ def job_of(options: PlanOptions) -> Job:
         options.accumulate == "whole",
         options.loss == "whole",
         options.context_parallel,
+        compiled=options.compile == "blocks",
     )
 
 

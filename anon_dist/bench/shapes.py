@@ -114,24 +114,43 @@ class Shape:
         return 6.0 * multiplied + 12.0 * self.query_width * seen
 
     def saved_per_token(self) -> tuple[float, float]:
-        """Numbers that a block saves for its backward pass, for each token, with attention that keeps no scores (FlashAttention).
+        """Numbers that a compiled block saves for its backward pass, for each token, with attention that keeps no scores (FlashAttention).
 
         Returns:
             Those that are whole on every rank of a tensor-parallel group (inputs of norms and of the matrices after them), and those
             that are split (queries, keys, values, attention's output, what is normed of them; the MLP's hidden numbers). After
             Korthikanti et al., arXiv 2205.05198, section 4.1.
         """
-        hidden = (2 if self.family == "gpt2" else 4) * self.hidden * max(1, self.experts_per_token)
+        hidden = (2 if self.family == "gpt2" else 3) * self.hidden * max(1, self.experts_per_token)
         normed = self.query_width + self.kv_width if self.family in ("qwen3", "gemma3", "olmo2") else 0
         gathered = 2 * self.width * self.experts_per_token  # each expert's input and output
         return 4.0 * self.width + gathered, 2.0 * self.query_width + 2.0 * self.kv_width + hidden + normed
+
+    def eager_per_token(self, half: bool) -> tuple[float, float]:
+        """What it saves besides where nothing is compiled, whole and split: counted in transformers' code, op by op.
+
+        Args:
+            half: under autocast, whose casts are saved for each matrix beside norms' float32 numbers; counted in numbers of 2 bytes.
+        """
+        h, q, kv, experts = self.width, self.query_width, self.kv_width, self.experts_per_token
+        if self.family == "gpt2":  # its GELU is six operations
+            return (2.0 if half else 0.0) * h, 3.0 * self.hidden
+        norms = {"gemma3": (6, 17), "mixtral": (2, 8)}.get(self.family, (2, 9))[half] * h
+        heads = {"qwen3": (1, 2), "gemma3": (1, 3), "olmo2": (1, 3)}.get(self.family, (0, 0))[half] * (q + kv)
+        repeated = 2.0 * (q - kv) if self.family == "gemma3" else 0.0  # keys and values, where there is a mask
+        wide = experts if half else 0  # experts' grouped products are in float32 there
+        gate = self.hidden * max(1, experts)  # after its SiLU or GELU
+        return norms + 2.0 * h * wide, heads + repeated + gate + 4.0 * self.hidden * wide
 
     def selected_per_token(self) -> tuple[float, float]:
         """Of these, whole and split, what `train.recompute` keeps of a block beside its input under selective: attention's output, and the
         results of every second matrix product (in Llama's order the first is q, the last the MLP's)."""
         if self.family == "gpt2":
             return 0.0, 4.0 * self.width + self.hidden
-        return 1.0 * self.width, 2.0 * self.query_width + self.kv_width + self.hidden * max(1, self.experts_per_token)
+        attention = 2.0 * self.query_width + self.kv_width
+        if self.family == "mixtral":  # whose experts' products are grouped, and repeated
+            return 0.0, attention
+        return 1.0 * self.width, attention + self.hidden
 
 
 MODELS = {

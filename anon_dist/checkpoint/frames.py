@@ -156,6 +156,7 @@ class _Frame:
         """Q_L X Q_Rᵀ of the matrix that `read` gives; with squared elements of the bases, the diagonal of a turned one."""
 
         def whole_rows(first: int, last: int) -> Tensor:
+            """Rows [first, last), float64, out of the columns' basis."""
             x = read(first * self._columns, last * self._columns).view(last - first, self._columns)
             return (
                 x
@@ -164,6 +165,7 @@ class _Frame:
             )
 
         def rows(first: int, last: int) -> Tensor:
+            """The same, out of the rows' basis too, of which a block turns all of its own."""
             if "row" not in self._keys:
                 return whole_rows(first, last)
             block = self._checkpoint.tensors[self._keys["row"]].shape[1]
@@ -175,6 +177,7 @@ class _Frame:
             return torch.cat(found)
 
         def elements(start: int, stop: int) -> Tensor:
+            """Elements [start, stop), row-major, 1-D."""
             if stop <= start:
                 return torch.empty(0, dtype=torch.float64)
             first = start // self._columns

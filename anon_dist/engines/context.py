@@ -88,6 +88,7 @@ class ContextParallel:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention of (2 B, heads, L / 2n, head size); the keys and values may have fewer heads."""
+        query, key, value = _as_attention_takes_them(query, key, value)
         keys, values = self._whole(key), self._whole(value)
         size, grouped = query.shape[2], query.shape[1] != key.shape[1]
         found = []
@@ -111,6 +112,13 @@ class ContextParallel:
         pieces = [gathered[rank, 0] for rank in range(self.ranks)]
         pieces += [gathered[rank, 1] for rank in reversed(range(self.ranks))]
         return torch.cat(pieces, dim=2)
+
+
+def _as_attention_takes_them(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of autocast, into which it casts what its own attention is given, and not what a bias stands beside."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def _gather(own: Tensor, group: Any) -> Tensor:

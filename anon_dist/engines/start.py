@@ -197,14 +197,7 @@ def wrap(
     if not is_meta(model):
         weights = None  # they are in it
         check_same_start(model, accelerator.device)
-    if any(
-        state and int(state["step"])
-        for state in optimizer.state.values()
-        if isinstance(state, dict) and "step" in state
-    ):
-        raise EngineError(
-            "the optimizer has been stepped or loaded before it was wrapped; load checkpoints after wrapping"
-        )
+    _check_not_stepped(optimizer)
     if name == "deepspeed":
         from anon_dist.engines.zero import ZeroEngine
 
@@ -221,6 +214,14 @@ def wrap(
     offloaded = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     overlap = overlap and offloaded and isinstance(optimizer, Anon)
     return TorchEngine(name, accelerator, model, optimizer, overlap=overlap, sharded_sums=sharded_sums, weights=weights)
+
+
+def _check_not_stepped(optimizer: Optimizer) -> None:
+    states = (state for state in optimizer.state.values() if isinstance(state, dict) and "step" in state)
+    if any(int(state["step"]) for state in states):
+        raise EngineError(
+            "the optimizer has been stepped or loaded before it was wrapped; load checkpoints after wrapping"
+        )
 
 
 def limit_waits(timeout: timedelta) -> None:

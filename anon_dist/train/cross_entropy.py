@@ -89,6 +89,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, split: Split | None
     ) -> Tensor:
+        """See `summed_loss`. The gradients of the first sum are computed here, where pieces of the logits exist."""
         gradients = _Gradients(ctx.needs_input_grad, hidden, weight, bias)
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         for piece in _Pieces(hidden, weight, bias, targets, head, split):
@@ -102,6 +103,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Those gradients, times that of the first sum."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of this loss has been taken before")

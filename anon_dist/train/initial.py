@@ -165,6 +165,7 @@ class _Recorder:
 
     def _in_place_of(self, what: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Note what a parameter, or a contiguous part of one, is filled with; fill any other tensor."""
             whole = tensor if tensor._base is None else tensor._base
             name = self._names.get(id(whole))
             if name is None:
@@ -219,6 +220,7 @@ def _by_fan(normal: bool, xavier: bool) -> Callable[..., Draw]:
     def made(
         tensor: Tensor, *args: Any, gain: float = 1.0, a: float = 0.0, mode: str = "fan_in", **kwargs: Any
     ) -> Draw:
+        """Of a tensor's fans, as the function of this name in `torch.nn.init` takes them."""
         fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(tensor)
         if xavier:
             std = (args[0] if args else gain) * math.sqrt(2.0 / (fan_in + fan_out))

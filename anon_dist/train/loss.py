@@ -58,8 +58,13 @@ def attach(model: Any, kind: Kind = "auto", z_loss: float = 0.0, half: bool = Fa
         half: whether it will be computed in half precision.
 
     Raises:
-        ConfigError: this kind cannot compute this model's loss, or not here.
+        ConfigError: this kind cannot compute this model's loss, or not here; or the model's tokens are not called input_ids.
     """
+    if model.main_input_name != "input_ids":
+        raise ConfigError(
+            f"model: {type(model).__name__} takes its tokens as {model.main_input_name}, not as input_ids, and cannot be trained here; "
+            "take another model"
+        )
     loss = Loss(kind, Head(z_loss=z_loss), _balance(model))
     try:
         scale, cap = logits_of(model)
@@ -153,6 +158,8 @@ def logits_of(model: Any) -> tuple[float, float | None]:
     sample = torch.linspace(-60.0, 60.0, head.out_features, dtype=torch.float64)
 
     def respond(values: Tensor) -> Tensor:
+        """The logits that the model's forward makes of what its output layer returns, both (V,)."""
+
         def answer(states: Tensor) -> Tensor:
             given.append(states)
             return values.expand(1, 1, -1).clone()

@@ -57,6 +57,7 @@ def _selective() -> Any:
     seen = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """Attention and every second product are kept; both passes count them alike."""
         if operation in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if operation in PRODUCTS:

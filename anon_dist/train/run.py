@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -29,7 +27,6 @@ from anon_dist.data.index import INDEX_FILE
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.context import ContextParallel
-from anon_dist.engines.precision import use_tf32
 from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
@@ -47,7 +44,7 @@ from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
-from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
+from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.vocabulary import tokenizer_problem
 from anon_dist.train.watch import OptimizerWatch
 
@@ -135,19 +132,10 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     Raises:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    set_modes(config, accelerator)
     split, sharing = splitting_ranks(wanted_engine(config)), sharing_ranks(wanted_engine(config))
-    if uses_tf32(config, accelerator):
-        use_tf32()
     readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
     rounds = accumulation(config, readers)
-
-    if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
-        raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
     index, train_shards, val_shards = _open_data(config, accelerator)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = local / accelerator.num_processes if name == "fsdp2" else 1.0

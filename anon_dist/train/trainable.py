@@ -6,6 +6,7 @@ import logging
 import os
 
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from anon_dist.agreement import is_first
 from anon_dist.data import Index
 from anon_dist.engines.comparison import check_alike
 from anon_dist.engines.context import ContextParallel
+from anon_dist.engines.precision import use_tf32
 from anon_dist.train.alike import pretrained_settings
 from anon_dist.train.config import Config, ConfigError, TrainConfig
 from anon_dist.train.evaluate import sees_what_comes
@@ -23,6 +25,23 @@ from anon_dist.train.pretrained import SavedWeights
 from anon_dist.train.recompute import recompute, set_budget
 
 log = logging.getLogger(__name__)
+
+
+def set_modes(config: Config, accelerator: Accelerator) -> None:
+    """Of the libraries in this process: what they print, and how they compute.
+
+    Raises:
+        ConfigError: this device cannot compute so.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if uses_tf32(config, accelerator):
+        use_tf32()
+    if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
+        raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
 
 
 def trainable(config: Config, index: Index, share: float) -> Planned:

@@ -118,6 +118,7 @@ def _on_text(source: FileSource, model: PreTrainedModel, tokenizer: Any, options
     skipped: dict[str, int] = {}
 
     def documents() -> Iterator[str]:
+        """Texts; what the source leaves out is counted."""
         for item in source.read():
             if item.skipped is None:
                 yield item.text

@@ -91,6 +91,7 @@ def score_text(
     unknown = tokenizer.unk_token_id
 
     def all_windows() -> Iterator[Window]:
+        """Of all documents, whose tokens and bytes are counted as they come."""
         nonlocal total
         for text in documents:
             # Text that spells a special token is text.

@@ -7,16 +7,20 @@ import torch
 
 from anon_dist.bench import scaling
 from anon_dist.bench.bases import cost
-from anon_dist.bench.memory import NAMED, Bases, Job, handed_out, loss_bytes, memory, owned_elements, shares
+from anon_dist.bench.memory import NAMED, Bases, Job, handed_out, memory, owned_elements, shares
 from anon_dist.bench.messages import Message, traffic
 from anon_dist.bench.options import ENGINES, Hardware, ScalingOptions
+from anon_dist.bench.peak import growth, lasting_bytes
 from anon_dist.bench.plan import predict
 from anon_dist.bench.shapes import MODELS, Shape, config_of, find_shape
 from anon_dist.cli import main
 from anon_dist.optim import Anon, param_groups
 from anon_dist.optim.frame import BASIS_KEYS
+from anon_dist.train.batch import mean_loss
 from anon_dist.train.config import ConfigError
-from anon_dist.train.model import build_model, flops_per_token
+from anon_dist.train.loss import attach
+from anon_dist.train.model import blocks, build_model, flops_per_token
+from anon_dist.train.recompute import recompute
 
 TINY = Shape("llama", layers=2, width=8, heads=2, kv_heads=1, hidden=24, vocab=10, context=16, tied=False)
 GPT2 = Shape("gpt2", layers=2, width=15, heads=3, kv_heads=3, hidden=60, vocab=101, context=16, tied=True)
@@ -175,6 +179,51 @@ def test_predictions_are_what_two_ranks_measure(tmp_path):
         assert row["sent_by_gloo"] < row["written"] < 1.1 * row["sent_by_gloo"], row
 
 
+FAMILIES = {
+    "gpt2": {},
+    "llama": {"kv_heads": 2, "tied": False},
+    "qwen3": {"kv_heads": 1, "head_dim": 24},
+    "gemma3": {"kv_heads": 2, "head_dim": 24, "window": 32, "layers": 6},
+    "olmo2": {"kv_heads": 2, "tied": False},
+    "mixtral": {"kv_heads": 2, "tied": False, "experts": 4, "experts_per_token": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("checkpointing", "bf16", "loss"),
+    [
+        ("none", False, "chunked"),
+        ("selective", True, "chunked"),
+        ("full", True, "whole"),
+    ],
+)
+def test_peaks_are_those_that_torch_allocates(family, checkpointing, bf16, loss):
+    """A step of a small model, not compiled, on the CPU: all that its tensors take at once beside what lasts."""
+    sizes = {"layers": 3, "width": 64, "heads": 4, "kv_heads": 4, "hidden": 224, "vocab": 700, "context": 128}
+    shape = Shape(family, **{**sizes, "tied": True, **FAMILIES[family]})
+    model = build_model(config_of(shape), shape.vocab, 0, 128, seed=1)
+    attach(model, "whole" if loss == "whole" else "auto")
+    recompute(blocks(model), checkpointing)
+    optimizer = Anon(param_groups(model))
+    optimizer.init_state()
+    samples = torch.randint(0, shape.vocab, (4, 129))
+    for _ in range(2):  # the first allocates what lasts
+        with growth(torch.device("cpu")) as most:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                value = mean_loss(model, samples)
+            value.backward()
+            del value
+            optimizer.step()
+            optimizer.zero_grad()
+    sizes = {"micro_batch": 4, "seq_len": 128, "bf16": bf16, "checkpointing": checkpointing}
+    job = Job(shape, 1, **sizes, whole_logits=loss == "whole", device="cpu", compiled=False)
+    planned = memory("ddp", job, NAMED["anon"])
+    lasting = planned.parameters + planned.state
+    assert lasting_bytes(model, optimizer) == pytest.approx(lasting, rel=0.01)  # rotary frequencies, counters
+    assert lasting + most() == pytest.approx(planned.device, rel=0.12)
+
+
 def test_a_difference_is_reported():
     job = scaling.job_of(ScalingOptions(), 2)
     sent = sum(m.sent for m in traffic("ddp", job))
@@ -197,14 +246,14 @@ def test_torch_counts_what_the_plan_calls_an_adamw():
 def test_sharing_sequences_and_keeping_less():
     """7b in sequences of 32k on 4 ranks each: a quarter of the activations and of the computation, and a layer's keys and values."""
     shape = MODELS["7b"]
-    alone, shared = (Job(shape, 64, seq_len=32768, context=n) for n in (1, 4))
-    layer = 2 * 4096 * 2 * 32768
-    activations = [memory("fsdp2", job, NAMED["anon"]).activations - loss_bytes(job) for job in (alone, shared)]
+    alone, shared = (Job(shape, 64, seq_len=32768, context=n, accumulation=2) for n in (1, 4))
+    layer, head = 2 * 4096 * 2 * 32768, 4 * 32000 * 4096  # the gradient of the output matrix is there by then
+    activations = [memory("fsdp2", job, NAMED["anon"]).activations - head for job in (alone, shared)]
     assert activations[1] == pytest.approx(activations[0] / 4 + layer)
     rows = [predict("fsdp2", "anon", job, Hardware(), 0.4, 1000) for job in (alone, shared)]
     assert rows[1].compute_s == pytest.approx(rows[0].compute_s / 4)
     more = sum(rows[1].sent.values()) - sum(rows[0].sent.values())
-    assert more == pytest.approx(3 * 32 * layer * 3 / 4)  # gathered twice, and reduced; three quarters leave a rank
+    assert more == pytest.approx(2 * 3 * 32 * layer * 3 / 4)  # gathered twice, and reduced; three quarters leave a rank
     assert "cannot share" in predict("ddp", "anon", shared, Hardware(), 0.4, 1000).trouble
     kept = {
         how: memory("fsdp2", Job(shape, 64, checkpointing=how), NAMED["anon"]).activations

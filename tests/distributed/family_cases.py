@@ -78,37 +78,42 @@ def engine_of(planned, tensor=1, context=1, engine="fsdp2", **changes):
 
 
 def case_every_family_has_the_bits_and_gradients_of_plain_transformers():
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    for family, changes in FAMILIES.items():
-        config = ModelConfig(family=family, **{**SIZES, **changes})
-        whole = build_model(config, VOCABULARY, 0, LENGTH, seed=5)
-        parameters, batch = {name: p.detach() for name, p in whole.named_parameters()}, batch_of(2 * ranks)
-        loss, expected = plain_gradients(whole, batch)
+    for family in FAMILIES:
         others = ("hsdp", "ddp", "fsdp1") if family in ("gpt2", "mixtral") else ()
         layouts = [{"engine": engine} for engine in ("fsdp2", *others)]
         layouts += [{"tensor": 2}] * (family in ("llama", "qwen3", "gemma3"))
         layouts += [{"context": 2}] * (family not in ("gemma3",))
-        for layout in layouts:
-            engine, shared = engine_of(plan_model(config, VOCABULARY, 0, LENGTH, seed=5), **layout)
-            where = (family, layout)
-            flat = layout.get("engine") == "fsdp1"  # whose parameters are parts that have lost their shapes
-            for name, p in {} if flat else dict(engine.model.named_parameters()).items():
-                assert torch.equal(full(p.detach()), parameters[name.removeprefix("module.")]), (where, name)
-            for name, value in engine.full_weights().items() if flat else ():
-                assert name not in parameters or torch.equal(value, parameters[name]), (where, name)
-            alike = 2 if "tensor" in layout or "context" in layout else 1
-            own = batch.chunk(ranks // alike)[rank // alike]
-            found = mean_loss(engine.model, own if shared is None else shared.pieces(own))
-            engine.backward(found, last=True)
-            mean = found.detach().clone()
-            dist.all_reduce(mean)
-            torch.testing.assert_close(mean / ranks, loss, rtol=2e-6, atol=0)
-            norm = torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt()
-            for name, p in {} if flat else dict(engine.model.named_parameters()).items():
-                plain = name.removeprefix("module.")
-                apart = (full(p.grad) - expected[plain]).abs().max()
-                assert apart <= 2e-6 + 2e-5 * expected[plain].abs().max(), (where, plain, apart)
-            torch.testing.assert_close(engine.step(1e-3, None).float(), norm, rtol=1e-5, atol=0)
+        check_family(family, *layouts)
+
+
+def check_family(family, *layouts):
+    """Under each of the layouts, arguments of `engine_of`."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    config = ModelConfig(family=family, **{**SIZES, **FAMILIES[family]})
+    whole = build_model(config, VOCABULARY, 0, LENGTH, seed=5)
+    parameters, batch = {name: p.detach() for name, p in whole.named_parameters()}, batch_of(2 * ranks)
+    loss, expected = plain_gradients(whole, batch)
+    for layout in layouts:
+        engine, shared = engine_of(plan_model(config, VOCABULARY, 0, LENGTH, seed=5), **layout)
+        where = (family, layout)
+        flat = layout.get("engine") == "fsdp1"  # whose parameters are parts that have lost their shapes
+        for name, p in {} if flat else dict(engine.model.named_parameters()).items():
+            assert torch.equal(full(p.detach()), parameters[name.removeprefix("module.")]), (where, name)
+        for name, value in engine.full_weights().items() if flat else ():
+            assert name not in parameters or torch.equal(value, parameters[name]), (where, name)
+        alike = layout.get("tensor", layout.get("context", 1))
+        own = batch.chunk(ranks // alike)[rank // alike]
+        found = mean_loss(engine.model, own if shared is None else shared.pieces(own))
+        engine.backward(found, last=True)
+        mean = found.detach().clone()
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean / ranks, loss, rtol=2e-6, atol=0)
+        norm = torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt()
+        for name, p in {} if flat else dict(engine.model.named_parameters()).items():
+            plain = name.removeprefix("module.")
+            apart = (full(p.grad) - expected[plain]).abs().max()
+            assert apart <= 2e-6 + 2e-5 * expected[plain].abs().max(), (where, plain, apart)
+        torch.testing.assert_close(engine.step(1e-3, None).float(), norm, rtol=1e-5, atol=0)
 
 
 def status(key):

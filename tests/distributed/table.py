@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from family_cases import check_family
 from helpers import forget_accelerate
 from launch_cases import raises, run_cases
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -80,6 +81,7 @@ def rows(complete):
         for engine in (*TORCH, "fsdp2+tp", *DEEPSPEED, *OFFLOAD)
         for ranks in (2, 4)
     ]
+    found += [("shared sequences", "fsdp2", 4, 4), ("shared sequences", "hsdp", 2, 4)]
     return {", ".join(map(str, row)): row for row in found if row[1] != "hsdp" or row[-1] == 4}
 
 
@@ -357,7 +359,19 @@ def check_bytes_and_collectives(name, ranks):
     assert abs(sizes.local - whole / shards) <= slack, (sizes, whole, shards)
 
 
-CHECKS = {"bits": check_bits, "training": check_training, "bytes and collectives": check_bytes_and_collectives}
+def check_shared_sequences(name, context, ranks):
+    """Of so many ranks each, hsdp's shards among two: the gradients of one process."""
+    layout = {"engine": name, "context": context, "shard_ranks": 2 if name == "hsdp" else None}
+    for family in ("gpt2", "qwen3"):
+        check_family(family, layout)
+
+
+CHECKS = {
+    "bits": check_bits,
+    "training": check_training,
+    "bytes and collectives": check_bytes_and_collectives,
+    "shared sequences": check_shared_sequences,
+}
 
 if __name__ == "__main__":
     ranks, complete = int(os.environ["WORLD_SIZE"]), sys.argv[2] == "all"

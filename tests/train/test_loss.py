@@ -126,6 +126,17 @@ class Noisy(hf.LlamaForCausalLM):
         return output
 
 
+def test_a_model_whose_tokens_have_another_name_is_refused():
+    class Renamed(hf.LlamaForCausalLM):
+        main_input_name = "tokens"
+
+        def forward(self, tokens, **kwargs):
+            return super().forward(input_ids=tokens, **kwargs)
+
+    with pytest.raises(ConfigError, match="Renamed takes its tokens as tokens, not as input_ids"):
+        attach(Renamed(hf.LlamaConfig(**SIZES)))
+
+
 def test_what_a_model_does_to_single_logits_is_seen():
     model = Noisy(hf.LlamaConfig(**SIZES))
     assert attach(model).why_whole == "Noisy changes its logits by more than a scale and a soft cap"

@@ -1,0 +1,92 @@
+"""tools/gpu_check.sh, on the CPU: what its parts find, and what becomes of those that fail, hang or find no time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools" / "gpu_check"))
+import check  # noqa: E402 - scripts of that folder import each other by name
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Its whole script with the parts that take least."""
+    out = tmp_path_factory.mktemp("checked") / "out"
+    command = ["bash", "tools/gpu_check.sh", "--out", str(out), "--device", "cpu", "--only", "gpt2-small"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+def test_a_table_and_its_numbers(checked):
+    printed, out = checked
+    text = (out / "table.md").read_text()
+    assert text in printed
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
+    assert rows[0] == list(check.COLUMNS)
+    assert {len(row) for row in rows} == {len(check.COLUMNS)}
+    numbers = json.loads((out / "numbers.json").read_text())
+    assert len(numbers["rows"]) == len(rows) - 2
+    assert not [row for row in numbers["rows"] if "FAILED" in row.get("remark", "")], (out / "log.txt").read_text()
+    assert [name for name in numbers if name != "rows"] == ["machine", "gpt2-small"]
+    assert all(0 < numbers[name]["seconds"] < 600 for name in ("machine", "gpt2-small"))
+
+
+def test_both_loops_train_one_model_on_the_same_batches(checked):
+    found = json.loads((checked[1] / "numbers.json").read_text())["gpt2-small"]
+    ours, plain = found["tokens/s"]["ours"], found["tokens/s"]["plain"]
+    # The first loss is of equal weights; in bfloat16, of which one of them makes float32 logits on a CPU.
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], abs=2e-3)
+    assert len(set(ours["losses"])) == len(ours["losses"]) == 5
+    assert len(ours["tokens_per_s"]) == len(plain["tokens_per_s"]) == 6
+    assert all({"data", "forward", "backward", "optimizer"} <= set(loop["seconds"]) for loop in (ours, plain))
+    measured, planned = found["peak memory, GB"]
+    assert measured == pytest.approx(planned, rel=0.25)
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """`check.run_part`, of parts that this test writes."""
+
+    def run(name, code, seconds=60.0):
+        (tmp_path / "parts.py").write_text("import json, sys, time, subprocess\nout = sys.argv[7]\n" + code)
+        monkeypatch.setattr(check, "HERE", tmp_path)
+        return check.run_part(check.Part(name, seconds), seconds, "cpu", tmp_path, tmp_path / "log.txt")
+
+    return run
+
+
+WRITE = "open(out, 'w').write(json.dumps({'rows': [{'what': 'first'}], 'numbers': {'x': 1}}))\n"
+
+
+def test_a_part_that_fails_is_a_row_with_its_error(parts):
+    rows, numbers = parts("broken", WRITE + "raise ValueError('no such | device')")
+    assert rows == [
+        {"part": "broken", "what": "first"},
+        {"part": "broken", "what": "the rest of it", "remark": "FAILED (code 1): ValueError: no such | device"},
+    ]
+    assert numbers.pop("seconds") > 0
+    assert numbers == {"x": 1}
+    assert check.table(rows).splitlines()[3].count("|") == len(check.COLUMNS) + 2  # one of them is escaped
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(parts, tmp_path):
+    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))\n"
+    rows, _ = parts("slow", WRITE + child + "print('at work', flush=True)\ntime.sleep(600)", seconds=10.0)
+    assert rows[-1]["remark"] == "stopped after 10 s; last: at work"
+    stat = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+
+
+def test_without_time_a_part_is_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check", "--out", str(tmp_path), "--seconds", "1"])
+    check.main()
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == [part.name for part in check.PARTS]
+    assert {row["remark"] for row in rows} == {"not run: no time was left"}
