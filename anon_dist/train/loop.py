@@ -39,6 +39,7 @@ from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
@@ -51,8 +52,12 @@ from anon_dist.train.trainable import uses_tf32
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> Path:
+def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Path:
     """Pretrain, or go on with, the run that `config` describes. Every process calls it.
+
+    Args:
+        make_optimizer: makes another optimizer than `optim.name` says, of `config.optim` and of the model before it is sharded. Whether it
+            is right in shards is its own affair.
 
     Returns:
         The run's folder. It holds `config.yaml`, `metrics.jsonl`, `checkpoints/`; after the last step also
@@ -77,12 +82,19 @@ def train(config: Config) -> Path:
             report(folder, config)
         return folder
     with held(folder) as lock:
-        _train(config, accelerator, name, folder, lock)
+        _train(config, accelerator, name, folder, lock, make_optimizer)
     return folder
 
 
-def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, lock: RunLock | None) -> None:
-    run = set_up(config, accelerator, name, folder)
+def _train(
+    config: Config,
+    accelerator: Accelerator,
+    name: Name,
+    folder: Path,
+    lock: RunLock | None,
+    make_optimizer: MakeOptimizer,
+) -> None:
+    run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock = lock
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None

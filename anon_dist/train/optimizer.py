@@ -17,6 +17,9 @@ REBASED = ("gamma", "refresh_ratio", "beta3", "window", "max_interval", "basis",
 """What a state depends on, β2 aside, which is one of `betas`."""
 
 
+MakeOptimizer = Callable[[OptimConfig, nn.Module], Optimizer]
+
+
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """Anon, or fused AdamW, over the model's param groups. Anon rounds bfloat16 parameters stochastically.
 

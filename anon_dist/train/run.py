@@ -39,7 +39,7 @@ from anon_dist.train.gamma import GammaRules
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
-from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.optimizer import MakeOptimizer, apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
@@ -126,7 +126,9 @@ def wanted_engine(config: Config) -> Wanted:
     )
 
 
-def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -> Run:
+def set_up(
+    config: Config, accelerator: Accelerator, name: Name, folder: Path, make_optimizer: MakeOptimizer = build_optimizer
+) -> Run:
     """Data, model, optimizer; and in them the checkpoint to go on from, if there is one. Every rank calls it.
 
     Raises:
@@ -148,7 +150,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         raise ConfigError(problem)
     spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
     try:
-        optimizer = build_optimizer(config.optim, built)
+        optimizer = make_optimizer(config.optim, built)
         gammas = GammaRules(config.optim, optimizer, built, spectra)
     except ValueError as error:
         raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None

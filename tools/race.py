@@ -1,0 +1,302 @@
+#!/usr/bin/env python
+"""Anon beside AdamW, Muon and SOAP: the same small GPT-2, data, schedule and seeds, each optimizer at several learning rates.
+
+    python tools/race.py run --corpus python=data/stdlib --corpus kernel-doc=data/kernel-doc --out runs/race
+    python tools/race.py collect runs/race configs/study/race
+    python tools/race.py table configs/study/race
+    python tools/race.py plot configs/study/race configs/study/loss.png
+    python tools/race.py train muon --config configs/study/base.yaml --optim.lr 8e-3 --run-dir runs/muon
+
+`run` goes on where it was interrupted. A run of fewer steps has a schedule of its own length: if it ends below AdamW's last loss, the
+optimizer needs at most that share of AdamW's tokens.
+
+| optimizer | what steps |
+|---|---|
+| adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study) |
+| nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
+| muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
+| soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
+| element, columns, both | Anon with Nesterov momentum, by element, or with that basis; otherwise as in the presets |
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from anon_dist.optim import param_groups
+from anon_dist.train.config import OptimConfig, parse_args
+from anon_dist.train.loop import train
+from anon_dist.train.metrics import read_metrics
+from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "study" / "base.yaml"
+STEPS = 2000
+COMMON = "--train.precision fp32 --eval.every 250 --log.every 25"
+PRESET = "--optim.refresh-ratio 1.03 --optim.beta3 0.93 --optim.window 64 --optim.nesterov True"
+BETAS = "--optim.betas 0.9 0.99"
+OPTIONS = {
+    "adamw": f"--optim.name adamw {BETAS}",
+    "nadamw": BETAS,
+    "muon": BETAS,
+    "soap": "",
+    "element": PRESET,
+    "columns": f"{PRESET} --optim.basis columns",
+    "both": f"{PRESET} --optim.basis both",
+}
+LABELS = {
+    "adamw": "AdamW",
+    "nadamw": "AdamW, Nesterov",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "element": "Anon, by element",
+    "columns": "Anon, columns",
+    "both": "Anon, both sides",
+}
+FIELDS = ("corpus", "optimizer", "steps", "lr", "seed", "loss", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run."""
+
+    optimizer: str
+    lr: float
+    seed: int = 0
+    steps: int = STEPS
+
+    @property
+    def folder(self) -> str:
+        """Its name below the corpus's folder."""
+        return f"{self.optimizer}-{self.steps}-lr{self.lr:g}-s{self.seed}"
+
+    def args(self, data: str, out: Path) -> list[str]:
+        """Of `anon-dist train`: a warm-up of 15% of the steps, then a cosine to a tenth."""
+        seeds = f"--train.seed {self.seed} --data.seed {self.seed} --data.path {data} --run-dir {out / self.folder}"
+        length = f"--train.steps {self.steps} --schedule.warmup-steps {self.steps * 3 // 20}"
+        return f"--config {CONFIG} {seeds} --optim.lr {self.lr:g} {length} {COMMON} {OPTIONS[self.optimizer]}".split()
+
+
+RATES = {
+    "adamw": (4e-3, 6e-3),
+    "nadamw": (4e-3, 6e-3),
+    "muon": (8e-3, 1.6e-2),
+    "soap": (6e-3, 1.2e-2),
+    "element": (6e-3,),
+    "columns": (6e-3, 1.2e-2),
+    "both": (6e-3, 1.2e-2),
+}
+ENTRIES = [Entry(o, lr, seed) for seed in (0, 1) for o, rates in RATES.items() for lr in rates]
+ENTRIES += [Entry(o, 1.2e-2, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
+
+
+class Several(Optimizer):
+    """Optimizers of disjoint parameters as one."""
+
+    def __init__(self, *members: Optimizer) -> None:
+        super().__init__(list(itertools.chain(*(m.param_groups for m in members))), {})
+        self.members = members
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for member in self.members:
+            member.param_groups = [next(groups) for _ in member.param_groups]
+            member.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step of each."""
+        for member in self.members:
+            member.step()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Into all of them."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def _nadamw(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    # NAdam's factor of the momentum, 1 - 0.96^(step * momentum_decay) / 2, is 1 to float32's precision by step 400.
+    return torch.optim.NAdam(
+        groups, lr=config.lr, betas=config.betas, momentum_decay=1.0, decoupled_weight_decay=True, foreach=True
+    )
+
+
+def nadamw(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """AdamW with Nesterov momentum."""
+    return _nadamw(config, param_groups(model, config.weight_decay))
+
+
+def muon(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Muon for matrices that are neither embeddings nor the output's, nadamw for the rest."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.get_output_embeddings().weight}
+    groups = param_groups(model, config.weight_decay)
+    hidden = [p for g in groups for p in g["params"] if p.ndim == 2 and p not in tables]
+    rest = [{**g, "params": left} for g in groups if (left := [p for p in g["params"] if p.ndim != 2 or p in tables])]
+    return Several(
+        torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"), _nadamw(config, rest)
+    )
+
+
+def soap(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """SOAP for all parameters."""
+    from pytorch_optimizer import SOAP
+
+    groups = param_groups(model, config.weight_decay)
+    return SOAP(groups, lr=config.lr, betas=config.betas, precondition_frequency=10, max_precondition_dim=512)
+
+
+PEERS: dict[str, MakeOptimizer] = {"nadamw": nadamw, "muon": muon, "soap": soap}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every entry on every corpus, in order; what is finished says so and ends."""
+    for entry in ENTRIES:
+        if args.only and entry.optimizer not in args.only:
+            continue
+        for corpus in args.corpus:
+            name, _, data = corpus.partition("=")
+            command = [sys.executable, __file__, "train", entry.optimizer, *entry.args(data, Path(args.out) / name)]
+            print(" ".join(command), flush=True)
+            subprocess.run(command, check=True)
+
+
+def collect(out: Path, results: Path) -> None:
+    """The losses of the finished runs below OUT, and their validation losses along the way."""
+    results.mkdir(parents=True, exist_ok=True)
+    rows, curves = [], []
+    for path in sorted(out.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        config, name = result["config"], path.parent.name.partition("-")[0]
+        if result["step"] < config["train"]["steps"]:
+            continue
+        key = (path.parts[-3], name, config["train"]["steps"], config["optim"]["lr"], config["train"]["seed"])
+        rows.append((*key, result["final_loss"], result["final_bits_per_byte"]))
+        points = {r["step"]: r["val_loss"] for r in read_metrics(path.parent / "metrics.jsonl") if "val_loss" in r}
+        curves += [(*key, step, loss) for step, loss in points.items()]
+    for file, head, lines in (("runs", FIELDS, rows), ("curves", (*FIELDS[:5], "step", "val_loss"), curves)):
+        with (results / f"{file}.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([head, *lines])
+
+
+def read(results: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The collected runs of each corpus."""
+    with (results / "runs.csv").open() as f:
+        rows = sorted(csv.DictReader(f), key=lambda r: r["corpus"])
+    for corpus, lines in itertools.groupby(rows, key=lambda r: r["corpus"]):
+        yield corpus, list(lines)
+
+
+def means(rows: list[dict[str, str]]) -> dict[tuple[str, int], dict[float, list[float]]]:
+    """(optimizer, steps) → learning rate → the losses of its seeds."""
+    found: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        found[r["optimizer"], int(r["steps"])][float(r["lr"])].append(float(r["loss"]))
+    return found
+
+
+def table(results: Path) -> None:
+    """Last losses on the whole validation split, nats per token: means over seeds, and the difference from the best AdamW with Nesterov."""
+    for corpus, rows in read(results):
+        found = means(rows)
+        rates = sorted({rate for losses in found.values() for rate in losses})
+        base = min((mean(v) for (o, steps), x in found.items() if o == "nadamw" for v in x.values()), default=None)
+        shown = Table("optimizer", "steps", *(f"lr {rate:g}" for rate in rates), "best − AdamW's", box=MARKDOWN)
+        for optimizer, steps in sorted(found, key=lambda k: (list(LABELS).index(k[0]), -k[1])):
+            losses = found[optimizer, steps]
+            cells = [
+                f"{mean(losses[r]):.3f}" + (f" ({len(losses[r])} seeds)" if len(losses[r]) > 1 else "")
+                if r in losses
+                else ""
+                for r in rates
+            ]
+            best = min(mean(v) for v in losses.values())
+            shown.add_row(LABELS[optimizer], str(steps), *cells, "" if base is None else f"{best - base:+.3f}")
+        print(f"\n{corpus}\n")
+        Console(width=200).print(shown)
+
+
+def plot(results: Path, out: Path) -> None:
+    """Validation loss against tokens, of each optimizer's best learning rate over the full length; seed 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    corpora = list(read(results))
+    with (results / "curves.csv").open() as f:
+        curves = list(csv.DictReader(f))
+    figure, axes = pyplot.subplots(
+        1, len(corpora), figsize=(5 * len(corpora), 3.6), squeeze=False, layout="constrained"
+    )
+    styles = {
+        "nadamw": ("black", "--"),
+        "muon": ("#d55e00", "-."),
+        "columns": ("#56b4e9", "-"),
+        "both": ("#0072b2", "-"),
+    }
+    for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
+        found = means(rows)
+        for name, (colour, dashes) in styles.items():
+            if not (losses := found.get((name, STEPS))):
+                continue
+            lr = min(losses, key=lambda rate: mean(losses[rate]))
+            key = (corpus, name, str(STEPS), lr, "0")
+            points = [c for c in curves if (c["corpus"], c["optimizer"], c["steps"], float(c["lr"]), c["seed"]) == key]
+            x = [int(c["step"]) * 1024 / 1e6 for c in points]
+            axis.plot(x, [float(c["val_loss"]) for c in points], color=colour, ls=dashes, label=LABELS[name])
+        axis.set(title=corpus, xlabel="tokens (millions)", ylabel="validation loss (nats per token)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = arguments.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="train all of them")
+    runs.add_argument("--corpus", action="append", required=True, metavar="NAME=FOLDER")
+    runs.add_argument("--out", required=True)
+    runs.add_argument("--only", action="append", choices=LABELS)
+    for name, help in (("collect", "losses and curves of runs"), ("table", "in Markdown"), ("plot", "as a picture")):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("source", type=Path)
+        if name != "table":
+            command.add_argument("out", type=Path)
+    trains = commands.add_parser("train", help="one run; options of anon-dist train follow")
+    trains.add_argument("optimizer", choices=LABELS)
+    args, rest = arguments.parse_known_args()
+    if args.command == "train":
+        train(parse_args(rest, f"tools/race.py train {args.optimizer}"), PEERS.get(args.optimizer, build_optimizer))
+        return
+    if rest:
+        arguments.error(f"unknown: {' '.join(rest)}")
+    if args.command == "run":
+        run(args)
+    elif args.command == "table":
+        table(args.source)
+    else:
+        {"collect": collect, "plot": plot}[args.command](args.source, args.out)
+
+
+if __name__ == "__main__":
+    main()
