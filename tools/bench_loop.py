@@ -57,7 +57,7 @@ def main() -> None:
     bare = copy.deepcopy(run.engine.model)
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
     batches = [
-        torch.from_numpy(run.train_shards.samples(np.arange(config.train.micro_batch), config.data.seq_len)).long()
+        torch.from_numpy(run.corpora[0].train.samples(np.arange(config.train.micro_batch), config.data.seq_len)).long()
     ]
     batches *= run.loader.accumulation
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config, ConfigError
+from anon_dist.train.corpora import sources_of
 from anon_dist.train.families import read_config
 
 BY_CONTENT = ("data.path", "train.deepspeed_config", "model.config", "model.from_pretrained", "optim.match")
@@ -27,11 +28,20 @@ def shared_settings(config: Config) -> dict[str, Any]:
             found[name] = None if path is None else "a path"
         if name == "model.config" and path is not None:
             found["what model.config says"] = _content(path)
+    found["data.sources"] = {name: {**vars(source), "path": ""} for name, source in config.data.sources.items()}
+    found["eval.sets"] = sorted(config.eval.sets)
+    paths = {name: source.path for name, source in sources_of(config.data).items()} | config.eval.sets
+    return found | {
+        f"the fingerprint of the data{name and f' of {name}'}": _fingerprint(p) for name, p in paths.items()
+    }
+
+
+def _fingerprint(path: str) -> str:
+    """Of the data in a folder."""
     try:
-        fingerprint = Index.load(config.data.path).fingerprint
+        return Index.load(path).fingerprint
     except DataError:
-        fingerprint = "none, as there is no data that can be read"
-    return {**found, "the fingerprint of the data": fingerprint}
+        return "none, as there is no data that can be read"
 
 
 def _content(path: str) -> Any:

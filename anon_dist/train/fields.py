@@ -74,9 +74,24 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several prepared folders."""
+
+    path: Place
+    """Folder made by `anon-dist data prepare`."""
+    weight: Positive = 1.0
+    """Its share of the tokens, in proportion to the other weights."""
+    max_epochs: Positive | None = None
+    """How often its samples may come; a run that would read more is refused. None: as often as it comes to."""
+
+
+@dataclass
 class DataConfig:
     path: Place = "data/stdlib"
     """Folder made by `anon-dist data prepare`."""
+    sources: dict[Text, SourceConfig] = field(default_factory=dict)
+    """Name → path, weight and max_epochs of several such folders, of one tokenizer, read in place of path. On the command line as YAML:
+    "{web: {path: data/web, weight: 0.7}, code: {path: data/code, weight: 0.3, max_epochs: 4}}"."""
     prepare: Text | None = None
     """The options, --out aside, with which `anon-dist data prepare` makes that folder; they are shown where it is missing."""
     seq_len: Size = 1024
@@ -231,7 +246,10 @@ class EvalConfig:
     every: StepsOrZero = 200
     """Steps between validations; 0: only after the last step."""
     sequences: Whole = 256
-    """Validation sequences, always the same ones; 0: the whole split."""
+    """Validation sequences of each source or set, always the same ones; 0: the whole split."""
+    sets: dict[Text, Place] = field(default_factory=dict)
+    """Name → folder made by `anon-dist data prepare`, with the data's tokenizer: its validation split (or all, if it has none) is validated
+    on, and nothing else. It has no part in val_loss, which is the mean over the sources by their weights."""
     final_sequences: Whole = 0
     """The same for the last validation, whose result is the run's."""
     tasks: tuple[Text, ...] = ()

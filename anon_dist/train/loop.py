@@ -32,8 +32,9 @@ from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
+from anon_dist.train.corpora import first_folder
 from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.evaluate import Evaluation, evaluate
+from anon_dist.train.evaluate import evaluate, mean
 from anon_dist.train.export import export_model
 from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
@@ -108,11 +109,10 @@ def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
     config, ranks = run.config, run.accelerator.num_processes
     mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
-    epochs = config.train.steps * config.train.global_batch / run.loader.order.num_samples
-    if (packing := run.loader.packing) is not None:
-        console.say(
-            f"{packing.num_samples:,} samples of whole documents; {packing.padding:.1%} of their places are left free"
-        )
+    stream = run.loader.stream
+    epochs = config.train.steps * config.train.global_batch / stream.num_samples
+    for line in stream.introduced(run.loader.cursor + (config.train.steps - run.step) * config.train.global_batch):
+        console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
@@ -145,9 +145,9 @@ def _steps(
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
             logged = run.step
-        if run.val_shards is not None and _is_due(run, config.eval.every):
+        if run.sets and _is_due(run, config.eval.every):
             _compare_replicas(run)
-            write({"step": run.step, **_validate(run, config.eval.sequences).record("val")})
+            write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
             watch.skip()
         if run.tasks is not None and _is_due(run, config.eval.tasks_every):
             write(_score(run, stop))
@@ -247,21 +247,26 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     return records.record_of(run, done, steps, seconds)
 
 
-def _validate(run: Run, sequences: int) -> Evaluation:
-    assert run.val_shards is not None
-    return evaluate(
-        run.engine.model,
-        run.val_shards,
-        run.config.data.seq_len,
-        run.config.train.micro_batch,
-        run.accelerator.device,
-        run.index.splits["val"].bytes_per_token,
-        sequences,
-        run.mask_eod,
-        run.reader,
-        run.readers,
-        run.own,
-    )
+def _validate(run: Run, sequences: int, prefix: str) -> Record:
+    """The mean over the sources by their weights; and where there are several sets, each."""
+    found = {
+        each: evaluate(
+            run.engine.model,
+            each.shards,
+            run.config.data.seq_len,
+            run.config.train.micro_batch,
+            run.accelerator.device,
+            sequences,
+            run.mask_eod,
+            run.reader,
+            run.readers,
+            run.own,
+        )
+        for each in run.sets
+    }
+    record = {k: v for each, result in found.items() if each.name for k, v in result.record(prefix, each.name).items()}
+    weighted = [(result, each.weight) for each, result in found.items() if each.weight]
+    return (mean(weighted).record(prefix) if weighted else {}) | record
 
 
 def _score(run: Run, stop: StopSignal) -> Record:
@@ -330,7 +335,7 @@ def _progress(run: Run) -> dict[str, Any]:
         "optimizer": type(run.engine.optimizer).__name__,
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
-        "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
+        "tokenizer": str(first_folder(run.config.data) / "tokenizer"),
         "config": recorded(run.config),
         "versions": versions(),
     }
@@ -340,8 +345,8 @@ def _finish(run: Run) -> None:
     """Validate on the whole split, export, report."""
     config, main = run.config, run.accelerator.is_main_process
     record: Record = {"step": run.step}
-    if run.val_shards is not None:
-        record |= _validate(run, config.eval.final_sequences).record("final")
+    if run.sets:
+        record |= _validate(run, config.eval.final_sequences, "final")
     weights = run.engine.full_weights()
     failed: Exception | None = None
     if main:
@@ -360,7 +365,7 @@ def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
     card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
-    export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer", card)
+    export_model(run.folder / "model", weights, run.model_config, first_folder(config.data) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:
         file.write(record)

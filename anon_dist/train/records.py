@@ -57,7 +57,9 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         record["z_loss"] = config.train.z_loss * found["z"]
     if found["balance"]:
         record["balance_loss"] = found["balance"]
-    if run.loader.packing is not None:
+    if len(run.loader.stream.sources) > 1:
+        record |= {f"epoch/{name}": epoch for name, epoch in run.loader.stream.epochs(run.loader.cursor).items()}
+    if run.loader.stream.packed:
         record["padding_share"] = 1.0 - tokens / (steps * config.train.global_batch * config.data.seq_len)
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}

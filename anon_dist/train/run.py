@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.folder import read_progress, step_of
-from anon_dist.data import BatchLoader, Index, TokenShards, verify_checksums
-from anon_dist.data.index import INDEX_FILE
+from anon_dist.data import BatchLoader, Index
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.context import ContextParallel
@@ -37,6 +35,7 @@ from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.corpora import Corpus, ValidationSet, open_corpora
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.harness import Tasks
@@ -44,7 +43,7 @@ from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.report import RESULT
-from anon_dist.train.samples import open_loader
+from anon_dist.train.samples import check_repetition, open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
@@ -60,8 +59,9 @@ class Run:
     accelerator: Accelerator
     folder: Path
     index: Index
-    train_shards: TokenShards
-    val_shards: TokenShards | None
+    """Of the first source: all have its vocabulary."""
+    corpora: list[Corpus]
+    sets: list[ValidationSet]
     engine: Engine
     model_config: PretrainedConfig
     loader: BatchLoader
@@ -148,7 +148,8 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
 
     if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
-    index, train_shards, val_shards = _open_data(config, accelerator)
+    corpora, sets = open_corpora(config, accelerator)
+    index = corpora[0].index
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = local / accelerator.num_processes if name == "fsdp2" else 1.0
     planned = trainable(config, index, share)
@@ -177,11 +178,11 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         accelerator=accelerator,
         folder=folder,
         index=index,
-        train_shards=train_shards,
-        val_shards=val_shards,
+        corpora=corpora,
+        sets=sets,
         engine=engine,
         model_config=built.config,
-        loader=open_loader(config, train_shards, folder, reader, readers, rounds),
+        loader=open_loader(config, corpora, folder, reader, readers, rounds),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         context=shared,
         reader=reader,
@@ -195,6 +196,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
+    check_repetition(config, corpora, run.loader.stream, run.loader.cursor, run.step)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
@@ -214,30 +216,6 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
     if isinstance(found, str):
         raise ConfigError(f"optim.match: {found}")
     return Spectra.from_json(found)
-
-
-def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
-    """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
-    path, seq_len = config.data.path, config.data.seq_len
-    if config.data.prepare and not os.path.isfile(os.path.join(path, INDEX_FILE)):
-        raise ConfigError(
-            f"data.path = {path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
-            f"{config.data.prepare} --out {shlex.quote(path)}"
-        )
-    index = Index.load(path)
-    if config.data.verify == "checksum":
-        if accelerator.is_local_main_process:
-            verify_checksums(path)
-        accelerator.wait_for_everyone()
-    train_shards = TokenShards(path, "train")
-    if train_shards.num_samples(seq_len) < 1:
-        raise ConfigError(
-            f"data.path = {path} has {len(train_shards)} training tokens, too few for data.seq_len = {seq_len}"
-        )
-    val_shards = TokenShards(path, "val") if "val" in index.splits else None
-    if val_shards is not None and val_shards.num_samples(seq_len) < 1:
-        val_shards = None
-    return index, train_shards, val_shards
 
 
 def _in_folder(folder: Path, action: Callable[[], object]) -> None:
@@ -355,7 +333,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
-    other_length = run.loader.load_state_dict(progress["data"])
+    news = run.loader.load_state_dict(progress["data"])
     run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
@@ -368,8 +346,8 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     run.step, run.skipped = progress["step"], progress["skipped"]
     for line in changes(config, run.engine.name, source, progress):
         say(line)
-    if other_length:
-        say(other_length)
+    for line in news:
+        say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 
