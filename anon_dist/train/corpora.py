@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from anon_dist.data import Index, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
+from anon_dist.data.sample import VALIDATION_TOKENS
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
 
 
@@ -105,6 +106,19 @@ def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
             f"{place} has another tokenizer ({index.tokenizer}, {index.vocab_size:,} tokens) than {path} ({first.tokenizer}, "
             f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(os.path.join(path, 'tokenizer'))}"
         )
+
+
+def small_sets(sets: Sequence[ValidationSet]) -> list[str]:
+    """A warning for each set on which a loss says little."""
+    found = []
+    for each in sets:
+        if len(each.shards) < VALIDATION_TOKENS:
+            place = f"{called(each.name) if each.weight else f'eval.sets.{each.name}'} = {each.shards.directory}"
+            found.append(
+                f"{place}: {len(each.shards):,} tokens to validate on; below {VALIDATION_TOKENS:,} its loss says little. "
+                "Prepare it with more text, or a larger --val-fraction"
+            )
+    return found
 
 
 def _validation_sets(config: Config, corpora: Sequence[Corpus]) -> list[ValidationSet]:

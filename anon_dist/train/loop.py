@@ -32,7 +32,7 @@ from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
-from anon_dist.train.corpora import first_folder
+from anon_dist.train.corpora import first_folder, small_sets
 from anon_dist.train.errors import HarnessError, RunError
 from anon_dist.train.evaluate import evaluate, mean
 from anon_dist.train.export import export_model
@@ -111,6 +111,8 @@ def _introduce(run: Run, console: Console) -> None:
     mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
     stream = run.loader.stream
     epochs = config.train.steps * config.train.global_batch / stream.num_samples
+    for line in small_sets(run.sets):
+        console.say(f"WARNING: {line}")
     for line in stream.introduced(run.loader.cursor + (config.train.steps - run.step) * config.train.global_batch):
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)

@@ -119,7 +119,7 @@ def test_what_no_mixture_can_be_made_of_is_refused(run_config, train, folders, t
     source.write_text("\n".join(json.dumps({"text": f"the {i} quick brown foxes {i}" * 5}) for i in range(80)))
     prepare(PrepareConfig(source=str(source), out=tmp_path / "other", tokenizer="spm-bpe:380", workers=1))
     refused(
-        r"data\.sources\.b = \S+ has another tokenizer \(spm-bpe:380, 400 tokens\) than \S+ \(bytes, 257 tokens\); prepare it with that "
+        r"data\.sources\.b = \S+ has another tokenizer \(spm-bpe:380, 380 tokens\) than \S+ \(bytes, 257 tokens\); prepare it with that "
         r"one: --tokenizer hf:\S+/tokenizer",
         {"a": web, "b": {"path": str(tmp_path / "other")}},
     )
