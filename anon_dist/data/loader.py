@@ -145,15 +145,36 @@ class BatchLoader(Iterator[Tensor]):
         return self.stream.state(self._cursor)
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go on from `state`; micro-batches taken since the last `advance()` are given out again, at the loaded place.
+        """Go on from `state`, as `enter` does; micro-batches taken since the last `advance()` are given out again, at the loaded place."""
+        return self.enter(self.stream, self.micro_batch, self.accumulation, state, intended=False)
+
+    def enter(
+        self,
+        stream: Stream,
+        micro_batch: int,
+        accumulation: int,
+        state: dict[str, Any] | None = None,
+        *,
+        intended: bool = True,
+    ) -> list[str]:
+        """Go on with the sources, shares and length of another stream, and with another batch; between steps.
+
+        Args:
+            stream, micro_batch, accumulation: as of the class.
+            state: where to go on from. None: from where training stands.
+            intended: see `Stream.after`.
 
         Returns:
             What is other than before, in sentences: the length of samples, sources, or their shares.
 
         Raises:
             DataError: see `Stream.after`.
+            RuntimeError: a step is in work.
         """
-        self.stream, cursor, news = self.stream.after(state)
+        if state is None and self._taken:
+            raise RuntimeError("BatchLoader: enter() in the middle of a step")
+        self.stream, cursor, news = stream.after(self.state_dict() if state is None else state, intended)
+        self.micro_batch, self.accumulation = micro_batch, accumulation
         self._start(cursor)
         return news
 

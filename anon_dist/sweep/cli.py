@@ -29,7 +29,7 @@ from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
-from anon_dist.train.corpora import called, sources_of
+from anon_dist.train.corpora import all_sources, called
 from anon_dist.train.errors import RunError, RunInUseError
 from anon_dist.train.lock import held
 from anon_dist.train.spectrum import load_spectra
@@ -182,7 +182,7 @@ def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
 
 def _check_data(base: Config) -> list[Index]:
     """The sources' indices."""
-    folders = {called(name): source.path for name, source in sources_of(base.data).items()}
+    folders = {called(name): source.path for name, source in all_sources(base).items()}
     indices = {place: Index.load(path) for place, path in folders.items()}
     long_enough = [
         place

@@ -62,6 +62,7 @@ OWN = {
     "train.engine": "a cell is one process",
     "data.path": "losses on different corpora do not compare",
     "data.sources": "losses on different corpora do not compare",
+    "data.phases": "losses on different corpora do not compare",
     "eval.sets": "losses on different corpora do not compare",
 }
 """Fields that cannot be an axis, and why."""

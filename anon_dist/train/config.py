@@ -29,12 +29,13 @@ from anon_dist.train.fields import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PhaseConfig,
     ScheduleConfig,
     SourceConfig,
     TrainConfig,
 )
 from anon_dist.train.ranges import Instead, spell
-from anon_dist.train.rules import model_rules, optim_rules, train_rules
+from anon_dist.train.rules import model_rules, optim_rules, phase_rules, train_rules
 from anon_dist.usage import UsageError, parse_or_raise, values_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "PhaseConfig",
     "ScheduleConfig",
     "SourceConfig",
     "TrainConfig",
@@ -76,7 +78,7 @@ def check(config: Config) -> None:
         ConfigError: naming the fields, what they may be, and what they are.
     """
     _validated(dataclasses.asdict(config), str)
-    for rules in (model_rules, optim_rules, train_rules):
+    for rules in (model_rules, optim_rules, train_rules, phase_rules):
         rules(config)
 
 

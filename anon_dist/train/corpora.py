@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from anon_dist.data import Index, TokenShards, verify_checksums
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.data.sample import VALIDATION_TOKENS
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
+from anon_dist.train.phases import phases_from, phases_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,27 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     return dict(data.sources) or {"": SourceConfig(data.path)}
 
 
+def all_sources(config: Config) -> dict[str, SourceConfig]:
+    """Name → folder of every source of every phase; its weight is its share of all tokens that the run plans to read."""
+    found: dict[str, SourceConfig] = {}
+    for steps, phase in phases_from(config, 0):
+        sources = sources_of(phase.data)
+        tokens = steps * phase.train.global_batch * phase.data.seq_len / sum(s.weight for s in sources.values())
+        for name, source in sources.items():
+            weight = source.weight * tokens + (found[name].weight if name in found else 0.0)
+            found[name] = replace(source, weight=weight)
+    total = sum(source.weight for source in found.values())
+    return {name: replace(source, weight=source.weight / total) for name, source in found.items()}
+
+
 def called(name: str) -> str:
     """A source's name in messages."""
     return f"data.sources.{name}" if name else "data.path"
 
 
-def first_folder(data: DataConfig) -> Path:
+def first_folder(config: Config) -> Path:
     """A folder of the run's data, all of which have the same tokenizer."""
-    return Path(next(iter(sources_of(data).values())).path)
+    return Path(next(iter(all_sources(config).values())).path)
 
 
 def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus], list[ValidationSet]]:
@@ -64,7 +78,8 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
         ConfigError: a folder is missing, too small, the same as another, or has another tokenizer.
         DataError: see `Index.load` and `TokenShards`.
     """
-    sources, data = sources_of(config.data), config.data
+    sources, data = all_sources(config), config.data
+    longest = max(phase.data.seq_len for _, phase in phases_of(config))
     for name, source in sources.items():
         _check_present(name, source, config.data.prepare)
     if data.verify == "checksum":
@@ -78,11 +93,9 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
         _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
         if same := [c for c in corpora[:i] if c.index.fingerprint == corpus.index.fingerprint]:
             raise ConfigError(f"{place} is the same data as {called(same[0].name)}; leave one out, and add its weight")
-        if corpus.train.num_samples(data.seq_len) < 1:
-            raise ConfigError(
-                f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {data.seq_len}"
-            )
-    return corpora, _validation_sets(config, corpora)
+        if corpus.train.num_samples(longest) < 1:
+            raise ConfigError(f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {longest}")
+    return corpora, _validation_sets(config, corpora, longest)
 
 
 def _check_present(name: str, source: SourceConfig, prepare: str | None) -> None:
@@ -121,9 +134,9 @@ def small_sets(sets: Sequence[ValidationSet]) -> list[str]:
     return found
 
 
-def _validation_sets(config: Config, corpora: Sequence[Corpus]) -> list[ValidationSet]:
+def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) -> list[ValidationSet]:
     """Of each source that has a validation split long enough, and those of eval.sets."""
-    seq_len, found = config.data.seq_len, []
+    found = []
     for corpus in corpora:
         if "val" in corpus.index.splits:
             shards = TokenShards(corpus.source.path, "val")
@@ -131,7 +144,7 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus]) -> list[Validati
                 found.append(ValidationSet(corpus.name, shards, corpus.source.weight))
     for name, path in config.eval.sets.items():
         place = f"eval.sets.{name} = {path}"
-        if name in config.data.sources:
+        if name in {corpus.name for corpus in corpora}:
             raise ConfigError(f"{place} has the name of a source; choose another")
         index = Index.load(path)
         _check_tokens(corpora[0].index, corpora[0].source.path, index, place)

@@ -86,12 +86,31 @@ class SourceConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """What a run reads until a step. What it does not say is as in data and train."""
+
+    until: Steps | None = None
+    """Its last step. None: of the last phase, the run's."""
+    sources: dict[Text, SourceConfig] = field(default_factory=dict)
+    """As data.sources. A name means the same folder in every phase."""
+    seq_len: Size | None = None
+    """Tokens that a sample predicts."""
+    global_batch: Size | None = None
+    """Sequences per step. None: with another seq_len, so many that a step has as many tokens."""
+    micro_batch: Size | None = None
+    """Sequences that a rank takes at once. None: with another seq_len, so many that they have as many tokens, but at least one."""
+
+
+@dataclass
 class DataConfig:
     path: Place = "data/stdlib"
     """Folder made by `anon-dist data prepare`."""
     sources: dict[Text, SourceConfig] = field(default_factory=dict)
     """Name → path, weight and max_epochs of several such folders, of one tokenizer, read in place of path. On the command line as YAML:
     "{web: {path: data/web, weight: 0.7}, code: {path: data/code, weight: 0.3, max_epochs: 4}}"."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases one after the other, each with its sources, seq_len, global_batch and micro_batch until a step; on the command line as YAML:
+    "[{until: 8000, sources: {web: {path: data/web}}}, {sources: {good: {path: data/good}}}]". Each source goes on where it was."""
     prepare: Text | None = None
     """The options, --out aside, with which `anon-dist data prepare` makes that folder; they are shown where it is missing."""
     seq_len: Size = 1024

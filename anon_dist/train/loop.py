@@ -40,11 +40,13 @@ from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.phases import phases_from, phases_of
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.samples import enter
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
@@ -108,12 +110,14 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
 def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
     config, ranks = run.config, run.accelerator.num_processes
-    mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
-    stream = run.loader.stream
-    epochs = config.train.steps * config.train.global_batch / stream.num_samples
+    mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
+    planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
+    epochs = planned / sum(corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
+    if run.loader.stream.packed:
+        epochs = planned / run.loader.stream.num_samples
     for line in small_sets(run.sets):
         console.say(f"WARNING: {line}")
-    for line in stream.introduced(run.loader.cursor + (config.train.steps - run.step) * config.train.global_batch):
+    for line in run.plan:
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
@@ -139,7 +143,10 @@ def _steps(
     watch = Stopwatch(run.accelerator.device)
     batches = iter(run.loader)
     logged = run.step
+    borders = {until for until, _ in phases_of(config)}
     while run.step < steps:
+        if run.step in borders:
+            _begin_phase(run, console)
         profiler.before(run.step + 1)
         done = take_step(run, batches, watch)
         profiler.after(run.step)
@@ -165,6 +172,13 @@ def _steps(
                 _save(run, stop)
             return stop.reason
     return None
+
+
+def _begin_phase(run: Run, console: Console | None) -> None:
+    """Have the loader go on with what the next step reads."""
+    for line in enter(run.loader, run.config, run.corpora, run.folder, run.step):
+        if console:
+            console.say(line)
 
 
 def _is_due(run: Run, every: int) -> bool:
@@ -204,6 +218,7 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     targets = run.loader.step_targets()
     share = run.readers * run.sharing / targets  # engines take the mean over ranks that have other tokens
     run.predicted += targets
+    run.places += run.loader.global_batch * run.loader.stream.seq_len
     total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
         batch = Batch.of(run.own(next(batches)), run.mask_eod)
@@ -255,8 +270,8 @@ def _validate(run: Run, sequences: int, prefix: str) -> Record:
         each: evaluate(
             run.engine.model,
             each.shards,
-            run.config.data.seq_len,
-            run.config.train.micro_batch,
+            run.phase.data.seq_len,
+            run.phase.train.micro_batch,
             run.accelerator.device,
             sequences,
             run.mask_eod,
@@ -337,7 +352,7 @@ def _progress(run: Run) -> dict[str, Any]:
         "optimizer": type(run.engine.optimizer).__name__,
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
-        "tokenizer": str(first_folder(run.config.data) / "tokenizer"),
+        "tokenizer": str(first_folder(run.config) / "tokenizer"),
         "config": recorded(run.config),
         "versions": versions(),
     }
@@ -367,7 +382,7 @@ def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
     card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
-    export_model(run.folder / "model", weights, run.model_config, first_folder(config.data) / "tokenizer", card)
+    export_model(run.folder / "model", weights, run.model_config, first_folder(config) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:
         file.write(record)

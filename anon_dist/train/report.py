@@ -12,7 +12,7 @@ from rich.table import Table
 from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
 from anon_dist.train.config import Config
-from anon_dist.train.corpora import first_folder, sources_of
+from anon_dist.train.corpora import all_sources, first_folder
 from anon_dist.train.metrics import PARTS, Record, read_metrics
 from anon_dist.train.plot import plot_loss
 
@@ -43,14 +43,14 @@ def _losses(config: Config, result: dict[str, Any]) -> tuple[dict[str, float], T
     if sets:
         for column in ("set", "loss", "bits per byte", "unigram entropy"):
             table.add_column(column, justify="left" if column == "set" else "right")
-        paths = {name: source.path for name, source in sources_of(config.data).items()} | config.eval.sets
+        paths = {name: source.path for name, source in all_sources(config).items()} | config.eval.sets
         for name, loss in sets.items():
             unigram = Index.load(paths[name]).statistics.unigram_entropy
             table.add_row(name, f"{loss:.3f}", f"{result[f'final_bits_per_byte/{name}']:.3f}", f"{unigram:.3f}")
         if "final_loss" in result:
             table.add_row("mean by weight", f"{result['final_loss']:.3f}", f"{result['final_bits_per_byte']:.3f}", "")
         return {}, table
-    statistics = Index.load(first_folder(config.data)).statistics
+    statistics = Index.load(first_folder(config)).statistics
     levels = {"unigram entropy of the corpus": statistics.unigram_entropy}
     if statistics.bigram_val_loss is not None:
         levels["bigram, add-one smoothed"] = statistics.bigram_val_loss

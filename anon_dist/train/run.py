@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,9 @@ from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.phases import phase_at, phases_of
 from anon_dist.train.report import RESULT
-from anon_dist.train.samples import check_repetition, open_loader
+from anon_dist.train.samples import check_repetition, enter, open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
@@ -71,14 +72,16 @@ class Run:
     reader: int
     """Which of the `readers` shares of a batch this rank reads; with tensor or context parallelism, several ranks read the same."""
     readers: int
-    flops: float
-    """Per token."""
+    flops_at: Mapping[int, float]
+    """Per token, by the length of samples."""
     parameters: int
     state: StateBytes
     watch: OptimizerWatch
     gammas: GammaRules
     tasks: Tasks | None
     """Of lm-eval, on which the model is evaluated."""
+    plan: list[str] = field(default_factory=list)
+    """What the steps that are left read, in lines."""
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -87,6 +90,8 @@ class Run:
     """Whether one of them is not in the metrics yet."""
     predicted: int = 0
     """Tokens that steps since the last record predicted, over all ranks."""
+    places: int = 0
+    """Tokens that they could have predicted, were no places left free."""
     waited: float = 0.0
     """Seconds since then that the host waited for the device or for other ranks' losses."""
     norm: HostCopy | None = None
@@ -95,6 +100,16 @@ class Run:
     """The step after which the replicas were last compared."""
     lock: RunLock | None = None
     """On the folder; of rank 0."""
+
+    @property
+    def phase(self) -> Config:
+        """The configuration with what holds in the phase of the last step taken."""
+        return phase_at(self.config, max(0, self.step - 1))
+
+    @property
+    def flops(self) -> float:
+        """Per token, at present."""
+        return self.flops_at[self.loader.stream.seq_len]
 
     @property
     def sharing(self) -> int:
@@ -114,12 +129,13 @@ class Run:
 def wanted_engine(config: Config) -> Wanted:
     """What the configuration asks of the engine."""
     train = config.train
+    first = phase_at(config, 0)
     return Wanted(
         engine=train.engine,
         precision=train.precision,
         timeout=timedelta(minutes=train.timeout_minutes),
-        micro_batch=train.micro_batch,
-        accumulation=partial(accumulation, config),
+        micro_batch=first.train.micro_batch,
+        accumulation=partial(accumulation, first),
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
@@ -144,7 +160,6 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if uses_tf32(config, accelerator):
         use_tf32()
     readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
-    rounds = accumulation(config, readers)
 
     if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
@@ -152,11 +167,17 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     index = corpora[0].index
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = local / accelerator.num_processes if name == "fsdp2" else 1.0
-    planned = trainable(config, index, share)
+    longest = max((phase for _, phase in phases_of(config)), key=lambda phase: phase.data.seq_len)
+    planned = trainable(longest, index, share)
     built = planned.model
-    shared = shared_sequences(config, accelerator, built, sharing)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
+    shared = shared_sequences(longest, accelerator, built, sharing)
+    lengths = {phase.data.seq_len for _, phase in phases_of(config)}
+    if sharing > 1 and (odd := [n for n in lengths if n % (2 * sharing)]):
+        raise ConfigError(
+            f"data.phases: seq_len = {odd[0]} is not a multiple of 2 · train.context_parallel = 2 · {sharing}"
+        )
+    flops, parameters = {n: flops_per_token(built, n) for n in lengths}, sum(p.numel() for p in built.parameters())
+    context = getattr(built.config, "max_position_embeddings", longest.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
     spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
@@ -182,12 +203,12 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         sets=sets,
         engine=engine,
         model_config=built.config,
-        loader=open_loader(config, corpora, folder, reader, readers, rounds),
+        loader=open_loader(config, corpora, folder, reader, readers),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         context=shared,
         reader=reader,
         readers=readers,
-        flops=flops,
+        flops_at=flops,
         parameters=parameters,
         state=engine.state_bytes(),
         watch=OptimizerWatch(engine, accelerator.device),
@@ -196,7 +217,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
-    check_repetition(config, corpora, run.loader.stream, run.loader.cursor, run.step)
+    run.plan = check_repetition(config, corpora, folder, run.loader.state_dict(), run.step)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
@@ -333,7 +354,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
-    news = run.loader.load_state_dict(progress["data"])
+    news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
     run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])

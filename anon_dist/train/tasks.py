@@ -63,7 +63,7 @@ def score_tasks(
     model.eval()
     try:
         with randomness.kept(), quiet(bars=False):
-            tokenizer = AutoTokenizer.from_pretrained(first_folder(config.data) / "tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(first_folder(config) / "tokenizer")
             scorer = Scorer(
                 lambda ids: model(input_ids=ids, use_cache=False).logits,
                 shape,

@@ -23,12 +23,12 @@ def tokenizer_problem(config: Config, context: int) -> str | None:
         context: positions of the model.
     """
     try:
-        tokenizer = Tokenizer.of(first_folder(config.data))
+        tokenizer = Tokenizer.of(first_folder(config))
     except (DataError, OSError) as error:
         return str(error)
     name, prompt = config.model.from_pretrained, config.log.sample_prompt
     if name is not None and (other := _other_tokens(name, tokenizer)):
-        folder = first_folder(config.data)
+        folder = first_folder(config)
         return (
             f"model.from_pretrained = {name} has other tokens than data.path = {folder} ({other}); prepare the data with "
             f"that model's own tokenizer: --tokenizer hf:{name}"

@@ -49,6 +49,7 @@ NONSENSE = {
     "model.attention": NO_CHOICE,
     "data.path": [*NO_PATH, None],
     "data.sources": [None, 1, "x", [1], {"": {"path": "x"}}],
+    "data.phases": [None, 1, "x", {"a": 1}],
     "data.prepare": NO_TEXT,
     "data.seq_len": [*NO_COUNT, 0, None],
     "data.seed": [*NO_COUNT, None],
@@ -334,6 +335,26 @@ LLAMA = ["--model.family", "llama"]
         (["--train.activation-checkpointing", "budget"], "which torch.compile keeps; set train.compile"),
         (["--train.activation-budget", "0.3"], "does nothing where train.activation_checkpointing is none"),
         (["--train.precision", "fp8"], "fp8 has no effect on gpt2"),
+        (["--data.phases", "[{}, {until: 1000}]"], r"data\.phases\.0\.until is missing"),
+        (["--data.phases", "[{until: 9}, {until: 9}]"], r"data\.phases\.1\.until = 9 must be more than"),
+        (
+            ["--data.phases", "[{until: 9}]"],
+            r"data\.phases\.0\.until = 9, of the last phase, is before train\.steps = 1000",
+        ),
+        (["--data.phases", "[{until: 9, sources: {a: {path: b}}}, {}]"], r"data\.phases\.1\.sources is missing"),
+        (
+            ["--data.phases", "[{seq_len: 2048}]"],
+            r"data\.phases\.0\.seq_len = 2048 is longer than model\.context = 1024",
+        ),
+        (
+            ["--data.phases", "[{seq_len: 1000}]"],
+            r"does not divide the 65,536 tokens of a step; give it a global_batch",
+        ),
+        (
+            ["--data.phases", "[{until: 9, sources: {a: {path: b}}}, {sources: {a: {path: c}}}]"],
+            "the source a is b in one and c in another",
+        ),
+        (["--data.phases", "[{until: 0}]"], r"^--data\.phases\.0\.until must be a whole number ≥ 1"),
     ],
 )
 def test_what_does_not_go_together(args, message):

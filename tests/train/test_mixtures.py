@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from anon_dist.data import PrepareConfig, TokenShards, prepare
 from anon_dist.train import plot, report
-from anon_dist.train.config import ConfigError, SourceConfig
+from anon_dist.train.config import ConfigError, PhaseConfig, SourceConfig
 from anon_dist.train.metrics import read_metrics
 from anon_dist.trained.options import Runs
 from anon_dist.trained.runs import runs
@@ -147,3 +147,45 @@ def test_a_limit_on_repetition_and_its_remedies(run_config, train, folders, tmp_
             train(wrong)
     assert steps == int(1.5 * samples / 4)
     train(config(steps=int(steps)))
+
+
+def test_phases_are_the_run_that_was_resumed_with_other_sources(run_config, train, folders, tmp_path):
+    """And one that is stopped in the middle of a phase goes on in it."""
+    web, both = (
+        {"web": SourceConfig(str(folders["web"]))},
+        {"web": SourceConfig(str(folders["web"]), 0.25), "code": SourceConfig(str(folders["code"]), 0.75, 2.0)},
+    )
+    phases = (PhaseConfig(6, web), PhaseConfig(10, both), PhaseConfig(sources=web, global_batch=4))
+    constant = {"eval__every": 0, "schedule__decay": "constant", "checkpoint__every": 3}
+
+    def losses(folder):
+        return [(r["step"], r["samples"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+    whole = losses(train(run_config(run_dir=str(tmp_path / "whole"), data__phases=phases, **constant)))
+    assert [samples for _, samples, _ in whole] == [*range(8, 88, 8), 84, 88, 92, 96]
+    for steps, sources, batch in ((6, web, 8), (10, both, 8), (14, web, 4)):
+        options = {"train__steps": steps, "data__sources": sources, "train__global_batch": batch}
+        by_hand = train(run_config(run_dir=str(tmp_path / "by-hand"), **options, **constant))
+    assert losses(by_hand) == whole
+    for steps in (8, 12, 14):
+        stopped = train(
+            run_config(run_dir=str(tmp_path / "stopped"), data__phases=phases, train__steps=steps, **constant)
+        )
+    assert losses(stopped) == whole
+    result = json.loads((stopped / "result.json").read_text())
+    read = {"web": 48 + 8 + 16, "code": 24}
+    mean = sum(result[f"final_loss/{name}"] * n for name, n in read.items()) / 96
+    assert result["final_loss"] == pytest.approx(mean)
+
+
+def test_a_phase_of_longer_samples_keeps_the_tokens_of_a_step(run_config, train, folders, tmp_path, capsys):
+    phases = (PhaseConfig(8, seq_len=16), PhaseConfig())
+    folder = train(run_config(data__phases=phases, data__path=str(folders["web"]), train__steps=12, eval__every=0))
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert [r["samples"] for r in records] == [*range(16, 144, 16), 136, 144, 152, 160]
+    said = capsys.readouterr().out
+    assert "Steps 1 to 8: 16 samples of 16 tokens a step" in said
+    assert "Steps 9 to 12: 8 samples of 32 tokens a step" in said
+    assert "data: data.seq_len is 32 now: the run goes on after 2,048 tokens, at sample 64 of" in said
+    samples = TokenShards(folders["web"]).num_samples(32)
+    assert records[-1]["epoch"] == pytest.approx((64 + 4 * 8) / samples)
