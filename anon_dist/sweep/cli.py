@@ -169,6 +169,7 @@ def shared(base: Config) -> Config:
     base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, "."
     base.data.verify, base.data.prepare, base.resume = "size", None, "auto"
     base.log.sample_prompt, base.checkpoint.keep = None, 1
+    base.train.tokens = base.train.global_batch_tokens = None  # steps and batch say the same
     return base
 
 

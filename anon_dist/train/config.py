@@ -34,6 +34,7 @@ from anon_dist.train.fields import (
     SourceConfig,
     TrainConfig,
 )
+from anon_dist.train.phases import resolved
 from anon_dist.train.ranges import Instead, spell
 from anon_dist.train.rules import model_rules, optim_rules, phase_rules, train_rules
 from anon_dist.usage import UsageError, parse_or_raise, values_of
@@ -176,6 +177,7 @@ def parse_args(
     _check_keys(rest)
     config = _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
     try:
+        config = resolved(config)
         check(config)
     except ConfigError as error:
         source = f"{file} and the command line: " if config != default else f"{file}: "

@@ -201,6 +201,10 @@ class TrainConfig:
     """Optimizer steps."""
     global_batch: Size = 64
     """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
+    tokens: Whole | None = None
+    """Tokens of the whole run, in place of steps: so many steps as read at least that."""
+    global_batch_tokens: Whole | None = None
+    """Tokens per step, in place of global_batch: a multiple of data.seq_len."""
     micro_batch: Size = 8
     """Sequences that a rank takes at once."""
     engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"] = "auto"

@@ -40,7 +40,7 @@ from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
-from anon_dist.train.phases import phases_from, phases_of
+from anon_dist.train.phases import phases_from, phases_of, resolved
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
@@ -64,6 +64,7 @@ def train(config: Config) -> Path:
     Raises:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
+    config = resolved(config)
     check(config)
     accelerator, name = start(
         wanted_engine(config),

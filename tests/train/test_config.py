@@ -14,6 +14,7 @@ from anon_dist.train.config import (
     shipped_configs,
     to_yaml,
 )
+from anon_dist.train.phases import phases_of
 
 
 def write(tmp_path, text):
@@ -117,6 +118,19 @@ def test_sources_in_a_file_and_on_the_command_line(tmp_path):
             parse_args(["--data.sources", wrong])
     with pytest.raises(ConfigError, match=r"^--data\.sources\.a\.weight must be a finite number > 0, not -1"):
         parse_args(["--data.sources", "{a: {path: b, weight: -1}}"])
+
+
+def test_tokens_in_place_of_steps_and_sequences():
+    config = parse_args(["--train.tokens", "1B", "--train.global-batch-tokens", "524288"])
+    assert (config.train.global_batch, config.train.steps) == (512, 1908)  # 1e9 / 2^19 = 1907.3
+    warm = "[{until: 100, global_batch: 64}, {until: 200, seq_len: 512}, {}]"
+    config = parse_args(["--train.tokens", "100M", "--train.global-batch", "128", "--data.phases", warm])
+    assert config.train.steps == 813  # 100 of 2^16, the others of 2^17 tokens: (1e8 - 100 * 2^16) / 2^17 = 712.9
+    assert [(until, p.train.global_batch, p.train.micro_batch, p.data.seq_len) for until, p in phases_of(config)] == [
+        (100, 64, 8, 1024),
+        (200, 256, 16, 512),
+        (813, 128, 8, 1024),
+    ]
 
 
 def test_unknown_configuration_lists_the_shipped_ones():

@@ -106,6 +106,8 @@ NONSENSE = {
     "schedule.min_ratio": [*NO_NUMBER, -0.1, 1.1, None],
     "train.steps": [*NO_COUNT, 0, None, (1 << 24) + 1],
     "train.global_batch": [*NO_COUNT, 0, None],
+    "train.tokens": NO_COUNT,
+    "train.global_batch_tokens": NO_COUNT,
     "train.micro_batch": [*NO_COUNT, 0, None],
     "train.engine": NO_CHOICE,
     "train.shard_ranks": [*NO_COUNT, 0, -2],
@@ -354,6 +356,9 @@ LLAMA = ["--model.family", "llama"]
             ["--data.phases", "[{until: 9, sources: {a: {path: b}}}, {sources: {a: {path: c}}}]"],
             "the source a is b in one and c in another",
         ),
+        (["--train.global-batch-tokens", "1000"], r"is not a multiple of data\.seq_len = 1024; change one of them"),
+        (["--train.tokens", "0"], r"train\.tokens = 0: 0 steps, which are none or too many"),
+        (["--train.tokens", "1M", "--data.phases", "[{until: 2}]"], "the phases end 868,928 tokens before"),
         (["--data.phases", "[{until: 0}]"], r"^--data\.phases\.0\.until must be a whole number ≥ 1"),
     ],
 )
