@@ -269,8 +269,9 @@ class Stream:
 
 
 def fingerprints_of(state: Mapping[str, Any]) -> list[str]:
-    """Of the data that the stream of a state reads; [] of what is no state."""
-    return [source.get("fingerprint", "") for source in state.get("sources") or [state] if source]
+    """Of the data that was read up to a state; of one of an earlier version, its own."""
+    entries = [*state["sources"], *state.get("left", [])] if "sources" in state else [state]
+    return [entry.get("fingerprint", "") for entry in entries]
 
 
 def count_targets(source: Source, indices: Int64, seq_len: int) -> int:

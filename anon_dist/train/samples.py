@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def _check_limits(phase: Config, stream: Stream, cursor: int, end: int, step: in
         )
 
 
+@lru_cache(maxsize=64)
 def _packing(shards: TokenShards, folder: Path, seq_len: int) -> Packing:
-    """What lies in which sample: decided by the first run in this folder, and read by all ranks."""
+    """What lies in which sample: decided by the first run in this folder, and read by all ranks. Checked once, not for each phase."""
 
     def decide() -> None:
         if not is_packed(folder):
