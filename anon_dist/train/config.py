@@ -176,6 +176,12 @@ def parse_args(
     config = Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)})
     _check_keys(rest)
     config = _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
+    for flag, over in (("steps", "tokens"), ("global-batch", "global_batch_tokens")):
+        said = getattr(config.train, over)
+        if said is not None and values_of(rest, f"--train.{flag}"):
+            raise ConfigError(
+                f"--train.{flag} does nothing, as train.{over} = {said} says it; give --train.{over} None"
+            )
     try:
         config = resolved(config)
         check(config)

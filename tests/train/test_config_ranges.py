@@ -357,6 +357,10 @@ LLAMA = ["--model.family", "llama"]
             "the source a is b in one and c in another",
         ),
         (["--train.global-batch-tokens", "1000"], r"is not a multiple of data\.seq_len = 1024; change one of them"),
+        (
+            ["--train.tokens", "1B", "--train.steps", "5"],
+            r"^--train\.steps does nothing, as train\.tokens = 1000000000 says",
+        ),
         (["--train.tokens", "0"], r"train\.tokens = 0: 0 steps, which are none or too many"),
         (["--train.tokens", "1M", "--data.phases", "[{until: 2}]"], "the phases end 868,928 tokens before"),
         (["--data.phases", "[{until: 0}]"], r"^--data\.phases\.0\.until must be a whole number ≥ 1"),
