@@ -111,6 +111,7 @@ def config_of(options: TrainOptions, folder: Path) -> Config:
         raise ConfigError(f"--turn {options.turn} and --repeats {options.repeats} must be at least 1")
     config = load_config(find_config(options.config))
     config.data.path, config.run_dir, config.resume = str(options.data), str(folder), "never"
+    config.data.sources, config.data.phases, config.eval.sets = {}, (), {}
     config.data.mask_documents = False  # which the Trainer does not do
     config.train.engine, config.log.trackers = "single", ()
     config.train.micro_batch = options.micro_batch or config.train.micro_batch

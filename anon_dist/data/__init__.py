@@ -14,29 +14,35 @@ if TYPE_CHECKING:
     from anon_dist.data.errors import DataError, PreparationError, ShardError, SourceError, TokenizerError
     from anon_dist.data.index import Index, ShardInfo, SplitInfo, Statistics
     from anon_dist.data.loader import BatchLoader
+    from anon_dist.data.mixture import Mixture
     from anon_dist.data.order import SampleOrder
     from anon_dist.data.packing import Packing, is_packed, pack
     from anon_dist.data.preparation import prepare
     from anon_dist.data.shards import TokenShards, verify_checksums
+    from anon_dist.data.stream import Source, Stream, make_source
     from anon_dist.data.tokenizer import Tokenizer
 
 __all__ = [
     "BatchLoader",
     "DataError",
     "Index",
+    "Mixture",
     "Packing",
     "PreparationError",
     "PrepareConfig",
     "SampleOrder",
     "ShardError",
     "ShardInfo",
+    "Source",
     "SourceError",
     "SplitInfo",
     "Statistics",
+    "Stream",
     "TokenShards",
     "Tokenizer",
     "TokenizerError",
     "is_packed",
+    "make_source",
     "pack",
     "prepare",
     "verify_checksums",
@@ -46,10 +52,12 @@ _MODULES = {
     "errors": ("DataError", "PreparationError", "ShardError", "SourceError", "TokenizerError"),
     "index": ("Index", "ShardInfo", "SplitInfo", "Statistics"),
     "loader": ("BatchLoader",),
+    "mixture": ("Mixture",),
     "order": ("SampleOrder",),
     "packing": ("Packing", "is_packed", "pack"),
     "preparation": ("prepare",),
     "shards": ("TokenShards", "verify_checksums"),
+    "stream": ("Source", "Stream", "make_source"),
     "tokenizer": ("Tokenizer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

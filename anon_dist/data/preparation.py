@@ -19,7 +19,7 @@ from anon_dist.data.errors import PreparationError
 from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
 from anon_dist.data.meter import Meter, say
-from anon_dist.data.sample import training_sample, validation_fraction
+from anon_dist.data.sample import VALIDATION_TOKENS, training_sample, validation_fraction
 from anon_dist.data.shards import TokenShards
 from anon_dist.data.sources import LimitedSource, Source, open_source
 from anon_dist.data.statistics import compute_statistics
@@ -83,6 +83,11 @@ class _Preparation:
         write_json(self.out / INDEX_FILE, index.to_json())
         self.journal.remove()
         say(_summary(index, self.out, time.perf_counter() - started))
+        if 0 < (tokens := index.splits["val"].tokens if "val" in index.splits else 0) < VALIDATION_TOKENS:
+            say(
+                f"WARNING: {self.out}: the validation split has {tokens:,} tokens in {index.splits['val'].documents:,} documents; below "
+                f"{VALIDATION_TOKENS:,} its loss says little. Prepare more text, or with a larger --val-fraction"
+            )
         return index
 
     def _tokenizer(self) -> Tokenizer:

@@ -14,7 +14,12 @@ from anon_dist.data.errors import PreparationError, SourceError
 from anon_dist.data.sources import Item, Source
 
 SMALL_BYTES = 64 << 20
-"""A source of files up to this size is read once more, in a second or so, to give it a validation document."""
+"""A source of files up to this size is read once more, in a second or so, to give it validation documents."""
+VALIDATION_TOKENS = 50_000
+"""Below this a loss over a validation split says little: it is warned of."""
+VALIDATION_BYTES = 3 * VALIDATION_TOKENS
+"""Text that a small source's validation split is given, if that is not more than `MOST_VALIDATION` of the documents."""
+MOST_VALIDATION = 0.1
 
 REACH = 8
 """How many times the sample's size is read at most, to choose from."""
@@ -52,7 +57,8 @@ def training_sample(source: Source, limit: int, val_fraction: float) -> list[str
 
 
 def validation_fraction(source: Source, wanted: float) -> float:
-    """The fraction of documents for validation: `wanted`, or of a small source as much more as gives validation one document.
+    """The fraction of documents for validation: `wanted`, or of a small source as much more as gives validation `VALIDATION_BYTES` of
+    text, up to `MOST_VALIDATION` of the documents, and at least one document.
 
     Only sources of at most `SMALL_BYTES` are looked at. A larger one has documents enough, or too few to know beforehand.
 
@@ -61,15 +67,24 @@ def validation_fraction(source: Source, wanted: float) -> float:
     """
     if wanted == 0.0 or int(source.describe().get("bytes", SMALL_BYTES + 1)) > SMALL_BYTES:
         return wanted
-    hashes = {xxhash.xxh3_64_intdigest(item.text.encode()) for item in source.read() if item.skipped is None}
-    if len(hashes) == 1:
+    sizes: Counter[int] = Counter()
+    for item in source.read():
+        if item.skipped is None:
+            data = item.text.encode()
+            sizes[xxhash.xxh3_64_intdigest(data)] += len(data)
+    if len(sizes) == 1:
         raise PreparationError(
             "the source is a single document, of which none can go to validation. Divide its text with --text-unit paragraph or line, or "
             "do without validation with --val-fraction 0."
         )
-    fraction = wanted
-    while hashes and not int(fraction * 2.0**64) > min(hashes):
-        fraction = math.nextafter(max(fraction, min(hashes) / 2.0**64), 1.0)
+    fraction, size = wanted, 0
+    for number, (digest, length) in enumerate(sorted(sizes.items())):
+        least = digest / 2.0**64
+        if number and (size >= VALIDATION_BYTES or least >= MOST_VALIDATION):
+            break
+        while not int(fraction * 2.0**64) > digest:
+            fraction = math.nextafter(max(fraction, least), 1.0)
+        size += length
     return fraction
 
 

@@ -95,6 +95,11 @@ class CellFolder:
         """Validation losses so far."""
         return {int(r["step"]): float(r["val_loss"]) for r in self.metrics() if "val_loss" in r}
 
+    def by_set(self) -> dict[str, float]:
+        """Last validation losses of each source or set by itself, if it was validated on several and has finished."""
+        result = (self._result() or {}) if self.state == "finished" else {}
+        return {key.partition("/")[2]: float(loss) for key, loss in result.items() if key.startswith("final_loss/")}
+
     def judge(self, exit_code: int) -> Outcome:
         """What a run that ended by itself came to."""
         records = self.metrics()

@@ -29,6 +29,7 @@ from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
+from anon_dist.train.corpora import all_sources, called
 from anon_dist.train.errors import RunError, RunInUseError
 from anon_dist.train.lock import held
 from anon_dist.train.spectrum import load_spectra
@@ -94,11 +95,11 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
     if by_group:
         base.optim.match = str(kept.resolve())
     grid.cells(base)  # for its errors
-    index = _check_data(base)
+    indices = _check_data(base)
     args.out.mkdir(parents=True, exist_ok=True)
-    room = Room.of_this_machine(base, index.vocab_size, args.parallel)
+    room = Room.of_this_machine(base, indices[0].vocab_size, args.parallel)
     with held(args.out, "--out"):
-        _record(args.out, common, index, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
+        _record(args.out, common, indices, str(args.match_from or "a run at γ = 1") if matched else None, command, room)
         if matched:
             spectra = _spectra(args, kept, base, grid, room, trainer)
             if spectra is None:
@@ -168,6 +169,7 @@ def shared(base: Config) -> Config:
     base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, "."
     base.data.verify, base.data.prepare, base.resume = "size", None, "auto"
     base.log.sample_prompt, base.checkpoint.keep = None, 1
+    base.train.tokens = base.train.global_batch_tokens = None  # steps and batch say the same
     return base
 
 
@@ -179,15 +181,24 @@ def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
     return parse_axis(f"optim.lr={args.baseline_lr}", base, "--baseline-lr, that is")[1]
 
 
-def _check_data(base: Config) -> Index:
-    index = Index.load(base.data.path)
-    if "val" not in index.splits or TokenShards(base.data.path, "val").num_samples(base.data.seq_len) < 1:
+def _check_data(base: Config) -> list[Index]:
+    """The sources' indices."""
+    folders = {called(name): source.path for name, source in all_sources(base).items()}
+    indices = {place: Index.load(path) for place, path in folders.items()}
+    long_enough = [
+        place
+        for place, index in indices.items()
+        if "val" in index.splits and TokenShards(folders[place], "val").num_samples(base.data.seq_len) > 0
+    ]
+    if not long_enough:
+        where = ", ".join(f"{place} = {path}" for place, path in folders.items())
         raise ConfigError(
-            f"data.path = {base.data.path} has no validation split of data.seq_len = {base.data.seq_len} tokens to compare settings on; "
+            f"{where} has no validation split of data.seq_len = {base.data.seq_len} tokens to compare settings on; "
             "prepare it with a larger val_fraction"
         )
-    verify_checksums(base.data.path)
-    return index
+    for path in (*folders.values(), *base.eval.sets.values()):
+        verify_checksums(path)
+    return list(indices.values())
 
 
 def _spectra(args: Sweep, kept: Path, base: Config, grid: Grid, room: Room, trainer: Command) -> Spectra | None:
@@ -214,10 +225,14 @@ def _reopen(cells: list[CellFolder], args: Sweep) -> None:
             cell.reopen()
 
 
-def _record(out: Path, base: Config, index: Index, match: str | None, command: str, room: Room) -> None:
+def _record(out: Path, base: Config, indices: list[Index], match: str | None, command: str, room: Room) -> None:
     """Write down what all cells share and what works on them; refuse a folder whose cells share something else."""
     file = out / "sweep.json"
-    common = {"config": yaml.safe_load(to_yaml(base)), "corpus": index.fingerprint, "match_rms": match}
+    common = {
+        "config": yaml.safe_load(to_yaml(base)),
+        "corpus": ", ".join(index.fingerprint for index in indices),
+        "match_rms": match,
+    }
     recorded: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {**common, "commands": []}
     before, now = _flat(recorded), _flat(common)
     changed = [

@@ -61,6 +61,11 @@ OWN = {
     "resume": "a cell goes on from its own checkpoint",
     "train.engine": "a cell is one process",
     "data.path": "losses on different corpora do not compare",
+    "data.sources": "losses on different corpora do not compare",
+    "train.tokens": "vary train.steps",
+    "train.global_batch_tokens": "vary train.global_batch",
+    "data.phases": "losses on different corpora do not compare",
+    "eval.sets": "losses on different corpora do not compare",
 }
 """Fields that cannot be an axis, and why."""
 

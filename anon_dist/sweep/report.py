@@ -16,7 +16,7 @@ from anon_dist.page import page, picture
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import OWN_GAMMAS, short, show
 from anon_dist.sweep.plots import LR, draw_all
-from anon_dist.sweep.results import Results, Setting, paired
+from anon_dist.sweep.results import Results, Setting, Spread, paired
 from anon_dist.train.config import ConfigError
 
 NAMES = {"anon": "Anon", "adamw": "AdamW"}
@@ -82,12 +82,15 @@ def _rows(results: Results) -> str:
     fields = _fields(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["optimizer", *fields, "factor", "seed", "state", "step", "loss", "bits_per_byte"])
+    sets = _sets(results)
+    losses = [f"loss/{name}" for name in sets]
+    writer.writerow(["optimizer", *fields, "factor", "seed", "state", "step", "loss", "bits_per_byte", *losses])
     for folder in results.folders:
         cell, outcome = folder.cell, folder.outcome
         settings = [show(cell.settings[f]) if f in cell.settings else "" for f in fields]
         loss, bits = (outcome.loss, outcome.bits_per_byte) if outcome else (None, None)
         ended = [cell.seed, folder.state, outcome.step if outcome else _step(folder), loss, bits]
+        ended += [folder.by_set().get(name) for name in sets]
         writer.writerow([cell.optimizer, *settings, f"{cell.factor:.6g}", *ended])
     return text.getvalue()
 
@@ -95,6 +98,11 @@ def _rows(results: Results) -> str:
 def _fields(results: Results) -> list[str]:
     """What the grid sets."""
     return list(dict.fromkeys(name for s in results.settings for name in s.cell.settings))
+
+
+def _sets(results: Results) -> list[str]:
+    """Sources and sets that cells were validated on, each by itself."""
+    return list(dict.fromkeys(name for folder in results.folders for name in folder.by_set()))
 
 
 def _state(results: Results) -> str:
@@ -167,12 +175,14 @@ def _rate(setting: Setting) -> str:
 
 def _all(results: Results) -> str:
     """Every setting."""
-    fields, rows = _fields(results), []
+    fields, sets, rows = _fields(results), _sets(results), []
     for s in results.settings:
         values = [_rate(s) if f == LR else show(s.cell.settings[f]) if f in s.cell.settings else "" for f in fields]
         loss = "" if s.loss is None else str(s.loss) if s.ranked else f"({s.loss})"
-        rows.append([NAMES[s.cell.optimizer], *values, loss, s.summary()])
-    head = ["optimizer", *(short(f) for f in fields), "loss", "cells"]
+        found = [folder.by_set() for folder in s.folders]
+        each = [str(Spread.of(have)) if (have := [f[name] for f in found if name in f]) else "" for name in sets]
+        rows.append([NAMES[s.cell.optimizer], *values, loss, *each, s.summary()])
+    head = ["optimizer", *(short(f) for f in fields), "loss", *(f"loss, {name}" for name in sets), "cells"]
     return (
         "## All settings\n\n"
         + _table(head, rows)

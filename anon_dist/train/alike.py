@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from anon_dist.data import DataError, Index
-from anon_dist.train.config import Config, ConfigError
+from anon_dist.train.config import Config, ConfigError, SourceConfig
+from anon_dist.train.corpora import all_sources
 from anon_dist.train.families import read_config
 
 BY_CONTENT = ("data.path", "train.deepspeed_config", "model.config", "model.from_pretrained", "optim.match")
@@ -27,11 +28,27 @@ def shared_settings(config: Config) -> dict[str, Any]:
             found[name] = None if path is None else "a path"
         if name == "model.config" and path is not None:
             found["what model.config says"] = _content(path)
+    for key, sources in _mixtures(config):
+        found[key] = {name: {**vars(source), "path": ""} for name, source in sources.items()}
+    found["data.phases"] = [{**vars(phase), "sources": ""} for phase in config.data.phases]
+    found["eval.sets"] = sorted(config.eval.sets)
+    paths = {name: source.path for name, source in all_sources(config).items()} | config.eval.sets
+    return found | {
+        f"the fingerprint of the data{name and f' of {name}'}": _fingerprint(p) for name, p in paths.items()
+    }
+
+
+def _mixtures(config: Config) -> Iterator[tuple[str, Mapping[str, SourceConfig]]]:
+    yield "data.sources", config.data.sources
+    yield from ((f"data.phases.{i}.sources", phase.sources) for i, phase in enumerate(config.data.phases))
+
+
+def _fingerprint(path: str) -> str:
+    """Of the data in a folder."""
     try:
-        fingerprint = Index.load(config.data.path).fingerprint
+        return Index.load(path).fingerprint
     except DataError:
-        fingerprint = "none, as there is no data that can be read"
-    return {**found, "the fingerprint of the data": fingerprint}
+        return "none, as there is no data that can be read"
 
 
 def _content(path: str) -> Any:

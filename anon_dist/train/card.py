@@ -88,18 +88,25 @@ def _model(model: Mapping[str, Any]) -> Rows:
 
 
 def _data(config: Mapping[str, Any]) -> Rows:
-    """Of the prepared folder, if it is still there."""
-    path = (config.get("data") or {}).get("path")
-    if path is None:
-        return []
+    """Of the prepared folders, as far as they are still there."""
+    data = config.get("data") or {}
+    sources: Mapping[str, Any] = data.get("sources") or ({"": {"path": data["path"]}} if "path" in data else {})
+    rows: Rows = []
+    for name, source in sources.items():
+        rows += [(f"{name}: {what}" if name else what, value) for what, value in _source(source, data)]
+    return rows
+
+
+def _source(source: Mapping[str, Any], data: Mapping[str, Any]) -> Rows:
+    weight = ("weight", source.get("weight"))
     try:
-        index = Index.load(Path(path))
+        index = Index.load(Path(source["path"]))
     except DataError:
-        return [
-            ("prepared by", (config["data"].get("prepare") and f"anon-dist data prepare {config['data']['prepare']}"))
-        ]
+        prepared = None if weight[1] else data.get("prepare") and f"anon-dist data prepare {data['prepare']}"
+        return [weight, ("prepared by", prepared)]
     train = index.splits["train"]
     return [
+        weight,
         ("source", index.settings.get("source")),
         ("tokenizer", index.tokenizer),
         ("training split", f"{train.tokens:,} tokens of {train.text_bytes:,} bytes, {train.documents:,} documents"),

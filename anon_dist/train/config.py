@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from anon_dist.arguments import parse, whole_number
-from anon_dist.train import strict_yaml
+from anon_dist.train import strict_yaml, yaml_flags
 from anon_dist.train.errors import ConfigError
 from anon_dist.train.fields import (
     CheckpointConfig,
@@ -29,15 +29,20 @@ from anon_dist.train.fields import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PhaseConfig,
     ScheduleConfig,
+    SourceConfig,
     TrainConfig,
 )
+from anon_dist.train.phases import resolved
 from anon_dist.train.ranges import Instead, spell
-from anon_dist.train.rules import model_rules, optim_rules, train_rules
+from anon_dist.train.rules import model_rules, optim_rules, phase_rules, train_rules
 from anon_dist.usage import UsageError, parse_or_raise, values_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+yaml_flags.register()
 
 __all__ = [
     "CheckpointConfig",
@@ -48,7 +53,9 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "PhaseConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "TrainConfig",
     "accumulation",
     "check",
@@ -72,7 +79,7 @@ def check(config: Config) -> None:
         ConfigError: naming the fields, what they may be, and what they are.
     """
     _validated(dataclasses.asdict(config), str)
-    for rules in (model_rules, optim_rules, train_rules):
+    for rules in (model_rules, optim_rules, train_rules, phase_rules):
         rules(config)
 
 
@@ -168,8 +175,15 @@ def parse_args(
         raise ConfigError(str(error)) from None
     config = Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)})
     _check_keys(rest)
-    _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
+    config = _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
+    for flag, over in (("steps", "tokens"), ("global-batch", "global_batch_tokens")):
+        said = getattr(config.train, over)
+        if said is not None and values_of(rest, f"--train.{flag}"):
+            raise ConfigError(
+                f"--train.{flag} does nothing, as train.{over} = {said} says it; give --train.{over} None"
+            )
     try:
+        config = resolved(config)
         check(config)
     except ConfigError as error:
         source = f"{file} and the command line: " if config != default else f"{file}: "
@@ -335,20 +349,37 @@ def _message(
 ) -> str:
     """What is wrong with one field. pydantic says where it is, and more of the place than the field's name; its type says the rest."""
     whole, name, value = ".".join(map(str, loc)), "", values
+    if kind == "unexpected_keyword_argument" and len(loc) > 2:
+        inner = _inner(field_types()[".".join(loc[:2])], None)
+        close = difflib.get_close_matches(str(loc[-1]), [f.name for f in dataclasses.fields(inner)], n=1, cutoff=0.0)
+        place, found, _ = called(whole).partition(repr(whole))
+        return f"{place if found else ''}unknown key '{whole}'; did you mean '{close[0]}'?"
     if kind == "unexpected_keyword_argument":
         return f"{called(whole).removesuffix(repr(whole))}unknown key '{whole}'; did you mean '{_nearest(whole)}'?"
     if not loc:
         return f"{called('the configuration')}: {text}"
-    for key in map(str, loc):
-        name, value = f"{name}.{key}".lstrip("."), value[key]
-        if name in field_types():
-            break
+    hint: Any = None
+    for key in loc[:2] if loc[-1] == "[key]" else loc:
+        name = f"{name}.{key}".lstrip(".")
+        if kind == "missing" and (not isinstance(value, Mapping) or key not in value):
+            return f"{called(name)} is missing; it must be {spell(_inner(hint, key))}"
+        value = value[next(k for k in value if str(k) == str(key)) if isinstance(value, Mapping) else key]
+        hint = field_types().get(name) if hint is None else _inner(hint, key)
+        if hint is not None and not any(map(dataclasses.is_dataclass, (hint, *typing.get_args(hint)))):
+            break  # pydantic says more of the place
     given = repr(value) if len(repr(value)) < 120 else f"{value!r:.110}…"
-    if name not in field_types():
+    if hint is None:
         return f"{called(name)} is a section, not {given}"
     if kind == "value_error":
         return f"{called(name)} {text.removeprefix('Value error, ')}"
-    return f"{called(name)} must be {spell(field_types()[name])}, not {given}"
+    return f"{called(name)} must be {spell(hint)}, not {given}"
+
+
+def _inner(hint: Any, key: Any) -> Any:
+    """The type of what has this key in a value of type `hint`: a section, or a mapping or list of sections."""
+    if dataclasses.is_dataclass(hint):
+        return typing.get_type_hints(hint, include_extras=True)[key]
+    return next(filter(dataclasses.is_dataclass, typing.get_args(hint)))
 
 
 def _nearest(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +24,20 @@ class Evaluation:
     bits_per_byte: float
     """Bits per byte of text, which compares across tokenizers."""
     sequences: int
+    bytes_per_token: float
 
     @property
     def perplexity(self) -> float:
         """exp(loss)"""
         return math.exp(min(self.loss, 700.0))
 
-    def record(self, prefix: str) -> dict[str, float | int]:
-        """As metrics."""
+    def record(self, prefix: str, name: str = "") -> dict[str, float | int]:
+        """As metrics; those of one set among several by its name."""
+        behind = f"/{name}" if name else ""
         return {
-            f"{prefix}_loss": self.loss,
-            f"{prefix}_perplexity": self.perplexity,
-            f"{prefix}_bits_per_byte": self.bits_per_byte,
+            f"{prefix}_loss{behind}": self.loss,
+            f"{prefix}_perplexity{behind}": self.perplexity,
+            f"{prefix}_bits_per_byte{behind}": self.bits_per_byte,
         }
 
 
@@ -63,7 +65,6 @@ def evaluate(
     seq_len: int,
     batch: int,
     device: torch.device,
-    bytes_per_token: float,
     sequences: int = 0,
     mask_eod: int | None = None,
     reader: int = 0,
@@ -91,4 +92,15 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss = float(sums[0] / sums[1])
-    return Evaluation(loss, loss / math.log(2.0) / bytes_per_token, count)
+    bytes_per_token = shards.info.bytes_per_token
+    return Evaluation(loss, loss / math.log(2.0) / bytes_per_token, count, bytes_per_token)
+
+
+def mean(evaluations: Sequence[tuple[Evaluation, float]]) -> Evaluation:
+    """Of sets with these weights, which are of their tokens."""
+    total = sum(weight for _, weight in evaluations)
+    loss, size = (
+        sum(getattr(found, name) * weight for found, weight in evaluations) / total
+        for name in ("loss", "bytes_per_token")
+    )
+    return Evaluation(loss, loss / math.log(2.0) / size, sum(found.sequences for found, _ in evaluations), size)

@@ -74,9 +74,43 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several prepared folders."""
+
+    path: Place
+    """Folder made by `anon-dist data prepare`."""
+    weight: Positive = 1.0
+    """Its share of the tokens, in proportion to the other weights."""
+    max_epochs: Positive | None = None
+    """How often its samples may come; a run that would read more is refused. None: as often as it comes to."""
+
+
+@dataclass
+class PhaseConfig:
+    """What a run reads until a step. What it does not say is as in data and train."""
+
+    until: Steps | None = None
+    """Its last step. None: of the last phase, the run's."""
+    sources: dict[Text, SourceConfig] = field(default_factory=dict)
+    """As data.sources. A name means the same folder in every phase."""
+    seq_len: Size | None = None
+    """Tokens that a sample predicts."""
+    global_batch: Size | None = None
+    """Sequences per step. None: with another seq_len, so many that a step has as many tokens."""
+    micro_batch: Size | None = None
+    """Sequences that a rank takes at once. None: with another seq_len, so many that they have as many tokens, but at least one."""
+
+
+@dataclass
 class DataConfig:
     path: Place = "data/stdlib"
     """Folder made by `anon-dist data prepare`."""
+    sources: dict[Text, SourceConfig] = field(default_factory=dict)
+    """Name → path, weight and max_epochs of several such folders, of one tokenizer, read in place of path. On the command line as YAML:
+    "{web: {path: data/web, weight: 0.7}, code: {path: data/code, weight: 0.3, max_epochs: 4}}"."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases one after the other, each with its sources, seq_len, global_batch and micro_batch until a step; on the command line as YAML:
+    "[{until: 8000, sources: {web: {path: data/web}}}, {sources: {good: {path: data/good}}}]". Each source goes on where it was."""
     prepare: Text | None = None
     """The options, --out aside, with which `anon-dist data prepare` makes that folder; they are shown where it is missing."""
     seq_len: Size = 1024
@@ -167,6 +201,10 @@ class TrainConfig:
     """Optimizer steps."""
     global_batch: Size = 64
     """Sequences per step, over all ranks: micro_batch · ranks · accumulation, the last of which follows."""
+    tokens: Whole | None = None
+    """Tokens of the whole run, in place of steps: so many steps as read at least that."""
+    global_batch_tokens: Whole | None = None
+    """Tokens per step, in place of global_batch: a multiple of data.seq_len."""
     micro_batch: Size = 8
     """Sequences that a rank takes at once."""
     engine: Literal["auto", "single", "ddp", "zero1", "fsdp2", "hsdp", "fsdp1", "deepspeed"] = "auto"
@@ -231,7 +269,10 @@ class EvalConfig:
     every: StepsOrZero = 200
     """Steps between validations; 0: only after the last step."""
     sequences: Whole = 256
-    """Validation sequences, always the same ones; 0: the whole split."""
+    """Validation sequences of each source or set, always the same ones; 0: the whole split."""
+    sets: dict[Text, Place] = field(default_factory=dict)
+    """Name → folder made by `anon-dist data prepare`, with the data's tokenizer: its validation split (or all, if it has none) is validated
+    on, and nothing else. It has no part in val_loss, which is the mean over the sources by their weights."""
     final_sequences: Whole = 0
     """The same for the last validation, whose result is the run's."""
     tasks: tuple[Text, ...] = ()

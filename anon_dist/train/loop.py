@@ -32,19 +32,22 @@ from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
+from anon_dist.train.corpora import first_folder, small_sets
 from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.evaluate import Evaluation, evaluate
+from anon_dist.train.evaluate import evaluate, mean
 from anon_dist.train.export import export_model
 from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
+from anon_dist.train.phases import phases_from, phases_of, resolved
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.samples import enter
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
@@ -66,6 +69,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     Raises:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
+    config = resolved(config)
     check(config)
     accelerator, name = start(
         wanted_engine(config),
@@ -119,12 +123,15 @@ def _train(
 def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
     config, ranks = run.config, run.accelerator.num_processes
-    mib, tokens = 1 << 20, config.train.global_batch * config.data.seq_len
-    epochs = config.train.steps * config.train.global_batch / run.loader.order.num_samples
-    if (packing := run.loader.packing) is not None:
-        console.say(
-            f"{packing.num_samples:,} samples of whole documents; {packing.padding:.1%} of their places are left free"
-        )
+    mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
+    planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
+    epochs = planned / sum(corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
+    if run.loader.stream.packed:
+        epochs = planned / run.loader.stream.num_samples
+    for line in small_sets(run.sets):
+        console.say(f"WARNING: {line}")
+    for line in run.plan:
+        console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
@@ -149,7 +156,10 @@ def _steps(
     watch = Stopwatch(run.accelerator.device)
     batches = iter(run.loader)
     logged = run.step
+    borders = {until for until, _ in phases_of(config)}
     while run.step < steps:
+        if run.step in borders:
+            _begin_phase(run, console)
         profiler.before(run.step + 1)
         done = take_step(run, batches, watch)
         profiler.after(run.step)
@@ -157,9 +167,9 @@ def _steps(
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
             logged = run.step
-        if run.val_shards is not None and _is_due(run, config.eval.every):
+        if run.sets and _is_due(run, config.eval.every):
             _compare_replicas(run)
-            write({"step": run.step, **_validate(run, config.eval.sequences).record("val")})
+            write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
             watch.skip()
         if run.tasks is not None and _is_due(run, config.eval.tasks_every):
             write(_score(run, stop))
@@ -175,6 +185,13 @@ def _steps(
                 _save(run, stop)
             return stop.reason
     return None
+
+
+def _begin_phase(run: Run, console: Console | None) -> None:
+    """Have the loader go on with what the next step reads."""
+    for line in enter(run.loader, run.config, run.corpora, run.folder, run.step):
+        if console:
+            console.say(line)
 
 
 def _is_due(run: Run, every: int) -> bool:
@@ -214,6 +231,7 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
     targets = run.loader.step_targets()
     share = run.readers * run.sharing / targets  # engines take the mean over ranks that have other tokens
     run.predicted += targets
+    run.places += run.loader.global_batch * run.loader.stream.seq_len
     total = torch.zeros(len(SUMS), device=device)
     for i in range(rounds):
         batch = Batch.of(run.own(next(batches)), run.mask_eod)
@@ -259,21 +277,26 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     return records.record_of(run, done, steps, seconds)
 
 
-def _validate(run: Run, sequences: int) -> Evaluation:
-    assert run.val_shards is not None
-    return evaluate(
-        run.engine.model,
-        run.val_shards,
-        run.config.data.seq_len,
-        run.config.train.micro_batch,
-        run.accelerator.device,
-        run.index.splits["val"].bytes_per_token,
-        sequences,
-        run.mask_eod,
-        run.reader,
-        run.readers,
-        run.own,
-    )
+def _validate(run: Run, sequences: int, prefix: str) -> Record:
+    """The mean over the sources by their weights; and where there are several sets, each."""
+    found = {
+        each: evaluate(
+            run.engine.model,
+            each.shards,
+            run.phase.data.seq_len,
+            run.phase.train.micro_batch,
+            run.accelerator.device,
+            sequences,
+            run.mask_eod,
+            run.reader,
+            run.readers,
+            run.own,
+        )
+        for each in run.sets
+    }
+    record = {k: v for each, result in found.items() if each.name for k, v in result.record(prefix, each.name).items()}
+    weighted = [(result, each.weight) for each, result in found.items() if each.weight]
+    return (mean(weighted).record(prefix) if weighted else {}) | record
 
 
 def _score(run: Run, stop: StopSignal) -> Record:
@@ -342,7 +365,7 @@ def _progress(run: Run) -> dict[str, Any]:
         "optimizer": type(run.engine.optimizer).__name__,
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
-        "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
+        "tokenizer": str(first_folder(run.config) / "tokenizer"),
         "config": recorded(run.config),
         "versions": versions(),
     }
@@ -352,8 +375,8 @@ def _finish(run: Run) -> None:
     """Validate on the whole split, export, report."""
     config, main = run.config, run.accelerator.is_main_process
     record: Record = {"step": run.step}
-    if run.val_shards is not None:
-        record |= _validate(run, config.eval.final_sequences).record("final")
+    if run.sets:
+        record |= _validate(run, config.eval.final_sequences, "final")
     weights = run.engine.full_weights()
     failed: Exception | None = None
     if main:
@@ -372,7 +395,7 @@ def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
     card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
-    export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer", card)
+    export_model(run.folder / "model", weights, run.model_config, first_folder(config) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:
         file.write(record)

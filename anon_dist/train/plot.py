@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from anon_dist.train.metrics import Record
 
 
 def plot_loss(path: Path, records: list[Record], levels: dict[str, float], title: str) -> None:
-    """Training and validation loss over the steps, as a PNG.
+    """Training and validation loss over the steps, the latter of each set too, as a PNG.
 
     Args:
         levels: losses to compare with, drawn as horizontal lines: label → nats per token.
@@ -19,10 +20,13 @@ def plot_loss(path: Path, records: list[Record], levels: dict[str, float], title
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for key, label, style in (
+    each = dict.fromkeys(key for r in records for key in r if key.startswith("val_loss/"))
+    lines: list[tuple[str, str, dict[str, Any]]] = [
         ("loss", "training", {"lw": 0.8, "alpha": 0.6}),
         ("val_loss", "validation", {"lw": 2, "marker": "o", "ms": 3}),
-    ):
+        *((key, key.partition("/")[2].replace("$", r"\$"), {"lw": 1, "marker": ".", "ms": 3}) for key in each),
+    ]
+    for key, label, style in lines:
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)

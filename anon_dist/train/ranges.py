@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 import typing
@@ -111,6 +112,8 @@ def spell(hint: Any) -> str:
     if origin is tuple:
         several = "any number of values" if inner[-1] is Ellipsis else f"{len(inner)} values"
         return f"{several}, each {spell(inner[0])}"
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"
     if origin is dict:
         return f"a mapping from {spell(inner[0])} to {spell(inner[1])}"
     return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(hint, "None")

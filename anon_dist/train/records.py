@@ -57,8 +57,10 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         record["z_loss"] = config.train.z_loss * found["z"]
     if found["balance"]:
         record["balance_loss"] = found["balance"]
-    if run.loader.packing is not None:
-        record["padding_share"] = 1.0 - tokens / (steps * config.train.global_batch * config.data.seq_len)
+    if len(run.loader.stream.sources) > 1:
+        record |= {f"epoch/{name}": epoch for name, epoch in run.loader.stream.epochs(run.loader.cursor).items()}
+    if run.loader.stream.packed:
+        record["padding_share"] = 1.0 - tokens / run.places
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()
@@ -70,7 +72,7 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     record |= memory(accelerator.device)
     if run.skipped:
         record["skipped"] = run.skipped
-    run.predicted, run.waited = 0, 0.0
+    run.predicted, run.places, run.waited = 0, 0, 0.0
     return record
 
 

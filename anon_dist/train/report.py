@@ -12,6 +12,7 @@ from rich.table import Table
 from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
 from anon_dist.train.config import Config
+from anon_dist.train.corpora import all_sources, first_folder
 from anon_dist.train.metrics import PARTS, Record, read_metrics
 from anon_dist.train.plot import plot_loss
 
@@ -35,18 +36,35 @@ def spent_on(records: list[Record]) -> str:
     return f"{', '.join(words)}; the host waited for device and ranks {mean['waiting']:.1%}" if told else ""
 
 
-def report(folder: Path, config: Config) -> None:
-    """Print the result of a finished run, draw `loss.png`, and write a sample of the exported model's text."""
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    index = Index.load(config.data.path)
-    levels = {"unigram entropy of the corpus": index.statistics.unigram_entropy}
-    if index.statistics.bigram_val_loss is not None:
-        levels["bigram, add-one smoothed"] = index.statistics.bigram_val_loss
+def _losses(config: Config, result: dict[str, Any]) -> tuple[dict[str, float], Table]:
+    """Losses of simple models to compare with; and the table: of one source beside those, of several each by itself."""
     table = Table(title="Loss on the validation split, nats per token", title_justify="left")
+    sets = {key.partition("/")[2]: loss for key, loss in result.items() if key.startswith("final_loss/")}
+    if sets:
+        for column in ("set", "loss", "bits per byte", "unigram entropy"):
+            table.add_column(column, justify="left" if column == "set" else "right")
+        paths = {name: source.path for name, source in all_sources(config).items()} | config.eval.sets
+        for name, loss in sets.items():
+            unigram = Index.load(paths[name]).statistics.unigram_entropy
+            table.add_row(name, f"{loss:.3f}", f"{result[f'final_bits_per_byte/{name}']:.3f}", f"{unigram:.3f}")
+        if "final_loss" in result:
+            table.add_row("mean by weight", f"{result['final_loss']:.3f}", f"{result['final_bits_per_byte']:.3f}", "")
+        return {}, table
+    statistics = Index.load(first_folder(config)).statistics
+    levels = {"unigram entropy of the corpus": statistics.unigram_entropy}
+    if statistics.bigram_val_loss is not None:
+        levels["bigram, add-one smoothed"] = statistics.bigram_val_loss
     for column in ("model", "loss", "share of unigram entropy"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, loss in (levels | ({"this run": result["final_loss"]} if "final_loss" in result else {})).items():
-        table.add_row(name, f"{loss:.3f}", f"{loss / index.statistics.unigram_entropy:.3f}")
+        table.add_row(name, f"{loss:.3f}", f"{loss / statistics.unigram_entropy:.3f}")
+    return levels, table
+
+
+def report(folder: Path, config: Config) -> None:
+    """Print the result of a finished run, draw `loss.png`, and write a sample of the exported model's text."""
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    levels, table = _losses(config, result)
     console = Console()
     console.print(table)
     if "final_loss" in result:

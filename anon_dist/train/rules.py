@@ -117,3 +117,41 @@ def train_rules(config: Config) -> None:
         )
     if len(set(trackers)) < len(trackers):
         raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")
+
+
+def phase_rules(config: Config) -> None:
+    """Of the phases of the data with each other and with the rest."""
+    d, t, phases = config.data, config.train, config.data.phases
+    before = 0
+    for i, phase in enumerate(phases):
+        last = i + 1 == len(phases)
+        place = f"data.phases.{i}"
+        if phase.until is None and not last:
+            raise ConfigError(f"{place}.until is missing: only the last phase may leave it out")
+        if phase.until is not None and phase.until <= before:
+            raise ConfigError(f"{place}.until = {phase.until} must be more than that of the phase before, {before}")
+        if last and phase.until is not None and phase.until < t.steps:
+            raise ConfigError(
+                f"{place}.until = {phase.until}, of the last phase, is before train.steps = {t.steps}; leave it out, or add a phase"
+            )
+        before = phase.until or before
+        if not (phase.sources or d.sources) and any(p.sources for p in phases):
+            raise ConfigError(
+                f"{place}.sources is missing: other phases have them; name them in each, or in data.sources"
+            )
+        length = phase.seq_len or d.seq_len
+        if config.model.config is None and config.model.from_pretrained is None and length > config.model.context:
+            raise ConfigError(
+                f"{place}.seq_len = {length} is longer than model.context = {config.model.context}; raise the context"
+            )
+        if phase.global_batch is None and t.global_batch * d.seq_len % length:
+            raise ConfigError(
+                f"{place}.seq_len = {length} does not divide the {t.global_batch * d.seq_len:,} tokens of a step; give it a global_batch"
+            )
+    folders: dict[str, str] = {}
+    for sources in (d.sources, *(phase.sources for phase in phases)):
+        for name, source in sources.items():
+            if folders.setdefault(name, source.path) != source.path:
+                raise ConfigError(
+                    f"data.phases: the source {name} is {folders[name]} in one and {source.path} in another; give one of them another name"
+                )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,7 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.folder import read_progress, step_of
-from anon_dist.data import BatchLoader, Index, TokenShards, verify_checksums
-from anon_dist.data.index import INDEX_FILE
+from anon_dist.data import BatchLoader, Index
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.context import ContextParallel
@@ -34,14 +32,16 @@ from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.corpora import Corpus, ValidationSet, open_corpora
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import MakeOptimizer, apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.phases import phase_at, phases_of
 from anon_dist.train.report import RESULT
-from anon_dist.train.samples import open_loader
+from anon_dist.train.samples import check_repetition, enter, open_loader
 from anon_dist.train.spectrum import load_spectra
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
@@ -57,8 +57,9 @@ class Run:
     accelerator: Accelerator
     folder: Path
     index: Index
-    train_shards: TokenShards
-    val_shards: TokenShards | None
+    """Of the first source: all have its vocabulary."""
+    corpora: list[Corpus]
+    sets: list[ValidationSet]
     engine: Engine
     model_config: PretrainedConfig
     loader: BatchLoader
@@ -68,14 +69,16 @@ class Run:
     reader: int
     """Which of the `readers` shares of a batch this rank reads; with tensor or context parallelism, several ranks read the same."""
     readers: int
-    flops: float
-    """Per token."""
+    flops_at: Mapping[int, float]
+    """Per token, by the length of samples."""
     parameters: int
     state: StateBytes
     watch: OptimizerWatch
     gammas: GammaRules
     tasks: Tasks | None
     """Of lm-eval, on which the model is evaluated."""
+    plan: list[str] = field(default_factory=list)
+    """What the steps that are left read, in lines."""
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -84,6 +87,8 @@ class Run:
     """Whether one of them is not in the metrics yet."""
     predicted: int = 0
     """Tokens that steps since the last record predicted, over all ranks."""
+    places: int = 0
+    """Tokens that they could have predicted, were no places left free."""
     waited: float = 0.0
     """Seconds since then that the host waited for the device or for other ranks' losses."""
     norm: HostCopy | None = None
@@ -92,6 +97,16 @@ class Run:
     """The step after which the replicas were last compared."""
     lock: RunLock | None = None
     """On the folder; of rank 0."""
+
+    @property
+    def phase(self) -> Config:
+        """The configuration with what holds in the phase of the last step taken."""
+        return phase_at(self.config, max(0, self.step - 1))
+
+    @property
+    def flops(self) -> float:
+        """Per token, at present."""
+        return self.flops_at[self.loader.stream.seq_len]
 
     @property
     def sharing(self) -> int:
@@ -111,12 +126,13 @@ class Run:
 def wanted_engine(config: Config) -> Wanted:
     """What the configuration asks of the engine."""
     train = config.train
+    first = phase_at(config, 0)
     return Wanted(
         engine=train.engine,
         precision=train.precision,
         timeout=timedelta(minutes=train.timeout_minutes),
-        micro_batch=train.micro_batch,
-        accumulation=partial(accumulation, config),
+        micro_batch=first.train.micro_batch,
+        accumulation=partial(accumulation, first),
         clip=train.grad_clip,
         shard_ranks=train.shard_ranks,
         tensor_parallel=train.tensor_parallel,
@@ -137,15 +153,21 @@ def set_up(
     set_modes(config, accelerator)
     split, sharing = splitting_ranks(wanted_engine(config)), sharing_ranks(wanted_engine(config))
     readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
-    rounds = accumulation(config, readers)
-    index, train_shards, val_shards = _open_data(config, accelerator)
+    corpora, sets = open_corpora(config, accelerator)
+    index = corpora[0].index
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = local / accelerator.num_processes if name == "fsdp2" else 1.0
-    planned = trainable(config, index, share)
+    longest = max((phase for _, phase in phases_of(config)), key=lambda phase: phase.data.seq_len)
+    planned = trainable(longest, index, share)
     built = planned.model
-    shared = shared_sequences(config, accelerator, built, sharing)
-    flops, parameters = flops_per_token(built, config.data.seq_len), sum(p.numel() for p in built.parameters())
-    context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
+    shared = shared_sequences(longest, accelerator, built, sharing)
+    lengths = {phase.data.seq_len for _, phase in phases_of(config)}
+    if sharing > 1 and (odd := [n for n in lengths if n % (2 * sharing)]):
+        raise ConfigError(
+            f"data.phases: seq_len = {odd[0]} is not a multiple of 2 · train.context_parallel = 2 · {sharing}"
+        )
+    flops, parameters = {n: flops_per_token(built, n) for n in lengths}, sum(p.numel() for p in built.parameters())
+    context = getattr(built.config, "max_position_embeddings", longest.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
     spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
@@ -167,16 +189,16 @@ def set_up(
         accelerator=accelerator,
         folder=folder,
         index=index,
-        train_shards=train_shards,
-        val_shards=val_shards,
+        corpora=corpora,
+        sets=sets,
         engine=engine,
         model_config=built.config,
-        loader=open_loader(config, train_shards, folder, reader, readers, rounds),
+        loader=open_loader(config, corpora, folder, reader, readers),
         checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
         context=shared,
         reader=reader,
         readers=readers,
-        flops=flops,
+        flops_at=flops,
         parameters=parameters,
         state=engine.state_bytes(),
         watch=OptimizerWatch(engine, accelerator.device),
@@ -185,6 +207,7 @@ def set_up(
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
+    run.plan = check_repetition(config, corpora, folder, run.loader.state_dict(), run.step)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
@@ -204,30 +227,6 @@ def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
     if isinstance(found, str):
         raise ConfigError(f"optim.match: {found}")
     return Spectra.from_json(found)
-
-
-def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
-    """The index, the training shards, and the validation shards if there are any long enough; their contents checked on each node."""
-    path, seq_len = config.data.path, config.data.seq_len
-    if config.data.prepare and not os.path.isfile(os.path.join(path, INDEX_FILE)):
-        raise ConfigError(
-            f"data.path = {path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
-            f"{config.data.prepare} --out {shlex.quote(path)}"
-        )
-    index = Index.load(path)
-    if config.data.verify == "checksum":
-        if accelerator.is_local_main_process:
-            verify_checksums(path)
-        accelerator.wait_for_everyone()
-    train_shards = TokenShards(path, "train")
-    if train_shards.num_samples(seq_len) < 1:
-        raise ConfigError(
-            f"data.path = {path} has {len(train_shards)} training tokens, too few for data.seq_len = {seq_len}"
-        )
-    val_shards = TokenShards(path, "val") if "val" in index.splits else None
-    if val_shards is not None and val_shards.num_samples(seq_len) < 1:
-        val_shards = None
-    return index, train_shards, val_shards
 
 
 def _in_folder(folder: Path, action: Callable[[], object]) -> None:
@@ -345,7 +344,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
         )
-    other_length = run.loader.load_state_dict(progress["data"])
+    news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
     run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
@@ -358,8 +357,8 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     run.step, run.skipped = progress["step"], progress["skipped"]
     for line in changes(config, run.engine.name, source, progress):
         say(line)
-    if other_length:
-        say(other_length)
+    for line in news:
+        say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 
 

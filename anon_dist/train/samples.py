@@ -2,45 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from anon_dist.agreement import first_does
-from anon_dist.data import BatchLoader, Packing, SampleOrder, TokenShards, is_packed, pack
-from anon_dist.train.config import Config
+from anon_dist.data import BatchLoader, Packing, Source, Stream, TokenShards, is_packed, make_source, pack
+from anon_dist.train.config import Config, ConfigError, accumulation
+from anon_dist.train.corpora import Corpus, called, sources_of
 from anon_dist.train.errors import RunError
+from anon_dist.train.phases import phase_at, phases_from, phases_of
 
 
 def open_loader(
-    config: Config, shards: TokenShards, folder: Path, reader: int, readers: int, rounds: int
+    config: Config, corpora: Sequence[Corpus], folder: Path, reader: int, readers: int, step: int = 0
 ) -> BatchLoader:
-    """The loader of a rank. Every rank calls it.
+    """The loader of a rank, of the phase in which the step after `step` lies. Every rank calls it.
 
     Args:
         folder: of the run.
         reader, readers: which share of a batch this rank reads.
-        rounds: micro-batches of a step.
 
     Raises:
+        ConfigError: a weight is too small beside the others, or a phase's batch does not divide among the ranks.
         DataError: the packing cannot be made or read.
         RunError: it cannot be written.
     """
-    seq_len = config.data.seq_len
-    packing = _packing(shards, folder / f"packing-{seq_len}", seq_len) if config.data.packing == "best_fit" else None
-    samples = shards.num_samples(seq_len) if packing is None else packing.num_samples
-    return BatchLoader(
-        shards,
-        SampleOrder(samples, config.data.seed),
-        seq_len=seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=reader,
-        world_size=readers,
-        accumulation=rounds,
-        packing=packing,
+    for _, phase in phases_of(config):
+        accumulation(phase, readers)
+    phase = phase_at(config, step)
+    stream = open_stream(phase, corpora, folder)
+    return BatchLoader(stream, phase.train.micro_batch, reader, readers, accumulation(phase, readers))
+
+
+def enter(
+    loader: BatchLoader,
+    config: Config,
+    corpora: Sequence[Corpus],
+    folder: Path,
+    step: int,
+    state: dict[str, Any] | None = None,
+) -> list[str]:
+    """Have the loader go on with the phase in which the step after `step` lies, which may be the one that it is in. Every rank calls it.
+
+    Args:
+        state: of a checkpoint. None: from where the loader is.
+
+    Returns:
+        What is other than before, in sentences.
+    """
+    phase = phase_at(config, step)
+    stream, rounds = open_stream(phase, corpora, folder), accumulation(phase, loader.world_size)
+    return loader.enter(stream, phase.train.micro_batch, rounds, state, intended=bool(config.data.phases))
+
+
+def open_stream(config: Config, corpora: Sequence[Corpus], folder: Path) -> Stream:
+    """The samples of a phase's sources, from the beginning of each. Arguments and errors as of `open_loader`."""
+    named = sources_of(config.data)
+    corpora = [replace(corpus, source=named[corpus.name]) for corpus in corpora if corpus.name in named]
+    sources = [_source(config, corpus, folder, alone=len(corpora) == 1) for corpus in corpora]
+    try:
+        return Stream(sources, config.data.seq_len)
+    except ValueError as error:
+        least = min(corpora, key=lambda corpus: corpus.source.weight)
+        raise ConfigError(
+            f"{called(least.name)}.weight = {least.source.weight:g} is too small beside the others ({error}); raise it, or leave it out"
+        ) from None
+
+
+def _source(config: Config, corpus: Corpus, folder: Path, *, alone: bool) -> Source:
+    seq_len, packing = config.data.seq_len, None
+    if config.data.packing == "best_fit":
+        which = f"packing-{seq_len}" if alone else f"packing-{seq_len}-{corpus.index.fingerprint[:16]}"
+        packing = _packing(corpus.train, folder / which, seq_len)
+    share = Fraction(str(corpus.source.weight))
+    return make_source(
+        corpus.train, seq_len, config.data.seed, packing=packing, share=share, name=corpus.name, alone=alone
     )
 
 
+def check_repetition(
+    config: Config, corpora: Sequence[Corpus], folder: Path, state: dict[str, Any], step: int
+) -> list[str]:
+    """Refuse a run that would read a source more often than its max_epochs.
+
+    Args:
+        state, step: where the run stands, as of its loader.
+
+    Returns:
+        What each phase that is left reads, in lines.
+
+    Raises:
+        ConfigError: naming the source, and what would keep within the limit.
+    """
+    lines = []
+    for steps, phase in phases_from(config, step):
+        stream, cursor, _ = open_stream(phase, corpora, folder).after(state, intended=True)
+        end = cursor + steps * phase.train.global_batch
+        _check_limits(phase, stream, cursor, end, step, steps)
+        if config.data.phases:
+            length, batch = phase.data.seq_len, phase.train.global_batch
+            lines.append(f"Steps {step + 1:,} to {step + steps:,}: {batch:,} samples of {length:,} tokens a step")
+        lines += stream.introduced(end)
+        state, step = stream.state(end), step + steps
+    return lines
+
+
+def _check_limits(phase: Config, stream: Stream, cursor: int, end: int, step: int, steps: int) -> None:
+    epochs, now, samples = stream.epochs(end), stream.read(cursor), stream.samples_of()
+    sources = sources_of(phase.data)
+    for name, source in sources.items():
+        most = source.max_epochs
+        if most is None or epochs[name] <= most:
+            continue
+        per_step = (epochs[name] * samples[name] - now[name]) / steps
+        room = max(0.0, most * samples[name] - now[name])
+        fitting = step + int(room / per_step)
+        others = sum(s.weight for s in sources.values()) - source.weight
+        share = room / (end - cursor)  # of the positions, which is near enough to that of the tokens
+        weight = f"its weight to {share / (1.0 - share) * others:.3g}, or " if others and 0 < share < 1 else ""
+        what = "the phase's until" if phase.data.phases else "train.steps"
+        raise ConfigError(
+            f"{called(name)}: {what} = {step + steps} would read it {epochs[name]:.2f} times, more than max_epochs = {most:g}; lower "
+            f"{weight}{what} to {fitting}, prepare more text, or raise max_epochs"
+        )
+
+
+@lru_cache(maxsize=64)
 def _packing(shards: TokenShards, folder: Path, seq_len: int) -> Packing:
-    """What lies in which sample: decided by the first run in this folder, and read by all ranks."""
+    """What lies in which sample: decided by the first run in this folder, and read by all ranks. Checked once, not for each phase."""
 
     def decide() -> None:
         if not is_packed(folder):

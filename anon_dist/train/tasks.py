@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import PretrainedConfig
 
@@ -11,6 +9,7 @@ from anon_dist.agreement import together
 from anon_dist.engines.base import Engine
 from anon_dist.train import randomness
 from anon_dist.train.config import Config, ConfigError
+from anon_dist.train.corpora import first_folder
 from anon_dist.train.errors import HarnessError
 from anon_dist.train.harness import Tasks, find_tasks, quiet, run_tasks, scores
 from anon_dist.train.metrics import Record
@@ -64,7 +63,7 @@ def score_tasks(
     model.eval()
     try:
         with randomness.kept(), quiet(bars=False):
-            tokenizer = AutoTokenizer.from_pretrained(Path(config.data.path) / "tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(first_folder(config) / "tokenizer")
             scorer = Scorer(
                 lambda ids: model(input_ids=ids, use_cache=False).logits,
                 shape,

@@ -8,6 +8,7 @@ from typing import Any
 from anon_dist.data import DataError, Tokenizer
 from anon_dist.data.tokenizer import PROBE
 from anon_dist.train.config import Config
+from anon_dist.train.corpora import first_folder
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +23,15 @@ def tokenizer_problem(config: Config, context: int) -> str | None:
         context: positions of the model.
     """
     try:
-        tokenizer = Tokenizer.of(config.data.path)
+        tokenizer = Tokenizer.of(first_folder(config))
     except (DataError, OSError) as error:
         return str(error)
     name, prompt = config.model.from_pretrained, config.log.sample_prompt
     if name is not None and (other := _other_tokens(name, tokenizer)):
+        folder = first_folder(config)
         return (
-            f"model.from_pretrained = {name} has other tokens than data.path = {config.data.path} ({other}); prepare the data with that "
-            f"model's own tokenizer: --tokenizer hf:{name}"
+            f"model.from_pretrained = {name} has other tokens than data.path = {folder} ({other}); prepare the data with "
+            f"that model's own tokenizer: --tokenizer hf:{name}"
         )
     if prompt is not None and not 1 <= len(tokenizer.hf(prompt)["input_ids"]) < context:
         return f"log.sample_prompt must have from 1 to {context - 1} tokens, for the model's context of {context}, not {prompt[:60]!r}"

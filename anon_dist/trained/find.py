@@ -13,6 +13,7 @@ from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.folder import read_progress, step_of
 from anon_dist.checkpoint.hf import weight_files
 from anon_dist.data import DataError, Index, Tokenizer
+from anon_dist.data.stream import fingerprints_of
 from anon_dist.train.metrics import read_metrics
 from anon_dist.train.report import RESULT
 
@@ -112,7 +113,7 @@ def tokenizer_of(trained: Trained, named: str | None) -> Any:
         data = Path(trained.progress["tokenizer"]).parent
         try:
             tokenizer, fingerprint = Tokenizer.of(data), Index.load(data).fingerprint
-            if fingerprint == (trained.progress.get("data") or {}).get("fingerprint"):
+            if fingerprint in fingerprints_of(trained.progress.get("data") or {}):
                 return tokenizer.hf
             problem = f"data.path = {data} is not the data that the run read any more"
         except (DataError, OSError) as error:

@@ -34,6 +34,10 @@ MOST_DIFFERENCES = 8
 """Fields of the configuration that are shown, of those in which the runs differ; and scores on tasks."""
 
 
+SETS = ("final_loss/", "val_loss/")
+"""Begin the names of what a run says of one of its sources, or of a set it is validated on."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder, as it is now."""
@@ -141,11 +145,16 @@ def _order(sort: str) -> Any:
 
 
 def table(found: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: how far, how good, how fast; the scores on tasks; and the settings in which the runs differ."""
+    """Columns and rows: how far, how good, how fast; the loss on each source or set; the scores on tasks; and the settings
+    in which the runs differ."""
     names = dict.fromkeys(name for run in found for name in run.config)
     changed = [n for n in names if n not in PLACES and len({_text(r.config.get(n)) for r in found}) > 1]
     scored = list(dict.fromkeys(k for run in found for r in run.records for k in r if k.startswith(TASK)))
     scored = [key for key in scored if "_stderr" not in key][:MOST_DIFFERENCES]
+    sets = list(
+        dict.fromkeys(k.partition("/")[2] for run in found for r in run.records for k in r if k.startswith(SETS))
+    )
+    sets = sets[:MOST_DIFFERENCES]
     columns = ["run", "step", "state", "loss", "val loss", "bits/byte", "tokens/s", "last written"]
     rows = [
         [
@@ -157,11 +166,13 @@ def table(found: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             _number(run.last("final_bits_per_byte", "val_bits_per_byte")),
             f"{statistics.median(v for _, v in speed):,.0f}" if (speed := run.curve("tokens_per_s")) else "",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)),
+            *(_number(run.last(*(f"{begin}{name}" for begin in SETS))) for name in sets),
             *(_number(run.last(key)) for key in scored),
             *(_text(run.config.get(n)) for n in changed[:MOST_DIFFERENCES]),
         ]
         for run in found
     ]
+    columns += [f"val loss, {name}" for name in sets]
     return [*columns, *(key.removeprefix(TASK) for key in scored), *changed[:MOST_DIFFERENCES]], rows
 
 

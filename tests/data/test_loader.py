@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from anon_dist.data import BatchLoader, SampleOrder, TokenShards
+from anon_dist.data import BatchLoader, SampleOrder, Stream, TokenShards, make_source
 
 SEQ_LEN = 64
 
@@ -22,10 +22,14 @@ def order_of(shards, seed=1):
     return SampleOrder(shards.num_samples(SEQ_LEN), seed)
 
 
+def stream_of(shards, seq_len=SEQ_LEN, seed=1):
+    return Stream([make_source(shards, seq_len, seed)], seq_len)
+
+
 def run(shards, cursor, steps, micro_batch, world_size=1, accumulation=1, state=None):
     """The samples of `steps` optimizer steps in their global order, and the state after them."""
     loaders = [
-        BatchLoader(shards, order_of(shards), SEQ_LEN, micro_batch, rank, world_size, accumulation, cursor)
+        BatchLoader(stream_of(shards), micro_batch, rank, world_size, accumulation, cursor)
         for rank in range(world_size)
     ]
     samples = []
@@ -50,7 +54,7 @@ def expected(shards, start, count):
 
 
 def test_shape_and_order(shards):
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 3) as loader:
+    with BatchLoader(stream_of(shards), 3) as loader:
         batch = next(loader)
     assert batch.shape == (3, SEQ_LEN + 1)
     assert batch.dtype == torch.int64
@@ -90,7 +94,7 @@ def test_every_sample_once_in_an_epoch(shards):
 
 
 def test_only_finished_steps_count(shards):
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2, accumulation=2) as loader:
+    with BatchLoader(stream_of(shards), 2, accumulation=2) as loader:
         assert loader.global_batch == 4
         next(loader), next(loader)
         assert loader.cursor == 0
@@ -103,7 +107,7 @@ def test_only_finished_steps_count(shards):
 
 
 def test_advance_in_the_middle_of_a_step(shards):
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2, accumulation=2) as loader:
+    with BatchLoader(stream_of(shards), 2, accumulation=2) as loader:
         next(loader)
         with pytest.raises(RuntimeError, match="after 1 of 2"):
             loader.advance()
@@ -113,24 +117,40 @@ def test_advance_in_the_middle_of_a_step(shards):
 
 
 def test_another_sequence_length_goes_on_after_as_many_tokens(shards):
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as loader:
+    with BatchLoader(stream_of(shards), 2) as loader:
         for _ in range(5):
             next(loader)
             loader.advance()
         state = loader.state_dict()
-        assert loader.load_state_dict(state) is None
+        assert loader.load_state_dict(state) == []
     length = SEQ_LEN + 5
-    order = SampleOrder(shards.num_samples(length), loader.order.seed)
-    with BatchLoader(shards, order, length, 2) as longer:
-        news = longer.load_state_dict(state)
-        assert (longer.cursor - 1) * length < 10 * SEQ_LEN <= longer.cursor * length
-        assert f"goes on after {10 * SEQ_LEN} tokens, at sample {longer.cursor} of" in news
-        indices = order(np.arange(longer.cursor, longer.cursor + 2))
+    order = SampleOrder(shards.num_samples(length), 1)
+    with BatchLoader(stream_of(shards, length), 2) as longer:
+        (news,) = longer.load_state_dict(state)
+        (read,) = longer.stream.read(longer.cursor).values()
+        assert longer.cursor == 10  # samples of any length
+        assert (read - 1) * length < 10 * SEQ_LEN <= read * length
+        assert f"goes on after {10 * SEQ_LEN} tokens, at sample {read} of" in news
+        indices = order(np.arange(read, read + 2))
         assert torch.equal(next(longer), torch.from_numpy(shards.samples(indices, length)))
         # and back, where the place is that of the tokens again
-        with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as again:
+        with BatchLoader(stream_of(shards), 2) as again:
             again.load_state_dict(longer.state_dict())
-            assert again.cursor == -(-longer.cursor * length // SEQ_LEN)
+            assert list(again.stream.read(again.cursor).values()) == [-(-read * length // SEQ_LEN)]
+
+
+def before(state):
+    """The state as versions without mixtures wrote it."""
+    return {"cursor": state["cursor"]} | {k: v for k, v in state["sources"][0].items() if k not in ("name", "read")}
+
+
+def test_states_of_earlier_versions_load(shards):
+    with BatchLoader(stream_of(shards), 2) as loader:
+        old = {**before(loader.state_dict()), "cursor": 16}
+        for state in (old, {key: value for key, value in old.items() if key != "packing"}):
+            assert loader.load_state_dict(state) == []
+            assert loader.cursor == 16
+            assert torch.equal(next(loader), expected(shards, 16, 2))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +166,18 @@ def test_another_sequence_length_goes_on_after_as_many_tokens(shards):
     ],
 )
 def test_a_foreign_state_is_refused(shards, key, value):
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as loader:
+    with BatchLoader(stream_of(shards), 2) as loader:
         state = loader.state_dict()
+        old, now = {**before(state), key: value}, {**state, key: value}
+        if key != "cursor":
+            now = {**state, "sources": [{**state["sources"][0], key: value}]}
         named = "num_samples" if key == "seq_len" else key  # which then is not that of the length
-        with pytest.raises(ValueError, match=f"cannot resume: {named}"):
-            loader.load_state_dict({**state, key: value})
-        with pytest.raises(ValueError, match=f"cannot resume: {named}"):
-            loader.load_state_dict({k: v for k, v in state.items() if k != key})
+        for wrong in (old, now):
+            with pytest.raises(ValueError, match=f"cannot resume: {named}"):
+                loader.load_state_dict(wrong)
+        for less in ({k: v for k, v in old.items() if k != key}, {k: v for k, v in state.items() if k != "rates"}):
+            with pytest.raises(ValueError, match="cannot resume: "):
+                loader.load_state_dict(less)
         assert torch.equal(next(loader), expected(shards, 0, 2))
 
 
@@ -168,7 +193,7 @@ def test_an_error_of_the_thread_reaches_the_consumer_and_skips_nothing(shards, m
         return real(indices, seq_len)
 
     monkeypatch.setattr(shards, "samples", failing)
-    with BatchLoader(shards, order_of(shards), SEQ_LEN, 2) as loader:
+    with BatchLoader(stream_of(shards), 2) as loader:
         assert torch.equal(next(loader), first)
         loader.advance()
         for _ in range(2):
@@ -183,7 +208,7 @@ def started_since(before):
 
 def test_close(shards):
     before = set(threading.enumerate())
-    loader = BatchLoader(shards, order_of(shards), SEQ_LEN, 2)
+    loader = BatchLoader(stream_of(shards), 2)
     next(loader)
     assert started_since(before)
     loader.close()
@@ -195,7 +220,7 @@ def test_close(shards):
 
 def test_a_forgotten_loader_goes_away(shards):
     before = set(threading.enumerate())
-    next(BatchLoader(shards, order_of(shards), SEQ_LEN, 2))
+    next(BatchLoader(stream_of(shards), 2))
     deadline = time.monotonic() + 60
     while started_since(before) and time.monotonic() < deadline:
         gc.collect()
@@ -206,7 +231,6 @@ def test_a_forgotten_loader_goes_away(shards):
 @pytest.mark.parametrize(
     "change",
     [
-        {"seq_len": 0},
         {"micro_batch": 0},
         {"world_size": 0},
         {"rank": 2, "world_size": 2},
@@ -216,11 +240,10 @@ def test_a_forgotten_loader_goes_away(shards):
     ],
 )
 def test_arguments_out_of_range(shards, change):
-    arguments = {"seq_len": SEQ_LEN, "micro_batch": 2, **change}
     with pytest.raises(ValueError, match="BatchLoader: "):
-        BatchLoader(shards, order_of(shards), **arguments)
+        BatchLoader(stream_of(shards), **{"micro_batch": 2, **change})
 
 
-def test_order_of_another_length(shards):
-    with pytest.raises(ValueError, match="the order is for 7 samples"):
-        BatchLoader(shards, SampleOrder(7, 0), SEQ_LEN, 2)
+def test_a_length_that_no_sample_has(shards):
+    with pytest.raises(ValueError, match=r"too few for data\.seq_len = 1000000000"):
+        make_source(shards, 10**9)

@@ -11,8 +11,9 @@ from anon_dist.data import (
     DataError,
     Packing,
     PrepareConfig,
-    SampleOrder,
+    Stream,
     TokenShards,
+    make_source,
     pack,
     packing,
     prepare,
@@ -102,11 +103,8 @@ def test_every_document_is_predicted_once_and_cut_only_where_it_is_too_long(shar
 
 
 def read(shards, packed, cursor, steps, micro_batch, ranks, rounds):
-    order = SampleOrder(packed.num_samples, 3)
-    loaders = [
-        BatchLoader(shards, order, SEQ_LEN, micro_batch, rank, ranks, rounds, cursor, packing=packed)
-        for rank in range(ranks)
-    ]
+    stream = Stream([make_source(shards, SEQ_LEN, 3, packing=packed)], SEQ_LEN)
+    loaders = [BatchLoader(stream, micro_batch, rank, ranks, rounds, cursor) for rank in range(ranks)]
     found, counts = [], []
     for _ in range(steps):
         counts.append({loader.step_targets() for loader in loaders})
@@ -127,22 +125,10 @@ def test_the_samples_are_the_same_on_any_ranks_and_after_a_resume(shards, packed
         assert torch.equal(read(shards, packed, 0, 12, *layout)[0], whole)
     later, _ = read(shards, packed, 40, 7, 2, 4, 1)
     assert torch.equal(later, whole[40:])
-    assert state["packing"] == "best_fit"
-    order = SampleOrder(shards.num_samples(SEQ_LEN), 3)
-    with (
-        BatchLoader(shards, order, SEQ_LEN, 8) as loader,
-        pytest.raises(
-            DataError, match=r"packing is 'concat', the saved state has 'best_fit' \(keep the setting of packing"
-        ),
+    with pytest.raises(
+        DataError, match=r"packing is 'concat', the saved state has 'best_fit' \(keep the setting of data\.packing"
     ):
-        loader.load_state_dict(state)
-
-
-def test_states_of_before_there_was_packing_load(shards):
-    with BatchLoader(shards, SampleOrder(shards.num_samples(SEQ_LEN), 3), SEQ_LEN, 8) as loader:
-        old = {key: value for key, value in loader.state_dict().items() if key != "packing"} | {"cursor": 16}
-        loader.load_state_dict(old)
-        assert loader.cursor == 16
+        Stream([make_source(shards, SEQ_LEN, 3)], SEQ_LEN).after(state)
 
 
 def test_the_packing_is_a_function_of_the_corpus(shards, packed, tmp_path):

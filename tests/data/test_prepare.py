@@ -310,6 +310,23 @@ def test_copies_of_a_document_stay_together(tmp_path):
     assert len(val) == 4 * len(set(val))
 
 
+def test_a_small_source_gives_more_to_validation_and_what_is_still_too_little_is_said(tmp_path, capsys):
+    for documents, least in ((2500, 150_000), (300, 20_000)):
+        lines = [json.dumps({"text": f"{i} " * 250}) for i in range(documents)]
+        (tmp_path / f"{documents}.jsonl").write_text("\n".join(lines))
+        out = tmp_path / str(documents)
+        index = prepare(
+            config(tmp_path / f"{documents}.jsonl", out, tokenizer="bytes", val_fraction=0.01, shard_tokens=1 << 22)
+        )
+        val, of_all = index.splits["val"], sum(split.documents for split in index.splits.values())
+        assert least <= val.text_bytes < least + 25_000
+        assert val.documents <= 0.15 * of_all
+        warned = (
+            f"WARNING: {out}: the validation split has {val.tokens:,} tokens in {val.documents} documents; below 50,000"
+        )
+        assert (warned in capsys.readouterr().out) == (documents == 300)
+
+
 def test_no_validation_wanted(corpus, tmp_path):
     index = prepare(config(corpus, tmp_path, tokenizer="bytes", val_fraction=0.0))
     assert set(index.splits) == {"train"}

@@ -27,7 +27,9 @@ def table(page, title):
 
 
 def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
-    (tmp_path / "base.yaml").write_text(to_yaml(base(optim__update_clip=1.0)))
+    config = base(optim__update_clip=1.0)
+    config.eval.sets = {"held": config.data.path}  # its validation split, once more
+    (tmp_path / "base.yaml").write_text(to_yaml(config))
     out = tmp_path / "sweep"
     command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
     command += ["--grid", "optim.gamma=0,1", "optim.lr=1e-3", "--train.steps", "16"]
@@ -46,6 +48,7 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
         (row,) = [r for r in rows if float(r["gamma"]) == gamma and r["lr"].split(" ")[0] == f"{lr:g}"]
         assert row["loss"] == f"{result['final_loss']:.4f}"
         assert row["cells"] == "1 finished"
+        assert row["loss, held"] == row["loss"]
     best = {float(r["γ"]): r["loss"].strip("*") for r in table(page, "Best")}
     for gamma, loss in best.items():
         assert float(loss) == min(round(f.outcome.loss, 4) for (g, _), f in folders.items() if g == gamma)
@@ -55,6 +58,7 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
     assert {k: (float(r["loss"]), int(r["seed"]), r["state"]) for k, r in found.items()} == {
         k: (f.outcome.loss, 0, "finished") for k, f in folders.items()
     }
+    assert all(float(r["loss/held"]) == float(r["loss"]) for r in found.values())
 
     def step_size(gamma):
         """Root mean square of the steps of a cell, over its records but the first, divided by the schedule's learning rate at γ = 1."""

@@ -6,6 +6,7 @@ import yaml
 from anon_dist.train.config import (
     Config,
     ConfigError,
+    SourceConfig,
     accumulation,
     find_config,
     load_config,
@@ -13,6 +14,7 @@ from anon_dist.train.config import (
     shipped_configs,
     to_yaml,
 )
+from anon_dist.train.phases import phases_of
 
 
 def write(tmp_path, text):
@@ -61,6 +63,19 @@ def test_command_line_over_file(tmp_path):
         ("optim: 3", r"'optim' is a section, not 3"),
         ("[1, 2]", r"expected a mapping"),
         ("a: [", r"c\.yaml, line 1: while parsing"),
+        (
+            "data: {sources: {a: {path: b, weight: 0}}}",
+            r"'data\.sources\.a\.weight' must be a finite number > 0, not 0",
+        ),
+        (
+            "data: {sources: {a: {path: b, wieght: 1}}}",
+            r"unknown key 'data\.sources\.a\.wieght'; did you mean 'weight'\?",
+        ),
+        (
+            "data: {sources: {a: {weight: 1}}}",
+            r"'data\.sources\.a\.path' is missing; it must be text that is not empty",
+        ),
+        ("data: {sources: {a: b}}", r"'data\.sources\.a' must be \{path, weight, max_epochs\}, not 'b'"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):
@@ -89,6 +104,33 @@ def test_mappings_in_a_file_and_on_the_command_line(tmp_path):
         assert config.optim.gamma_schedule == {0: 0.5, 2000: 1.0}
         assert config.optim.gamma_by_name == {"*wte*": 0.0}
         assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_sources_in_a_file_and_on_the_command_line(tmp_path):
+    text = "{web: {path: a, weight: 0.7}, code: {path: b, max_epochs: 4}}"
+    for config in (load_config(write(tmp_path, f"data: {{sources: {text}}}")), parse_args(["--data.sources", text])):
+        assert config.data.sources == {"web": SourceConfig("a", 0.7), "code": SourceConfig("b", 1.0, 4.0)}
+        file = write(tmp_path, to_yaml(config))
+        assert load_config(file) == config
+        assert parse_args([f"--config={file}", "--data.seed", "1"]).data.sources == config.data.sources
+    for wrong in ("{a: {path: b}, a: {path: c}}", "{a: [", "a"):
+        with pytest.raises(ConfigError, match=r"^--data\.sources must be a mapping from text"):
+            parse_args(["--data.sources", wrong])
+    with pytest.raises(ConfigError, match=r"^--data\.sources\.a\.weight must be a finite number > 0, not -1"):
+        parse_args(["--data.sources", "{a: {path: b, weight: -1}}"])
+
+
+def test_tokens_in_place_of_steps_and_sequences():
+    config = parse_args(["--train.tokens", "1B", "--train.global-batch-tokens", "524288"])
+    assert (config.train.global_batch, config.train.steps) == (512, 1908)  # 1e9 / 2^19 = 1907.3
+    warm = "[{until: 100, global_batch: 64}, {until: 200, seq_len: 512}, {}]"
+    config = parse_args(["--train.tokens", "100M", "--train.global-batch", "128", "--data.phases", warm])
+    assert config.train.steps == 813  # 100 of 2^16, the others of 2^17 tokens: (1e8 - 100 * 2^16) / 2^17 = 712.9
+    assert [(until, p.train.global_batch, p.train.micro_batch, p.data.seq_len) for until, p in phases_of(config)] == [
+        (100, 64, 8, 1024),
+        (200, 256, 16, 512),
+        (813, 128, 8, 1024),
+    ]
 
 
 def test_unknown_configuration_lists_the_shipped_ones():

@@ -1,0 +1,158 @@
+"""The prepared folders that a run reads: those of its sources, and those that it is only validated on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from anon_dist.data import Index, TokenShards, verify_checksums
+from anon_dist.data.index import INDEX_FILE
+from anon_dist.data.sample import VALIDATION_TOKENS
+from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
+from anon_dist.train.phases import phases_from, phases_of
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One prepared folder."""
+
+    name: str
+    """Of the source, or of the set; "" for data.path."""
+    source: SourceConfig
+    train: TokenShards
+
+    @property
+    def index(self) -> Index:
+        """Of the folder."""
+        return self.train.index
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """What a run is validated on."""
+
+    name: str
+    """Of the source, or of the set; "" for data.path."""
+    shards: TokenShards
+    weight: float
+    """In the mean; 0 for what is no source."""
+
+
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Name → folder and weight of each source; data.path is one, of the name ""."""
+    return dict(data.sources) or {"": SourceConfig(data.path)}
+
+
+def all_sources(config: Config) -> dict[str, SourceConfig]:
+    """Name → folder of every source of every phase; its weight is its share of all tokens that the run plans to read."""
+    found: dict[str, SourceConfig] = {}
+    for steps, phase in phases_from(config, 0):
+        sources = sources_of(phase.data)
+        tokens = steps * phase.train.global_batch * phase.data.seq_len / sum(s.weight for s in sources.values())
+        for name, source in sources.items():
+            weight = source.weight * tokens + (found[name].weight if name in found else 0.0)
+            found[name] = replace(source, weight=weight)
+    total = sum(source.weight for source in found.values())
+    return {name: replace(source, weight=source.weight / total) for name, source in found.items()}
+
+
+def called(name: str) -> str:
+    """A source's name in messages."""
+    return f"data.sources.{name}" if name else "data.path"
+
+
+def first_folder(config: Config) -> Path:
+    """A folder of the run's data, all of which have the same tokenizer."""
+    return Path(next(iter(all_sources(config).values())).path)
+
+
+def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus], list[ValidationSet]]:
+    """The sources, and all that is validated on; their contents checked on each node. Every rank calls it.
+
+    Raises:
+        ConfigError: a folder is missing, too small, the same as another, or has another tokenizer.
+        DataError: see `Index.load` and `TokenShards`.
+    """
+    sources, data = all_sources(config), config.data
+    longest = max(phase.data.seq_len for _, phase in phases_of(config))
+    for name, source in sources.items():
+        _check_present(name, source, config.data.prepare)
+    if data.verify == "checksum":
+        if accelerator.is_local_main_process:
+            for path in (*(source.path for source in sources.values()), *config.eval.sets.values()):
+                verify_checksums(path)
+        accelerator.wait_for_everyone()
+    corpora = [Corpus(name, source, TokenShards(source.path, "train")) for name, source in sources.items()]
+    for i, corpus in enumerate(corpora):
+        place = f"{called(corpus.name)} = {corpus.source.path}"
+        _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
+        if same := [c for c in corpora[:i] if c.index.fingerprint == corpus.index.fingerprint]:
+            raise ConfigError(f"{place} is the same data as {called(same[0].name)}; leave one out, and add its weight")
+        if corpus.train.num_samples(longest) < 1:
+            raise ConfigError(f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {longest}")
+    return corpora, _validation_sets(config, corpora, longest)
+
+
+def _check_present(name: str, source: SourceConfig, prepare: str | None) -> None:
+    if os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
+        return
+    options = prepare if name == "" else "--source … --tokenizer …"
+    raise ConfigError(
+        f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
+        f"{options} --out {shlex.quote(source.path)}"
+    )
+
+
+def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
+    """That a folder's tokens are those of the first source."""
+    if (index.tokenizer_hash, index.eod_id, index.vocab_size) != (
+        first.tokenizer_hash,
+        first.eod_id,
+        first.vocab_size,
+    ):
+        raise ConfigError(
+            f"{place} has another tokenizer ({index.tokenizer}, {index.vocab_size:,} tokens) than {path} ({first.tokenizer}, "
+            f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(os.path.join(path, 'tokenizer'))}"
+        )
+
+
+def small_sets(sets: Sequence[ValidationSet]) -> list[str]:
+    """A warning for each set on which a loss says little."""
+    found = []
+    for each in sets:
+        if len(each.shards) < VALIDATION_TOKENS:
+            place = f"{called(each.name) if each.weight else f'eval.sets.{each.name}'} = {each.shards.directory}"
+            found.append(
+                f"{place}: {len(each.shards):,} tokens to validate on; below {VALIDATION_TOKENS:,} its loss says little. "
+                "Prepare it with more text, or a larger --val-fraction"
+            )
+    return found
+
+
+def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) -> list[ValidationSet]:
+    """Of each source that has a validation split long enough, and those of eval.sets."""
+    found = []
+    for corpus in corpora:
+        if "val" in corpus.index.splits:
+            shards = TokenShards(corpus.source.path, "val")
+            if shards.num_samples(seq_len):
+                found.append(ValidationSet(corpus.name, shards, corpus.source.weight))
+    for name, path in config.eval.sets.items():
+        place = f"eval.sets.{name} = {path}"
+        if name in {corpus.name for corpus in corpora}:
+            raise ConfigError(f"{place} has the name of a source; choose another")
+        index = Index.load(path)
+        _check_tokens(corpora[0].index, corpora[0].source.path, index, place)
+        val = "val" in index.splits and TokenShards(path, "val").num_samples(seq_len) > 0
+        if not val and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
+            raise ConfigError(f"{place} is trained on, and has no validation split; leave it out")
+        shards = TokenShards(path, "val" if val else "train")
+        if not shards.num_samples(seq_len):
+            raise ConfigError(f"{place} has {len(shards)} tokens, too few for data.seq_len = {seq_len}")
+        found.append(ValidationSet(name, shards, 0.0))
+    return found
