@@ -223,7 +223,11 @@ class TrainConfig:
     seed: Seed = 0
     """Initial weights and dropout."""
     timeout_minutes: Minutes = 10.0
-    """A rank that waits longer than this for its peers ends with an error."""
+    """Ranks that make no progress for longer than this in a step or a validation end with an error, which names those that keep the others
+    waiting; so do ranks that wait as long for each other when they start."""
+    first_timeout_minutes: Minutes | None = None
+    """The same for the first step and the first validation, which compile and connect, and for loading, saving, tasks and the end. None:
+    30, or timeout_minutes if that is more."""
 
 
 @dataclass

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import randomness, records
+from anon_dist.train import hangs, randomness, records
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
@@ -40,6 +39,7 @@ from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.profiling import Profiler
+from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
@@ -47,6 +47,7 @@ from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
+from anon_dist.train.whereabouts import record_collectives
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def train(config: Config) -> Path:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
     check(config)
+    record_collectives(Path(config.run_dir) / hangs.FOLDER)
     accelerator, name = start(
         wanted_engine(config),
         shared_settings(config),
@@ -76,20 +78,21 @@ def train(config: Config) -> Path:
             )
             report(folder, config)
         return folder
-    with held(folder) as lock:
-        _train(config, accelerator, name, folder, lock)
+    with held(folder) as lock, hangs.watched(config, folder) as pulse:
+        _train(config, accelerator, name, folder, lock, pulse)
     return folder
 
 
-def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, lock: RunLock | None) -> None:
+def _train(
+    config: Config, accelerator: Accelerator, name: Name, folder: Path, lock: RunLock | None, pulse: Pulse
+) -> None:
     run = set_up(config, accelerator, name, folder)
-    run.lock = lock
+    run.lock, run.pulse = lock, pulse
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, console)
-    timeout = timedelta(minutes=config.train.timeout_minutes)
-    with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
+    with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         with contextlib.closing(profiler), profiler.watching_memory():
             stopped = _steps(run, stop, write, console, profiler)
@@ -101,7 +104,8 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
             if stopped == signal.SIGINT.name:
                 end_interrupted_launcher()
     if not stopped:
-        _finish(run)
+        with pulse.phase("the end", run.step, long=True):
+            _finish(run)
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -134,12 +138,13 @@ def _steps(
         What ended them early, a signal's name, say; None after the last.
     """
     config, steps = run.config, run.config.train.steps
-    watch = Stopwatch(run.accelerator.device)
+    watch = Stopwatch(run.accelerator.device, run.pulse.beat)
     batches = iter(run.loader)
     logged = run.step
     while run.step < steps:
         profiler.before(run.step + 1)
-        done = take_step(run, batches, watch)
+        with run.pulse.phase("step", run.step):
+            done = take_step(run, batches, watch)
         profiler.after(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
@@ -249,19 +254,20 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
 
 def _validate(run: Run, sequences: int) -> Evaluation:
     assert run.val_shards is not None
-    return evaluate(
-        run.engine.model,
-        run.val_shards,
-        run.config.data.seq_len,
-        run.config.train.micro_batch,
-        run.accelerator.device,
-        run.index.splits["val"].bytes_per_token,
-        sequences,
-        run.mask_eod,
-        run.reader,
-        run.readers,
-        run.own,
-    )
+    with run.pulse.phase("validation", run.step):
+        return evaluate(
+            run.engine.model,
+            run.val_shards,
+            run.config.data.seq_len,
+            run.config.train.micro_batch,
+            run.accelerator.device,
+            run.index.splits["val"].bytes_per_token,
+            sequences,
+            run.mask_eod,
+            run.reader,
+            run.readers,
+            run.pulse.through(run.own, "validation"),
+        )
 
 
 def _score(run: Run, stop: StopSignal) -> Record:
@@ -270,7 +276,8 @@ def _score(run: Run, stop: StopSignal) -> Record:
     _compare_replicas(run)
     device, reader, readers = run.accelerator.device, run.reader, run.readers
     try:
-        found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
+        with run.pulse.phase("tasks", run.step, long=True):
+            found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
     except HarnessError as error:
         _save(run, stop)
         again = f"the checkpoint of step {run.step} is written; the same command goes on with other tasks, or none"
@@ -313,7 +320,8 @@ def _save(run: Run, stop: StopSignal) -> None:
         failed = failed or error
     if what := failures(failed):
         raise RunError(what) from failed
-    with run.checkpoints.writing(run.step, _progress(run)) as folder:
+    saving = run.pulse.phase("a save", run.step, long=True)
+    with saving, run.checkpoints.writing(run.step, _progress(run)) as folder:
         run.engine.save(folder)
         randomness.save(folder, run.accelerator.process_index)
 

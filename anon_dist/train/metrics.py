@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -187,13 +187,15 @@ class Stopwatch:
     waits before `read`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, told: Callable[[str], None] = lambda part: None) -> None:
+        """`told`: what is to know of each lap at once."""
+        self._device, self._told = device, told
         self._marks: list[tuple[str | None, Any]] = [(None, self._now())]
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap as `part`'s."""
         self._marks.append((part, self._now()))
+        self._told(f"after {part}")
 
     def skip(self) -> None:
         """Do not count the time since the last lap."""

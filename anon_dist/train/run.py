@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,10 +39,12 @@ from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
+from anon_dist.train.hangs import patience
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.pulse import Pulse
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
@@ -95,6 +97,8 @@ class Run:
     """The step after which the replicas were last compared."""
     lock: RunLock | None = None
     """On the folder; of rank 0."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Watched by `hangs`, while a run trains."""
 
     @property
     def sharing(self) -> int:
@@ -167,7 +171,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     wanted = hyperparameters(optimizer)
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
     engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
-    limit_waits(timedelta(minutes=config.train.timeout_minutes))
+    limit_waits(patience(config))
     if shared is None:  # only models that are known to be causal share sequences
         check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)

@@ -1,0 +1,307 @@
+"""A run that hangs: found by each rank's own thread, explained by all of them together, and ended.
+
+Each rank watches its own `Pulse`. When it has made no progress for longer than its limit, the rank writes where it is (see
+`whereabouts`) and raises an alarm, on which all others do so. Of ranks that do not answer, others of their host say what the kernel and
+their pulse tell. The first rank that lives sums up, and all that live end: a launcher kills what is left.
+
+Reports go into the run's folder, and small ones through the store too: either may be what hangs. Neither is waited for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from anon_dist.engines import peers
+from anon_dist.files import write_text
+from anon_dist.train import whereabouts
+from anon_dist.train.config import Config
+from anon_dist.train.hang_report import summary
+from anon_dist.train.pulse import Pulse, read_pulse
+
+log = logging.getLogger(__name__)
+
+FOLDER = "hangs"
+"""In the run's folder."""
+HUNG = 70
+"""Exit code of a rank that ends so (EX_SOFTWARE of sysexits.h)."""
+POLL = 0.5
+"""Seconds between two looks at the pulse."""
+ASK = 1.5
+"""Seconds between two questions to the store whether another has raised an alarm."""
+ANSWER = 4.0
+"""Seconds in which the others are to answer an alarm."""
+PROXY = 1.5
+"""Seconds for what is seen of those that do not."""
+GRACE = timedelta(seconds=60)
+"""By how much longer torch's own timeouts are: they know less."""
+STILL = 5.0
+"""Of two looks that lie further apart, the process was not running in between."""
+ASKS = signal.SIGURG
+"""On it a process writes its stacks, even where no Python can run. Without a handler it is ignored."""
+
+
+def limits(config: Config) -> tuple[float, float]:
+    """Seconds without progress, usually and at the most; see `Pulse`."""
+    usual = config.train.timeout_minutes * 60
+    return usual, max(usual, 60 * (config.train.first_timeout_minutes or 30.0))
+
+
+def patience(config: Config) -> timedelta:
+    """What process groups wait: longer than the watch, which knows more."""
+    return timedelta(seconds=limits(config)[1]) + GRACE
+
+
+@contextmanager
+def watched(config: Config, folder: Path) -> Iterator[Pulse]:
+    """A block in which a thread watches this rank's progress. Every rank enters it, after it has joined the others."""
+    pulse = Pulse(*limits(config))
+    with pulse.shared() as descriptor:
+        watch = _Watch(pulse, descriptor, folder)
+        watch.start()
+        try:
+            yield pulse
+        finally:
+            watch.stop()
+
+
+class _Watch:
+    def __init__(self, pulse: Pulse, descriptor: int, folder: Path) -> None:
+        self._pulse, self._descriptor = pulse, descriptor
+        self._rank, self._ranks = whereabouts.world()
+        own = {**whereabouts.own(), "pulse": descriptor, "begun": time.strftime("%Y-%m-%dT%H-%M-%S")}
+        self._places: list[dict[str, Any]] = [own] * self._ranks
+        if self._ranks > 1:
+            dist.all_gather_object(self._places, own)
+        self._name = str(self._places[0]["begun"])
+        self._folder = folder.absolute() / FOLDER / self._name
+        self._several = self._ranks > 1 and peers.several()
+        self._stopped, self._asked = threading.Event(), threading.Event()
+        self._told = False
+        self._threads = [threading.Thread(target=self._watch, name="hang-watch", daemon=True)]
+        if self._several:
+            self._threads.append(threading.Thread(target=self._listen, name="hang-listen", daemon=True))
+            self._threads.append(threading.Thread(target=self._look, name="hang-look", daemon=True))
+
+    def start(self) -> None:
+        faulthandler.register(ASKS, file=self._descriptor, all_threads=True)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._threads[0].join()  # the others may be waiting for a store or a folder that does not answer
+        faulthandler.unregister(ASKS)
+
+    # -- finding ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._stopped.wait(POLL):
+            gap, looked = time.monotonic() - looked, time.monotonic()
+            if gap > STILL:  # it was stopped itself: what the others did meanwhile is to be seen first
+                self._pulse.pardon(gap)
+            late = self._pulse.age > self._pulse.limit
+            if late and self._ranks == 1:
+                self._tell_alone()
+            elif late or self._asked.is_set():
+                self._alarm()
+            elif not late:
+                self._told = False
+
+    def _listen(self) -> None:
+        """Whether another rank has raised an alarm, by the store."""
+        with suppress(Exception):  # the store is gone: the run is ending, or the folder says it
+            store = peers.store(peers.WAIT_SECONDS)
+            while not self._stopped.wait(ASK):
+                if store.check([f"hang/{self._name}"]):
+                    self._asked.set()
+                    return
+
+    def _look(self) -> None:
+        """The same, by the folder."""
+        with suppress(OSError):
+            while not self._stopped.wait(ASK):
+                if self._folder.exists():
+                    self._asked.set()
+                    return
+
+    # -- explaining -------------------------------------------------------------------------------
+
+    def _report(self) -> tuple[dict[str, Any], str]:
+        """What this rank tells, and its stacks."""
+        text, where = whereabouts.stacks(without={t.ident for t in self._threads if t.ident is not None})
+        pulse = self._pulse
+        told = {"step": pulse.step, "doing": pulse.doing, "age": pulse.age, "where": where}
+        return {**told, "collectives": whereabouts.collectives()}, text
+
+    def _tell_alone(self) -> None:
+        """There is nobody who waits: it may go on yet."""
+        if not self._told:
+            self._told = True
+            report, text = self._report()
+            log.warning("no progress for %.0f s, after step %d: in %s", report["age"], report["step"], report["where"])
+            _soon(lambda: self._write(report, text))
+
+    def _alarm(self) -> None:
+        """Tell, hear, sum up, end."""
+        begun, late = time.monotonic(), self._pulse.age > self._pulse.limit
+        if told := _soon_value(self._summed_up, 1.0):  # while this process was stopped
+            _end(told)
+        limit = f"No progress for {self._pulse.age:.0f} s, after step {self._pulse.step}."
+        report, text = self._report()
+        written = _soon(lambda: self._write(report, text))
+        if self._several:
+            _soon(lambda: self._post(self._rank, report))
+        heard: dict[int, Any] = {self._rank: report}
+        seen: dict[int, Any] = {}
+        self._hear(heard, seen, begun + ANSWER, lambda: len(heard) == self._ranks)
+        proxies = self._look_after(heard)
+        for rank, words in proxies.items():
+            seen[rank] = words
+            _soon(lambda rank=rank, words=words: self._write_seen(rank, words))
+            if self._several:
+                _soon(lambda rank=rank, words=words: self._post(rank, {"seen": words}))
+        self._hear(heard, seen, time.monotonic() + PROXY, lambda: len(heard) + len(seen) == self._ranks)
+        lines = summary(heard, seen, self._places, self._folder, limit)
+        if not written.is_set():
+            lines[-1] = f"  {self._folder} does not answer"
+        if self._stopped.is_set() and not late:
+            return  # the others hang, and this one has ended well, or by an error of its own
+        if self._rank == min(heard):
+            print("\n".join(lines), file=sys.stderr, flush=True)
+            _soon(lambda: write_text(self._folder / "summary.txt", "\n".join(lines) + "\n")).wait(1.0)
+        else:
+            self._until(self._summed_up, 2.0)
+        _end(lines[0])
+
+    def _summed_up(self) -> str:
+        """What the others have come to; "" so far."""
+        path = self._folder / "summary.txt"
+        return path.read_text().splitlines()[0] if path.exists() else ""
+
+    def _hear(self, heard: dict[int, Any], seen: dict[int, Any], end: float, done: Any) -> None:
+        """What the others have told, by either way, until `end` or all is there."""
+        while not done() and time.monotonic() < end:
+            for read in (self._read_files, self._read_store):
+                found = _soon_value(read, 1.0) or {}
+                for rank, told in found.items():
+                    if "seen" in told:
+                        seen.setdefault(rank, told["seen"])
+                    else:
+                        heard.setdefault(rank, told)
+                        seen.pop(rank, None)
+            time.sleep(0.1)
+
+    def _look_after(self, heard: dict[int, Any]) -> dict[int, Any]:
+        """What there is to see of this host's ranks that do not answer, if this is the first that does."""
+        place = self._places[self._rank]
+        near = [r for r, p in enumerate(self._places) if (p["host"], p["space"]) == (place["host"], place["space"])]
+        if min((r for r in near if r in heard), default=None) != self._rank:
+            return {}
+        return {rank: self._seen(self._places[rank]) for rank in near if rank not in heard}
+
+    def _seen(self, place: dict[str, Any]) -> dict[str, Any]:
+        state = whereabouts.of_process(place["pid"], place["began"])
+        found: dict[str, Any] = {"state": state}
+        with suppress(OSError, ValueError):
+            if not state.startswith("gone"):
+                os.kill(place["pid"], ASKS)
+                time.sleep(0.3)
+            beat, text = read_pulse(Path(f"/proc/{place['pid']}"), place["pulse"])
+            found |= {"step": beat.step, "doing": beat.doing, "age": time.monotonic() - beat.at, "stacks": text}
+            found["where"] = whereabouts.of_faulthandler(text)
+        return found
+
+    # -- the two ways of telling ------------------------------------------------------------------
+
+    def _write(self, report: dict[str, Any], text: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = self._folder / f"rank-{self._rank:05d}"
+        place = self._places[self._rank]
+        head = (
+            f"rank {self._rank} on {place['host']}, pid {place['pid']}: after step {report['step']}, {report['doing']}"
+        )
+        calls = "\n".join(json.dumps(entry) for entry in report["collectives"])
+        name.with_suffix(".txt").write_text(f"{head}; {report['where']}\n\n{text}\nlast collectives:\n{calls}\n")
+        _write_json(name.with_suffix(".json"), report)
+
+    def _write_seen(self, rank: int, words: dict[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write_json(self._folder / f"rank-{rank:05d}.seen.json", words)
+
+    def _read_files(self) -> dict[int, Any]:
+        found = {}
+        for path in self._folder.glob("rank-*.json"):
+            with suppress(OSError, ValueError):
+                told = json.loads(path.read_text())
+                found[int(path.name[5:10])] = {"seen": told} if ".seen" in path.name else told
+        own = self._folder / f"rank-{self._rank:05d}.json"
+        return found | ({self._rank: json.loads(own.read_text())} if own.exists() else {})
+
+    def _post(self, rank: int, told: dict[str, Any]) -> None:
+        store = peers.store(peers.WAIT_SECONDS)
+        store.set(f"hang/{self._name}/{rank}", json.dumps(told))
+        store.set(f"hang/{self._name}", "")
+
+    def _read_store(self) -> dict[int, Any]:
+        if not self._several:
+            return {}
+        store = peers.store(1.0)
+        keys = {rank: f"hang/{self._name}/{rank}" for rank in range(self._ranks)}
+        return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+
+    def _until(self, done: Any, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not _soon_value(done, 0.5):
+            time.sleep(0.1)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """In one step, so that nobody reads half of it."""
+    temporary = path.with_name(path.name + f".{os.getpid()}")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)
+
+
+def _soon(action: Any) -> threading.Event:
+    """Have a thread do it that may be left behind; set when it is done."""
+    done = threading.Event()
+
+    def run() -> None:
+        with suppress(Exception):
+            action()
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def _soon_value(action: Any, seconds: float) -> Any:
+    """What the action returns, if it does so in time; else None."""
+    box: list[Any] = []
+    _soon(lambda: box.append(action())).wait(seconds)
+    return box[0] if box else None
+
+
+def _end(line: str) -> None:
+    """This process, at once: its main thread is where nothing ends it. Launchers show the line as the cause."""
+    with suppress(Exception):
+        peers.tell_launcher(line)
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(HUNG)
