@@ -29,7 +29,7 @@ from anon_dist.engines import peers
 from anon_dist.files import write_text
 from anon_dist.train import whereabouts
 from anon_dist.train.config import Config
-from anon_dist.train.hang_report import summary
+from anon_dist.train.hang_report import LINES, spelled, summary
 from anon_dist.train.pulse import Pulse, read_pulse
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class _Watch:
         self._several = self._ranks > 1 and peers.several()
         self._stopped, self._asked = threading.Event(), threading.Event()
         self._told = False
+        self._in_store: set[int] = set()
         self._threads = [threading.Thread(target=self._watch, name="hang-watch", daemon=True)]
         if self._several:
             self._threads.append(threading.Thread(target=self._listen, name="hang-listen", daemon=True))
@@ -177,6 +178,12 @@ class _Watch:
                 _soon(lambda rank=rank, words=words: self._post(rank, {"seen": words}))
         self._hear(heard, seen, time.monotonic() + PROXY, lambda: len(heard) + len(seen) == self._ranks)
         lines = summary(heard, seen, self._places, self._folder, limit)
+        lost = [rank for rank in heard if rank not in self._in_store]
+        if lost and len(lost) < len(heard):
+            text = (
+                f"  cut off from the store at {os.environ['MASTER_ADDR']}: rank{'s' * (len(lost) > 1)} {spelled(lost)}"
+            )
+            lines = [*lines[:-1][: LINES - 2], text, lines[-1]]
         if not written.is_set():
             lines[-1] = f"  {self._folder} does not answer"
         if self._stopped.is_set() and not late:
@@ -217,13 +224,15 @@ class _Watch:
     def _seen(self, place: dict[str, Any]) -> dict[str, Any]:
         state = whereabouts.of_process(place["pid"], place["began"])
         found: dict[str, Any] = {"state": state}
+        process, descriptor = Path(f"/proc/{place['pid']}"), place["pulse"]
         with suppress(OSError, ValueError):
+            beat, _ = read_pulse(process, descriptor)
+            found |= {"step": beat.step, "doing": beat.doing, "age": time.monotonic() - beat.at}
             if not state.startswith("gone"):
                 os.kill(place["pid"], ASKS)
                 time.sleep(0.3)
-            beat, text = read_pulse(Path(f"/proc/{place['pid']}"), place["pulse"])
-            found |= {"step": beat.step, "doing": beat.doing, "age": time.monotonic() - beat.at, "stacks": text}
-            found["where"] = whereabouts.of_faulthandler(text)
+            found["stacks"] = read_pulse(process, descriptor)[1]
+            found["where"] = whereabouts.of_faulthandler(found["stacks"])
         return found
 
     # -- the two ways of telling ------------------------------------------------------------------
@@ -262,7 +271,9 @@ class _Watch:
             return {}
         store = peers.store(1.0)
         keys = {rank: f"hang/{self._name}/{rank}" for rank in range(self._ranks)}
-        return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+        found = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+        self._in_store |= {rank for rank, told in found.items() if "seen" not in told}
+        return found
 
     def _until(self, done: Any, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -36,14 +36,12 @@ def record_collectives(folder: Path) -> None:
 
     NCCL's own watchdog dumps into `folder`, if it comes first. (The NCCL part has not been run.)
     """
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the second is torch's older name
-        os.environ.setdefault(name, RECORDED)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
     if torch.cuda.is_available():
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-            os.environ.setdefault(name, str(folder / "nccl_trace_rank_"))
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_trace_rank_"))
 
 
 def collectives() -> list[dict[str, Any]]:
