@@ -198,7 +198,16 @@ class TrainConfig:
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     max_skipped: StepsOrZero = 10
-    """A step with a non-finite gradient is skipped on every rank; more than so many in a row end the run."""
+    """A step with a non-finite gradient is skipped on every rank, as spikes are where on_spike says so; more than so many in a row end the
+    run."""
+    on_spike: Literal["record", "skip", "rewind"] = "record"
+    """What to do about a step whose loss or gradient norm is not finite, or lies above the mean of the last 128 steps by more than
+    spike_sigma standard deviations. record: only say it; skip: take no step; rewind: no step, and back to the last checkpoint, to go on
+    from it with the samples that come after."""
+    spike_sigma: Positive = 6.0
+    """See on_spike."""
+    max_rewinds: Whole = 3
+    """How often a run may go back from a spike; once more ends it."""
     activation_checkpointing: Annotated[
         Literal["none", "full", "selective", "budget"], Instead({True: "full", False: "none"})
     ] = "none"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +32,7 @@ from anon_dist.train.config import Config, check
 from anon_dist.train.errors import HarnessError, RunError
 from anon_dist.train.evaluate import Evaluation, evaluate
 from anon_dist.train.export import export_model
+from anon_dist.train.learning import back, learn
 from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
@@ -43,13 +42,12 @@ from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
+from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
 from anon_dist.train.whereabouts import record_collectives
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Path:
@@ -88,6 +86,7 @@ def _train(
 ) -> None:
     run = set_up(config, accelerator, name, folder)
     run.lock, run.pulse = lock, pulse
+    pass_over_again(run)
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
@@ -146,6 +145,13 @@ def _steps(
         with run.pulse.phase("step", run.step):
             done = take_step(run, batches, watch)
         profiler.after(run.step)
+        if _is_due(run, config.checkpoint.every):
+            learn(run)  # nothing is saved of which the host does not know that it is good
+        if (went_back := back(run)) is not None:
+            write(went_back)
+            watch.read()
+            logged = run.step
+            continue
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
@@ -186,7 +192,8 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     learn(run)  # of the step before: the device has long been past it
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
     factors = run.gammas.factors(run.engine, run.step + 1)
-    norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip)
+    run.spikes.begin(losses[SUMS.index("cross_entropy")], run.accelerator.num_processes)
+    norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip, run.spikes.veto)
     watch.lap("optimizer")
     run.loader.advance()
     run.step += 1
@@ -219,30 +226,6 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
         total += sums.detach()
         watch.lap("backward")
     return total
-
-
-def learn(run: Run) -> None:
-    """Know whether the last step was taken; a step whose gradient was not finite is none. Waits for the device, if that is not past it.
-
-    Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays.
-
-    Raises:
-        FloatingPointError: too many steps in a row were none.
-    """
-    if run.norm is None:
-        return
-    begun = time.perf_counter()
-    norm, run.norm = run.norm.value(), None
-    run.waited += time.perf_counter() - begun
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    run.skip_is_news |= run.skipped > 0
-    if run.skipped and run.accelerator.is_main_process:
-        log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
-    if run.skipped > run.config.train.max_skipped:
-        raise FloatingPointError(
-            f"{run.skipped} steps in a row had a non-finite gradient; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
-            "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
-        )
 
 
 def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
@@ -332,6 +315,9 @@ def _progress(run: Run) -> dict[str, Any]:
         "format": 1,
         "step": run.step,
         "skipped": run.skipped,
+        "spikes_found": run.spikes_found,
+        "spikes": run.spikes.state_dict(),
+        "rewinds": run.rewinds,
         "data": run.loader.state_dict(),
         "world_size": run.accelerator.num_processes,
         "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from anon_dist.train.loss import SUMS
 from anon_dist.train.metrics import PARTS, Record
 from anon_dist.train.model import peak_flops
 from anon_dist.train.run import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()
+    if "update_rms" in record and (usual := run.spikes.update_doubled(record["update_rms"])) is not None:
+        record["update_doubled"] = record["update_rms"] / usual
+        if accelerator.is_main_process:
+            log.warning(
+                "step %d: the update's root mean square is %.3g, and was %.3g: spikes of the loss often follow",
+                *(run.step, record["update_rms"], usual),
+            )
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * ranks)
     for part in PARTS:
@@ -70,6 +80,10 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     record |= memory(accelerator.device)
     if run.skipped:
         record["skipped"] = run.skipped
+    if run.spikes_found:
+        record["spikes"] = run.spikes_found
+    if run.rewinds:
+        record["rewinds"] = run.rewinds
     run.predicted, run.waited = 0, 0.0
     return record
 

@@ -33,7 +33,6 @@ from anon_dist.engines.precision import use_tf32
 from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
-from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
@@ -47,7 +46,8 @@ from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hy
 from anon_dist.train.pulse import Pulse
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
-from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.spectrum import agreed_spectra
+from anon_dist.train.spikes import Judged, SpikeDetector, detector
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
 from anon_dist.train.vocabulary import tokenizer_problem
@@ -81,6 +81,9 @@ class Run:
     gammas: GammaRules
     tasks: Tasks | None
     """Of lm-eval, on which the model is evaluated."""
+    spikes: SpikeDetector
+    wanted: list[dict[str, Any]]
+    """The hyperparameters that the configuration asks for, by param group."""
     step: int = 0
     """Steps taken."""
     skipped: int = 0
@@ -95,6 +98,11 @@ class Run:
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
     """The step after which the replicas were last compared."""
+    spike: Judged | None = None
+    """From which the run has to go back."""
+    spikes_found: int = 0
+    rewinds: int = 0
+    """How often it has."""
     lock: RunLock | None = None
     """On the folder; of rank 0."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -162,7 +170,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     context = getattr(built.config, "max_position_embeddings", config.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
-    spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
+    spectra, tasks = agreed_spectra(config), wanted_tasks(config)
     try:
         optimizer = build_optimizer(config.optim, built)
         gammas = GammaRules(config.optim, optimizer, built, spectra)
@@ -196,28 +204,14 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         watch=OptimizerWatch(engine, accelerator.device),
         gammas=gammas,
         tasks=tasks,
+        spikes=detector(config, accelerator.device),
+        wanted=wanted,
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
-
-
-def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
-    """What `optim.match` names, read by one process."""
-    if config.optim.match is None or config.optim.name != "anon":
-        return None
-    found: Any = None
-    if accelerator.is_main_process:
-        try:
-            found = load_spectra(Path(config.optim.match)).to_json()
-        except (CheckpointError, OSError) as error:
-            found = str(error)
-    found = agree(found)
-    if isinstance(found, str):
-        raise ConfigError(f"optim.match: {found}")
-    return Spectra.from_json(found)
 
 
 def _open_data(config: Config, accelerator: Accelerator) -> tuple[Index, TokenShards, TokenShards | None]:
@@ -264,7 +258,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
     if run.config.resume == "auto":
-        _resume_latest(run, present, wanted)
+        resume_latest(run, present, wanted)
     elif run.config.resume != "never":
         _resume_from(run, Path(run.config.resume), present, wanted)
     elif present:
@@ -273,7 +267,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
         )
 
 
-def _resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -> None:
+def resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -> None:
     """The last one that is not damaged; the later ones are set aside when it is loaded."""
     with run.engine.whole_optimizer() as optimizer:
         stateless, groups = not optimizer.state, copy.deepcopy(hyperparameters(optimizer, without=()))
@@ -370,6 +364,11 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
+    run.rewinds, run.spikes_found = progress.get("rewinds", 0), progress.get("spikes_found", 0)
+    try:
+        run.spikes.load_state_dict(progress.get("spikes"))
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {error}") from None
     for line in changes(config, run.engine.name, source, progress):
         say(line)
     if other_length:
