@@ -31,14 +31,11 @@ def learn(run: Run) -> None:
     spike = found is not None and found.spike
     none = not math.isfinite(norm) or (spike and action != "record")
     run.skipped = run.skipped + 1 if none else 0
-    run.spikes_found += spike
     run.skip_is_news |= none or spike
     if (none or spike) and run.accelerator.is_main_process:
         why = found if spike else f"the gradient norm is {norm}"
         log.warning("step %d %s: %s", run.step, "skipped" if none else "is a spike, and was taken", why)
-    if spike and action == "rewind":
-        run.spike = found
-    elif run.skipped > run.config.train.max_skipped:
+    if run.spikes.pending is None and run.skipped > run.config.train.max_skipped:
         why = "had a non-finite gradient" if not math.isfinite(norm) else f"were spikes (the last: {found})"
         raise FloatingPointError(
             f"{run.skipped} steps in a row {why}; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
@@ -48,7 +45,7 @@ def learn(run: Run) -> None:
 
 def back(run: Run) -> Record | None:
     """Go back, if a spike that the host knows of asks for it; what to record then."""
-    spike, run.spike = run.spike, None
+    spike, run.spikes.pending = run.spikes.pending, None
     if spike is None:
         return None
     with run.pulse.phase("going back", run.step, long=True):

@@ -45,6 +45,7 @@ from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.signals import StopSignal
+from anon_dist.train.stragglers import time_collectives
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
 from anon_dist.train.whereabouts import record_collectives
@@ -61,6 +62,7 @@ def train(config: Config) -> Path:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
     """
     check(config)
+    time_collectives()
     record_collectives(Path(config.run_dir) / hangs.FOLDER)
     accelerator, name = start(
         wanted_engine(config),
@@ -93,7 +95,8 @@ def _train(
         _introduce(run, console)
     with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
-        with contextlib.closing(profiler), profiler.watching_memory():
+        counting = run.stragglers.watching(run.engine.model, accelerator.device)
+        with contextlib.closing(profiler), profiler.watching_memory(), counting:
             stopped = _steps(run, stop, write, console, profiler)
     if console:
         console.close()
@@ -156,6 +159,7 @@ def _steps(
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
             logged = run.step
+        counted = run.stragglers.waited
         if run.val_shards is not None and _is_due(run, config.eval.every):
             _compare_replicas(run)
             write({"step": run.step, **_validate(run, config.eval.sequences).record("val")})
@@ -167,6 +171,7 @@ def _steps(
         if saved:
             _save(run, stop)
             watch.skip()
+        run.stragglers.waited = counted  # as the watch does: what is no step counts for nothing
         if console:
             console.step()
         if stop.requested() and run.step < steps:
@@ -223,6 +228,8 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
             sums = batch.losses(run.engine.model, device) * share
             watch.lap("forward")
             run.engine.backward(sums[0], last)
+            if last:
+                run.stragglers.backward_is_over()
         total += sums.detach()
         watch.lap("backward")
     return total
@@ -315,7 +322,6 @@ def _progress(run: Run) -> dict[str, Any]:
         "format": 1,
         "step": run.step,
         "skipped": run.skipped,
-        "spikes_found": run.spikes_found,
         "spikes": run.spikes.state_dict(),
         "rewinds": run.rewinds,
         "data": run.loader.state_dict(),

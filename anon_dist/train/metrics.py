@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-Record = dict[str, float | int]
+Record = dict[str, Any]
+"""Of numbers, and of names of hosts."""
 TASK = "task/"
 """Begins the name of a task's metric: task/NAME/METRIC."""
 PARTS = ("data", "forward", "backward", "optimizer", "logging")

@@ -49,7 +49,9 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
                 file.close()
                 file = MetricsFile(path, int(record["step"]))
             file.write(record)
-            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+            run.accelerator.log(
+                {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}, step=int(record["step"])
+            )
         except OSError as error:
             stop.fail(
                 RunError(

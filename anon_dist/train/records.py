@@ -40,12 +40,13 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     """
     accelerator, config = run.accelerator, run.config
     begun = time.perf_counter()
-    losses = done.losses.double()
-    if dist.is_initialized():
-        dist.all_reduce(losses)
-    found = dict(zip(SUMS, (losses / accelerator.num_processes).tolist(), strict=True))
-    run.waited += time.perf_counter() - begun
     wall, tokens, ranks = max(sum(seconds.values()), 1e-9), run.predicted, accelerator.num_processes
+    sums = run.stragglers.beside(done.losses.double(), wall, steps)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    losses, places = sums.tolist()[: len(SUMS)], sums.tolist()[len(SUMS) :]
+    found = {name: loss / ranks for name, loss in zip(SUMS, losses, strict=True)}
+    run.waited += time.perf_counter() - begun
     record: Record = {
         "step": run.step,
         "samples": run.loader.cursor,
@@ -78,10 +79,14 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         record[f"{part}_share"] = seconds.get(part, 0.0) / wall
     record["waiting_share"] = run.waited / wall
     record |= memory(accelerator.device)
+    work, slow = run.stragglers.read(places, steps)
+    record |= work
+    if slow is not None and accelerator.is_main_process:
+        log.warning("step %d: %s", run.step, slow)
     if run.skipped:
         record["skipped"] = run.skipped
-    if run.spikes_found:
-        record["spikes"] = run.spikes_found
+    if run.spikes.found:
+        record["spikes"] = run.spikes.found
     if run.rewinds:
         record["rewinds"] = run.rewinds
     run.predicted, run.waited = 0, 0.0

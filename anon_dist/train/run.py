@@ -47,7 +47,8 @@ from anon_dist.train.pulse import Pulse
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import agreed_spectra
-from anon_dist.train.spikes import Judged, SpikeDetector, detector
+from anon_dist.train.spikes import SpikeDetector, detector
+from anon_dist.train.stragglers import Stragglers
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, shared_sequences, trainable, uses_tf32
 from anon_dist.train.vocabulary import tokenizer_problem
@@ -98,11 +99,9 @@ class Run:
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
     """The step after which the replicas were last compared."""
-    spike: Judged | None = None
-    """From which the run has to go back."""
-    spikes_found: int = 0
     rewinds: int = 0
-    """How often it has."""
+    """How often it has gone back from a spike."""
+    stragglers: Stragglers = field(default_factory=Stragglers)
     lock: RunLock | None = None
     """On the folder; of rank 0."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -364,7 +363,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
-    run.rewinds, run.spikes_found = progress.get("rewinds", 0), progress.get("spikes_found", 0)
+    run.rewinds = progress.get("rewinds", 0)
     try:
         run.spikes.load_state_dict(progress.get("spikes"))
     except ValueError as error:

@@ -86,6 +86,10 @@ class SpikeDetector:
         self._updates: deque[float] = deque(maxlen=SPAN // 2)
         self.judged: HostCopy | None = None
         """Of the last step; see `read`."""
+        self.found = 0
+        """Spikes, in the whole run, as far as they were read."""
+        self.pending: Judged | None = None
+        """A spike from which the run is to go back."""
 
     def begin(self, loss: Tensor, ranks: int) -> None:
         """Have the mean of the ranks' losses on its way. Every rank calls it, before the step."""
@@ -136,7 +140,10 @@ class SpikeDetector:
         if self.judged is None:
             return None
         numbers, self.judged = self.judged.values(), None
-        return Judged(*numbers)
+        judged = Judged(*numbers)
+        self.found += judged.spike
+        self.pending = judged if judged.spike and self._action == "rewind" else self.pending
+        return judged
 
     # -- the update's size ------------------------------------------------------------------------
 
@@ -157,6 +164,7 @@ class SpikeDetector:
             "count": int(self._count),
             "row": int(self._row),
             "updates": list(self._updates),
+            "found": self.found,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -166,17 +174,18 @@ class SpikeDetector:
             ValueError: it is none.
         """
         try:
-            saved = state or {"window": [[0.0] * SPAN] * 2, "count": 0, "row": 0, "updates": []}
+            saved = state or {"window": [[0.0] * SPAN] * 2, "count": 0, "row": 0, "updates": [], "found": 0}
             window = torch.tensor(saved["window"], dtype=torch.float64)
-            counts, updates = [int(saved["count"]), int(saved["row"])], [float(u) for u in saved["updates"]]
+            counts, updates = [int(saved[k]) for k in ("count", "row", "found")], [float(u) for u in saved["updates"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state of the spikes' detector cannot be read: {error!r}") from None
         if window.shape != (2, SPAN) or min(counts) < 0:
             raise ValueError(f"the state of the spikes' detector is of shape {list(window.shape)}, not {[2, SPAN]}")
         self._window = window.to(self._device)
-        self._count, self._row = (torch.tensor(n, device=self._device) for n in counts)
+        self._count, self._row = (torch.tensor(n, device=self._device) for n in counts[:2])
+        self.found = counts[2]
         self._updates = deque(updates, maxlen=SPAN // 2)
-        self._loss = self.judged = None
+        self._loss = self.judged = self.pending = None
 
 
 def detector(config: Config, device: torch.device) -> SpikeDetector:

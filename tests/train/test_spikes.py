@@ -92,7 +92,7 @@ def test_an_update_that_doubles():
 
 
 def test_a_state_that_is_none():
-    for state in ({"window": [[0.0]], "count": 1, "row": 0, "updates": []}, {"count": 1}, {"window": 3}):
+    for state in ({"window": [[0.0]], "count": 1, "row": 0, "updates": [], "found": 0}, {"count": 1}, {"window": 3}):
         with pytest.raises(ValueError, match="spikes' detector"):
             SpikeDetector(torch.device("cpu"), 6.0, "skip").load_state_dict(state)
 
