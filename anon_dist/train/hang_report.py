@@ -120,5 +120,9 @@ def _of_missing(seen: Mapping[str, Any] | None) -> str:
 
 
 def _of_busy(report: Mapping[str, Any]) -> str:
-    quiet = f"no progress for {report['age']:.0f} s" if report["age"] > 5 else "still making progress"
+    quiet = (
+        f"no progress for {report['age']:.0f} s"
+        if report["late"]
+        else f"slow; the last progress was {report['age']:.0f} s ago"
+    )
     return f"{quiet}, after step {report['step']}, at: {report['doing']}; in {report['where']}"

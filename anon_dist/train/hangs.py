@@ -146,7 +146,13 @@ class _Watch:
         """What this rank tells, and its stacks."""
         text, where = whereabouts.stacks(without={t.ident for t in self._threads if t.ident is not None})
         pulse = self._pulse
-        told = {"step": pulse.step, "doing": pulse.doing, "age": pulse.age, "where": where}
+        told = {
+            "step": pulse.step,
+            "doing": pulse.doing,
+            "age": pulse.age,
+            "late": 2 * pulse.age > pulse.limit,
+            "where": where,
+        }
         return {**told, "collectives": whereabouts.collectives()}, text
 
     def _tell_alone(self) -> None:
@@ -189,7 +195,7 @@ class _Watch:
         if self._stopped.is_set() and not late:
             return  # the others hang, and this one has ended well, or by an error of its own
         if self._rank == min(heard):
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            _soon(lambda: print("\n".join(lines), file=sys.stderr, flush=True)).wait(1.0)
             _soon(lambda: write_text(self._folder / "summary.txt", "\n".join(lines) + "\n")).wait(1.0)
         else:
             self._until(self._summed_up, 2.0)
