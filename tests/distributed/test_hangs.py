@@ -85,7 +85,7 @@ def take_part(rank: int, guilty: int, fault: str, port: int, folder: Path) -> No
         (
             0,
             "reads",
-            r"no progress for \d s, after step 3, at: after data; in tests/distributed/test_hangs.py:\d+ reads, in .*read_bytes",
+            r"no progress for \d s, after step 3, at: after data; in tests/distributed/test_hangs.py:\d+ reads, in .*pathlib",
         ),
         (
             2,
