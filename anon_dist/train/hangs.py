@@ -46,6 +46,8 @@ ANSWER = 4.0
 """Seconds in which the others are to answer an alarm."""
 PROXY = 1.5
 """Seconds for what is seen of those that do not."""
+SUMMING = (2, 16)
+"""So many ranks of so many hosts read what all have told, and may sum up: if every rank did, the store would answer each for all."""
 GRACE = timedelta(seconds=60)
 """By how much longer torch's own timeouts are: they know less."""
 STILL = 5.0
@@ -91,7 +93,18 @@ class _Watch:
         self._several = self._ranks > 1 and peers.several()
         self._stopped, self._asked = threading.Event(), threading.Event()
         self._told = False
+        self._heard: dict[int, Any] = {}
+        """What ranks told, this one too."""
+        self._seen_of: dict[int, Any] = {}
+        """What others saw of ranks that did not answer."""
         self._in_store: set[int] = set()
+        place = self._places[self._rank]
+        self._near = [
+            r for r, p in enumerate(self._places) if (p["host"], p["space"]) == (place["host"], place["space"])
+        ]
+        hosts = list(dict.fromkeys(str(p["host"]) for p in self._places))
+        may = self._near.index(self._rank) < SUMMING[0] and hosts.index(place["host"]) < SUMMING[1]
+        self._asks = range(self._ranks) if may else self._near
         self._threads = [threading.Thread(target=self._watch, name="hang-watch", daemon=True)]
         if self._several:
             self._threads.append(threading.Thread(target=self._listen, name="hang-listen", daemon=True))
@@ -172,29 +185,25 @@ class _Watch:
         report, text = self._report()
         written = _soon(lambda: self._write(report, text))
         if self._several:
-            _soon(lambda: self._post(self._rank, report))
-        heard: dict[int, Any] = {self._rank: report}
-        seen: dict[int, Any] = {}
-        self._hear(heard, seen, begun + ANSWER, lambda: len(heard) == self._ranks)
-        proxies = self._look_after(heard)
-        for rank, words in proxies.items():
+            _soon(lambda: self._post(self._rank, _brief(report)))
+        heard, seen = self._heard, self._seen_of
+        heard[self._rank] = report
+        self._hear(begun + ANSWER, lambda: all(rank in heard for rank in self._asks))
+        for rank, words in self._look_after().items():
             seen[rank] = words
             _soon(lambda rank=rank, words=words: self._write_seen(rank, words))
             if self._several:
                 _soon(lambda rank=rank, words=words: self._post(rank, {"seen": words}))
-        self._hear(heard, seen, time.monotonic() + PROXY, lambda: len(heard) + len(seen) == self._ranks)
-        lines = summary(heard, seen, self._places, self._folder, limit)
-        lost = [rank for rank in heard if rank not in self._in_store]
-        if lost and len(lost) < len(heard):
-            text = (
-                f"  cut off from the store at {os.environ['MASTER_ADDR']}: rank{'s' * (len(lost) > 1)} {spelled(lost)}"
-            )
-            lines = [*lines[:-1][: LINES - 2], text, lines[-1]]
-        if not written.is_set():
-            lines[-1] = f"  {self._folder} does not answer"
+        self._hear(time.monotonic() + PROXY, lambda: all(rank in heard or rank in seen for rank in self._asks))
         if self._stopped.is_set() and not late:
             return  # the others hang, and this one has ended well, or by an error of its own
-        if self._rank == min(heard):
+        lines = summary(heard, seen, self._places, self._folder, limit)
+        if self._rank == min(heard) and len(self._asks) == self._ranks:
+            if lost := self._not_in_store():
+                text = f"  cut off from the store at {os.environ['MASTER_ADDR']}: ranks {spelled(lost)}"
+                lines = [*lines[:-1][: LINES - 2], text, lines[-1]]
+            if not written.is_set():
+                lines[-1] = f"  {self._folder} does not answer"
             _soon(lambda: print("\n".join(lines), file=sys.stderr, flush=True)).wait(1.0)
             _soon(lambda: write_text(self._folder / "summary.txt", "\n".join(lines) + "\n")).wait(1.0)
         else:
@@ -206,26 +215,28 @@ class _Watch:
         path = self._folder / "summary.txt"
         return path.read_text().splitlines()[0] if path.exists() else ""
 
-    def _hear(self, heard: dict[int, Any], seen: dict[int, Any], end: float, done: Any) -> None:
+    def _hear(self, end: float, done: Any) -> None:
         """What the others have told, by either way, until `end` or all is there."""
         while not done() and time.monotonic() < end:
             for read in (self._read_files, self._read_store):
-                found = _soon_value(read, 1.0) or {}
-                for rank, told in found.items():
-                    if "seen" in told:
-                        seen.setdefault(rank, told["seen"])
-                    else:
-                        heard.setdefault(rank, told)
-                        seen.pop(rank, None)
+                _soon(read).wait(1.0)
             time.sleep(0.1)
 
-    def _look_after(self, heard: dict[int, Any]) -> dict[int, Any]:
+    def _not_in_store(self) -> list[int]:
+        """Ranks that were heard by the folder alone, where others' words are in the store."""
+        end = time.monotonic() + PROXY
+        while self._in_store and (lost := [r for r in self._heard if r not in self._in_store]):
+            if time.monotonic() > end:
+                return lost
+            _soon(self._read_store).wait(1.0)
+            time.sleep(0.1)
+        return []
+
+    def _look_after(self) -> dict[int, Any]:
         """What there is to see of this host's ranks that do not answer, if this is the first that does."""
-        place = self._places[self._rank]
-        near = [r for r, p in enumerate(self._places) if (p["host"], p["space"]) == (place["host"], place["space"])]
-        if min((r for r in near if r in heard), default=None) != self._rank:
+        if min(rank for rank in self._near if rank in self._heard) != self._rank:
             return {}
-        return {rank: self._seen(self._places[rank]) for rank in near if rank not in heard}
+        return {rank: self._seen(self._places[rank]) for rank in self._near if rank not in self._heard}
 
     def _seen(self, place: dict[str, Any]) -> dict[str, Any]:
         state = whereabouts.of_process(place["pid"], place["began"])
@@ -258,33 +269,43 @@ class _Watch:
         self._folder.mkdir(parents=True, exist_ok=True)
         _write_json(self._folder / f"rank-{rank:05d}.seen.json", words)
 
-    def _read_files(self) -> dict[int, Any]:
-        found = {}
-        for path in self._folder.glob("rank-*.json"):
-            with suppress(OSError, ValueError):
-                told = json.loads(path.read_text())
-                found[int(path.name[5:10])] = {"seen": told} if ".seen" in path.name else told
-        own = self._folder / f"rank-{self._rank:05d}.json"
-        return found | ({self._rank: json.loads(own.read_text())} if own.exists() else {})
+    def _read_files(self) -> None:
+        there = {path.name for path in self._folder.glob("rank-*.json")}
+        for rank in self._asks:
+            for name, known in ((f"rank-{rank:05d}.json", self._heard), (f"rank-{rank:05d}.seen.json", self._seen_of)):
+                if name in there and rank not in known:
+                    known[rank] = json.loads((self._folder / name).read_text())
 
     def _post(self, rank: int, told: dict[str, Any]) -> None:
         store = peers.store(peers.WAIT_SECONDS)
         store.set(f"hang/{self._name}/{rank}", json.dumps(told))
         store.set(f"hang/{self._name}", "")
 
-    def _read_store(self) -> dict[int, Any]:
+    def _read_store(self) -> None:
         if not self._several:
-            return {}
+            return
         store = peers.store(1.0)
-        keys = {rank: f"hang/{self._name}/{rank}" for rank in range(self._ranks)}
-        found = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
-        self._in_store |= {rank for rank, told in found.items() if "seen" not in told}
-        return found
+        for rank in self._asks:
+            key = f"hang/{self._name}/{rank}"
+            if rank not in self._in_store and store.check([key]):
+                told = json.loads(store.get(key))
+                if "seen" in told:
+                    self._seen_of.setdefault(rank, told["seen"])
+                else:
+                    self._in_store.add(rank)
+                    self._heard.setdefault(rank, told)
 
     def _until(self, done: Any, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not _soon_value(done, 0.5):
             time.sleep(0.1)
+
+
+def _brief(report: dict[str, Any]) -> dict[str, Any]:
+    """With what is running, and the last of each group: less for the store to carry."""
+    last = {entry["group"]: entry["number"] for entry in report["collectives"]}
+    kept = [e for e in report["collectives"] if e["running"] or e["number"] == last[e["group"]]]
+    return {**report, "collectives": kept}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,6 +22,8 @@ COLLECTIVES = 20
 """Of each group, how many of the last are told."""
 RECORDED = "2000"
 """Collectives that torch's flight recorder keeps."""
+LOOKS = 8
+"""At the threads of a process that does not answer."""
 _STATES = {
     "T": "stopped (by SIGSTOP, a terminal or a job scheduler)",
     "t": "stopped by a debugger",
@@ -146,10 +149,13 @@ def of_process(pid: int, began: int) -> str:
         return "gone: the process has ended"
     if state in _STATES and state != "D":
         return _STATES[state]
-    states = [_stat(task / "stat")[0] for task in folder.glob("task/*")]
-    if "D" in states:
+    looks = []
+    for _ in range(LOOKS):
+        looks.append({task.name: _stat(task / "stat")[0] for task in folder.glob("task/*")})
+        time.sleep(0.05)
+    if any(all(look.get(task) == "D" for look in looks) for task in looks[0]):  # for a moment anything may be
         return _STATES["D"]
-    if "R" in states:
+    if any("R" in look.values() for look in looks):
         return "computing, in code that does not let Python's other threads run"
     return "waiting in code that does not let Python's other threads run"
 

@@ -45,6 +45,7 @@ FAULTS = {
     "loops": lambda folder: loops(),
     "reads": reads,
     "holds": lambda folder: holds_python(),
+    "folder": lambda folder: loops(),
 }
 
 
@@ -56,6 +57,8 @@ def take_part(rank: int, guilty: int, fault: str, port: int, folder: Path) -> No
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 hosts the store
     hangs.ANSWER, hangs.ASK, hangs.PROXY, hangs.POLL = 2.0, 0.3, 0.7, 0.1
+    if fault == "folder":
+        hangs._Watch._write = hangs._Watch._read_files = hangs._Watch._summed_up = lambda *_: time.sleep(100)
     config = c.Config(train=c.TrainConfig(timeout_minutes=1.5 / 60, first_timeout_minutes=0.5))
     whereabouts.record_collectives(folder)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -67,6 +70,29 @@ def take_part(rank: int, guilty: int, fault: str, port: int, folder: Path) -> No
                     FAULTS[fault](folder)
                 dist.all_reduce(torch.ones(7))
     os._exit(0)
+
+
+def hang(guilty: int, fault: str, folder: Path) -> list[int]:
+    """Have them hang; their pids. The others have ended in time, by themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORK.Process(target=take_part, args=(r, guilty, fault, port, folder)) for r in range(RANKS)]
+    begun = time.monotonic()
+    for process in ranks:
+        process.start()
+    try:
+        others = [process for rank, process in enumerate(ranks) if rank != guilty]
+        for process in others:
+            process.join(30)
+        assert [process.exitcode for process in others] == [hangs.HUNG] * 2
+        assert time.monotonic() - begun < 1.5 + 10
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    return [process.pid for process in ranks]
 
 
 @pytest.mark.parametrize(
@@ -95,29 +121,12 @@ def take_part(rank: int, guilty: int, fault: str, port: int, folder: Path) -> No
     ],
 )
 def test_a_rank_that_hangs_is_named(guilty, fault, said, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [FORK.Process(target=take_part, args=(r, guilty, fault, port, tmp_path)) for r in range(RANKS)]
-    begun = time.monotonic()
-    for process in ranks:
-        process.start()
-    try:
-        others = [process for rank, process in enumerate(ranks) if rank != guilty]
-        for process in others:
-            process.join(30)
-        assert [process.exitcode for process in others] == [hangs.HUNG] * 2
-        assert time.monotonic() - begun < 1.5 + 10
-    finally:
-        for process in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            process.join()
+    pids = hang(guilty, fault, tmp_path)
     (summary,) = tmp_path.glob("hangs/*/summary.txt")
     lines = summary.read_text().splitlines()
     assert len(lines) <= 10
     assert lines[0].startswith(f"This run waits for rank {guilty} on {HERE}. No progress for ")
-    assert re.fullmatch(rf"  rank {guilty} on {HERE}, pid {ranks[guilty].pid}: {said}.*", lines[1]), lines
+    assert re.fullmatch(rf"  rank {guilty} on {HERE}, pid {pids[guilty]}: {said}.*", lines[1]), lines
     waiting = hang_report.spelled([r for r in range(RANKS) if r != guilty])
     assert lines[2].startswith(f"  waiting: ranks {waiting} in gloo all_reduce number "), lines
     assert lines[2].endswith(" of ranks 0-2, [7]")
@@ -129,6 +138,16 @@ def test_a_rank_that_hangs_is_named(guilty, fault, said, tmp_path):
     assert "last collectives:" in text
     shown = [(tmp_path / f"log-{r}").read_text().count("This run waits for") for r in range(RANKS)]
     assert shown == [int(r == first) for r in range(RANKS)]  # by one of them
+
+
+def test_a_folder_that_does_not_answer(tmp_path):
+    """The ranks' words go through the store; what they have come to is printed."""
+    hang(1, "folder", tmp_path)
+    lines = (tmp_path / "log-0").read_text().splitlines()
+    assert lines[0].startswith(f"This run waits for rank 1 on {HERE}. ")
+    assert "test_hangs.py:" in lines[1]
+    assert lines[1].endswith(" loops")
+    assert re.fullmatch(rf"  {tmp_path}/hangs/\S+ does not answer", lines[-1])
 
 
 def report(running=None, done=3, where="a.py:1 f", group="0", ranks=(0, 1, 2)):

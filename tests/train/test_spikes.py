@@ -213,7 +213,7 @@ def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path,
 
 def test_a_spike_before_the_first_checkpoint_is_skipped(run_config, train, poison, caplog):
     poison([10])
-    options = {**OPTIONS, "train__on_spike": "rewind", "checkpoint__every": 0, "train__steps": 12}
+    options = {**OPTIONS, "train__on_spike": "rewind", "checkpoint__every": 11, "train__steps": 12}
     records = by_step(train(run_config(**options)))
     assert "there is no checkpoint yet to go back to" in caplog.text
     assert [t for t, r in records.items() if r.get("skipped")] == [10]
