@@ -136,6 +136,16 @@ class BatchLoader(Iterator[Tensor]):
         self._taken = 0
         return self._cursor
 
+    def pass_over(self, cursor: int) -> None:
+        """Go on at this cursor; the samples before it that were not read never will be.
+
+        Raises:
+            ValueError: it lies behind.
+        """
+        if cursor < self._cursor:
+            raise ValueError(f"BatchLoader: {cursor} lies before the cursor, {self._cursor}")
+        self._start(cursor)
+
     def step_targets(self) -> int:
         """Tokens that the step in work predicts, over all ranks."""
         return self.stream.targets(self._cursor, self.global_batch)

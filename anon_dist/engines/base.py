@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +29,15 @@ def settle(optimizer: Optimizer) -> None:
         optimizer.settle()
 
 
+Veto = Callable[[Tensor], Tensor]
+"""Whether a step with this gradient norm, 0-dim, is to be none: 0-dim bool, on the norm's device, the same on every rank."""
+
+
+def never(norm: Tensor) -> Tensor:
+    """No step is to be left out."""
+    return torch.zeros_like(norm, dtype=torch.bool)
+
+
 class Engine(Protocol):
     """A model and its optimizer, wrapped: gradients in, steps out, the same calls on every rank."""
 
@@ -43,10 +53,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`, a share of the step's; `last` in the step, after which ranks have exchanged theirs."""
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
+    def step(self, lr: float | Sequence[float], clip: float | None, veto: Veto = never) -> Tensor:
         """Clip the gradients to a global norm, step with learning rate `lr`, or one for each param group, and drop the gradients.
 
-        If the norm is not finite, no rank steps and no step count moves.
+        If the norm is not finite, or `veto` says so, no rank steps and no step count moves. `veto` is called once, with the norm, before
+        anything is updated; NaN where an engine knows no more than that the gradients are not finite.
 
         Returns:
             The global gradient norm before clipping, the same on every rank: 0-dim, on a device that need not have computed it yet.

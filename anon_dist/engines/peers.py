@@ -84,14 +84,13 @@ def who_stopped(*refusals: type[Exception]) -> Iterator[Ending]:
             if not refused:
                 get_error_handler().record_exception(error)
             elif ending.speaks or os.environ.get("LOCAL_RANK") == "0":  # the launcher of each node reports its first
-                _record_line(error)
+                tell_launcher(_line(error))
         raise
 
 
-def _record_line(error: Exception) -> None:
-    """As torch's handler does, but for the traceback, which it would have the launcher show."""
+def tell_launcher(line: str) -> None:
+    """Have torch's launchers show the line, as its handler does an error, but for the traceback."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        line = _line(error)
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 

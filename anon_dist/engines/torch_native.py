@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint import load_sharded, save_sharded
 from anon_dist.checkpoint.schema import Checkpoint
-from anon_dist.engines.base import set_learning_rates, settle
+from anon_dist.engines.base import Veto, never, set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
@@ -73,13 +73,14 @@ class TorchEngine:
         with self.micro_batch(last):
             loss.backward()
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
+    def step(self, lr: float | Sequence[float], clip: float | None, veto: Veto = never) -> Tensor:
         """See `base.Engine`. An optimizer that reads a scale and a flag from the device is told there; of another the host waits."""
         norm = self._norm()
+        none = veto(norm)
         if _reads_from_device(self.optimizer):
-            with _told(self.optimizer, norm, clip):
+            with _told(self.optimizer, norm, clip, none):
                 self._step_optimizer(lr)
-        elif math.isfinite(known := float(norm)):
+        elif math.isfinite(known := float(norm)) and not bool(none):
             if clip is not None and known > clip:
                 scale_gradients(self._parameters, clip / known)
             self._step_optimizer(lr)
@@ -142,12 +143,13 @@ def _reads_from_device(optimizer: Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def _told(optimizer: Any, norm: Tensor, clip: float | None) -> Iterator[None]:
-    """A block in which the optimizer's step divides gradients so that their norm is at most `clip`, and is none if it is not finite.
+def _told(optimizer: Any, norm: Tensor, clip: float | None, none: Tensor) -> Iterator[None]:
+    """A block in which the optimizer's step divides gradients so that their norm is at most `clip`, and is none if it is not finite or
+    `none` is true.
 
     By the attributes through which torch's GradScaler talks to fused optimizers; float32, as these want it.
     """
-    optimizer.found_inf = norm.isfinite().logical_not().float()
+    optimizer.found_inf = norm.isfinite().logical_not().logical_or(none).float()
     optimizer.grad_scale = (
         (norm / clip).clamp(min=1.0).float() if clip is not None else torch.ones_like(optimizer.found_inf)
     )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines import zero_restore
-from anon_dist.engines.base import set_learning_rates
+from anon_dist.engines.base import Veto, never, set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
@@ -165,19 +165,52 @@ class ZeroEngine:
         if self._watch is not None and (missing := self._watch.missing()):
             raise EngineError(explain(missing))
 
-    def step(self, lr: float | Sequence[float], clip: float | None) -> Tensor:
+    def step(self, lr: float | Sequence[float], clip: float | None, veto: Veto = never) -> Tensor:
         """See `base.Engine`. DeepSpeed clips, by its configuration, and waits for the device as it likes."""
         set_learning_rates(self.optimizer.param_groups, lr)
         unchecked = self._unchecked_gradients()
         if unchecked:
             norm = square_sum(unchecked).sqrt()
-            if not bool(norm.isfinite()):
+            if bool(veto(norm)) or not bool(norm.isfinite()):
                 self._engine.optimizer.zero_grad()
                 return norm
-        self._engine.step()
+            self._engine.step()
+            return norm
+        with self._asked(veto) as asked:
+            self._engine.step()
+            if not asked:  # DeepSpeed has left the step out itself, or this rank has nothing to step
+                applied = self._engine.was_step_applied()
+                veto(self._norm() if applied else torch.tensor(torch.nan, dtype=torch.float64))
         if not self._engine.was_step_applied():
             return torch.tensor(torch.nan)
-        return norm if unchecked else torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64)
+        return self._norm()
+
+    def _norm(self) -> Tensor:
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64)
+
+    @contextlib.contextmanager
+    def _asked(self, veto: Veto) -> Iterator[list[bool]]:
+        """A block in which a step of DeepSpeed's asks, once it knows the norm, before it steps the optimizer, once or for each group.
+
+        What it does besides then comes to nothing: gradients go, and weights are written anew from masters that have not changed.
+        """
+        answers: list[bool] = []
+        step, patched = self.optimizer.step, "step" in vars(self.optimizer)
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if not answers:
+                self._engine._global_grad_norm = self._wrapper._global_grad_norm
+                answers.append(bool(veto(self._norm())))
+            return None if answers[0] else step(*args, **kwargs)
+
+        self.optimizer.step = ask  # type: ignore[method-assign]
+        try:
+            yield answers
+        finally:
+            if patched:
+                self.optimizer.step = step  # type: ignore[method-assign]
+            else:
+                del self.optimizer.step
 
     def _unchecked_gradients(self) -> list[Tensor]:
         """The gradients, reduced and the same on every rank, where DeepSpeed does not look for NaN: stage 0 in float32, BF16_Optimizer."""

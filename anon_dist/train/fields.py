@@ -236,7 +236,16 @@ class TrainConfig:
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     max_skipped: StepsOrZero = 10
-    """A step with a non-finite gradient is skipped on every rank; more than so many in a row end the run."""
+    """A step with a non-finite gradient is skipped on every rank, as spikes are where on_spike says so; more than so many in a row end the
+    run."""
+    on_spike: Literal["record", "skip", "rewind"] = "record"
+    """What to do about a step whose loss or gradient norm is not finite, or lies above the mean of the last 128 steps by more than
+    spike_sigma standard deviations. record: only say it; skip: take no step; rewind: no step, and back to the last checkpoint, to go on
+    from it with the samples that come after."""
+    spike_sigma: Positive = 6.0
+    """See on_spike."""
+    max_rewinds: Whole = 3
+    """How often a run may go back from a spike; once more ends it."""
     activation_checkpointing: Annotated[
         Literal["none", "full", "selective", "budget"], Instead({True: "full", False: "none"})
     ] = "none"
@@ -261,7 +270,11 @@ class TrainConfig:
     seed: Seed = 0
     """Initial weights and dropout."""
     timeout_minutes: Minutes = 10.0
-    """A rank that waits longer than this for its peers ends with an error."""
+    """Ranks that make no progress for longer than this in a step or a validation end with an error, which names those that keep the others
+    waiting; so do ranks that wait as long for each other when they start."""
+    first_timeout_minutes: Minutes | None = None
+    """The same for the first step and the first validation, which compile and connect, and for loading, saving, tasks and the end. None:
+    30, or timeout_minutes if that is more."""
 
 
 @dataclass

@@ -89,6 +89,11 @@ class GammaRules:
         if not matched and not self._knots:
             self._settled = (None, [rule.lr_factor for rule in self.groups])
 
+    def restart(self) -> None:
+        """Another state was loaded: what was set in the groups holds no more."""
+        if self._settled is not None and (self._knots or any(rule.spectrum for rule in self.groups)):
+            self._settled = None
+
     def factors(self, engine: Engine, step: int) -> list[float]:
         """Set the groups' hyperparameters for `step`; the factor of each group's learning rate in it. Every rank calls it.
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +23,17 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import randomness, records
+from anon_dist.train import hangs, randomness, records
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
-from anon_dist.train.corpora import first_folder, small_sets
+from anon_dist.train.corpora import ValidationSet, first_folder, small_sets
 from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.evaluate import evaluate, mean
+from anon_dist.train.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.export import export_model
+from anon_dist.train.learning import back, learn
 from anon_dist.train.lock import RunLock, held
 from anon_dist.train.loss import SUMS
 from anon_dist.train.lr import lr_factor
@@ -43,16 +41,18 @@ from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
 from anon_dist.train.phases import phases_from, phases_of, resolved
 from anon_dist.train.profiling import Profiler
+from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
+from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.samples import enter
 from anon_dist.train.signals import StopSignal
+from anon_dist.train.stragglers import time_collectives
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
-
-log = logging.getLogger(__name__)
+from anon_dist.train.whereabouts import record_collectives
 
 
 def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Path:
@@ -71,6 +71,8 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     """
     config = resolved(config)
     check(config)
+    time_collectives()
+    record_collectives(Path(config.run_dir) / hangs.FOLDER)
     accelerator, name = start(
         wanted_engine(config),
         shared_settings(config),
@@ -85,8 +87,8 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
             )
             report(folder, config)
         return folder
-    with held(folder) as lock:
-        _train(config, accelerator, name, folder, lock, make_optimizer)
+    with held(folder) as lock, hangs.watched(config, folder) as pulse:
+        _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
     return folder
 
 
@@ -96,18 +98,20 @@ def _train(
     name: Name,
     folder: Path,
     lock: RunLock | None,
+    pulse: Pulse,
     make_optimizer: MakeOptimizer,
 ) -> None:
     run = set_up(config, accelerator, name, folder, make_optimizer)
-    run.lock = lock
+    run.lock, run.pulse = lock, pulse
+    pass_over_again(run)
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         _introduce(run, console)
-    timeout = timedelta(minutes=config.train.timeout_minutes)
-    with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
+    with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
-        with contextlib.closing(profiler), profiler.watching_memory():
+        counting = run.stragglers.watching(run.engine.model, accelerator.device)
+        with contextlib.closing(profiler), profiler.watching_memory(), counting:
             stopped = _steps(run, stop, write, console, profiler)
     if console:
         console.close()
@@ -117,7 +121,8 @@ def _train(
             if stopped == signal.SIGINT.name:
                 end_interrupted_launcher()
     if not stopped:
-        _finish(run)
+        with pulse.phase("the end", run.step, long=True):
+            _finish(run)
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -153,7 +158,7 @@ def _steps(
         What ended them early, a signal's name, say; None after the last.
     """
     config, steps = run.config, run.config.train.steps
-    watch = Stopwatch(run.accelerator.device)
+    watch = Stopwatch(run.accelerator.device, run.pulse.beat)
     batches = iter(run.loader)
     logged = run.step
     borders = {until for until, _ in phases_of(config)}
@@ -161,12 +166,21 @@ def _steps(
         if run.step in borders:
             _begin_phase(run, console)
         profiler.before(run.step + 1)
-        done = take_step(run, batches, watch)
+        with run.pulse.phase("step", run.step):
+            done = take_step(run, batches, watch)
         profiler.after(run.step)
+        if _is_due(run, config.checkpoint.every):
+            learn(run)  # nothing is saved of which the host does not know that it is good
+        if (went_back := back(run)) is not None:
+            write(went_back)
+            watch.read()
+            logged = run.step
+            continue
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()))
             watch.lap("logging")
             logged = run.step
+        counted = run.stragglers.waited
         if run.sets and _is_due(run, config.eval.every):
             _compare_replicas(run)
             write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
@@ -178,6 +192,7 @@ def _steps(
         if saved:
             _save(run, stop)
             watch.skip()
+        run.stragglers.waited = counted  # as the watch does: what is no step counts for nothing
         if console:
             console.step()
         if stop.requested() and run.step < steps:
@@ -210,7 +225,8 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     learn(run)  # of the step before: the device has long been past it
     lr = config.optim.lr * lr_factor(run.step + 1, config.train.steps, config.schedule)
     factors = run.gammas.factors(run.engine, run.step + 1)
-    norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip)
+    run.spikes.begin(losses[SUMS.index("cross_entropy")], run.accelerator.num_processes)
+    norm = run.engine.step([lr * factor for factor in factors], config.train.grad_clip, run.spikes.veto)
     watch.lap("optimizer")
     run.loader.advance()
     run.step += 1
@@ -241,33 +257,11 @@ def _gradients(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Tensor:
             sums = batch.losses(run.engine.model, device) * share
             watch.lap("forward")
             run.engine.backward(sums[0], last)
+            if last:
+                run.stragglers.backward_is_over()
         total += sums.detach()
         watch.lap("backward")
     return total
-
-
-def learn(run: Run) -> None:
-    """Know whether the last step was taken; a step whose gradient was not finite is none. Waits for the device, if that is not past it.
-
-    Every rank has the same norm, so a step is skipped on all ranks or none, and the optimizer's step count stays.
-
-    Raises:
-        FloatingPointError: too many steps in a row were none.
-    """
-    if run.norm is None:
-        return
-    begun = time.perf_counter()
-    norm, run.norm = run.norm.value(), None
-    run.waited += time.perf_counter() - begun
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    run.skip_is_news |= run.skipped > 0
-    if run.skipped and run.accelerator.is_main_process:
-        log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
-    if run.skipped > run.config.train.max_skipped:
-        raise FloatingPointError(
-            f"{run.skipped} steps in a row had a non-finite gradient; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
-            "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
-        )
 
 
 def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Record:
@@ -279,24 +273,26 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
 
 def _validate(run: Run, sequences: int, prefix: str) -> Record:
     """The mean over the sources by their weights; and where there are several sets, each."""
-    found = {
-        each: evaluate(
-            run.engine.model,
-            each.shards,
-            run.phase.data.seq_len,
-            run.phase.train.micro_batch,
-            run.accelerator.device,
-            sequences,
-            run.mask_eod,
-            run.reader,
-            run.readers,
-            run.own,
-        )
-        for each in run.sets
-    }
+    with run.pulse.phase("validation", run.step):
+        found = {each: _evaluate(run, each, sequences) for each in run.sets}
     record = {k: v for each, result in found.items() if each.name for k, v in result.record(prefix, each.name).items()}
     weighted = [(result, each.weight) for each, result in found.items() if each.weight]
     return (mean(weighted).record(prefix) if weighted else {}) | record
+
+
+def _evaluate(run: Run, each: ValidationSet, sequences: int) -> Evaluation:
+    return evaluate(
+        run.engine.model,
+        each.shards,
+        run.phase.data.seq_len,
+        run.phase.train.micro_batch,
+        run.accelerator.device,
+        sequences,
+        run.mask_eod,
+        run.reader,
+        run.readers,
+        run.pulse.through(run.own, "validation"),
+    )
 
 
 def _score(run: Run, stop: StopSignal) -> Record:
@@ -305,7 +301,8 @@ def _score(run: Run, stop: StopSignal) -> Record:
     _compare_replicas(run)
     device, reader, readers = run.accelerator.device, run.reader, run.readers
     try:
-        found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
+        with run.pulse.phase("tasks", run.step, long=True):
+            found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
     except HarnessError as error:
         _save(run, stop)
         again = f"the checkpoint of step {run.step} is written; the same command goes on with other tasks, or none"
@@ -348,7 +345,8 @@ def _save(run: Run, stop: StopSignal) -> None:
         failed = failed or error
     if what := failures(failed):
         raise RunError(what) from failed
-    with run.checkpoints.writing(run.step, _progress(run)) as folder:
+    saving = run.pulse.phase("a save", run.step, long=True)
+    with saving, run.checkpoints.writing(run.step, _progress(run)) as folder:
         run.engine.save(folder)
         randomness.save(folder, run.accelerator.process_index)
 
@@ -359,6 +357,8 @@ def _progress(run: Run) -> dict[str, Any]:
         "format": 1,
         "step": run.step,
         "skipped": run.skipped,
+        "spikes": run.spikes.state_dict(),
+        "rewinds": run.rewinds,
         "data": run.loader.state_dict(),
         "world_size": run.accelerator.num_processes,
         "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-Record = dict[str, float | int]
+Record = dict[str, Any]
+"""Of numbers, and of names of hosts."""
 TASK = "task/"
 """Begins the name of a task's metric: task/NAME/METRIC."""
 PARTS = ("data", "forward", "backward", "optimizer", "logging")
@@ -187,13 +188,15 @@ class Stopwatch:
     waits before `read`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, told: Callable[[str], None] = lambda part: None) -> None:
+        """`told`: what is to know of each lap at once."""
+        self._device, self._told = device, told
         self._marks: list[tuple[str | None, Any]] = [(None, self._now())]
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap as `part`'s."""
         self._marks.append((part, self._now()))
+        self._told(f"after {part}")
 
     def skip(self) -> None:
         """Do not count the time since the last lap."""

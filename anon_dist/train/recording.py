@@ -40,11 +40,18 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
     (file,) = open_files
 
     def write(record: Record) -> None:
-        """To all of them; what goes wrong with the files ends the run after this step."""
+        """To all of them; what goes wrong with the files ends the run after this step. A run that has gone back repeats steps: what there
+        was of them is taken out."""
+        nonlocal file
         console.record(record)
         try:
+            if record.get("rewound_from", 0):
+                file.close()
+                file = MetricsFile(path, int(record["step"]))
             file.write(record)
-            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+            run.accelerator.log(
+                {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}, step=int(record["step"])
+            )
         except OSError as error:
             stop.fail(
                 RunError(

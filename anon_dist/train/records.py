@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from anon_dist.train.loss import SUMS
 from anon_dist.train.metrics import PARTS, Record
 from anon_dist.train.model import peak_flops
 from anon_dist.train.run import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,13 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     """
     accelerator, config = run.accelerator, run.config
     begun = time.perf_counter()
-    losses = done.losses.double()
-    if dist.is_initialized():
-        dist.all_reduce(losses)
-    found = dict(zip(SUMS, (losses / accelerator.num_processes).tolist(), strict=True))
-    run.waited += time.perf_counter() - begun
     wall, tokens, ranks = max(sum(seconds.values()), 1e-9), run.predicted, accelerator.num_processes
+    sums = run.stragglers.beside(done.losses.double(), wall, steps)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    losses, places = sums.tolist()[: len(SUMS)], sums.tolist()[len(SUMS) :]
+    found = {name: loss / ranks for name, loss in zip(SUMS, losses, strict=True)}
+    run.waited += time.perf_counter() - begun
     record: Record = {
         "step": run.step,
         "samples": run.loader.cursor,
@@ -64,14 +68,29 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
     record |= run.watch.read()
+    if "update_rms" in record and (usual := run.spikes.update_doubled(record["update_rms"])) is not None:
+        record["update_doubled"] = record["update_rms"] / usual
+        if accelerator.is_main_process:
+            log.warning(
+                "step %d: the update's root mean square is %.3g, and was %.3g: spikes of the loss often follow",
+                *(run.step, record["update_rms"], usual),
+            )
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * ranks)
     for part in PARTS:
         record[f"{part}_share"] = seconds.get(part, 0.0) / wall
     record["waiting_share"] = run.waited / wall
     record |= memory(accelerator.device)
+    work, slow = run.stragglers.read(places, steps)
+    record |= work
+    if slow is not None and accelerator.is_main_process:
+        log.warning("step %d: %s", run.step, slow)
     if run.skipped:
         record["skipped"] = run.skipped
+    if run.spikes.found:
+        record["spikes"] = run.spikes.found
+    if run.rewinds:
+        record["rewinds"] = run.rewinds
     run.predicted, run.places, run.waited = 0, 0, 0.0
     return record
 

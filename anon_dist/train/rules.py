@@ -110,6 +110,15 @@ def train_rules(config: Config) -> None:
         raise ConfigError(
             "train.precision fp8 has no effect on gpt2, whose matrices are of another class than torchao turns; use bf16"
         )
+    if t.on_spike == "rewind" and config.checkpoint.every == 0:
+        raise ConfigError(
+            "train.on_spike is rewind, and with checkpoint.every = 0 there is nothing to go back to; set that, or take skip"
+        )
+    if t.first_timeout_minutes is not None and t.first_timeout_minutes < t.timeout_minutes:
+        raise ConfigError(
+            f"train.first_timeout_minutes = {t.first_timeout_minutes:g} is for what takes longer than a step, and train.timeout_minutes is "
+            f"{t.timeout_minutes:g}; make it no less, or leave it out"
+        )
     profiled = config.log.profile_steps
     if profiled is not None and not profiled[0] <= profiled[1] <= t.steps:
         raise ConfigError(

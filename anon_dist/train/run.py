@@ -28,21 +28,24 @@ from anon_dist.engines.context import ContextParallel
 from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
-from anon_dist.optim.matching import Spectra
 from anon_dist.train import randomness
 from anon_dist.train.changes import changes
 from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.corpora import Corpus, ValidationSet, open_corpora
 from anon_dist.train.errors import RunError
 from anon_dist.train.gamma import GammaRules
+from anon_dist.train.hangs import patience
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import MakeOptimizer, apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.phases import phase_at, phases_of
+from anon_dist.train.pulse import Pulse
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import check_repetition, enter, open_loader
-from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.spectrum import agreed_spectra
+from anon_dist.train.spikes import SpikeDetector, detector
+from anon_dist.train.stragglers import Stragglers
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.vocabulary import tokenizer_problem
@@ -77,6 +80,9 @@ class Run:
     gammas: GammaRules
     tasks: Tasks | None
     """Of lm-eval, on which the model is evaluated."""
+    spikes: SpikeDetector
+    wanted: list[dict[str, Any]]
+    """The hyperparameters that the configuration asks for, by param group."""
     plan: list[str] = field(default_factory=list)
     """What the steps that are left read, in lines."""
     step: int = 0
@@ -95,8 +101,13 @@ class Run:
     """Of the last step's gradient, until the host has looked at it."""
     compared: int = -1
     """The step after which the replicas were last compared."""
+    rewinds: int = 0
+    """How often it has gone back from a spike."""
+    stragglers: Stragglers = field(default_factory=Stragglers)
     lock: RunLock | None = None
     """On the folder; of rank 0."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Watched by `hangs`, while a run trains."""
 
     @property
     def phase(self) -> Config:
@@ -170,7 +181,7 @@ def set_up(
     context = getattr(built.config, "max_position_embeddings", longest.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
-    spectra, tasks = _spectra(config, accelerator), wanted_tasks(config)
+    spectra, tasks = agreed_spectra(config), wanted_tasks(config)
     try:
         optimizer = make_optimizer(config.optim, built)
         gammas = GammaRules(config.optim, optimizer, built, spectra)
@@ -179,7 +190,7 @@ def set_up(
     wanted = hyperparameters(optimizer)
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
     engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
-    limit_waits(timedelta(minutes=config.train.timeout_minutes))
+    limit_waits(patience(config))
     if shared is None:  # only models that are known to be causal share sequences
         check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)
@@ -204,6 +215,8 @@ def set_up(
         watch=OptimizerWatch(engine, accelerator.device),
         gammas=gammas,
         tasks=tasks,
+        spikes=detector(config, accelerator.device),
+        wanted=wanted,
     )
     _in_folder(folder, run.checkpoints.clean)
     _resume(run, wanted)
@@ -211,22 +224,6 @@ def set_up(
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     return run
-
-
-def _spectra(config: Config, accelerator: Accelerator) -> Spectra | None:
-    """What `optim.match` names, read by one process."""
-    if config.optim.match is None or config.optim.name != "anon":
-        return None
-    found: Any = None
-    if accelerator.is_main_process:
-        try:
-            found = load_spectra(Path(config.optim.match)).to_json()
-        except (CheckpointError, OSError) as error:
-            found = str(error)
-    found = agree(found)
-    if isinstance(found, str):
-        raise ConfigError(f"optim.match: {found}")
-    return Spectra.from_json(found)
 
 
 def _in_folder(folder: Path, action: Callable[[], object]) -> None:
@@ -249,7 +246,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
     if run.config.resume == "auto":
-        _resume_latest(run, present, wanted)
+        resume_latest(run, present, wanted)
     elif run.config.resume != "never":
         _resume_from(run, Path(run.config.resume), present, wanted)
     elif present:
@@ -258,7 +255,7 @@ def _resume(run: Run, wanted: list[dict[str, Any]]) -> None:
         )
 
 
-def _resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -> None:
+def resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -> None:
     """The last one that is not damaged; the later ones are set aside when it is loaded."""
     with run.engine.whole_optimizer() as optimizer:
         stateless, groups = not optimizer.state, copy.deepcopy(hyperparameters(optimizer, without=()))
@@ -355,6 +352,11 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"resuming {source}: {str(error).removeprefix('Anon: ')}") from None
     run.step, run.skipped = progress["step"], progress["skipped"]
+    run.rewinds = progress.get("rewinds", 0)
+    try:
+        run.spikes.load_state_dict(progress.get("spikes"))
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {error}") from None
     for line in changes(config, run.engine.name, source, progress):
         say(line)
     for line in news:

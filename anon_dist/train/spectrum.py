@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anon_dist.agreement import agree, is_first
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.recognise import ADAM, ADAMW, ANON
@@ -17,6 +19,7 @@ from anon_dist.engines.restore import state_folder
 from anon_dist.optim.frame import KEYS
 from anon_dist.optim.matching import Spectra, Spectrum
 from anon_dist.optim.regime import Regime
+from anon_dist.train.config import Config, ConfigError
 
 BLOCK = 1 << 20
 """Elements read at once."""
@@ -90,3 +93,23 @@ def _spectrum(checkpoint: Checkpoint, group: ParamGroup, name: str, anon: bool) 
         )
         spectrum.add(sigma, checkpoint.read(Key(name, "exp_avg"), start, stop).double() / (1.0 - beta1**step))
     return spectrum
+
+
+def agreed_spectra(config: Config) -> Spectra | None:
+    """What `optim.match` names, read by one process.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    if config.optim.match is None or config.optim.name != "anon":
+        return None
+    found: Any = None
+    if is_first():
+        try:
+            found = load_spectra(Path(config.optim.match)).to_json()
+        except (CheckpointError, OSError) as error:
+            found = str(error)
+    found = agree(found)
+    if isinstance(found, str):
+        raise ConfigError(f"optim.match: {found}")
+    return Spectra.from_json(found)

@@ -32,6 +32,7 @@ from helpers import (
     write_tasks,
 )
 from launch_cases import Patch, raises, run_cases, shared_folder
+from spike_cases import check_spikes
 from torch import nn
 
 from anon_dist import Anon
@@ -583,6 +584,11 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
     assert names in ([], ["step-00000004"]), names
     dist.barrier()
     assert max(r["step"] for r in metrics(run(config))) == config.train.steps
+
+
+def case_spikes_are_met_by_all_ranks():
+    for name in ("zero2", "zero3"):
+        check_spikes(run, lambda name=name: run_config(name, shared_folder(OUT)))
 
 
 def case_leave_runs_for_one_process():

@@ -1,0 +1,107 @@
+"""Going back from a spike to the last good checkpoint, and past the samples in between.
+
+What was passed over is written into the run's folder at once: a run that ends before its next checkpoint passes over the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from anon_dist.agreement import agree, first_does, is_first
+from anon_dist.files import write_json
+from anon_dist.train.errors import RunError
+from anon_dist.train.metrics import Record
+from anon_dist.train.run import Run, resume_latest
+from anon_dist.train.spikes import Judged
+
+log = logging.getLogger(__name__)
+
+FILE = "rewinds.json"
+"""Of the run's folder: by which the samples were passed over, in their order."""
+
+
+def rewind(run: Run, spike: Judged) -> Record | None:
+    """Load the last good checkpoint, and go on from it with the samples after those that were read so far. Every rank calls it.
+
+    A save under way must be complete.
+
+    Returns:
+        What to record; None where there is no checkpoint yet: then the run goes on, the spike's step having been none.
+
+    Raises:
+        RunError: it would be once more than `train.max_rewinds`.
+        CheckpointError: no checkpoint can be loaded.
+    """
+    present, error = first_does(run.checkpoints.present)
+    if error:
+        raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
+    bad, cursor, count = run.step, run.loader.cursor, run.rewinds
+    if not present:
+        _say(
+            f"step {bad} is a spike, and there is no checkpoint yet to go back to: the step was none, and the run goes on"
+        )
+        return None
+    if count >= run.config.train.max_rewinds:
+        raise RunError(
+            f"step {bad} is a spike ({spike}), and the run has gone back {count} times already (train.max_rewinds). Lower optim.lr, "
+            f"lengthen the warm-up, look at the samples up to {cursor:,}, or raise train.max_rewinds; the same command goes on from "
+            f"{present[-1]}"
+        )
+    resume_latest(run, present, run.wanted)
+    run.gammas.restart()
+    passed = cursor - run.loader.cursor
+    entry = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor}
+    _, error = first_does(lambda: write_json(run.folder / FILE, [*_entries(run.folder, count), entry]))
+    if error:
+        raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
+    _go_on_at(run, entry)
+    run.predicted, run.waited, run.skipped, run.norm, run.compared = 0, 0.0, 0, None, -1
+    _say(
+        f"step {bad} is a spike: {spike}. Gone back to step {run.step}, and past the {passed:,} samples since (time {count + 1} of "
+        f"{run.config.train.max_rewinds})"
+    )
+    return {
+        "step": run.step,
+        "samples": cursor,
+        "rewinds": count + 1,
+        "rewound_from": bad,
+        "samples_passed_over": passed,
+        "spike_loss": spike.loss,
+        "spike_grad_norm": spike.norm,
+    }
+
+
+def pass_over_again(run: Run) -> None:
+    """After a resume: what a rewind passed over since the checkpoint was written. Every rank calls it."""
+    entries = agree(_entries(run.folder, None) if is_first() else None)
+    pending = [e for e in entries[run.rewinds :] if e["to"] == run.step]
+    if pending:
+        _go_on_at(run, pending[-1])
+        _say(
+            f"The samples up to {run.loader.cursor:,} are passed over, as before: there was a spike in step {pending[-1]['from']}."
+        )
+
+
+def _go_on_at(run: Run, entry: dict[str, Any]) -> None:
+    run.rewinds = entry["rewinds"]
+    run.loader.pass_over(entry["cursor"])
+
+
+def _entries(folder: Path, count: int | None) -> list[dict[str, Any]]:
+    """The first of them; what a damaged file says is lost."""
+    try:
+        found = json.loads((folder / FILE).read_text())
+        return [{key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found][:count]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s cannot be read, and is left out of account: %r", folder / FILE, error)
+        return []
+
+
+def _say(text: str) -> None:
+    if is_first():
+        log.warning(text)

@@ -1,0 +1,97 @@
+"""Spikes that one rank has, met by all; for the cases of several engines."""
+
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from launch_cases import Patch
+
+from anon_dist.data import BatchLoader
+from anon_dist.train import loop, spikes
+
+
+def records(folder):
+    """Those of steps; and those of going back."""
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r for r in found if "loss" in r}, [r for r in found if "rewound_from" in r]
+
+
+def spiked(run, config, action, at=9, jump=None):
+    """A run of 12 steps, with a spike on rank 1 in the step that reads these samples, by `loop.Batch.losses`; its folder.
+
+    `jump`: there is none, and after this many steps the samples of one step are passed over by hand.
+    """
+    config.train.on_spike, config.train.spike_sigma, config.eval.every = action, 40.0, 0
+    patch, seen = Patch(), []
+    losses, take_step, advance = loop.Batch.losses, loop.take_step, BatchLoader.advance
+
+    def greater(batch, model, *args, **options):
+        found = losses(batch, model, *args, **options)
+        poisoned = jump is None and dist.get_rank() == 1 and seen[-1].loader.cursor == 8 * (at - 1)
+        return found * 200.0 if model.training and poisoned else found
+
+    def told(run, *rest):
+        seen.append(run)
+        return take_step(run, *rest)
+
+    def jumps(loader):
+        if advance(loader) == 8 * (jump or -1):
+            loader.pass_over(loader.cursor + 8)
+        return loader.cursor
+
+    for target, name, value in ((spikes, "WARM", 4), (loop, "take_step", told), (BatchLoader, "advance", jumps)):
+        patch.setattr(target, name, value)
+    patch.setattr(loop.Batch, "losses", greater)
+    try:
+        folder = run(config)
+    finally:
+        patch.close()
+    assert seen[-1].spikes.found == (jump is None) * (action != "rewind")  # on every rank; going back, it is forgotten
+    assert seen[-1].rewinds == (jump is None) * (action == "rewind")
+    return folder
+
+
+def check_spikes(run, config_of):
+    """Skipped by all; gone back from, after which the steps are those of a run that passed over the samples by hand."""
+    skipped = spiked(run, config_of(), "skip")
+    back = spiked(run, config_of(), "rewind")
+    by_hand = spiked(run, config_of(), "record", jump=8)
+    if dist.get_rank() == 0:
+        (steps, _), (again, (told,)), (wanted, _) = records(skipped), records(back), records(by_hand)
+        assert [t for t, r in steps.items() if r.get("skipped")] == [9]
+        assert steps[9]["loss"] > 20 * steps[8]["loss"]
+        assert steps[9]["update_rms"] == steps[8]["update_rms"]
+        assert steps[10]["loss"] < 2 * steps[8]["loss"]
+        assert (told["step"], told["rewound_from"], told["samples_passed_over"]) == (8, 9, 8)
+        assert [r["samples"] for r in again.values()] == [8 * t + 8 * (t > 8) for t in range(1, 13)]
+        for key in ("loss", "grad_norm", "update_rms", "lr"):
+            ours, theirs = ([r[key] for r in found.values()] for found in (again, wanted))
+            assert ours == theirs, (key, ours, theirs)
+
+
+def check_straggler(run, config):
+    """A rank that sleeps is the slowest in the records, though every rank takes the same time for a step; the others wait as long."""
+    config.eval.every, config.log.every = 0, 6
+    patch, original = Patch(), loop.Batch.losses
+
+    def slow(batch, model, *args, **options):
+        if dist.get_rank() == 1 and model.training:
+            time.sleep(0.1)
+        return original(batch, model, *args, **options)
+
+    patch.setattr(loop.Batch, "losses", slow)
+    try:
+        folder = run(config)
+    finally:
+        patch.close()
+    if dist.get_rank() == 0:
+        found, _ = records(folder)
+        rounds = 8 // (2 * config.train.micro_batch)
+        for r in (found[t] for t in (6, 12)):
+            assert r["slowest_rank"] == 1
+            assert r["slowest_host"]
+            assert r["work_s_min"] < r["work_s_median"] < r["work_s_max"]
+            assert r["work_s_max"] > 0.1 * rounds
+            assert r["work_s_max"] - r["work_s_min"] > 0.05 * rounds
+            assert r["peers_wait_s"] > 0.03 * rounds  # the median of two: half of what the other waits

@@ -1,0 +1,232 @@
+"""Spikes: what is one, against plain Python; what is done about one in whole runs."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from helpers import Crash, at_step, crash, metrics, send
+
+from anon_dist.data import BatchLoader
+from anon_dist.train import loop, spikes
+from anon_dist.train.errors import RunError
+from anon_dist.train.spikes import SpikeDetector
+
+
+def plainly(series, sigma=6.0, span=128, warm=64):
+    """Which of (loss, norm) are spikes: by lists of the values that were none."""
+    kept, found = [], []
+    for values in series:
+        out = not all(map(math.isfinite, values))
+        if not out and len(kept) >= warm:
+            for i, value in enumerate(values):
+                before = [v[i] for v in kept[-span:]]
+                out |= value > statistics.fmean(before) + sigma * statistics.stdev(before)
+        found.append(out)
+        if not out:
+            kept.append(values)
+    return found
+
+
+def series(steps=420, seed=1):
+    """A falling loss with noise, and spikes, one after the other, small and great, and what is not finite."""
+    draw = np.random.default_rng(seed)
+    loss = 3.0 + 5.0 * np.exp(-np.arange(steps) / 60) + 0.05 * draw.standard_normal(steps)
+    norm = 1.0 + 0.1 * draw.standard_normal(steps) ** 2
+    for at in (20, 90, 91, 200, 330):
+        loss[at] += 30.0
+    for at in (150, 333):
+        norm[at] = 40.0
+    loss[250], norm[260], norm[30] = math.nan, math.inf, math.nan
+    return [(float(a), float(b)) for a, b in zip(loss, norm, strict=True)]
+
+
+def judged(detector, values):
+    """The answers, and what the host reads."""
+    found = []
+    for loss, norm in values:
+        detector.begin(torch.tensor(loss, dtype=torch.float64), 1)
+        vetoed = bool(detector.veto(torch.tensor(norm, dtype=torch.float64)))
+        found.append((vetoed, detector.read().spike))
+    return found
+
+
+@pytest.mark.parametrize("action", ["record", "skip"])
+def test_what_is_a_spike(action):
+    """By plain Python in float64; and the same when it is saved as JSON and loaded in between, in another detector."""
+    values = series()
+    expected = plainly(values)
+    out = {at for at, spike in enumerate(expected) if spike}
+    assert out >= {30, 90, 91, 150, 200, 250, 260, 330, 333}
+    assert 20 not in out  # before the window is warm
+    found = judged(SpikeDetector(torch.device("cpu"), 6.0, action), values)
+    assert [spike for _, spike in found] == expected
+    assert [vetoed for vetoed, _ in found] == [action == "skip" and out for out in expected]
+    for at in (0, 40, 91, 300):
+        first, second = (SpikeDetector(torch.device("cpu"), 6.0, action) for _ in range(2))
+        judged(first, values[:at])
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert judged(second, values[at:]) == found[at:]
+
+
+def test_a_new_level_is_no_spike_for_ever():
+    """Where the steps are taken; what would be skipped ends the run by `train.max_skipped`."""
+    values = [(3.0 + 0.01 * (i % 7), 1.0) for i in range(100)] + [(5.0 + 0.01 * (i % 7), 1.0) for i in range(100)]
+    found = [spike for _, spike in judged(SpikeDetector(torch.device("cpu"), 6.0, "record"), values)]
+    assert found == [False] * 100 + [True] * spikes.LEVEL + [False] * (100 - spikes.LEVEL)
+    found = [spike for _, spike in judged(SpikeDetector(torch.device("cpu"), 6.0, "skip"), values)]
+    assert found == [False] * 100 + [True] * 100
+
+
+def test_a_loss_scale_may_overflow():
+    """fp16: a step that is not finite is no spike."""
+    found = judged(SpikeDetector(torch.device("cpu"), 6.0, "rewind", scaled=True), [(3.0, math.nan)] * 3)
+    assert found == [(False, False)] * 3
+
+
+def test_an_update_that_doubles():
+    detector = SpikeDetector(torch.device("cpu"), 6.0, "record")
+    assert [detector.update_doubled(x) for x in [1.0] * 8 + [1.9, 2.1, 5.0, 1.0]] == [None] * 9 + [1.0, 1.0, None]
+
+
+def test_a_state_that_is_none():
+    for state in ({"window": [[0.0]], "count": 1, "row": 0, "updates": [], "found": 0}, {"count": 1}, {"window": 3}):
+        with pytest.raises(ValueError, match="spikes' detector"):
+            SpikeDetector(torch.device("cpu"), 6.0, "skip").load_state_dict(state)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """A function: the loss of these steps, by the samples read before, is so many times greater. Judged from the 8th step on."""
+    monkeypatch.setattr(spikes, "WARM", 8)
+    losses, take_step, now, poisoned = loop.Batch.losses, loop.take_step, [0], []
+
+    def greater(batch, model, *args, **options):
+        found = losses(batch, model, *args, **options)
+        return found * 30.0 if model.training and now[0] in poisoned else found
+
+    def told(run, *rest):
+        now[0] = run.loader.cursor // 8 + 1
+        return take_step(run, *rest)
+
+    monkeypatch.setattr(loop.Batch, "losses", greater)
+    monkeypatch.setattr(loop, "take_step", told)
+    return poisoned.extend
+
+
+def by_step(folder):
+    return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r}
+
+
+OPTIONS = {"train__steps": 22, "train__spike_sigma": 30.0, "eval__every": 0, "optim__refresh_ratio": 1.1}
+
+
+@pytest.mark.parametrize("optimizer", ["anon", "adamw"])
+def test_a_spike_is_skipped_and_the_run_resumes_with_what_it_knew(
+    optimizer, run_config, train, tmp_path, monkeypatch, poison
+):
+    """The step is none; decisions are those of plain Python on the records; a run that crashed comes to the same bits."""
+    poison([15, 19])
+    options = {**OPTIONS, "train__on_spike": "skip", "optim__name": optimizer}
+    whole = train(run_config(**options))
+    records = by_step(whole)
+    expected = plainly([(records[t]["loss"], records[t]["grad_norm"]) for t in sorted(records)], 30.0, warm=8)
+    assert [t for t in records if expected[t - 1]] == [15, 19]
+    assert [t for t, r in records.items() if r.get("skipped")] == [15, 19]
+    assert [records[t].get("spikes", 0) for t in (14, 15, 18, 19, 22)] == [0, 1, 1, 2, 2]
+    if optimizer == "anon":
+        assert records[15]["update_rms"] == records[14]["update_rms"]  # nothing has changed
+    config = run_config(**options, run_dir=str(tmp_path / "crashed"))
+    with monkeypatch.context() as once, pytest.raises(Crash):
+        at_step(once, 18, crash)
+        train(config)
+    assert metrics(train(config)) == metrics(whole)
+
+
+def test_a_spike_that_is_recorded_is_taken(run_config, train, poison, caplog):
+    poison([15])
+    records = by_step(train(run_config(**OPTIONS)))
+    assert "skipped" not in records[15]
+    assert records[15]["spikes"] == records[22]["spikes"] == 1
+    assert records[15]["update_rms"] != records[14]["update_rms"]
+    assert "step 15 is a spike, and was taken: the loss is" in caplog.text
+    assert "σ above" in caplog.text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeypatch, poison, caplog):
+    """To the last checkpoint, and past the samples: the steps that follow are those of a run whose cursor was moved there by hand."""
+    if late:  # as on a GPU, a step later
+        for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
+            monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
+    poison([15])
+    options = {**OPTIONS, "train__on_spike": "rewind"}
+    folder = train(run_config(**options))
+    passed = 8 * (4 if late else 3)  # steps 13 to 15, or 16
+    (told,) = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "rewound_from" in r]
+    assert (told["step"], told["rewinds"], told["samples_passed_over"]) == (12, 1, passed)
+    assert told["rewound_from"] == 15 + late
+    assert told["spike_loss"] > 30
+    records = by_step(folder)
+    assert list(records) == list(range(1, 23))
+    assert records[22]["samples"] == 22 * 8 + passed
+    assert f"Gone back to step 12, and past the {passed} samples since (time 1 of 3)" in caplog.text
+
+    monkeypatch.undo()
+    original = BatchLoader.advance
+
+    def jump(loader):
+        if original(loader) == 12 * 8:
+            loader.pass_over(12 * 8 + passed)
+        return loader.cursor
+
+    monkeypatch.setattr(BatchLoader, "advance", jump)
+    by_hand = by_step(train(run_config(**OPTIONS, run_dir=str(tmp_path / "by-hand"))))
+    for key in ("loss", "grad_norm", "update_rms", "lr", "refreshes"):
+        assert [records[t][key] for t in range(13, 23)] == [by_hand[t][key] for t in range(13, 23)], key
+
+
+def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path, monkeypatch, poison, caplog):
+    options = {**OPTIONS, "train__on_spike": "rewind", "checkpoint__every": 12}
+    poison([15])
+    whole = train(run_config(**options))
+    config, calls = run_config(**options, run_dir=str(tmp_path / "crashed")), []
+    with monkeypatch.context() as once, pytest.raises(Crash):
+        at_step(once, 14, lambda: (calls.append(1), len(calls) == 2 and crash()))  # when it has gone back
+        train(config)
+    resumed = train(config)
+    assert "The samples up to 120 are passed over, as before: there was a spike in step 15." in caplog.text
+    a, b = by_step(whole), by_step(resumed)
+    assert [(r["loss"], r["samples"], r.get("rewinds")) for r in a.values()] == [
+        (r["loss"], r["samples"], r.get("rewinds")) for r in b.values()
+    ]
+
+    poison(range(15, 40))
+    with pytest.raises(RunError, match=r"the run has gone back 2 times already \(train.max_rewinds\)"):
+        train(run_config(**options, run_dir=str(tmp_path / "end"), train__max_rewinds=2))
+
+
+def test_a_spike_before_the_first_checkpoint_is_skipped(run_config, train, poison, caplog):
+    poison([10])
+    options = {**OPTIONS, "train__on_spike": "rewind", "checkpoint__every": 11, "train__steps": 12}
+    records = by_step(train(run_config(**options)))
+    assert "there is no checkpoint yet to go back to" in caplog.text
+    assert [t for t, r in records.items() if r.get("skipped")] == [10]
+    assert records[12]["samples"] == 12 * 8
+
+
+def test_a_signal_in_a_step_that_is_gone_back_from_still_stops_the_run(
+    run_config, train, monkeypatch, poison, tmp_path
+):
+    import signal
+
+    poison([15])
+    at_step(monkeypatch, 15, send(signal.SIGTERM))
+    folder = train(run_config(**OPTIONS, train__on_spike="rewind"))
+    assert max(by_step(folder)) < 15
+    assert not (folder / "result.json").exists()
