@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +26,10 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import randomness, records
+from anon_dist.train import records
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
-from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
 from anon_dist.train.errors import HarnessError, RunError
 from anon_dist.train.evaluate import Evaluation, evaluate
@@ -44,6 +43,7 @@ from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.saving import Saver, progress_of
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.tasks import score_tasks
 from anon_dist.train.trainable import uses_tf32
@@ -91,8 +91,9 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
     timeout = timedelta(minutes=config.train.timeout_minutes)
     with StopSignal(timeout) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
-        with contextlib.closing(profiler), profiler.watching_memory():
-            stopped = _steps(run, stop, write, console, profiler)
+        saver = Saver(run, stop, partial(_before_saving, run))
+        with contextlib.closing(profiler), profiler.watching_memory(), saver:
+            stopped = _steps(run, stop, write, console, profiler, saver)
     if console:
         console.close()
         if stopped:
@@ -126,7 +127,12 @@ def _introduce(run: Run, console: Console) -> None:
 
 
 def _steps(
-    run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None, profiler: Profiler
+    run: Run,
+    stop: StopSignal,
+    write: Callable[[Record], None],
+    console: Console | None,
+    profiler: Profiler,
+    saver: Saver,
 ) -> str | None:
     """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
@@ -142,7 +148,7 @@ def _steps(
         done = take_step(run, batches, watch)
         profiler.after(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
-            write(record_of(run, done, run.step - logged, watch.read()))
+            write(record_of(run, done, run.step - logged, watch.read()) | saver.finished())
             watch.lap("logging")
             logged = run.step
         if run.val_shards is not None and _is_due(run, config.eval.every):
@@ -150,18 +156,23 @@ def _steps(
             write({"step": run.step, **_validate(run, config.eval.sequences).record("val")})
             watch.skip()
         if run.tasks is not None and _is_due(run, config.eval.tasks_every):
-            write(_score(run, stop))
+            write(_score(run, saver))
             watch.skip()
-        saved = _is_due(run, config.checkpoint.every)
+        saved = _is_due(run, config.checkpoint.every) or run.checkpoints.stays(run.step)
         if saved:
-            _save(run, stop)
+            saver.save()
             watch.skip()
         if console:
             console.step()
-        if stop.requested() and run.step < steps:
+        ending = stop.requested(saver.failed)
+        if stop.unsaved:
+            saved |= saver.recover()
+        if ending and run.step < steps:
             if not saved:
-                _save(run, stop)
+                saver.save()
+            saver.recover()
             return stop.reason
+    saver.recover()
     return None
 
 
@@ -264,7 +275,7 @@ def _validate(run: Run, sequences: int) -> Evaluation:
     )
 
 
-def _score(run: Run, stop: StopSignal) -> Record:
+def _score(run: Run, saver: Saver) -> Record:
     """Of the tasks; if one fails, the run ends with a checkpoint."""
     assert run.tasks is not None
     _compare_replicas(run)
@@ -272,13 +283,19 @@ def _score(run: Run, stop: StopSignal) -> Record:
     try:
         found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
     except HarnessError as error:
-        _save(run, stop)
+        saver.save()
+        saver.recover()
         again = f"the checkpoint of step {run.step} is written; the same command goes on with other tasks, or none"
         raise RunError(f"eval.tasks: {error}; {again}") from error
     return {"step": run.step, **found}
 
 
-# -- saving and finishing ---------------------------------------------------------------------------------------------
+# -- finishing --------------------------------------------------------------------------------------------------------
+
+
+def _before_saving(run: Run) -> None:
+    learn(run)
+    _compare_replicas(run)
 
 
 def _compare_replicas(run: Run) -> None:
@@ -300,40 +317,6 @@ def _compare_replicas(run: Run) -> None:
             "happens again, without that rank's machine"
         ) from None
     run.compared = run.step
-
-
-def _save(run: Run, stop: StopSignal) -> None:
-    learn(run)
-    _compare_replicas(run)
-    failed = stop.failure
-    try:
-        if run.lock is not None:
-            run.lock.confirm()
-    except (RunError, OSError) as error:
-        failed = failed or error
-    if what := failures(failed):
-        raise RunError(what) from failed
-    with run.checkpoints.writing(run.step, _progress(run)) as folder:
-        run.engine.save(folder)
-        randomness.save(folder, run.accelerator.process_index)
-
-
-def _progress(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
-    return {
-        "format": 1,
-        "step": run.step,
-        "skipped": run.skipped,
-        "data": run.loader.state_dict(),
-        "world_size": run.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "optimizer": type(run.engine.optimizer).__name__,
-        "engine": run.engine.name,
-        "model": run.model_config.to_dict(),
-        "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
-        "config": recorded(run.config),
-        "versions": versions(),
-    }
 
 
 def _finish(run: Run) -> None:
@@ -359,7 +342,7 @@ def _finish(run: Run) -> None:
 def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
-    card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
+    card = model_card(run.folder.name, run.model_config.to_dict(), progress_of(run), record)
     export_model(run.folder / "model", weights, run.model_config, Path(config.data.path) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:

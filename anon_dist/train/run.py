@@ -171,6 +171,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if shared is None:  # only models that are known to be causal share sequences
         check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)
+    kept = config.checkpoint
 
     run = Run(
         config=config,
@@ -182,7 +183,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         engine=engine,
         model_config=built.config,
         loader=open_loader(config, train_shards, folder, reader, readers, rounds),
-        checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        checkpoints=Checkpoints(folder / "checkpoints", kept.keep, kept.keep_every, kept.keep_steps),
         context=shared,
         reader=reader,
         readers=readers,

@@ -1,0 +1,183 @@
+"""Checkpoints of a run: captured between two steps, written in the background, and what is done about one that could not be written."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anon_dist.agreement import Group, failures, is_first
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.linking import Links
+from anon_dist.engines import peers
+from anon_dist.train import randomness
+from anon_dist.train.changes import recorded, versions
+from anon_dist.train.errors import RunError
+from anon_dist.train.metrics import Record
+from anon_dist.train.run import Run
+from anon_dist.train.signals import StopSignal
+
+log = logging.getLogger(__name__)
+
+LEAVING_SECONDS = 10.0
+"""How long a rank that ends by an error waits for its save, where other ranks have a part in it: they may be gone."""
+
+
+class Saver:
+    """Writes a run's checkpoints. Every rank makes one, and calls the same methods after the same steps.
+
+    A save captures weights, optimizer, place in the data and random state of one step. Then a thread of each rank writes, and the ranks
+    agree, through a process group of their own, that all is written and checksummed, before the checkpoint gets its name. One is written
+    at a time: the next save waits for it, and so does the end of the block, however it ends.
+
+    Args:
+        prepare: done at the start of each save; it raises on all ranks, or on none.
+    """
+
+    def __init__(self, run: Run, stop: StopSignal, prepare: Callable[[], None]) -> None:
+        self._run, self._stop, self._prepare = run, stop, prepare
+        self._background = run.config.checkpoint.async_save
+        self._links = Links(run.config.checkpoint.keep)
+        self._group: Group = None
+        self._job: _Job | None = None
+        if self._background and dist.is_initialized():
+            with peers.connecting():
+                timeout = timedelta(minutes=run.config.train.timeout_minutes)
+                self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._job is None or isinstance(error, KeyboardInterrupt):
+            return
+        self._job.join(None if self._group is None else LEAVING_SECONDS)
+        if self._job.error is not None:
+            log.error("%s", self._job.error)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's thread has ended by an error, of which the run does not know yet."""
+        return self._job is not None and not self._job.is_alive() and self._job.error is not None
+
+    def save(self) -> None:
+        """Checkpoint the present step. Returns when it is captured, if there is no save before that is still being written.
+
+        Raises:
+            RunError: the run's folder is another's now, or a rank cannot go on.
+            CheckpointError: it could not be written; the one before neither.
+        """
+        self._prepare()
+        failed = self._stop.failure
+        try:
+            if self._run.lock is not None:
+                self._run.lock.confirm()
+        except (RunError, OSError) as error:
+            failed = failed or error
+        if what := failures(failed):
+            raise RunError(what) from failed
+        if not self.recover():
+            self._save(self._background)
+
+    def recover(self) -> bool:
+        """Wait for the save in the background. If it failed, say so, and write the present step in its place, without going on meanwhile.
+
+        Returns:
+            Whether it failed, and the present step is saved.
+
+        Raises:
+            CheckpointError: that could not be written either.
+        """
+        if self._job is None:
+            return False
+        job, self._job = self._job, None
+        job.join()
+        if not (what := failures(job.error)):
+            return False
+        if is_first():
+            log.error("%s. Step %d is being written in its place", what, self._run.step)
+        self._prepare()
+        try:
+            self._save(background=False)
+        except CheckpointError as error:
+            raise CheckpointError(f"{what} (nor could step {self._run.step} in its place)") from error
+        return True
+
+    def finished(self) -> Record:
+        """Once after each save: how long the run stood still for it, and the rest took, in seconds; this rank's bytes. Else {}."""
+        if self._job is None or self._job.is_alive() or self._job.error is not None:
+            return {}
+        record, self._job.record = self._job.record, {}
+        return record
+
+    def _save(self, background: bool) -> None:
+        run, begun = self._run, time.perf_counter()
+        progress = progress_of(run)
+        write = run.engine.capture(copied=background)
+        write_random = randomness.capture(run.accelerator.process_index)
+        step, group = run.step, self._group if background else None
+
+        def write_all() -> None:
+            with run.checkpoints.writing(step, progress, group) as folder:
+                write(folder, group, self._links)
+                write_random(folder)
+            self._links.published(run.checkpoints.folder / folder.name)
+
+        if background:
+            self._job = _Job(write_all, time.perf_counter() - begun, self._links)
+            self._job.start()
+        else:
+            write_all()
+
+
+class _Job(threading.Thread):
+    """A save that is being written."""
+
+    def __init__(self, action: Callable[[], None], blocked: float, links: Links) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._action, self._blocked, self._links = action, blocked, links
+        self.error: Exception | None = None
+        self.record: Record = {}
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        begun = time.perf_counter()
+        try:
+            self._action()
+        except Exception as error:
+            self.error = error
+            return
+        self.record = {
+            "save_blocked_s": self._blocked,
+            "save_s": time.perf_counter() - begun,
+            "save_written_bytes": self._links.written,
+            "save_linked_bytes": self._links.linked,
+        }
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        "format": 1,
+        "step": run.step,
+        "skipped": run.skipped,
+        "data": run.loader.state_dict(),
+        "world_size": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "optimizer": type(run.engine.optimizer).__name__,
+        "engine": run.engine.name,
+        "model": run.model_config.to_dict(),
+        "tokenizer": str(Path(run.config.data.path) / "tokenizer"),
+        "config": recorded(run.config),
+        "versions": versions(),
+    }
