@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
+PATIENCE_SECONDS = 1.0
+"""Between two words of the first rank to others that wait for it."""
 NAMED = 4
 """Of more ranks that failed than this, the rest is counted."""
 
@@ -101,6 +104,27 @@ def first_does(action: Callable[[], Any]) -> tuple[Any, str]:
             outcome = (None, describe(error))
     agreed: tuple[Any, str] = agree(outcome)
     return agreed
+
+
+def first_does_slowly(action: Callable[[], Any]) -> tuple[Any, str]:
+    """`first_does` something that may take longer than ranks wait for each other; it may raise any error."""
+    box: list[tuple[Any, str]] = []
+
+    def act() -> None:
+        try:
+            box.append((action(), ""))
+        except Exception as error:
+            box.append((None, describe(error)))
+
+    thread = threading.Thread(target=act, daemon=True)
+    if is_first():
+        thread.start()
+    while True:
+        if is_first():
+            thread.join(PATIENCE_SECONDS)
+        outcome = agree(box[0] if box else None)
+        if outcome is not None:
+            return outcome[0], outcome[1]
 
 
 def describe(error: BaseException) -> str:

@@ -39,12 +39,14 @@ class Checkpoints:
 
     Attributes:
         removable: whether nothing else wants a checkpoint that need not stay; asked before it is removed.
+        settle: waits for a checkpoint that is being written in the background.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         self.folder = folder
         self.keep, self._keep_every, self._keep_steps = keep, keep_every, frozenset(keep_steps)
         self.removable: Callable[[Path], bool] = lambda checkpoint: True
+        self.settle: Callable[[], object] = lambda: None
         self._changing = threading.Lock()
 
     def stays(self, step: int) -> bool:
@@ -66,6 +68,11 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The one to resume from."""
         return next(reversed(self.complete()), None)
+
+    def last(self) -> Path | None:
+        """The same, once what is being written has its place: to be named when a run ends."""
+        self.settle()
+        return self.latest()
 
     def clean(self) -> None:
         """Finish or remove what interrupted writing or deleting left behind. For one process, while no other writes."""
@@ -97,7 +104,7 @@ class Checkpoints:
         Raises:
             CheckpointError: a rank could not write its part; on every rank. Nothing of it is left, and the earlier ones are there.
         """
-        temporary = self.folder / UNFINISHED / f"step-{step:08d}"
+        temporary = self.folder / UNFINISHED / name_of(step)
         self._agreed(temporary, _first(lambda: self._make_anew(temporary)), group)
         failed = None
         try:
@@ -198,6 +205,11 @@ def step_of(checkpoint: Path) -> int:
     """The step that the name of a checkpoint says."""
     match = _NAME.match(checkpoint.name)
     return int(match[1]) if match else -1
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
+from anon_dist.train.remote import checkpoints_of, finish_uploads, uploads_of
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.saving import Saver, progress_of
@@ -75,6 +76,7 @@ def train(config: Config) -> Path:
                 f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
             )
             report(folder, config)
+        finish_uploads(config, uploads_of(config, checkpoints_of(folder, config.checkpoint)))
         return folder
     with held(folder) as lock:
         _train(config, accelerator, name, folder, lock)
@@ -94,6 +96,8 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
         saver = Saver(run, stop, partial(_before_saving, run))
         with contextlib.closing(profiler), profiler.watching_memory(), saver:
             stopped = _steps(run, stop, write, console, profiler, saver)
+            if stopped:
+                saver.finish()
     if console:
         console.close()
         if stopped:
@@ -103,6 +107,7 @@ def _train(config: Config, accelerator: Accelerator, name: Name, folder: Path, l
                 end_interrupted_launcher()
     if not stopped:
         _finish(run)
+        saver.finish()
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -246,7 +251,7 @@ def learn(run: Run) -> None:
         log.warning("step %d skipped: the gradient norm is %s", run.step, norm)
     if run.skipped > run.config.train.max_skipped:
         raise FloatingPointError(
-            f"{run.skipped} steps in a row had a non-finite gradient; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
+            f"{run.skipped} steps in a row had a non-finite gradient; the last checkpoint is {run.checkpoints.last()}. Lower optim.lr, "
             "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
         )
 
@@ -309,7 +314,7 @@ def _compare_replicas(run: Run) -> None:
     try:
         check_replicas(run.engine.copies(), run.accelerator.device)
     except ReplicasDifferError as error:
-        last = run.checkpoints.latest()
+        last = run.checkpoints.last()
         remedy = f"Resume from {last}" if last else "Start again"
         raise EngineError(
             f"replicas have drifted apart by step {run.step}: {error}. A step has gone wrong on one of these ranks (memory, device, or "

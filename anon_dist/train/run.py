@@ -43,6 +43,7 @@ from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.remote import checkpoints_of, fetch_again, fetch_newest, set_later_aside
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import open_loader
 from anon_dist.train.spectrum import load_spectra
@@ -149,8 +150,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if config.model.attention == "flex_attention" and accelerator.device.type == "cpu":
         raise ConfigError("model.attention = flex_attention has no backward pass on CPUs; set it to sdpa")
     index, train_shards, val_shards = _open_data(config, accelerator)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = local / accelerator.num_processes if name == "fsdp2" else 1.0
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / accelerator.num_processes if name == "fsdp2" else 1.0
     planned = trainable(config, index, share)
     built = planned.model
     shared = shared_sequences(config, accelerator, built, sharing)
@@ -171,7 +171,6 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
     if shared is None:  # only models that are known to be causal share sequences
         check_causal(config, engine.model, accelerator.device)
     randomness.seed(config.train.seed, reader, 0)
-    kept = config.checkpoint
 
     run = Run(
         config=config,
@@ -183,7 +182,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         engine=engine,
         model_config=built.config,
         loader=open_loader(config, train_shards, folder, reader, readers, rounds),
-        checkpoints=Checkpoints(folder / "checkpoints", kept.keep, kept.keep_every, kept.keep_steps),
+        checkpoints=checkpoints_of(folder, config.checkpoint),
         context=shared,
         reader=reader,
         readers=readers,
@@ -195,6 +194,7 @@ def set_up(config: Config, accelerator: Accelerator, name: Name, folder: Path) -
         tasks=tasks,
     )
     _in_folder(folder, run.checkpoints.clean)
+    fetch_newest(config, run.checkpoints)
     _resume(run, wanted)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
@@ -279,9 +279,11 @@ def _resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) 
         try:
             _load(run, source, wanted)
         except DamagedCheckpoint as error:
-            damaged.append((source, error))
             _forget(run, stateless, groups)
-            continue
+            if not fetch_again(run.config, run.checkpoints, source, error):
+                damaged.append((source, error))
+                continue
+            _load(run, source, wanted)
         _in_folder(run.folder, lambda source=source: _set_damaged_aside(run, damaged, source))  # type: ignore[misc]
         return
     if damaged:
@@ -333,6 +335,7 @@ def _set_later_aside(run: Run, later: list[Path], source: Path) -> None:
         kept = unused(records.with_name(records.name + ".aside"))
         shutil.copy(records, kept)
         moved.append(kept.name)
+    set_later_aside(run.config, run.step)
     moved += [run.checkpoints.set_aside(checkpoint, "aside").name for checkpoint in reversed(later)]
     _warn(
         f"going back to {source}: what came after is set aside as {', '.join(moved)}; metrics.jsonl ends at step {run.step}"
@@ -394,5 +397,4 @@ def _agreed_progress(source: Path) -> dict[str, Any]:
     outcome = agree(outcome)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    progress: dict[str, Any] = outcome
-    return progress
+    return dict(outcome)

@@ -22,6 +22,7 @@ from anon_dist.train import randomness
 from anon_dist.train.changes import recorded, versions
 from anon_dist.train.errors import RunError
 from anon_dist.train.metrics import Record
+from anon_dist.train.remote import finish_uploads, uploads_of
 from anon_dist.train.run import Run
 from anon_dist.train.signals import StopSignal
 
@@ -48,6 +49,9 @@ class Saver:
         self._links = Links(run.config.checkpoint.keep)
         self._group: Group = None
         self._job: _Job | None = None
+        self._record: Record = {}
+        run.checkpoints.settle = self._wait_a_while
+        self._uploads = uploads_of(run.config, run.checkpoints)
         if self._background and dist.is_initialized():
             with peers.connecting():
                 timeout = timedelta(minutes=run.config.train.timeout_minutes)
@@ -59,11 +63,14 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._job is None or isinstance(error, KeyboardInterrupt):
-            return
-        self._job.join(None if self._group is None else LEAVING_SECONDS)
-        if self._job.error is not None:
-            log.error("%s", self._job.error)
+        if self._job is not None and not isinstance(error, KeyboardInterrupt):
+            self._wait_a_while()
+            if self._job.error is not None:
+                log.error("%s", self._job.error)
+
+    def _wait_a_while(self) -> None:
+        if self._job is not None:
+            self._job.join(None if self._group is None else LEAVING_SECONDS)
 
     @property
     def failed(self) -> bool:
@@ -77,6 +84,12 @@ class Saver:
             RunError: the run's folder is another's now, or a rank cannot go on.
             CheckpointError: it could not be written; the one before neither.
         """
+        if not self.recover():
+            self._check()
+            self._save(self._background)
+
+    def _check(self) -> None:
+        """Whether the run may go on, and its folder is still its own; on every rank."""
         self._prepare()
         failed = self._stop.failure
         try:
@@ -86,8 +99,6 @@ class Saver:
             failed = failed or error
         if what := failures(failed):
             raise RunError(what) from failed
-        if not self.recover():
-            self._save(self._background)
 
     def recover(self) -> bool:
         """Wait for the save in the background. If it failed, say so, and write the present step in its place, without going on meanwhile.
@@ -102,22 +113,31 @@ class Saver:
             return False
         job, self._job = self._job, None
         job.join()
+        self._record |= job.record
         if not (what := failures(job.error)):
             return False
         if is_first():
             log.error("%s. Step %d is being written in its place", what, self._run.step)
-        self._prepare()
+        self._check()
         try:
             self._save(background=False)
         except CheckpointError as error:
             raise CheckpointError(f"{what} (nor could step {self._run.step} in its place)") from error
         return True
 
+    def finish(self) -> None:
+        """Wait until what is written is at `checkpoint.remote` too, if there is one.
+
+        Raises:
+            RunError: it could not be copied; it stays here. On every rank.
+        """
+        finish_uploads(self._run.config, self._uploads)
+
     def finished(self) -> Record:
         """Once after each save: how long the run stood still for it, and the rest took, in seconds; this rank's bytes. Else {}."""
-        if self._job is None or self._job.is_alive() or self._job.error is not None:
-            return {}
-        record, self._job.record = self._job.record, {}
+        if self._job is not None and not self._job.is_alive():
+            self._record, self._job.record = self._record | self._job.record, {}
+        record, self._record = self._record, {}
         return record
 
     def _save(self, background: bool) -> None:
@@ -132,6 +152,8 @@ class Saver:
                 write(folder, group, self._links)
                 write_random(folder)
             self._links.published(run.checkpoints.folder / folder.name)
+            if self._uploads is not None:
+                self._uploads.look()
 
         if background:
             self._job = _Job(write_all, time.perf_counter() - begun, self._links)
