@@ -191,6 +191,7 @@ class Checkpoints:
         """Delete a checkpoint; interrupted, it is not there under its name any more."""
         try:
             doomed = self.folder / UNFINISHED / (checkpoint.name + _DELETING)
+            doomed.parent.mkdir(exist_ok=True)
             _delete(doomed)
             _delete(checkpoint.rename(doomed))
         except OSError as error:
