@@ -151,6 +151,8 @@ class Saver:
             with run.checkpoints.writing(step, progress, group) as folder:
                 write(folder, group, self._links)
                 write_random(folder)
+                if run.lock is not None:  # it may have been long
+                    run.lock.confirm()
             self._links.published(run.checkpoints.folder / folder.name)
             if self._uploads is not None:
                 self._uploads.look()

@@ -79,8 +79,9 @@ def test_what_does_not_change_is_shared_with_the_last_but_one(run_config, train,
         step: {n for n, s in files(at[step]).items() if s.st_ino == files(at[step - 2])[n].st_ino}
         for step in range(3, 15)
     }
-    assert shared[12] == {"__0_1.distcp", "__0_2.distcp"}  # exp_avg_sq, precond
-    assert shared[6] == shared[4] == shared[3] == set()
+    # exp_avg_sq is 0 but at steps 3, 7 and 15, and precond changes at 2, 4 and 8.
+    assert shared[6] == shared[10] == shared[12] == {"__0_1.distcp", "__0_2.distcp"}
+    assert (shared[3], shared[8], shared[9]) == (set(), {"__0_1.distcp"}, set())
     for step in range(2, 15):  # nothing that befalls one of the last two befalls the other
         assert not {s.st_ino for s in files(at[step]).values()} & {s.st_ino for s in files(at[step - 1]).values()}
     records = {r["step"]: r for r in map(dict, read(folder.parent)) if "save_linked_bytes" in r}
@@ -154,8 +155,9 @@ def test_a_file_that_is_not_what_it_was_is_written_again(how, tmp_path, monkeypa
     found = {k: torch.zeros_like(v) for k, v in tree.items()}
     dcp.load(found, checkpoint_id=tmp_path / "step-00000003")
     assert all(torch.equal(found[k], tree[k]) for k in tree)
-    write(4, state(4))
-    assert links.linked > 4000  # of the second
+    if how != "no links":
+        write(4, state(4))
+        assert links.linked > 4000  # of the second
 
 
 def test_memory_stays_over_twenty_saves(tmp_path):
@@ -203,7 +205,7 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
     with monkeypatch.context() as patch:
         failing(patch, 1)
         folder = train(run_config(checkpoint__every=7))
-    assert "step-00000007 could not be written: [Errno 28] No space left on device" in caplog.text
+    assert "step-00000007 could not be written: rank 0: [Errno 28] No space left on device" in caplog.text
     written = [int(n) for n in re.findall(r"Step (\d+) is being written in its place", caplog.text)]
     assert len(written) == 1
     assert written[0] in (8, 9, 10)
@@ -273,7 +275,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(run_config, train, 
         at_step(patch, 14, crash)
         train(config)
     folder, store = tmp_path / "run", fsspec.filesystem("memory")
-    wait(lambda: steps(folder) == [12])
+    wait(lambda: store.exists(f"{tmp_path}/step-00000012/trainer.json"))
     assert [p.rpartition("/")[2] for p in store.ls(str(tmp_path), detail=False)] == [
         f"step-{s:08d}" for s in (4, 8, 12)
     ]
@@ -324,7 +326,7 @@ def test_a_run_does_not_end_well_before_all_is_there(run_config, train, tmp_path
         monkeypatch.context() as patch,
         pytest.raises(RunError, match=r"Away: gone .*stays where it is; the same command tries again"),
     ):
-        patch.setattr(store, "put_file", lambda *a, **k: (_ for _ in ()).throw(Away("gone")))
+        patch.setattr(type(store), "put_file", lambda *a, **k: (_ for _ in ()).throw(Away("gone")))
         train(config)
     assert steps(tmp_path / "run") == [4, 5]
     assert (tmp_path / "run" / "result.json").exists()
