@@ -67,7 +67,12 @@ def set_later_aside(config: Config, step: int) -> None:
 
 
 def uploads_of(config: Config, checkpoints: Checkpoints) -> Uploads | None:
-    """What copies a run's checkpoints to the address, on the first rank, if there is one; at work on what is not there yet."""
+    """What copies a run's checkpoints to the address, on the first rank, if there is one; at work on what is not there yet.
+
+    Raises:
+        RunError: the address is none, or does not answer; on every rank. Every rank must call it.
+    """
+    _first(config, Remote.steps)
     if config.checkpoint.remote is None or not is_first():
         return None
     uploads = Uploads(Remote(config.checkpoint.remote), checkpoints)
