@@ -54,7 +54,7 @@ def save_state(folder: Path, state: dict[str, Any], group: Group = None, links: 
     """
     _say_nothing_of_single_processes()
     try:
-        save(state, storage_writer=LinkingWriter(folder, links or Links(1)), process_group=group)
+        save(state, storage_writer=LinkingWriter(folder, links or Links()), process_group=group)
     except CheckpointException as error:  # which is no Exception
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"rank {rank}: {describe(reason)}") from error

@@ -55,15 +55,15 @@ class Links:
     """What this rank wrote into the last two checkpoints of a run, for the next one to share.
 
     Args:
-        keep: how many checkpoints stay. Where one stays alone, the next may share its files: it goes when that is complete.
+        back: 2: the next shares files with the last but one. 1: with the last, which is to go when that is complete.
 
     Attributes:
         written: bytes that this rank wrote into data files of the last checkpoint.
         linked: bytes that it linked instead.
     """
 
-    def __init__(self, keep: int) -> None:
-        self._back = 1 if keep == 1 else 2
+    def __init__(self, back: int = 2) -> None:
+        self._back = back
         self._published: list[_Folder] = []
         self._writing: dict[str, _File] = {}
         self.written = self.linked = 0

@@ -46,7 +46,8 @@ class Saver:
     def __init__(self, run: Run, stop: StopSignal, prepare: Callable[[], None]) -> None:
         self._run, self._stop, self._prepare = run, stop, prepare
         self._background = run.config.checkpoint.async_save
-        self._links = Links(run.config.checkpoint.keep)
+        kept = run.config.checkpoint
+        self._links = Links(1 if kept.keep == 1 and not kept.keep_every and not kept.keep_steps else 2)
         self._group: Group = None
         self._job: _Job | None = None
         self._record: Record = {}
@@ -65,7 +66,11 @@ class Saver:
     ) -> None:
         if self._job is not None and not isinstance(error, KeyboardInterrupt):
             self._wait_a_while()
-            if self._job.error is not None:
+            if self._job.is_alive():
+                log.error(
+                    "what was being written is no checkpoint: other ranks did not answer within %.0f s", LEAVING_SECONDS
+                )
+            elif self._job.error is not None:
                 log.error("%s", self._job.error)
 
     def _wait_a_while(self) -> None:
@@ -84,9 +89,10 @@ class Saver:
             RunError: the run's folder is another's now, or a rank cannot go on.
             CheckpointError: it could not be written; the one before neither.
         """
+        begun = time.perf_counter()
         if not self.recover():
             self._check()
-            self._save(self._background)
+            self._save(self._background, begun)
 
     def _check(self) -> None:
         """Whether the run may go on, and its folder is still its own; on every rank."""
@@ -120,7 +126,7 @@ class Saver:
             log.error("%s. Step %d is being written in its place", what, self._run.step)
         self._check()
         try:
-            self._save(background=False)
+            self._save(background=False, begun=time.perf_counter())
         except CheckpointError as error:
             raise CheckpointError(f"{what} (nor could step {self._run.step} in its place)") from error
         return True
@@ -140,8 +146,8 @@ class Saver:
         record, self._record = self._record, {}
         return record
 
-    def _save(self, background: bool) -> None:
-        run, begun = self._run, time.perf_counter()
+    def _save(self, background: bool, begun: float) -> None:
+        run = self._run
         progress = progress_of(run)
         write = run.engine.capture(copied=background)
         write_random = randomness.capture(run.accelerator.process_index)
@@ -178,8 +184,8 @@ class _Job(threading.Thread):
         begun = time.perf_counter()
         try:
             self._action()
-        except Exception as error:
-            self.error = error
+        except BaseException as error:
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
             return
         self.record = {
             "save_blocked_s": self._blocked,
