@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
+Group = dist.ProcessGroup | None
+PATIENCE_SECONDS = 1.0
+"""Between two words of the first rank to others that wait for it."""
 NAMED = 4
 """Of more ranks that failed than this, the rest is counted."""
 
@@ -17,27 +21,35 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agree(value: Any) -> Any:
-    """Rank 0's value, on every rank: others may see a shared folder a little later. Every rank must call it."""
+def agree(value: Any, group: Group = None) -> Any:
+    """Rank 0's value, on every rank: others may see a shared folder a little later. Every rank must call it.
+
+    Args:
+        group: of all ranks, through which they talk; None: the one by which they compute.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     return box[0]
 
 
-def failures(error: Exception | None) -> str:
+def failures(error: Exception | None, group: Group = None) -> str:
     """What went wrong on which ranks, the same text on every rank; "" if nothing did. Every rank must call it.
 
     Args:
         error: of this rank.
+        group: see `agree`.
     """
-    return _told(_from_all(None if error is None else describe(error)))
+    return _told(_from_all(None if error is None else describe(error), group))
 
 
 @contextmanager
-def together(general: type[Exception], special: type[Exception]) -> Iterator[None]:
+def together(general: type[Exception], special: type[Exception], group: Group = None) -> Iterator[None]:
     """A block without communication, that succeeds on every rank or raises on every rank. Every rank must enter it.
+
+    Args:
+        group: see `agree`.
 
     Raises:
         general, special: by the same text on every rank. `special`, a kind of `general`, where it is the error of all that failed. A rank
@@ -48,7 +60,7 @@ def together(general: type[Exception], special: type[Exception]) -> Iterator[Non
         yield
     except Exception as error:
         failed = error
-    found = _from_all(None if failed is None else (isinstance(failed, special), describe(failed)))
+    found = _from_all(None if failed is None else (isinstance(failed, special), describe(failed)), group)
     if failed is not None and (len(found) == 1 or not isinstance(failed, general)):
         raise failed
     if what := _told([text and text[1] for text in found]):
@@ -56,12 +68,12 @@ def together(general: type[Exception], special: type[Exception]) -> Iterator[Non
         raise (special if alike else general)(what) from failed
 
 
-def _from_all(value: Any) -> list[Any]:
+def _from_all(value: Any, group: Group = None) -> list[Any]:
     """What each rank has."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 
@@ -92,6 +104,27 @@ def first_does(action: Callable[[], Any]) -> tuple[Any, str]:
             outcome = (None, describe(error))
     agreed: tuple[Any, str] = agree(outcome)
     return agreed
+
+
+def first_does_slowly(action: Callable[[], Any]) -> tuple[Any, str]:
+    """`first_does` something that may take longer than ranks wait for each other; it may raise any error."""
+    box: list[tuple[Any, str]] = []
+
+    def act() -> None:
+        try:
+            box.append((action(), ""))
+        except Exception as error:
+            box.append((None, describe(error)))
+
+    thread = threading.Thread(target=act, daemon=True)
+    if is_first():
+        thread.start()
+    while True:
+        if is_first():
+            thread.join(PATIENCE_SECONDS)
+        outcome = agree(box[0] if box else None)
+        if outcome is not None:
+            return outcome[0], outcome[1]
 
 
 def describe(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
+from anon_dist.agreement import Group
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.json_values import loads
 from anon_dist.checkpoint.together import on_every_rank
@@ -83,20 +84,20 @@ class FileSums:
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def take(folder: Path) -> dict[str, dict[str, Any]]:
+def take(folder: Path, group: Group = None) -> dict[str, dict[str, Any]]:
     """Checksums of all files in a folder that is being written, each taken by the rank that wrote it; complete on the first rank.
 
-    Every rank must call it, after all have written.
+    Every rank must call it, after all have written. `group`: see `agreement.agree`.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine: dict[str, dict[str, Any]] = {}
-    with on_every_rank(), ThreadPoolExecutor(_THREADS) as pool:
+    with on_every_rank(group), ThreadPoolExecutor(_THREADS) as pool:
         names = [n for n in _names(folder) if _owner(n) % ranks == rank]
         mine = dict(zip(names, pool.map(lambda name: _sums(folder / name), names), strict=True))
     if ranks == 1:
         return mine
     found: list[Any] | None = [None] * ranks if rank == 0 else None
-    dist.gather_object(mine, found)
+    dist.gather_object(mine, found, dst=0, group=group)
     return {name: sums for theirs in found or () for name, sums in theirs.items()}
 
 
@@ -197,21 +198,23 @@ class Checksums:
     def verify(self, workers: int = 2) -> list[tuple[str, str]]:
         """Every file against its checksums: those that differ, and how."""
 
-        def check(sums: FileSums) -> str | None:
-            """How a file differs; None if it does not."""
-            try:
-                self._check_present(sums)
-                with (self.folder / sums.name).open("rb", buffering=0) as file:
-                    for index in range(len(sums.starts)):
-                        start, stop = sums.bounds(index)
-                        sums.check(index, _read(file, stop - start))
-            except (OSError, CheckpointError) as error:
-                return str(error)
-            return None
-
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            found = zip(self.files, pool.map(check, self.files.values()), strict=True)
+            found = zip(self.files, pool.map(self.difference, self.files), strict=True)
             return [(name, how) for name, how in found if how is not None]
+
+    def difference(self, name: str) -> str | None:
+        """How a file differs from what was written; None if it does not."""
+        if (sums := self.files.get(name)) is None:
+            return f"{self.folder / name} is none of the checkpoint's files"
+        try:
+            self._check_present(sums)
+            with (self.folder / name).open("rb", buffering=0) as file:
+                for index in range(len(sums.starts)):
+                    start, stop = sums.bounds(index)
+                    sums.check(index, _read(file, stop - start))
+        except (OSError, CheckpointError) as error:
+            return str(error)
+        return None
 
 
 def checksums(folder: Path) -> Checksums | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +19,10 @@ from anon_dist.arguments import parse
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
 
-_Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-_Target = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-_First = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-_Second = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[B]")]
+_Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+_Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+_First = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
+_Second = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[B]")]
 _SHOWN = 40
 
 
@@ -54,7 +55,7 @@ class Inspect:
     """Show what a checkpoint is: format, optimizer, world size, step, param groups, states."""
 
     src: _Source
-    """File or folder."""
+    """File or folder, or an address of one (s3://…, gs://…): it is copied into a temporary folder, and checked."""
     json: bool = False
     """As JSON."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -65,7 +66,7 @@ class Convert:
     """Write a checkpoint in another format, for another world size or optimizer. What SRC is, is detected."""
 
     src: _Source
-    """File or folder; only read."""
+    """File or folder, or an address (s3://…), as for inspect; only read."""
     dst: _Target
     """Complete or absent. If the command is killed, the same command goes on."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
@@ -109,7 +110,7 @@ class Verify:
     """Compare two checkpoints of any formats, bit for bit, or one with its own checksums. Exit code 1, and a table, if they differ."""
 
     a: _First
-    """File or folder."""
+    """File or folder, or an address (s3://…), as for inspect."""
     b: _Second = None
     """Another; without it, A is compared with its checksums: the training loop's checkpoints and canonical ones have some."""
     workers: int = 2
@@ -149,8 +150,10 @@ def _inspect(args: Inspect) -> None:
     from rich.table import Table
 
     from anon_dist.checkpoint.convert import inspect
+    from anon_dist.checkpoint.remote import at_hand
 
-    found = inspect(args.src, args.reading.options())
+    with at_hand(args.src) as source:
+        found = inspect(source, args.reading.options())
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -177,9 +180,12 @@ def _inspect(args: Inspect) -> None:
 
 def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
+    from anon_dist.checkpoint.remote import at_hand, is_address
 
     if args.world_size < 1:
         raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
+    if is_address(args.dst):
+        raise CheckpointError(f"{args.dst} is an address: convert into a folder here, and copy that there")
     options = WriteOptions(
         args.world_size,
         args.layout,
@@ -192,17 +198,18 @@ def _convert(args: Convert) -> None:
         args.muon_order,
         args.buffers,
     )
-    notes = convert(
-        args.src,
-        args.dst,
-        args.to,
-        options,
-        args.reading.options(),
-        args.workers,
-        args.overwrite,
-        quiet=False,
-        optimizer={"anon": args.anon, "adamw": args.adamw, None: None}[args.optimizer],
-    )
+    with at_hand(args.src) as source:
+        notes = convert(
+            source,
+            Path(args.dst),
+            args.to,
+            options,
+            args.reading.options(),
+            args.workers,
+            args.overwrite,
+            quiet=False,
+            optimizer={"anon": args.anon, "adamw": args.adamw, None: None}[args.optimizer],
+        )
     for note in notes:
         print(f"note: {note}")
     print(f"{args.dst} is complete")
@@ -212,14 +219,16 @@ def _verify(args: Verify) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from anon_dist.checkpoint.remote import at_hand
     from anon_dist.checkpoint.verify import foreign, verify
 
-    found = verify(args.a, args.b, args.reading.options(), args.workers)
-    if not found:
-        print("the same" if args.b else "as written")
-        for path in foreign(args.a, args.b):
-            print(f"note: {path} is none of the checkpoint's files: it was added later")
-        return
+    with at_hand(args.a) as first, at_hand(args.b) if args.b else nullcontext() as second:
+        found = verify(first, second, args.reading.options(), args.workers)
+        if not found:
+            print("the same" if args.b else "as written")
+            for path in foreign(first, second):
+                print(f"note: {path} is none of the checkpoint's files: it was added later")
+            return
     table = Table("what differs", "how")
     for difference in found[:_SHOWN]:
         table.add_row(*difference)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from anon_dist.agreement import describe
+from anon_dist.agreement import Group, describe
 from anon_dist.checkpoint.dcp_load import Planner, Reader
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.linking import LinkingWriter, Links
 from anon_dist.checkpoint.together import on_every_rank
 
 _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
@@ -28,7 +28,7 @@ _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write `{"model": …, "optimizer": …}` into an existing folder; every rank must call it. The files are synced to disk."""
-    save_state(folder, _state(model, optimizer))
+    save_state(folder, sharded_state(model, optimizer))
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -37,20 +37,24 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model or optimizer, or its files are damaged.
     """
-    state = _state(model, optimizer)
+    state = sharded_state(model, optimizer)
     load_state(folder, state, type(optimizer).__name__)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
+def save_state(folder: Path, state: dict[str, Any], group: Group = None, links: Links | None = None) -> None:
     """Write a nested dictionary of (sharded) tensors and values; ranks may hold different keys. The files are synced to disk.
+
+    Args:
+        group: see `agreement.agree`.
+        links: of the run's earlier checkpoints, with which this one may share files. It is to be told when this one has got its place.
 
     Raises:
         CheckpointError: a rank could not write its files; on every rank.
     """
+    _say_nothing_of_single_processes()
     try:
-        with _without_single_process_warning():
-            save(state, storage_writer=FileSystemWriter(folder, sync_files=True))
+        save(state, storage_writer=LinkingWriter(folder, links or Links()), process_group=group)
     except CheckpointException as error:  # which is no Exception
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"rank {rank}: {describe(reason)}") from error
@@ -78,9 +82,9 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
             new = set()  # another optimizer's
         _compare(folder, saved, wanted - new, optimizer)
+    _say_nothing_of_single_processes()
     try:
-        with _without_single_process_warning():
-            load(state, storage_reader=reader, planner=Planner(allow_partial_load=bool(new)))
+        load(state, storage_reader=reader, planner=Planner(allow_partial_load=bool(new)))
     except (Exception, CheckpointException) as error:  # the latter is no Exception, and raised on every rank
         found: list[BaseException] = [e for e, *_ in getattr(error, "failures", {}).values()] or [error]
         reason = next((e for e in found if isinstance(e, CheckpointError)), None)
@@ -91,7 +95,8 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         ) from error
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """`{"model": …, "optimizer": …}`, by parameter name; the tensors are the live ones, or this rank's parts of them."""
     if hasattr(optimizer, "init_state"):
         optimizer.init_state()
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -118,11 +123,7 @@ def _some(kinds: dict[str, list[str]]) -> str:
     return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in kinds.items() if keys)
 
 
-class _without_single_process_warning(warnings.catch_warnings):  # noqa: N801 - stands like a context manager of the library
-    """DCP warns that it is used without a process group, which is what a single process is."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        if not dist.is_initialized():
-            warnings.filterwarnings("ignore", message=".*torch.distributed.*")
-        return entered
+@cache
+def _say_nothing_of_single_processes() -> None:
+    """DCP warns that it is used without a process group, which is what a single process is. For good: saves have threads of their own."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming")

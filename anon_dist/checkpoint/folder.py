@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anon_dist.agreement import agree, failures, is_first
+from anon_dist.agreement import Group, agree, failures, is_first
 from anon_dist.checkpoint import checksums
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
@@ -25,19 +26,32 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Folders `step-00000500`, each complete or absent, of which the last `keep` stay.
+    """Folders `step-00000500`, each complete or absent, of which the last `keep` stay, and some for ever.
 
     A checkpoint is written in the folder `.unfinished` and gets its place when every rank's files are on the disk. All ranks must see
     the same file system, and call `writing` together. Whatever else lies in the folder, symbolic links among it, is left alone.
 
     Args:
         folder: where they lie; made when the first is written.
-        keep: how many stay, at least 1.
+        keep: how many of the latest stay, at least 1.
+        keep_every: those of its multiples stay for ever; 0: none.
+        keep_steps: so do those of these steps.
+
+    Attributes:
+        removable: whether nothing else wants a checkpoint that need not stay; asked before it is removed.
+        settle: waits for a checkpoint that is being written in the background.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep, self._keep_every, self._keep_steps = keep, keep_every, frozenset(keep_steps)
+        self.removable: Callable[[Path], bool] = lambda checkpoint: True
+        self.settle: Callable[[], object] = lambda: None
+        self._changing = threading.Lock()
+
+    def stays(self, step: int) -> bool:
+        """Whether the checkpoint of a step is one that stays for ever."""
+        return step in self._keep_steps or bool(self._keep_every and step % self._keep_every == 0)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -54,6 +68,11 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The one to resume from."""
         return next(reversed(self.complete()), None)
+
+    def last(self) -> Path | None:
+        """The same, once what is being written has its place: to be named when a run ends."""
+        self.settle()
+        return self.latest()
 
     def clean(self) -> None:
         """Finish or remove what interrupted writing or deleting left behind. For one process, while no other writes."""
@@ -75,43 +94,43 @@ class Checkpoints:
         return target
 
     @contextmanager
-    def writing(self, step: int, progress: dict[str, Any]) -> Iterator[Path]:
+    def writing(self, step: int, progress: dict[str, Any], group: Group = None) -> Iterator[Path]:
         """A folder into which every rank writes its part of the checkpoint of `step`; complete when the block is left.
 
         Args:
             progress: what the training loop needs to go on, as JSON; rank 0's is written.
+            group: of all ranks, through which they agree; None: the one by which they compute.
 
         Raises:
             CheckpointError: a rank could not write its part; on every rank. Nothing of it is left, and the earlier ones are there.
         """
-        temporary = self.folder / UNFINISHED / f"step-{step:08d}"
-        self._agreed(temporary, _first(lambda: _make_anew(temporary)))
+        temporary = self.folder / UNFINISHED / name_of(step)
+        self._agreed(temporary, _first(lambda: self._make_anew(temporary)), group)
         failed = None
         try:
             yield temporary
         except Exception as error:  # torch's own for a full disk is a RuntimeError
             failed = error
-        self._agreed(temporary, failed)
+        self._agreed(temporary, failed, group)
         sums: dict[str, dict[str, Any]] = {}
         try:
-            sums = checksums.take(temporary)
+            sums = checksums.take(temporary, group)
         except Exception as error:
             failed = error
-        self._agreed(temporary, failed)
-        self._agreed(temporary, _first(lambda: self._finish(temporary, sums, progress)))
+        self._agreed(temporary, failed, group)
+        self._agreed(temporary, _first(lambda: self._finish(temporary, sums, progress)), group)
 
-    def _agreed(self, temporary: Path, error: Exception | None) -> None:
+    def _agreed(self, temporary: Path, error: Exception | None, group: Group) -> None:
         """Go on if no rank has an error; else remove what was written, and raise on all."""
-        if not (what := failures(error)):
+        if not (what := failures(error, group)):
             return
         if "[Errno" not in what:  # torch's own files do not say what is wrong with the disk
-            what = f"{what} ({agree(_room(self.folder))})"
+            what = f"{what} ({agree(_room(self.folder), group)})"
         if is_first():
             _delete(temporary)
             self._close()
-        latest = agree(
-            self.latest()
-        )  # no rank ends before that: launchers soon kill the others, rank 0 perhaps while it deletes
+        # No rank ends before that: launchers soon kill the others, rank 0 perhaps while it deletes.
+        latest = agree(self.latest(), group)
         if error is not None and not (isinstance(error, OSError | CheckpointError) or type(error) is RuntimeError):
             raise error  # no matter of files
         raise CheckpointError(
@@ -119,14 +138,38 @@ class Checkpoints:
             + (f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint")
         ) from error
 
+    def _make_anew(self, temporary: Path) -> None:
+        with self._changing:
+            _delete(temporary)
+            temporary.mkdir(parents=True)
+
     def _finish(self, temporary: Path, sums: dict[str, dict[str, Any]], progress: dict[str, Any]) -> None:
         sealed = checksums.seal(temporary, sums, progress)
         sync_tree(temporary)
         write_json(temporary / PROGRESS, sealed)  # what has it is complete
-        placed = self._put_in_place(temporary)
-        for old in [p for p in self.complete()[: -self.keep] if p != placed and not p.is_symlink()]:
-            self._remove(old)
+        with self._changing:
+            placed = self._put_in_place(temporary)
+        self.prune(placed)
+
+    def put_in_place(self, temporary: Path) -> Path:
+        """Give a checkpoint that was completed elsewhere on this file system its name. For one process; nothing is removed for it."""
+        (self.folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        with self._changing:
+            placed = self._put_in_place(temporary)
         self._close()
+        return placed
+
+    def prune(self, placed: Path | None = None) -> None:
+        """Remove the complete checkpoints that need not stay, and that nothing else wants. For one process.
+
+        Args:
+            placed: one that stays in any case.
+        """
+        with self._changing:
+            for old in self.complete()[: -self.keep]:
+                if old != placed and not old.is_symlink() and not self.stays(step_of(old)) and self.removable(old):
+                    self._remove(old)
+            self._close()
 
     def _put_in_place(self, temporary: Path) -> Path:
         """Give a complete checkpoint its name. An older one of that name goes; what is none is set aside."""
@@ -148,6 +191,7 @@ class Checkpoints:
         """Delete a checkpoint; interrupted, it is not there under its name any more."""
         try:
             doomed = self.folder / UNFINISHED / (checkpoint.name + _DELETING)
+            doomed.parent.mkdir(exist_ok=True)
             _delete(doomed)
             _delete(checkpoint.rename(doomed))
         except OSError as error:
@@ -162,6 +206,11 @@ def step_of(checkpoint: Path) -> int:
     """The step that the name of a checkpoint says."""
     match = _NAME.match(checkpoint.name)
     return int(match[1]) if match else -1
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
@@ -196,11 +245,6 @@ def _was_one(checkpoint: Path) -> bool:
         return any((checkpoint / name).exists() for name in (checksums.NAME, ".metadata", "deepspeed"))
     except OSError:
         return False
-
-
-def _make_anew(folder: Path) -> None:
-    _delete(folder)
-    folder.mkdir(parents=True)
 
 
 def _delete(path: Path) -> None:

@@ -11,9 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anon_dist.agreement import Group
+from anon_dist.checkpoint.linking import Links
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.replicas import Copy
 from anon_dist.optim import Anon
+
+
+class Write(Protocol):
+    """What is left to do of a save, on every rank."""
+
+    def __call__(self, folder: Path, group: Group = None, links: Links | None = None) -> None:
+        """Write this rank's part into an existing folder.
+
+        Args:
+            group: see `agreement.agree`.
+            links: see `checkpoint.linking`.
+        """
 
 
 def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[float]) -> None:
@@ -71,6 +85,14 @@ class Engine(Protocol):
 
     def copies(self) -> Iterator[Copy]:
         """Weights, buffers and optimizer state of which other ranks may hold copies, for `replicas.check_replicas`."""
+
+    def capture(self, copied: bool) -> Write:
+        """Model and optimizer, as they are now, to be written by any thread.
+
+        Args:
+            copied: into host memory, so that the engine may go on while they are written: until `capture` is called again. Else it
+                must stay as it is until they are.
+        """
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer into an existing folder."""

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.schema import Checkpoint
+from anon_dist.engines.base import Write
 from anon_dist.engines.check import StateBytes, state_bytes_of_ranks
 from anon_dist.engines.grads import global_norm
 from anon_dist.engines.materialize import materialize
@@ -81,10 +82,10 @@ class Fsdp1Engine(TorchEngine):
         buffers = {id(buffer) for buffer in self.model.buffers()}
         return (copy for copy in copies_of(self.model) if id(copy.tensor) in buffers)
 
-    def save(self, folder: Path) -> None:
+    def capture(self, copied: bool) -> Write:
         """See `base.Engine`."""
         with _quiet():
-            super().save(folder)
+            return super().capture(copied)
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""

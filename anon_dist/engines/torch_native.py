@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.optim import Optimizer
 
-from anon_dist.checkpoint import load_sharded, save_sharded
+from anon_dist.agreement import Group
+from anon_dist.checkpoint import load_sharded
+from anon_dist.checkpoint.dcp import save_state, sharded_state
+from anon_dist.checkpoint.linking import Links
 from anon_dist.checkpoint.schema import Checkpoint
-from anon_dist.engines.base import Veto, never, set_learning_rates, settle
+from anon_dist.checkpoint.staging import Copies
+from anon_dist.engines.base import Veto, Write, never, set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes
 from anon_dist.engines.grads import global_norm, scale_gradients
@@ -35,6 +40,7 @@ class TorchEngine:
 
     _overlapped: OverlappedStep | None = None
     _sharded_sums = False
+    _copies: Copies | None = None
 
     def __init__(
         self,
@@ -115,9 +121,24 @@ class TorchEngine:
         yield from copies_of(self.model)
         yield from states_of(self.optimizer, {copy.tensor: copy.name for copy in copies_of(self.model)})
 
+    def capture(self, copied: bool) -> Write:
+        """See `base.Engine`. Written in torch's distributed checkpoint format, which all engines of this module share."""
+        self._wait()
+        settle(self.optimizer)
+        return self._written(self._state(), copied)
+
+    def _state(self) -> dict[str, Any]:
+        return sharded_state(self.model, self.optimizer)
+
+    def _written(self, state: dict[str, Any], copied: bool) -> Write:
+        if copied:
+            self._copies = self._copies or Copies()
+            state = self._copies(state)
+        return partial(_write, state)
+
     def save(self, folder: Path) -> None:
-        """See `base.Engine`. Torch's distributed checkpoint format, which all engines of this module share."""
-        save_sharded(folder, self.model, self.optimizer)
+        """See `base.Engine`."""
+        self.capture(copied=False)(folder)
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`. What another engine wrote is converted as it is read."""
@@ -134,6 +155,11 @@ class TorchEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""
         return full_weights(self.model, cpu_offload=True)
+
+
+def _write(state: dict[str, Any], folder: Path, group: Group = None, links: Links | None = None) -> None:
+    """See `base.Write`."""
+    save_state(folder, state, group, links)
 
 
 def _reads_from_device(optimizer: Optimizer) -> bool:

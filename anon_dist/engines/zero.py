@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anon_dist.agreement import Group
+from anon_dist.checkpoint.linking import Links
 from anon_dist.checkpoint.schema import Checkpoint
+from anon_dist.checkpoint.staging import Storages, uncopied
 from anon_dist.engines import zero_restore
-from anon_dist.engines.base import Veto, never, set_learning_rates
+from anon_dist.engines.base import Veto, Write, never, set_learning_rates
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
@@ -105,6 +111,8 @@ def _build(model: nn.Module, weights: Checkpoint, accelerator: Accelerator) -> N
 
 class ZeroEngine:
     """A DeepSpeed engine, brought up by accelerate. See `base.Engine`."""
+
+    _copies: Storages | None = None
 
     def __init__(
         self,
@@ -248,27 +256,32 @@ class ZeroEngine:
             yield from (Copy(name, p, p) for p, name in masters.items())
             yield from states_of(self.optimizer, names | masters)
 
-    def save(self, folder: Path) -> None:
-        """See `base.Engine`. In DeepSpeed's own format.
+    def capture(self, copied: bool) -> Write:
+        """See `base.Engine`. DeepSpeed's own files, byte for byte as it would write them.
 
-        A rank that has no room for its file goes on to the barriers at which the others wait, and raises after them.
+        Its decoupled writer wants an operator to be compiled, and looks for its errors in no place; so what DeepSpeed hands to its writer
+        is copied, and given to it later. What else DeepSpeed puts into the folder, its scripts, it writes elsewhere meanwhile.
         """
-        writer, failed = self._engine.checkpoint_engine, list[Exception]()
-        write = writer.save
-
-        def save(*args: Any, **kwargs: Any) -> None:
+        engine, files = self._engine, dict[str, Any]()
+        if copied:
+            self._copies = self._copies or Storages()
+        stage = self._copies if copied and self._copies is not None else uncopied
+        with tempfile.TemporaryDirectory(prefix="anon-dist-") as name:
+            engine.checkpoint_engine.save, write = (
+                lambda state_dict, path: files.update({os.path.relpath(path, name): state_dict}),
+                engine.checkpoint_engine.save,
+            )
             try:
-                write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failed.append(error)
+                engine.save_checkpoint(name, tag=DEEPSPEED, save_latest=False)
+                staged = stage(files)
+            finally:
+                engine.checkpoint_engine.save = write
+            scripts = {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
+        return partial(_write, staged, scripts, write)
 
-        writer.save = save
-        try:
-            self._engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
-        finally:
-            writer.save = write
-        if failed:
-            raise failed[0]
+    def save(self, folder: Path) -> None:
+        """See `base.Engine`."""
+        self.capture(copied=False)(folder)
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`. DeepSpeed's own loading runs whatever its pickles ask for, so it is never called."""
@@ -287,3 +300,22 @@ class ZeroEngine:
                 whole = p if value is None else value
                 weights[name] = whole.detach().to("cpu", torch.float32, copy=True).view(getattr(p, "ds_shape", p.shape))
         return weights
+
+
+def _write(
+    files: dict[str, Any],
+    scripts: dict[Path, bytes],
+    write: Callable[[Any, str], None],
+    folder: Path,
+    group: Group = None,
+    links: Links | None = None,
+) -> None:
+    """See `base.Write`. Nothing is linked: each of DeepSpeed's files has something that changes at every step."""
+    for name, state in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(state, str(path))
+    for script, content in scripts.items():
+        path = folder / script
+        path.write_bytes(content)
+        path.chmod(0o755)

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from anon_dist.checkpoint.dcp import load_state, save_state
-from anon_dist.engines.base import set_learning_rates, settle
+from anon_dist.checkpoint.dcp import load_state
+from anon_dist.engines.base import Write, set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
@@ -69,13 +69,13 @@ class ZeroRedundancyEngine(TorchEngine):
         """See `base.Engine`. Not the states: of each, one rank has the only one."""
         return copies_of(self.model)
 
-    def save(self, folder: Path) -> None:
+    def capture(self, copied: bool) -> Write:
         """See `base.Engine`."""
         settle(self.optimizer)
         with decoded_states(self.optimizer):
             state = self._state()
             self._agree_on_histories(state["optimizer"]["param_groups"])
-            save_state(folder, state)
+            return self._written(state, copied)
 
     def load(self, folder: Path) -> None:
         """See `base.Engine`."""

@@ -306,6 +306,16 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end, or when the run is stopped."""
     keep: Size = 2
     """How many of the latest checkpoints stay."""
+    keep_every: StepsOrZero = 0
+    """Steps between checkpoints that stay for ever, besides the latest; they are written whatever every says. 0: none stay."""
+    keep_steps: tuple[Steps, ...] = ()
+    """Steps of which checkpoints are written, and stay for ever, besides."""
+    async_save: bool = True
+    """Whether checkpoints are written while the training goes on, from a copy in host memory of what each rank holds of weights and
+    optimizer state. One is written at a time."""
+    remote: Place | None = None
+    """Address, as fsspec has it (s3://bucket/run, gs://…, file:///…), to which each checkpoint is copied in the background. Local ones
+    go only when they are complete there, and resume: auto looks there too. One for each run."""
 
 
 @dataclass

@@ -38,7 +38,7 @@ def learn(run: Run) -> None:
     if run.spikes.pending is None and run.skipped > run.config.train.max_skipped:
         why = "had a non-finite gradient" if not math.isfinite(norm) else f"were spikes (the last: {found})"
         raise FloatingPointError(
-            f"{run.skipped} steps in a row {why}; the last checkpoint is {run.checkpoints.latest()}. Lower optim.lr, "
+            f"{run.skipped} steps in a row {why}; the last checkpoint is {run.checkpoints.last()}. Lower optim.lr, "
             "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
         )
 

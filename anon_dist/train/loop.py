@@ -7,8 +7,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,10 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_interrupted_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import hangs, randomness, records
+from anon_dist.train import hangs, records
 from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
-from anon_dist.train.changes import recorded, versions
 from anon_dist.train.config import Config, check
 from anon_dist.train.corpora import ValidationSet, first_folder, small_sets
 from anon_dist.train.errors import HarnessError, RunError
@@ -44,10 +43,12 @@ from anon_dist.train.profiling import Profiler
 from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording
 from anon_dist.train.records import Step
+from anon_dist.train.remote import checkpoints_of, finish_uploads, uploads_of
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.samples import enter
+from anon_dist.train.saving import Saver, progress_of
 from anon_dist.train.signals import StopSignal
 from anon_dist.train.stragglers import time_collectives
 from anon_dist.train.tasks import score_tasks
@@ -86,6 +87,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
                 f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
             )
             report(folder, config)
+        finish_uploads(config, uploads_of(config, checkpoints_of(folder, config.checkpoint)))
         return folder
     with held(folder) as lock, hangs.watched(config, folder) as pulse:
         _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
@@ -111,8 +113,11 @@ def _train(
     with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         counting = run.stragglers.watching(run.engine.model, accelerator.device)
-        with contextlib.closing(profiler), profiler.watching_memory(), counting:
-            stopped = _steps(run, stop, write, console, profiler)
+        saver = Saver(run, stop, partial(_before_saving, run))
+        with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
+            stopped = _steps(run, stop, write, console, profiler, saver)
+            if stopped:
+                saver.finish()
     if console:
         console.close()
         if stopped:
@@ -123,6 +128,7 @@ def _train(
     if not stopped:
         with pulse.phase("the end", run.step, long=True):
             _finish(run)
+        saver.finish()
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -150,7 +156,12 @@ def _introduce(run: Run, console: Console) -> None:
 
 
 def _steps(
-    run: Run, stop: StopSignal, write: Callable[[Record], None], console: Console | None, profiler: Profiler
+    run: Run,
+    stop: StopSignal,
+    write: Callable[[Record], None],
+    console: Console | None,
+    profiler: Profiler,
+    saver: Saver,
 ) -> str | None:
     """All steps that are left, with what is due after each: metrics, validation, checkpoint.
 
@@ -169,15 +180,18 @@ def _steps(
         with run.pulse.phase("step", run.step):
             done = take_step(run, batches, watch)
         profiler.after(run.step)
-        if _is_due(run, config.checkpoint.every):
+        save_due = _is_due(run, config.checkpoint.every) or run.checkpoints.stays(run.step)
+        if save_due:
             learn(run)  # nothing is saved of which the host does not know that it is good
+        if run.spikes.pending is not None:
+            saver.recover()
         if (went_back := back(run)) is not None:
             write(went_back)
             watch.read()
             logged = run.step
             continue
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
-            write(record_of(run, done, run.step - logged, watch.read()))
+            write(record_of(run, done, run.step - logged, watch.read()) | saver.finished())
             watch.lap("logging")
             logged = run.step
         counted = run.stragglers.waited
@@ -186,19 +200,23 @@ def _steps(
             write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
             watch.skip()
         if run.tasks is not None and _is_due(run, config.eval.tasks_every):
-            write(_score(run, stop))
+            write(_score(run, saver))
             watch.skip()
-        saved = _is_due(run, config.checkpoint.every)
-        if saved:
-            _save(run, stop)
+        if saved := save_due:
+            saver.save()
             watch.skip()
         run.stragglers.waited = counted  # as the watch does: what is no step counts for nothing
         if console:
             console.step()
-        if stop.requested() and run.step < steps:
+        ending = stop.requested(saver.failed)
+        if stop.unsaved:
+            saved |= saver.recover()
+        if ending and run.step < steps:
             if not saved:
-                _save(run, stop)
+                saver.save()
+            saver.recover()
             return stop.reason
+    saver.recover()
     return None
 
 
@@ -295,7 +313,7 @@ def _evaluate(run: Run, each: ValidationSet, sequences: int) -> Evaluation:
     )
 
 
-def _score(run: Run, stop: StopSignal) -> Record:
+def _score(run: Run, saver: Saver) -> Record:
     """Of the tasks; if one fails, the run ends with a checkpoint."""
     assert run.tasks is not None
     _compare_replicas(run)
@@ -304,13 +322,19 @@ def _score(run: Run, stop: StopSignal) -> Record:
         with run.pulse.phase("tasks", run.step, long=True):
             found = score_tasks(run.tasks, run.engine, run.model_config, device, run.config, reader, readers)
     except HarnessError as error:
-        _save(run, stop)
+        saver.save()
+        saver.recover()
         again = f"the checkpoint of step {run.step} is written; the same command goes on with other tasks, or none"
         raise RunError(f"eval.tasks: {error}; {again}") from error
     return {"step": run.step, **found}
 
 
-# -- saving and finishing ---------------------------------------------------------------------------------------------
+# -- finishing --------------------------------------------------------------------------------------------------------
+
+
+def _before_saving(run: Run) -> None:
+    learn(run)
+    _compare_replicas(run)
 
 
 def _compare_replicas(run: Run) -> None:
@@ -324,7 +348,7 @@ def _compare_replicas(run: Run) -> None:
     try:
         check_replicas(run.engine.copies(), run.accelerator.device)
     except ReplicasDifferError as error:
-        last = run.checkpoints.latest()
+        last = run.checkpoints.last()
         remedy = f"Resume from {last}" if last else "Start again"
         raise EngineError(
             f"replicas have drifted apart by step {run.step}: {error}. A step has gone wrong on one of these ranks (memory, device, or "
@@ -332,43 +356,6 @@ def _compare_replicas(run: Run) -> None:
             "happens again, without that rank's machine"
         ) from None
     run.compared = run.step
-
-
-def _save(run: Run, stop: StopSignal) -> None:
-    learn(run)
-    _compare_replicas(run)
-    failed = stop.failure
-    try:
-        if run.lock is not None:
-            run.lock.confirm()
-    except (RunError, OSError) as error:
-        failed = failed or error
-    if what := failures(failed):
-        raise RunError(what) from failed
-    saving = run.pulse.phase("a save", run.step, long=True)
-    with saving, run.checkpoints.writing(run.step, _progress(run)) as folder:
-        run.engine.save(folder)
-        randomness.save(folder, run.accelerator.process_index)
-
-
-def _progress(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
-    return {
-        "format": 1,
-        "step": run.step,
-        "skipped": run.skipped,
-        "spikes": run.spikes.state_dict(),
-        "rewinds": run.rewinds,
-        "data": run.loader.state_dict(),
-        "world_size": run.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "optimizer": type(run.engine.optimizer).__name__,
-        "engine": run.engine.name,
-        "model": run.model_config.to_dict(),
-        "tokenizer": str(first_folder(run.config) / "tokenizer"),
-        "config": recorded(run.config),
-        "versions": versions(),
-    }
 
 
 def _finish(run: Run) -> None:
@@ -394,7 +381,7 @@ def _finish(run: Run) -> None:
 def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
     """What one rank writes when all steps are taken."""
     config = run.config
-    card = model_card(run.folder.name, run.model_config.to_dict(), _progress(run), record)
+    card = model_card(run.folder.name, run.model_config.to_dict(), progress_of(run), record)
     export_model(run.folder / "model", weights, run.model_config, first_folder(config) / "tokenizer", card)
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:

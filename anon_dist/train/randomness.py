@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,21 @@ def seed(base: int, rank: int, step: int) -> None:
     random.seed(value)
 
 
-def save(folder: Path, rank: int) -> None:
-    """Write this rank's random state into a checkpoint."""
+def capture(rank: int) -> Callable[[Path], None]:
+    """What writes this rank's random state, as it is now, into a checkpoint."""
     data = io.BytesIO()
     torch.save(_state(), data)
-    (folder / f"random-{rank:05d}.pt").write_bytes(
-        data.getbuffer()
-    )  # where torch would not say what is wrong with the disk
+
+    def write(folder: Path) -> None:
+        # Not by torch, which would not say what is wrong with the disk.
+        (folder / f"random-{rank:05d}.pt").write_bytes(data.getbuffer())
+
+    return write
+
+
+def save(folder: Path, rank: int) -> None:
+    """Write this rank's random state into a checkpoint."""
+    capture(rank)(folder)
 
 
 def load(folder: Path, rank: int) -> bool:

@@ -124,6 +124,15 @@ def train_rules(config: Config) -> None:
         raise ConfigError(
             f"log.profile_steps = {profiled[0]} {profiled[1]} must be a first and a last step, up to train.steps = {t.steps}"
         )
+    if "://" in config.resume:
+        raise ConfigError(
+            f"resume = {config.resume} is an address: set checkpoint.remote to its folder, and resume to auto, which takes the newest; or "
+            "copy it here"
+        )
+    if config.checkpoint.remote is not None and "://" not in config.checkpoint.remote:
+        raise ConfigError(
+            f"checkpoint.remote = {config.checkpoint.remote} is no address such as s3://bucket/run, gs://bucket/run or file:///folder"
+        )
     if len(set(trackers)) < len(trackers):
         raise ConfigError(f"log.trackers names one twice: {', '.join(trackers)}")
 

@@ -41,6 +41,7 @@ from anon_dist.train.model import flops_per_token
 from anon_dist.train.optimizer import MakeOptimizer, apply_hyperparameters, build_optimizer, hyperparameters
 from anon_dist.train.phases import phase_at, phases_of
 from anon_dist.train.pulse import Pulse
+from anon_dist.train.remote import checkpoints_of, fetch_again, fetch_newest, set_later_aside
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import check_repetition, enter, open_loader
 from anon_dist.train.spectrum import agreed_spectra
@@ -166,8 +167,7 @@ def set_up(
     readers, reader = accelerator.num_processes // (split * sharing), accelerator.process_index // (split * sharing)
     corpora, sets = open_corpora(config, accelerator)
     index = corpora[0].index
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = local / accelerator.num_processes if name == "fsdp2" else 1.0
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / accelerator.num_processes if name == "fsdp2" else 1.0
     longest = max((phase for _, phase in phases_of(config)), key=lambda phase: phase.data.seq_len)
     planned = trainable(longest, index, share)
     built = planned.model
@@ -205,7 +205,7 @@ def set_up(
         engine=engine,
         model_config=built.config,
         loader=open_loader(config, corpora, folder, reader, readers),
-        checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        checkpoints=checkpoints_of(folder, config.checkpoint),
         context=shared,
         reader=reader,
         readers=readers,
@@ -219,6 +219,7 @@ def set_up(
         wanted=wanted,
     )
     _in_folder(folder, run.checkpoints.clean)
+    fetch_newest(config, run.checkpoints)
     _resume(run, wanted)
     run.plan = check_repetition(config, corpora, folder, run.loader.state_dict(), run.step)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -264,9 +265,11 @@ def resume_latest(run: Run, present: list[Path], wanted: list[dict[str, Any]]) -
         try:
             _load(run, source, wanted)
         except DamagedCheckpoint as error:
-            damaged.append((source, error))
             _forget(run, stateless, groups)
-            continue
+            if not fetch_again(run.config, run.checkpoints, source, error):
+                damaged.append((source, error))
+                continue
+            _load(run, source, wanted)
         _in_folder(run.folder, lambda source=source: _set_damaged_aside(run, damaged, source))  # type: ignore[misc]
         return
     if damaged:
@@ -318,6 +321,7 @@ def _set_later_aside(run: Run, later: list[Path], source: Path) -> None:
         kept = unused(records.with_name(records.name + ".aside"))
         shutil.copy(records, kept)
         moved.append(kept.name)
+    set_later_aside(run.config, run.step)
     moved += [run.checkpoints.set_aside(checkpoint, "aside").name for checkpoint in reversed(later)]
     _warn(
         f"going back to {source}: what came after is set aside as {', '.join(moved)}; metrics.jsonl ends at step {run.step}"
@@ -384,5 +388,4 @@ def _agreed_progress(source: Path) -> dict[str, Any]:
     outcome = agree(outcome)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    progress: dict[str, Any] = outcome
-    return progress
+    return dict(outcome)

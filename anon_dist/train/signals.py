@@ -42,6 +42,8 @@ class StopSignal:
         self._since = 0.0
         self._old: dict[signal.Signals, Any] = {}
         self.failure: Exception | None = None
+        self.unsaved = False
+        """Whether, as all ranks know, a save in the background has failed."""
         self._agreed = GO_ON
         self._group = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
@@ -67,20 +69,23 @@ class StopSignal:
         """This rank cannot go on, and all are to end without a checkpoint; the first such error is the one that is told."""
         self.failure = self.failure or error
 
-    def requested(self) -> bool:
+    def requested(self, unsaved: bool = False) -> bool:
         """Whether to stop now. Every rank must ask once a step; all get the same answer, one step after the signal.
+
+        Args:
+            unsaved: whether this rank's part of a save in the background has failed.
 
         Raises:
             RunError: a rank cannot go on; on every rank.
         """
         own = self._own()
         if not dist.is_initialized():
-            self._agreed = own
+            self._agreed, self.unsaved = own, unsaved
         else:
-            self._agreed = self._finish()
-            flag = torch.tensor(float(own))
-            work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-            self._pending = (work, flag)
+            self._agreed, self.unsaved = self._finish()
+            flags = torch.tensor([float(own), float(unsaved)])
+            work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._pending = (work, flags)
         if self._agreed == FAILED:
             self._finish()
             raise RunError(failures(self.failure)) from self.failure
@@ -102,13 +107,13 @@ class StopSignal:
             return ORPHANED
         return SIGNALLED if self.received is not None else GO_ON
 
-    def _finish(self) -> int:
+    def _finish(self) -> tuple[int, bool]:
         if self._pending is None:
-            return GO_ON
-        work, flag = self._pending
+            return GO_ON, False
+        work, flags = self._pending
         self._pending = None
         work.wait()
-        return int(flag)
+        return int(flags[0]), bool(flags[1])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -82,7 +82,7 @@ def test_any_flipped_bit_is_noticed_by_verify_and_by_whoever_reads_it(checkpoint
     """At several places of every file."""
     place = random.Random(0)
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size)
-    assert len(files) == 6
+    assert len(files) == 8
     for path in files:
         name = path.relative_to(checkpoint).as_posix()
         listing = name in ("trainer.json", "checksums.json")

@@ -31,6 +31,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from anon_dist.checkpoint.linking import LinkingWriter
+from anon_dist.checkpoint.verify import verify
 from anon_dist.data import Index
 from anon_dist.engines import comparison
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
@@ -680,6 +682,50 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
         run(config)
         if dist.get_rank() == 0:
             assert metrics(folder) == metrics(whole)
+
+
+def case_saves_in_the_background_are_those_in_the_foreground():
+    """Though steps are taken before a rank writes; and if a rank cannot write, the next step is saved in its place."""
+    for engine, split in (("zero1", 1), ("fsdp1", 1), ("fsdp2", 2)):
+        folders = []
+        for background in (True, False):
+            config = run_config(DATA, shared_folder(OUT), engine=engine, dropout=0.1)
+            config.optim.window, config.optim.refresh_ratio, config.checkpoint.async_save = 2, 2.0, background
+            config.train.steps, config.eval.every, config.checkpoint.every = 4, 0, 2
+            if split > 1:
+                config.model = c.ModelConfig("llama", 2, 32, 4, kv_heads=2, context=32)
+                config.train.tensor_parallel = split
+            patch, write = Patch(), LinkingWriter.write_data
+
+            def late(writer, *args, background=background, write=write):
+                time.sleep(0.3 * background * dist.get_rank())
+                return write(writer, *args)
+
+            patch.setattr(LinkingWriter, "write_data", late)
+            folders.append(run(config))
+            patch.close()
+        for step in (2, 4) if dist.get_rank() == 0 else ():
+            a, b = (folder / "checkpoints" / f"step-{step:08d}" for folder in folders)
+            assert verify(a, b) == [], (engine, step)
+            assert verify(a) == []
+            for rank in range(dist.get_world_size()):
+                name = f"random-{rank:05d}.pt"
+                assert (a / name).read_bytes() == (b / name).read_bytes()
+    config = run_config(DATA, shared_folder(OUT))
+    patch, write, left = Patch(), LinkingWriter.write_data, [dist.get_rank() == 1]
+
+    def fail(writer, *args):
+        if left.pop() if left else False:
+            raise OSError(28, "No space left on device")
+        return write(writer, *args)
+
+    patch.setattr(LinkingWriter, "write_data", fail)
+    folder = run(config)
+    patch.close()
+    dist.barrier()
+    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert found[0] in [f"step-{step:08d}" for step in (5, 6, 7, 8)], found
+    assert found[-1] == "step-00000012"
 
 
 def case_damage_and_code_are_noticed_by_every_rank():

@@ -1,0 +1,84 @@
+"""Checkpoints copied to another place while the run goes on; local ones go only when they are complete there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from anon_dist.checkpoint.checksums import PROGRESS
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.folder import Checkpoints
+from anon_dist.checkpoint.remote import Remote
+
+log = logging.getLogger(__name__)
+
+
+class Uploads:
+    """Copies, in a thread, each complete checkpoint of a run that is not at an address yet, the oldest first. For one process.
+
+    What could not be copied stays here, and is tried again when `look` is called.
+    """
+
+    def __init__(self, remote: Remote, checkpoints: Checkpoints) -> None:
+        self._remote, self._checkpoints = remote, checkpoints
+        self._there: dict[str, bytes] = {}
+        self._news, self._thread = (
+            threading.Condition(),
+            threading.Thread(target=self._run, name="uploads", daemon=True),
+        )
+        self._wanted = False
+        self._busy = False
+        self._error: Exception | None = None
+        checkpoints.removable = self._is_there
+        self._thread.start()
+
+    def look(self) -> None:
+        """There may be something new to copy."""
+        with self._news:
+            self._wanted = True
+            self._news.notify_all()
+
+    def finish(self) -> None:
+        """Wait until all is there.
+
+        Raises:
+            CheckpointError: something is not, and could not be copied; it stays here.
+        """
+        self.look()
+        with self._news:
+            self._news.wait_for(lambda: not self._wanted and not self._busy)
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._busy = False
+                self._news.notify_all()
+                self._news.wait_for(lambda: self._wanted)
+                self._wanted, self._busy = False, True
+            self._error = None
+            for checkpoint in self._checkpoints.complete():
+                try:
+                    self._copy(checkpoint)
+                except Exception as error:
+                    log.error("%s", error)
+                    self._error = self._error or error
+
+    def _copy(self, checkpoint: Path) -> None:
+        if self._is_there(checkpoint):
+            return
+        marker = (checkpoint / PROGRESS).read_bytes()
+        try:
+            self._remote.upload(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {checkpoint} stays where it is; the same command tries again") from error
+        self._there[checkpoint.name] = marker
+        self._checkpoints.prune()
+
+    def _is_there(self, checkpoint: Path) -> bool:
+        with suppress(OSError):
+            return self._there.get(checkpoint.name) == (checkpoint / PROGRESS).read_bytes()
+        return False

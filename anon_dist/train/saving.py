@@ -1,0 +1,217 @@
+"""Checkpoints of a run: captured between two steps, written in the background, and what is done about one that could not be written."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anon_dist.agreement import Group, failures, is_first
+from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.linking import Links
+from anon_dist.engines import peers
+from anon_dist.train import randomness
+from anon_dist.train.changes import recorded, versions
+from anon_dist.train.corpora import first_folder
+from anon_dist.train.errors import RunError
+from anon_dist.train.metrics import Record
+from anon_dist.train.remote import finish_uploads, uploads_of
+from anon_dist.train.run import Run
+from anon_dist.train.signals import StopSignal
+
+log = logging.getLogger(__name__)
+
+LEAVING_SECONDS = 10.0
+"""How long a rank that ends by an error waits for its save, where other ranks have a part in it: they may be gone."""
+
+
+class Saver:
+    """Writes a run's checkpoints. Every rank makes one, and calls the same methods after the same steps.
+
+    A save captures weights, optimizer, place in the data and random state of one step. Then a thread of each rank writes, and the ranks
+    agree, through a process group of their own, that all is written and checksummed, before the checkpoint gets its name. One is written
+    at a time: the next save waits for it, and so does the end of the block, however it ends.
+
+    Args:
+        prepare: done at the start of each save; it raises on all ranks, or on none.
+    """
+
+    def __init__(self, run: Run, stop: StopSignal, prepare: Callable[[], None]) -> None:
+        self._run, self._stop, self._prepare = run, stop, prepare
+        self._background = run.config.checkpoint.async_save
+        kept = run.config.checkpoint
+        self._links = Links(1 if kept.keep == 1 and not kept.keep_every and not kept.keep_steps else 2)
+        self._group: Group = None
+        self._job: _Job | None = None
+        self._record: Record = {}
+        run.checkpoints.settle = self._wait_a_while
+        self._uploads = uploads_of(run.config, run.checkpoints)
+        if self._background and dist.is_initialized():
+            with peers.connecting():
+                timeout = timedelta(minutes=run.config.train.timeout_minutes)
+                self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._job is not None and not isinstance(error, KeyboardInterrupt):
+            self._wait_a_while()
+            if self._job.is_alive():
+                log.error(
+                    "what was being written is no checkpoint: other ranks did not answer within %.0f s", LEAVING_SECONDS
+                )
+            elif self._job.error is not None:
+                log.error("%s", self._job.error)
+
+    def _wait_a_while(self) -> None:
+        if self._job is not None:
+            self._job.join(None if self._group is None else LEAVING_SECONDS)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's thread has ended by an error, of which the run does not know yet."""
+        return self._job is not None and not self._job.is_alive() and self._job.error is not None
+
+    def save(self) -> None:
+        """Checkpoint the present step. Returns when it is captured, if there is no save before that is still being written.
+
+        Raises:
+            RunError: the run's folder is another's now, or a rank cannot go on.
+            CheckpointError: it could not be written; the one before neither.
+        """
+        begun = time.perf_counter()
+        with self._run.pulse.phase("a save", self._run.step, long=True):
+            if not self.recover():
+                self._check()
+                self._save(self._background, begun)
+
+    def _check(self) -> None:
+        """Whether the run may go on, and its folder is still its own; on every rank."""
+        self._prepare()
+        failed = self._stop.failure
+        try:
+            if self._run.lock is not None:
+                self._run.lock.confirm()
+        except (RunError, OSError) as error:
+            failed = failed or error
+        if what := failures(failed):
+            raise RunError(what) from failed
+
+    def recover(self) -> bool:
+        """Wait for the save in the background. If it failed, say so, and write the present step in its place, without going on meanwhile.
+
+        Returns:
+            Whether it failed, and the present step is saved.
+
+        Raises:
+            CheckpointError: that could not be written either.
+        """
+        if self._job is None:
+            return False
+        job, self._job = self._job, None
+        with self._run.pulse.phase("a save", self._run.step, long=True):
+            job.join()
+            self._record |= job.record
+            if not (what := failures(job.error)):
+                return False
+            if is_first():
+                log.error("%s. Step %d is being written in its place", what, self._run.step)
+            self._check()
+            try:
+                self._save(background=False, begun=time.perf_counter())
+            except CheckpointError as error:
+                raise CheckpointError(f"{what} (nor could step {self._run.step} in its place)") from error
+        return True
+
+    def finish(self) -> None:
+        """Wait until what is written is at `checkpoint.remote` too, if there is one.
+
+        Raises:
+            RunError: it could not be copied; it stays here. On every rank.
+        """
+        finish_uploads(self._run.config, self._uploads)
+
+    def finished(self) -> Record:
+        """Once after each save: how long the run stood still for it, and the rest took, in seconds; this rank's bytes. Else {}."""
+        if self._job is not None and not self._job.is_alive():
+            self._record, self._job.record = self._record | self._job.record, {}
+        record, self._record = self._record, {}
+        return record
+
+    def _save(self, background: bool, begun: float) -> None:
+        run = self._run
+        progress = progress_of(run)
+        write = run.engine.capture(copied=background)
+        write_random = randomness.capture(run.accelerator.process_index)
+        step, group = run.step, self._group if background else None
+
+        def write_all() -> None:
+            with run.checkpoints.writing(step, progress, group) as folder:
+                write(folder, group, self._links)
+                write_random(folder)
+                if run.lock is not None:  # it may have been long
+                    run.lock.confirm()
+            self._links.published(run.checkpoints.folder / folder.name)
+            if self._uploads is not None:
+                self._uploads.look()
+
+        if background:
+            self._job = _Job(write_all, time.perf_counter() - begun, self._links)
+            self._job.start()
+        else:
+            write_all()
+
+
+class _Job(threading.Thread):
+    """A save that is being written."""
+
+    def __init__(self, action: Callable[[], None], blocked: float, links: Links) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._action, self._blocked, self._links = action, blocked, links
+        self.error: Exception | None = None
+        self.record: Record = {}
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        begun = time.perf_counter()
+        try:
+            self._action()
+        except BaseException as error:
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            return
+        self.record = {
+            "save_blocked_s": self._blocked,
+            "save_s": time.perf_counter() - begun,
+            "save_written_bytes": self._links.written,
+            "save_linked_bytes": self._links.linked,
+        }
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        "format": 1,
+        "step": run.step,
+        "skipped": run.skipped,
+        "spikes": run.spikes.state_dict(),
+        "rewinds": run.rewinds,
+        "data": run.loader.state_dict(),
+        "world_size": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "optimizer": type(run.engine.optimizer).__name__,
+        "engine": run.engine.name,
+        "model": run.model_config.to_dict(),
+        "tokenizer": str(first_folder(run.config) / "tokenizer"),
+        "config": recorded(run.config),
+        "versions": versions(),
+    }

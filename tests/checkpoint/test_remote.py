@@ -1,0 +1,236 @@
+"""Checkpoints at other addresses: in memory, in a folder, and on an S3 server of this machine; with a store that fails."""
+
+import json
+import logging
+import shutil
+
+import fsspec
+import pytest
+
+from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, remote
+from anon_dist.checkpoint.checksums import checksums
+from anon_dist.checkpoint.remote import Remote, fetch_into
+from anon_dist.checkpoint.uploads import Uploads
+from anon_dist.cli import main
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Address of a bucket on a server of S3's protocol; and the server."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        host, port = server.get_host_and_port()
+        server._port = port  # the same, when it is started again
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            patch.setenv(name, "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def address(request, tmp_path):
+    """An empty place of each kind."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    place = {"memory": f"memory://{tmp_path}", "file": f"file://{tmp_path}/store", "s3": f"s3://bucket{tmp_path}"}
+    return place[request.param]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Attempts follow each other without a pause."""
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+def checkpoints(folder, steps=(), keep=9):
+    found = Checkpoints(folder, keep=keep)
+    for step in steps:
+        with found.writing(step, {"step": step}) as path:
+            (path / "deepspeed").mkdir()
+            (path / "__0_0.distcp").write_bytes(bytes([step]) * 2_500_000)
+            (path / "__0_1.distcp").write_bytes(b"s" * 100_000)
+            (path / "deepspeed" / "rank").write_text(str(step))
+    return found
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def at(address):
+    """The store, and the path in it."""
+    return fsspec.core.url_to_fs(address)
+
+
+def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
+    here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(address)
+    fs, _root = at(address)
+    put, order = fs.put_file, []
+    monkeypatch.setattr(store._fs, "put_file", lambda a, b, **k: (order.append(b.rpartition("/")[2]), put(a, b, **k)))
+    assert store.steps() == []
+    for checkpoint in here.complete():
+        assert not store.has(checkpoint)
+        store.upload(checkpoint)
+        assert store.has(checkpoint)
+        assert order[-1] == "trainer.json"  # the marker, last
+    assert store.steps() == [1, 2, 3]
+    # The file that is the same in all is copied within the store.
+    assert [order.count(name) for name in ("__0_0.distcp", "__0_1.distcp", "rank")] == [3, 1, 3]
+    order.clear()
+    store.upload(here.latest())
+    assert order == []
+    there = checkpoints(tmp_path / "there again")
+    assert contents(fetch_into(Remote(address), 2, there)) == contents(tmp_path / "here" / "step-00000002")
+    assert [p.name for p in (tmp_path / "there again").iterdir()] == ["step-00000002"]
+    store.set_aside(3)
+    assert Remote(address).steps() == [1, 2]
+    with here.writing(2, {"step": 2, "again": True}) as path:
+        (path / "other").write_text("x")
+    assert not store.has(here.latest())
+    store.upload(tmp_path / "here" / "step-00000002")
+    assert contents(fetch_into(Remote(address), 2, there))["other"] == b"x"
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "a file is missing", "a marker alone", "a torn marker"])
+def test_what_is_damaged_there_is_not_brought_here(how, address, tmp_path):
+    here, store = checkpoints(tmp_path / "here", (1,)), Remote(address)
+    store.upload(here.latest())
+    fs, root = at(address)
+    names = {"a marker alone": "checksums.json", "a torn marker": "trainer.json"}
+    name = f"{root}/step-00000001/{names.get(how, '__0_0.distcp')}"
+    data = bytearray(fs.cat_file(name))
+    if "missing" in how or "alone" in how:
+        fs.rm_file(name)
+    elif how == "flipped":
+        data[1_999_999] ^= 1
+        fs.pipe_file(name, bytes(data))
+    else:
+        fs.pipe_file(name, bytes(data[: len(data) // 2]))
+    there = checkpoints(tmp_path / "there")
+    with pytest.raises(DamagedCheckpoint, match=rf"{address}/step-00000001/.*(damaged|missing)"):
+        fetch_into(Remote(address), 1, there)
+    assert not there.folder.exists() or not list(there.folder.iterdir())
+
+
+def test_a_copy_that_was_killed_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """Its marker is here already, some of its files are not."""
+    here, store = checkpoints(tmp_path / "here", (1,)), Remote(f"memory://{tmp_path}")
+    store.upload(here.latest())
+    there = checkpoints(tmp_path / "there")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(remote, "_read", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Checkpoints, "clean", lambda self: None)
+        fetch_into(store, 1, there)
+    assert any(there.folder.rglob("trainer.json"))
+    there.clean()
+    assert there.present() == []
+
+
+def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
+    """Said with the last error; what is there does not count; what is here stays, and is copied when the server is back."""
+    address = f"s3://bucket{tmp_path}"
+    here = checkpoints(tmp_path / "here", (1, 2, 3), keep=1)
+    assert [p.name for p in here.complete()] == ["step-00000003"]
+    store = Remote(address)
+    put, count = store._fs.put_file, []
+
+    def stopping(*args, **kwargs):
+        count.append(args)
+        if len(count) == 2:
+            s3.stop()
+        return put(*args, **kwargs)
+
+    monkeypatch.setattr(store._fs, "put_file", stopping)
+    uploads = Uploads(store, here)
+    with pytest.raises(
+        CheckpointError, match=r"to s3://bucket.*: \w+: .*\(attempt 3, after \d+ s\).*stays where it is"
+    ):
+        uploads.finish()
+    with here.writing(4, {"step": 4}) as path:
+        (path / "x").write_text("x")
+    assert [p.name for p in here.complete()] == ["step-00000003", "step-00000004"]  # though one is to be kept
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        Remote(address).steps()
+    s3.start()
+    assert Remote(address).steps() == []
+    uploads.finish()
+    assert Remote(address).steps() == [3, 4]
+    assert [p.name for p in here.complete()] == ["step-00000004"]
+
+
+def test_a_store_that_fails_now_and_then(tmp_path, monkeypatch, caplog):
+    here, store = checkpoints(tmp_path / "here", (1,)), Remote(f"memory://{tmp_path}")
+    put, failures = store._fs.put_file, {}
+
+    def flaky(source, target, **kwargs):
+        failures[target] = failures.get(target, 0) + 1
+        if failures[target] == 1:
+            raise TimeoutError("slow down")
+        if failures[target] == 2:  # half of it arrives
+            return store._fs.pipe_file(target, b"half")
+        return put(source, target, **kwargs)
+
+    monkeypatch.setattr(store._fs, "put_file", flaky)
+    with caplog.at_level(logging.WARNING):
+        store.upload(here.latest())
+    assert "TimeoutError: slow down; trying again" in caplog.text
+    assert "has 4 bytes there" in caplog.text
+    assert contents(fetch_into(store, 1, checkpoints(tmp_path / "there"))) == contents(here.latest())
+
+
+def test_what_is_damaged_here_is_not_copied_there(tmp_path):
+    here, store = checkpoints(tmp_path / "here", (1,)), Remote(f"memory://{tmp_path}")
+    path = here.latest() / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpoint, match=r"is not copied to memory://.*__0_0.distcp"):
+        store.upload(here.latest())
+    assert store.steps() == []
+
+
+def test_addresses_that_are_none(monkeypatch):
+    with pytest.raises(CheckpointError, match="no address that fsspec takes"):
+        Remote("nowhere://x")
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *a, **k: (_ for _ in ()).throw(ImportError("Install gcsfs")))
+    with pytest.raises(CheckpointError, match=r"gs://x needs gcsfs: pip install gcsfs"):
+        Remote("gs://x")
+
+
+def test_the_converter_takes_addresses(address, tmp_path, capsys):
+    import torch
+
+    from anon_dist import Anon
+    from anon_dist.checkpoint import save_sharded
+
+    here = Checkpoints(tmp_path / "here", keep=1)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4)
+    with here.writing(7, {"step": 7}) as folder:
+        save_sharded(folder, model, Anon(model.named_parameters()))
+    Remote(address).upload(here.latest())
+    name = f"{address}/step-00000007"
+    main(["ckpt", "inspect", name, "--json"])
+    assert json.loads(capsys.readouterr().out)["step"] == 7
+    main(["ckpt", "convert", name, str(tmp_path / "out"), "--to", "canonical"])
+    for a, b in ((name, None), (name, str(here.latest())), (str(tmp_path / "out"), name)):
+        main(["ckpt", "verify", a, *([b] if b else [])])
+    assert capsys.readouterr().out.count("the same") == 2
+    for args, words in (
+        (["inspect", address], f"is a folder of checkpoints; name one of them, such as {name}"),
+        (["inspect", f"{address}/none"], "there is nothing at"),
+        (["convert", name, f"{address}/out", "--to", "hf"], "is an address: convert into a folder here"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            main(["ckpt", *args])
+    fs, root = at(address)
+    fs.pipe_file(f"{root}/step-00000007/__0_0.distcp", b"torn")
+    with pytest.raises(SystemExit, match=rf"{name}/__0_0.distcp is damaged"):
+        main(["ckpt", "inspect", name])
+    assert not checksums(here.latest()).verify()
+    shutil.rmtree(tmp_path / "out")
