@@ -83,7 +83,8 @@ def named_rightly(fault: Fault, nodes: list[Node]) -> bool:
     silent = f"Stopped without a word: rank {fault.rank} on {victim.host.name}"
     store = f"The store at {nodes[0].host.address} does not answer"
     return {
-        "rank killed": silent in others,
+        "rank killed": silent in others
+        or (fault.rank == 0 and store in others),  # its launcher ends, and with it the store
         "rank stopped": silent in others,
         "node killed": silent in others or (fault.rank == 0 and store in others),
         "cable out": silent in others or (fault.rank == 0 and store in others),
