@@ -157,6 +157,8 @@ class Chaos:
         fault.lost = max(0, fault.step - int(found[-1])) if found else fault.step
         if fault.kind == "file truncated":
             fault.named = "is damaged, and set aside" in nodes[0].output
+            if not fault.named:
+                print(f"a truncated file was NOT NAMED: {nodes[0].output[-1500:]}", flush=True)
 
     def _some_steps(self, run: Path, nodes: list[Node]) -> bool:
         """Let some be taken; False if the run comes to its end."""
@@ -227,7 +229,8 @@ class Chaos:
         if kind == "cable out":
             victim.host.cable("up")
         self.faults.append(fault)
-        said = "" if fault.named else f" NOT NAMED: {[node.output[-1500:] for node in nodes]}"
+        later = fault.kind == "file truncated"  # it is the next start that names it
+        said = "" if fault.named or later else f" NOT NAMED: {[node.output[-1500:] for node in nodes]}"
         print(
             f"{len(self.faults)}: {kind}, rank {fault.rank}, step {fault.step}, found after {fault.found:.1f} s{said}",
             flush=True,
