@@ -66,8 +66,9 @@ class Fault:
     rank: int
     step: int
     """The last one in the metrics when it happened."""
+    since: float = field(default_factory=time.monotonic)
     found: float = 0.0
-    """Seconds until the run had ended of it, or gone on."""
+    """Seconds until the run had ended of it, or gone on; of a truncated file, until the next start said so."""
     named: bool = False
     lost: int = 0
     """Steps that were taken twice."""
@@ -156,7 +157,7 @@ class Chaos:
         found = re.findall(r"Resuming \S+ after step (\d+)", nodes[0].output)
         fault.lost = max(0, fault.step - int(found[-1])) if found else fault.step
         if fault.kind == "file truncated":
-            fault.named = "is damaged, and set aside" in nodes[0].output
+            fault.named, fault.found = "is damaged, and set aside" in nodes[0].output, time.monotonic() - fault.since
             if not fault.named:
                 print(f"a truncated file was NOT NAMED: {nodes[0].output[-1500:]}", flush=True)
 
@@ -195,7 +196,7 @@ class Chaos:
         counts = {kind: sum(f.kind == kind for f in self.faults) for kind in kinds}
         kind = self.random.choice([k for k in counts if counts[k] <= min(counts.values()) + 2])
         fault = Fault(kind, self.random.randrange(len(nodes)), step_of(run))
-        victim, began = nodes[fault.rank], time.monotonic()
+        victim = nodes[fault.rank]
         filled = self.work / "filled"
         if kind == "rank killed":
             os.kill(victim.rank_pid, signal.SIGKILL)
@@ -224,7 +225,7 @@ class Chaos:
             self._end_of(fault, nodes)
             self._wait(lambda: named_rightly(fault, nodes), 2)
             fault.named = named_rightly(fault, nodes)
-        fault.found, fault.step = time.monotonic() - began, max(fault.step, step_of(run))
+        fault.found, fault.step = time.monotonic() - fault.since, max(fault.step, step_of(run))
         filled.unlink(missing_ok=True)
         if kind == "cable out":
             victim.host.cable("up")
