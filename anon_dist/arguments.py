@@ -78,9 +78,11 @@ def parse(
     return cast(Options, _parse(kind, args, prog, runs_bare, config, more, read))
 
 
-def parse_known(kind: type[Options], args: Sequence[str], prog: str) -> tuple[Options, list[str]]:
+def parse_known(
+    kind: type[Options], args: Sequence[str], prog: str, runs_bare: bool = False
+) -> tuple[Options, list[str]]:
     """The same, and the arguments that are none of `kind`'s."""
-    return cast(tuple[Options, list[str]], _parse(kind, args, prog, False, (), {"return_unknown_args": True}))
+    return cast(tuple[Options, list[str]], _parse(kind, args, prog, runs_bare, (), {"return_unknown_args": True}))
 
 
 def _parse(

@@ -149,6 +149,18 @@ def runs(args: list[str]) -> None:
     run(args)
 
 
+def doctor(args: list[str]) -> None:
+    """`anon-dist doctor`"""
+    from anon_dist.arguments import parse_known
+    from anon_dist.doctor.options import Doctor
+
+    options, rest = parse_known(Doctor, args, "anon-dist doctor", runs_bare=True)
+    from anon_dist.doctor.cli import run
+
+    if code := run(options, rest):
+        sys.exit(code)
+
+
 def completion(args: list[str]) -> None:
     """`anon-dist completion`"""
     from anon_dist.completion import run
@@ -162,6 +174,7 @@ COMMANDS = (
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
     ),
+    Command(("doctor",), "check this machine, or all nodes and what joins them, before a training", doctor),
     Command(("runs",), "list and compare runs: a table, their loss curves, and a page that is one file", runs),
     Command(("generate",), "have a run's or checkpoint's model continue a text", generate),
     Command(("eval",), "say how good a run's or checkpoint's model is, on lm-eval's tasks and on any text", evaluate),

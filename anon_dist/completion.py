@@ -41,6 +41,7 @@ def _tree() -> dict[str, Any]:
     from anon_dist.bench.options import InitOptions
     from anon_dist.checkpoint.cli import COMMANDS
     from anon_dist.data.config import PrepareConfig
+    from anon_dist.doctor.options import Doctor
     from anon_dist.sweep.options import Sweep
     from anon_dist.train.config import options_class
     from anon_dist.trained.options import Eval, Export, Generate, Runs
@@ -49,6 +50,7 @@ def _tree() -> dict[str, Any]:
         "data": {"prepare": PrepareConfig},
         "init": InitOptions,
         "train": options_class(),
+        "doctor": Doctor,
         "runs": Runs,
         "generate": Generate,
         "eval": Eval,

@@ -11,8 +11,8 @@ from anon_dist.cli import COMMANDS, main
 from anon_dist.train.config import ConfigError, parse_args
 
 GROUPS = [["data"], ["ckpt"], ["bench"]]
-BARE = [list(c.words) for c in COMMANDS if c.words != ("bench",)]
-KINDS = [["bench", kind] for kind in ("step", "train", "scaling", "plan")]
+BARE = [list(c.words) for c in COMMANDS if c.words not in (("bench",), ("doctor",))]
+KINDS = [*(["bench", kind] for kind in ("step", "train", "scaling", "plan")), ["doctor"]]
 SCRIPT = """
 import contextlib, io, json, sys, time
 from anon_dist.cli import main

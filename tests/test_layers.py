@@ -17,6 +17,7 @@ FOLDERS = (
     ("engines",),
     ("train",),
     ("sweep", "bench", "trained"),
+    ("doctor",),
     ("completion",),
     ("cli",),
 )

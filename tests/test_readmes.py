@@ -172,6 +172,17 @@ def bench(command: str, monkeypatch) -> None:
     assert read or command == "anon-dist bench"
 
 
+def doctor(command: str, monkeypatch) -> None:
+    """`anon-dist doctor`: its options are read, and the training's. tests/multinode has it look at hosts."""
+    read: list[object] = []
+    monkeypatch.setitem(
+        sys.modules, "anon_dist.doctor.cli", types.SimpleNamespace(run=lambda *given: read.append(given))
+    )
+    main(["doctor", *shlex.split(command.partition("doctor")[2])])
+    ((_, rest),) = read
+    parse_args(rest) if rest else None
+
+
 def sweep(command: str, monkeypatch) -> None:
     """The whole grid is planned and reported; tests/sweep trains one. The same command goes on with it."""
     args = shlex.split(command)[1:]
@@ -301,6 +312,7 @@ RULES = {
     r"anon-dist (runs|generate|export) .*": of_a_run,
     r"anon-dist eval .*": evaluation,
     r"anon-dist init .*": lambda c: main(shlex.split(c)[1:]),
+    r"(srun |torchrun .* -m anon_dist\.cli )?(anon-dist )?doctor( .*)?": doctor,
     r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,
     r"anon-dist sweep .*": sweep,

@@ -16,11 +16,14 @@ ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/fsdp2-multinode.yaml} 
 RENDEZVOUS=${RENDEZVOUS:-static}                    # static: ranks follow NODE_RANK. c10d: they follow addresses; can restart
 RENDEZVOUS_SECONDS=${RENDEZVOUS_SECONDS:-600}       # how long nodes wait for each other at the start
 MAX_RESTARTS=${MAX_RESTARTS:-0}                     # c10d: how often all ranks start again, from the last checkpoint, after one failed
+DOCTOR=${DOCTOR:-}                                  # 1: look at all nodes first, and start nothing where something is wrong
+STOPPED_CODE=${STOPPED_CODE:-0}                     # exit code of a run that a signal stopped before its last step
 # ---------------------------------------------------------------------------------------------------------------------
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 need_rank_and_address
+doctor_first "$@"
 conf=$(rendezvous_conf)
 PET_LOCAL_ADDR=$(own_address) # torchrun's --local-addr, as a variable: accelerate has no such option
 export PET_LOCAL_ADDR

@@ -14,6 +14,13 @@ need_rank_and_address() {
   : "${NODE_RANK:?set NODE_RANK: 0 on the first node, 1 on the second, ...}" "${MASTER_ADDR:?set MASTER_ADDR: an address of node 0}"
 }
 
+# With DOCTOR=1, the nodes look at each other first; nothing starts where something is wrong. Arguments: those of the training.
+doctor_first() {
+  [ -n "${DOCTOR:-}" ] || return 0
+  python -m anon_dist.cli doctor --node-rank "$NODE_RANK" --num-nodes "${NODES#*:}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+    --wait "$RENDEZVOUS_SECONDS" "$@" || { echo "node $NODE_RANK ($(uname -n)): the doctor found what is in the way; nothing is started" >&2 && return 1; }
+}
+
 # Prints --rdzv-conf for the rendezvous that was chosen.
 rendezvous_conf() {
   case $RENDEZVOUS in
@@ -26,19 +33,29 @@ rendezvous_conf() {
 }
 
 # Prints the address under which the other nodes reach this one: that of packets to node 0. (None is sent.) Under c10d the nodes tell each
-# other; torch would say the host's full name, which need not resolve elsewhere.
+# other; torch would say the host's full name, which need not resolve elsewhere. Under Kubernetes node 0's name is known once it has started.
 own_address() {
-  python - "$MASTER_ADDR" "$MASTER_PORT" <<'PYTHON'
-import socket, sys
+  python - "$MASTER_ADDR" "$MASTER_PORT" "$RENDEZVOUS_SECONDS" <<'PYTHON'
+import socket, sys, time
 
-family, kind, _, _, address = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
+end = time.monotonic() + float(sys.argv[3])
+while True:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
+        break
+    except socket.gaierror as error:
+        if time.monotonic() > end:
+            sys.exit(f"MASTER_ADDR = {sys.argv[1]}: {error}")
+        time.sleep(1)
 probe = socket.socket(family, kind)
 probe.connect(address)
 print(probe.getsockname()[0])
 PYTHON
 }
 
-# Run a launcher to its end, pass signals on to its ranks, and say how it ended.
+# Run a launcher to its end, pass signals on to its ranks, and say how it ended: with 0, or with STOPPED_CODE where the run was stopped
+# before its last step and that is set, so that whoever started it can tell. Arguments: the launcher's, of which those after
+# launch/pretrain.py are the training's.
 #
 # The ranks answer SIGTERM, SIGINT and SIGUSR1 with a checkpoint, together with those of other nodes. A launcher that is signalled itself
 # kills them after 30 seconds, done or not, or dies of a SIGUSR1. So the signal goes past it, and it ends when its ranks have.
@@ -60,7 +77,24 @@ run_launcher() {
     echo "node ${NODE_RANK:-?} ($(uname -n)): $1 ended with exit code $status at $(date +%T). Of all nodes, the one with the earliest such" \
       "line failed first; one without any was lost." >&2
   fi
+  if [ "$status" -eq 0 ] && [ "${STOPPED_CODE:-0}" -ne 0 ] && ! is_finished "$@"; then
+    status=$STOPPED_CODE
+  fi
   return "$status"
+}
+
+is_finished() {
+  while [ "$1" != launch/pretrain.py ]; do shift; done
+  python - "${@:2}" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from anon_dist.train.config import parse_args
+from anon_dist.train.report import finished
+
+config = parse_args(sys.argv[1:])
+sys.exit(not finished(Path(config.run_dir), config))
+PYTHON
 }
 
 # The launcher's children are the ranks; if there are none yet, it is the launcher itself.

@@ -15,6 +15,7 @@ MASTER_ADDR=${MASTER_ADDR:-}                # an address of the first node that 
 MASTER_PORT=${MASTER_PORT:-29500}           # a free port there, open in the firewall
 INTERFACE=${INTERFACE:-}                    # network interface between the nodes, such as eth0 or ib0; empty: guessed
 SSH_WITH=${SSH_WITH:-pdsh}                  # how the nodes are reached: pdsh, openmpi, mpich, impi, mvapich or slurm
+DOCTOR=${DOCTOR:-}                          # 1: look at all nodes first, and start nothing where something is wrong
 # ---------------------------------------------------------------------------------------------------------------------
 
 # shellcheck source=common.sh
@@ -25,8 +26,18 @@ options=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --no_local_rank)
 [ -z "$MASTER_ADDR" ] || options+=(--master_addr "$MASTER_ADDR")
 if [ -n "$NODE_RANK" ]; then
   : "${MASTER_ADDR:?set MASTER_ADDR: the address of the first node; without ssh it cannot be asked}"
+  NODES=$(sed 's/#.*//' "$HOSTFILE" | grep -c '[^[:space:]]') RENDEZVOUS_SECONDS=600
+  doctor_first "$@"
   options+=(--no_ssh --node_rank "$NODE_RANK")
 else
+  if [ -n "$DOCTOR" ]; then
+    python -m anon_dist.cli doctor --nodes "$HOSTFILE" --master-port "$MASTER_PORT" ${MASTER_ADDR:+--master-addr "$MASTER_ADDR"} "$@"
+  fi
   options+=(--launcher "$SSH_WITH")
+  # DeepSpeed's launcher passes on variables of NCCL and Python, and those of such a file; not gloo's.
+  environment=$(mktemp)
+  cat ${DS_ENV_FILE:-~/.deepspeed_env .deepspeed_env} > "$environment" 2>/dev/null || true
+  env | grep -E '^(GLOO_|NCCL_|OMP_NUM_THREADS=|HF_|TOKENIZERS_|ANON_DIST_)' >> "$environment" || true
+  export DS_ENV_FILE=$environment
 fi
 exec deepspeed "${options[@]}" launch/pretrain.py "$@"

@@ -1,0 +1,186 @@
+"""run_dir: whether all nodes have the same one, can write it, how fast, and how many checkpoints it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from anon_dist.bench.bases import cost
+from anon_dist.bench.memory import Bases, Job, Optimizer, memory
+from anon_dist.bench.shapes import shape_of
+from anon_dist.checkpoint import Checkpoints
+from anon_dist.data import DataError, Index
+from anon_dist.doctor.meeting import Meeting
+from anon_dist.doctor.report import Folder
+from anon_dist.optim.hyper import state_dtypes
+from anon_dist.optim.rounding import BLOCK
+from anon_dist.train.config import Config
+
+WRITTEN = 1 << 26
+"""Bytes, to see how fast; less where there is little room."""
+SYNCS = 8
+SEEN_SECONDS = 15.0
+"""How long a file may take to be seen from other nodes: network file systems ask again after seconds."""
+WRITE_SECONDS = 120.0
+
+
+def try_folder(path: Path, token: int, meeting: Meeting | None) -> Folder:
+    """Write, sync and read as checkpoints are, on all nodes at once. Nothing is left behind.
+
+    Args:
+        path: run_dir; made where it is missing, and removed again.
+        token: of this examination, in the files' names.
+        meeting: with the other nodes; None: there are none.
+    """
+    rank = 0 if meeting is None else meeting.place.rank
+    found, made = Folder(), list[Path]()
+    if rank == 0:
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        with _telling(found):
+            path.mkdir(parents=True, exist_ok=True)
+    if meeting is not None:
+        meeting.all_at("the making of run_dir", WRITE_SECONDS)
+    _wait_for(path)
+    own = path / f".doctor-{token}-{rank}"
+    try:
+        with _telling(found):
+            own.write_text(str(rank))
+            _sync(own)
+        if meeting is not None:
+            meeting.all_at("a file in run_dir", WRITE_SECONDS)
+            found.unseen = _unseen(path, token, meeting)
+        if not found.problem:
+            with _telling(found):
+                _measure(path / f"{own.name}-speed", found)
+        with contextlib.suppress(OSError):
+            found.free = shutil.disk_usage(path).free
+            found.checkpoints = len(Checkpoints(path / "checkpoints", 1).complete())
+            found.device = _mounted(path)
+        if meeting is not None:
+            meeting.all_at("the speed of run_dir", WRITE_SECONDS)
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+        if meeting is not None:
+            meeting.all_at("leaving run_dir", 30)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    return found
+
+
+@contextlib.contextmanager
+def _telling(found: Folder) -> Iterator[None]:
+    """A block whose error is the folder's first problem."""
+    try:
+        yield
+    except OSError as error:
+        found.problem = found.problem or (error.strerror or str(error))
+
+
+def _wait_for(path: Path) -> None:
+    end = time.monotonic() + SEEN_SECONDS
+    while not path.is_dir() and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def _unseen(path: Path, token: int, meeting: Meeting) -> list[int]:
+    """Nodes whose files are not here, however long one waits."""
+    end, missing = time.monotonic() + SEEN_SECONDS, list[int]()
+    while True:
+        names = set(os.listdir(path)) if path.is_dir() else set()
+        missing = [r for r in meeting.present if r != meeting.place.rank and f".doctor-{token}-{r}" not in names]
+        if not missing or time.monotonic() > end:
+            return missing
+        time.sleep(0.2)
+
+
+def _measure(scratch: Path, found: Folder) -> None:
+    """A large file, and small ones, each synced; of the large one's content nothing repeats."""
+    piece, pieces = os.urandom(1 << 20), max(1, min(WRITTEN, shutil.disk_usage(scratch.parent).free // 4) >> 20)
+    try:
+        began = time.perf_counter()
+        with scratch.open("wb") as file:
+            for i in range(pieces):
+                file.write(i.to_bytes(8) + piece[8:])
+            file.flush()
+            os.fsync(file.fileno())
+        found.written = pieces * len(piece) / (time.perf_counter() - began)
+        seconds = []
+        with scratch.open("r+b") as file:
+            for _ in range(SYNCS):
+                began = time.perf_counter()
+                file.write(piece[:4096])
+                file.flush()
+                os.fsync(file.fileno())
+                seconds.append(time.perf_counter() - began)
+        found.sync = statistics.median(seconds)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _mounted(path: Path) -> str:
+    """What lies there: device and type of the nearest mount point."""
+    real = str(path.resolve())
+    mounts = [
+        p
+        for p in psutil.disk_partitions(all=True)
+        if real == p.mountpoint or real.startswith(p.mountpoint.rstrip("/") + "/")
+    ]
+    best = max(mounts, key=lambda p: len(p.mountpoint), default=None)
+    return "" if best is None else f"{best.device} ({best.fstype})"
+
+
+# -- what a run needs -------------------------------------------------------------------------------------------------
+
+
+def data_of(config: Config) -> tuple[str, str, int | None]:
+    """Fingerprint of the data, what is wrong with it, and its vocabulary."""
+    try:
+        index = Index.load(config.data.path)
+    except (DataError, OSError) as error:
+        return "", str(error), None
+    return index.fingerprint, "", index.vocab_size
+
+
+def checkpoint_bytes(config: Config, vocab: int) -> int | None:
+    """Bytes of a checkpoint: weights, masters and the optimizer's state, as `anon-dist bench plan` counts them on one rank. None: the
+    model's sizes are in another file than the configuration."""
+    if config.model.config is not None or config.model.from_pretrained is not None:
+        return None
+    optim, deepspeed = config.optim, config.train.engine == "deepspeed"
+    bf16 = config.train.precision != "fp32"
+    job = Job(shape_of(config.model, vocab), 1, seq_len=config.data.seq_len, bf16=bf16 and deepspeed)
+    needed = memory("zero2" if deepspeed else "fsdp2", job, _optimizer(config))
+    whole = needed.parameters + needed.masters + needed.state
+    if not deepspeed:
+        whole += (
+            4.0 * job.shape.vocab * job.shape.width * job.shape.tied
+        )  # DCP has the tied matrix under both its names
+        whole -= needed.parameters / 2 * (config.train.precision == "bf16-true")
+    if optim.name == "anon" and optim.basis is not None:
+        sides = Bases("both" if optim.basis == "both" else "columns", optim.basis_block)
+        whole += cost("fsdp2", job, sides).bytes
+    return int(whole)
+
+
+def _optimizer(config: Config) -> Optimizer:
+    if config.optim.name == "adamw":
+        return Optimizer(4.0, 4.0)
+    widths = {
+        key: float(dtype.itemsize) for key, dtype in state_dtypes({"state_dtype": config.optim.state_dtype}).items()
+    }
+    mean = widths["exp_avg"] if widths["exp_avg"] > 1 else 1.0 + 1.0 / BLOCK
+    return Optimizer(mean, widths["exp_avg_sq"], widths["precond"])

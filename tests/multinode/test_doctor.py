@@ -1,0 +1,236 @@
+"""`anon-dist doctor` on two and three hosts (network namespaces), each broken in one way: it must name what, where, and the remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anon_dist.doctor.judge import Nodes, judge
+from anon_dist.doctor.options import Doctor
+from anon_dist.doctor.place import Place, PlaceError, find
+from anon_dist.doctor.report import Folder, Interface, Peer, Report
+
+SMALL = """
+model: {layers: 2, width: 32, heads: 2, context: 32}
+data: {path: PATH, seq_len: 32}
+train: {global_batch: 8, micro_batch: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def found(prepared, tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("doctor")
+    (out / "shared").mkdir()
+    config = out / "small.yaml"
+    config.write_text(SMALL.replace("PATH", str(prepared)))
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("needs iproute2 (the commands `ip` and `tc`)")
+    command = [sys.executable, str(Path(__file__).with_name("doctor_cases.py")), str(out), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    if "OSError: ip netns" in done.stderr:
+        pytest.skip(f"network namespaces cannot be made here: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    left = [path for path in (out / "shared").rglob("*") if path.name != "run"]  # which the cases mount on
+    assert not left
+    return json.loads((out / "found.json").read_text())
+
+
+BROKEN = {
+    "no interface": ("interface", ["{1}: GLOO_SOCKET_IFNAME=eth7: no interface of this node"], "to cable0 there"),
+    "wrong interface": ("interface", ["{1}: GLOO_SOCKET_IFNAME=other0: no node reaches 10.99.0.1"], "to cable0 there"),
+    "own name": ("interface", ["the name {1} leads to 127.0.1.1"], "to cable0 there"),
+    "firewall": ("ports", ["{0} does not reach {1} at 10.203.0.2: no answer at all"], "open all TCP ports"),
+    "occupied": ("ports", ["port 29500 of node 0 is in use by process "], "another --master-port"),
+    "versions": ("versions", ["transformers 4.0.0 on {1}"], "install the same everywhere"),
+    "clock": ("clocks", ["{1} is 7.5 s ahead"], "chrony"),
+    "not shared": (
+        "run_dir",
+        ["is not the same folder everywhere: {0} does not see what {1} writes"],
+        "tmpfs (tmpfs) on {1}",
+    ),
+    "read-only": ("run_dir", ["{1}: Read-only file system"], "mount it read-write (tmpfs"),
+    "full": ("run_dir", ["{0}: No space left on device"], "make room"),
+    "slow": ("all-reduce", ["slow: {1} is slow to all others"], "cable"),
+    "missing": ("nodes", ["2 of 3; node 2: did not come within 3 s"], "is it started"),
+}
+
+
+def findings(examined: dict) -> dict:
+    return {f["check"]: f for f in examined["findings"]}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_named_with_its_node_and_a_remedy_and_nothing_else_is(found, case):
+    check, texts, remedy = BROKEN[case]
+    examined = found[case]
+    assert set(examined["codes"].values()) == {1}
+    failed = {name: f for name, f in findings(examined["0"]).items() if f["level"] in ("fail", "warn")}
+    allowed = {"matmul"}  # of a machine that does other things too
+    assert set(failed) - allowed == {check}
+    names = found["names"]
+    for text in texts:
+        assert text.format(*names) in failed[check]["text"]
+    assert remedy.format(*names) in failed[check]["remedy"]
+
+
+def test_of_two_hosts_that_are_well_all_is_measured(found):
+    assert found["well"]["codes"] == {"0": 0, "1": 0}
+    examined = found["well"]["0"]
+    assert examined["ok"]
+    assert not examined["absent"]
+    assert {f["level"] for name, f in findings(examined).items() if name != "matmul"} == {"ok"}
+    here, there = examined["nodes"]
+    assert [here["host"], there["host"]] == found["names"][:2]
+    assert here["versions"] == there["versions"]
+    assert here["data"] == there["data"] != ""
+    for report, other in ((here, "1"), (there, "0")):
+        peer = report["peers"][other]
+        assert 1e6 < peer["bandwidth"] < 1e12
+        assert 0 < peer["rtt"] < 1
+        assert abs(peer["ahead"]) < 0.2  # one machine, one clock
+        assert report["folder"]["written"] > 1e5
+        assert report["flops"][0] > 1e8
+        assert report["interface"]["address"].startswith("10.203.0.")
+
+
+def test_a_node_that_meets_nobody_says_so_itself(found):
+    """Node 0's port is taken by another program, or nobody is there."""
+    (text,) = (findings(found["occupied"][rank])["ports"]["text"] for rank in ("1",))
+    assert "something else than a doctor listens at 10.203.0.1:29500" in text
+    alone = findings(found["alone"]["1"])
+    assert found["alone"]["codes"] == {"1": 1}
+    assert "node 0 does not answer at 10.203.0.1:29500 in 2 s: refused" in alone["ports"]["text"]
+    assert alone["nodes"]["level"] == "skip"
+
+
+def test_too_little_room_for_the_checkpoints_is_said_in_bytes(found):
+    room = findings(found["little room"]["0"])["room"]
+    assert room["level"] == "fail"
+    assert "2 stay while one is written: " in room["text"]
+
+
+def test_over_ssh_one_command_looks_at_all_nodes_and_names_the_one_that_is_gone(found):
+    names, seen = found["names"], found["ssh"]
+    assert seen["code"] == 1, seen["output"]
+    assert [node["host"] for node in seen["nodes"]] == names[:2]
+    assert max(map(len, seen["output"].splitlines())) <= 100
+    failed = {name: f["text"] for name, f in findings(seen).items() if f["level"] == "fail"}
+    assert failed == {"nodes": "2 of 3; anon-gone: exit code 255: ssh: no route to anon-gone"}
+    assert findings(seen)["all-reduce"]["level"] == "ok"
+
+
+# -- what needs more nodes, or GPUs, than there are here --------------------------------------------------------------
+
+
+def healthy(number: int, gpus: int = 8) -> dict[int, Report]:
+    """Reports of nodes that are well."""
+    return {
+        i: Report(
+            i,
+            f"node-{i}",
+            {"torch": "2.13.0"},
+            ["NVIDIA H100"] * gpus,
+            gpus,
+            "580.95",
+            backend="nccl",
+            interface=Interface("eth0", f"10.0.0.{i}", "", "", "eth0", ["eth0"]),
+            peers={j: Peer(rtt=1e-4, bandwidth=40e9) for j in range(number) if j != i},
+            folder=Folder(written=1e9, sync=1e-3, free=10**12, device="nfs"),
+            data="f",
+            flops=[7e14] * gpus,
+            kernel="fused",
+        )
+        for i in range(number)
+    }
+
+
+def judged(reports: dict[int, Report]) -> dict[str, tuple[str, str]]:
+    found = judge(Nodes(reports, {}, {}), None)
+    return {f.check: (f.level, f.text) for f in found if f.level not in ("ok", "skip")}
+
+
+def test_nothing_is_found_where_all_is_well():
+    assert judged(healthy(5)) == {}
+
+
+def test_a_slow_gpu_is_named():
+    reports = healthy(3)
+    reports[1].flops[6] *= 0.85
+    (check,) = judged(reports).items()
+    assert check[0] == "matmul"
+    assert "node-1 GPU 6 has 595" in check[1][1]
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 9])
+def test_a_slow_node_and_a_slow_pair_are_told_apart(nodes):
+    slow = healthy(nodes)
+    for i, report in slow.items():
+        for j, peer in report.peers.items():
+            peer.bandwidth *= 0.2 if 1 in (i, j) else 1.0
+    assert "node-1 is slow to all others, 8 GB/s at worst" in judged(slow)["all-reduce"][1]
+    pair = healthy(nodes)
+    pair[0].peers[2].bandwidth = pair[2].peers[0].bandwidth = 8e9
+    assert "slow: node-0 and node-2: 8 GB/s; 40 GB/s between two nodes" in judged(pair)["all-reduce"][1]
+
+
+def test_a_gpu_fewer_or_another_driver_is_named():
+    reports = healthy(3)
+    reports[2].gpus, reports[2].devices = 7, ["NVIDIA H100"] * 7
+    assert "7 GPUs, driver 580.95 on node-2" in judged(reports)["devices"][1]
+    reports = healthy(3)
+    reports[0].driver = "570.1"
+    assert "8 GPUs, driver 570.1 on node-0" in judged(reports)["devices"][1]
+
+
+def test_node_0_whose_clock_alone_is_wrong_is_named():
+    reports = healthy(4)
+    for peer in reports[0].peers.values():
+        peer.ahead = -30.0
+    assert judged(reports)["clocks"] == ("fail", "node-0 is 30.0 s ahead of all others")
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, Place()),
+        (
+            {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a"},
+            None,
+        ),
+        (
+            {
+                **{"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1"},
+                **{"MASTER_ADDR": "a", "MASTER_PORT": "7", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            },
+            Place(1, 2, "a", 7, True),
+        ),
+        (
+            {
+                **{"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_SIZE": "8", "CROSS_RANK": "1"},
+                **{"MASTER_ADDR": "a", "MASTER_PORT": "7"},
+            },
+            Place(1, 2, "a", 7),
+        ),
+        (
+            {
+                **{"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "3", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "120007"},
+                "MASTER_ADDR": "a",
+            },
+            Place(3, 4, "a", 20007),
+        ),
+        ({"SLURM_JOB_NUM_NODES": "4", "SLURM_NODEID": "0"}, Place()),  # a batch script, not a task of srun's
+    ],
+)
+def test_launchers_say_which_node_this_is(variables, place):
+    """As torchrun, DeepSpeed's launcher and srun set them."""
+    assert find(Doctor(), variables) == place
+
+
+def test_without_an_address_of_node_0_it_is_asked_for():
+    with pytest.raises(PlaceError, match="--master-addr"):
+        find(Doctor(node_rank=1, num_nodes=2), {})
