@@ -6,14 +6,15 @@ at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from anon_dist import __version__
-from anon_dist.launcher import leave
+from anon_dist.launcher import end_interrupted_launcher, leave
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,20 @@ def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     from anon_dist.train.config import ConfigError, parse_args
 
     args = list(sys.argv[1:] if args is None else args)
-    if not {"-h", "--help"}.isdisjoint(args) or not args:
-        _or_exit(lambda: parse_args(args, prog), ConfigError)  # ends with what it offers
+    if not {"-h", "--help"}.isdisjoint(args) or not args or os.environ.get("WORLD_SIZE", "1") == "1":
+        _or_exit(lambda: parse_args(args, prog), ConfigError)  # what it offers, or what is wrong, before torch is there
+    with _interruptible(
+        "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
+    ):
+        _train(args, prog)
 
+
+def _train(args: list[str], prog: str) -> None:
     from anon_dist.checkpoint import CheckpointError
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
+    from anon_dist.train.config import ConfigError, parse_args
     from anon_dist.train.errors import IN_USE, RunError, RunInUseError
     from anon_dist.train.loop import train as run
 
@@ -204,7 +212,8 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     for command in COMMANDS:
         if tuple(args[: len(command.words)]) == command.words:
-            return command.run(args[len(command.words) :])
+            with _interruptible("Interrupted."):
+                return command.run(args[len(command.words) :])
     if args[:1] == ["--version"]:
         print(f"anon-dist {__version__}")
         return
@@ -227,6 +236,18 @@ def _usage(prog: str, group: tuple[str, ...]) -> str:
     lines = "\n".join(f"  {words:<{width}}   {summary}" for words, summary in shown)
     version = "" if group else "  --version" + " " * (width - 6) + "what is installed\n\n"
     return f"usage: {prog} COMMAND [OPTIONS]\n\n{lines}\n{version or chr(10)}{prog} COMMAND --help says more."
+
+
+@contextlib.contextmanager
+def _interruptible(said: str) -> Iterator[None]:
+    """A Ctrl-C is a line, once for all ranks of a machine, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\n{said}", file=sys.stderr)
+            end_interrupted_launcher()
+        sys.exit(130)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

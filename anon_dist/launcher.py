@@ -110,6 +110,7 @@ def end_interrupted_launcher() -> None:
     one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
     if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
+            print("The launcher is ended with it, code 137: it would print fifty lines of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
 

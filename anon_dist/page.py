@@ -17,7 +17,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75re
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
 th {{ border-bottom-color: #888; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; min-width: 7rem; max-width: 24rem; white-space: normal; overflow-wrap: anywhere; }}
 img {{ max-width: 100%; height: auto; }}
 pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }}
 code {{ background: #f5f5f5; overflow-wrap: anywhere; }}

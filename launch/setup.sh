@@ -26,3 +26,4 @@ echo "Installing anon_dist${extras:+[$extras]} into $venv (a few minutes the fir
 "$venv/bin/python" -m pip install --quiet --constraint constraints.txt torch
 "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}"
 printf '%s' "$wanted" > "$stamp"
+echo "Installed. In a shell of yours: source $venv/bin/activate"

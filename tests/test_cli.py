@@ -1,6 +1,8 @@
 """The commands as one meets them: bare, asked for help, misspelt; and that none of that waits for torch."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -48,6 +50,73 @@ def test_help_and_bare_calls_offer_what_there_is_at_once():
         prog = " ".join(["anon-dist", *(w for w in words if not w.startswith("-") and w != "quickstart")])
         assert (err if words in BARE else out).startswith(f"usage: {prog} "), words
         assert not (words in BARE and out)
+
+
+def test_mistakes_are_told_before_anything_heavy_is_imported():
+    calls = {
+        "unknown": ["train", "--config", "quickstart", "--train.stepz", "3"],
+        "preset": ["train", "--config", "quikstart"],
+        "source": ["generate", "nowhere", "x"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([*calls.values()])], capture_output=True, text=True, timeout=120
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line[4] for line in lines] == [[], [], []]
+    unknown, preset, source = (line[1] for line in lines)
+    assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
+    assert preset.endswith("; did you mean quickstart?")
+    assert source == "error: nowhere does not exist"
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr("anon_dist.completion.run", interrupt)
+    monkeypatch.setattr("anon_dist.cli._train", interrupt)
+    for words, said in (
+        [["completion", "bash"], "Interrupted."],
+        [["train", "--config", "quickstart"], "Interrupted; "],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err.startswith(f"\n{said}")
+
+
+RANK = """
+import os
+from anon_dist import cli
+def interrupt(*args):
+    raise KeyboardInterrupt
+cli._train = interrupt
+cli.train(["--config", "quickstart"])
+"""
+LAUNCHED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_ctrl_c_at_a_terminal_leaves_the_last_word_to_the_run(terminal):
+    """The launcher, which was interrupted too, is ended before it prints; without a terminal it goes on to its own exit code."""
+    launcher = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}]); print('traceback', file=sys.stderr)"
+    )
+    screen, theirs = os.openpty()
+    ended = subprocess.run(
+        [sys.executable, "-c", launcher],
+        stderr=theirs if terminal else subprocess.PIPE,
+        env=os.environ | LAUNCHED,
+        timeout=60,
+    )
+    shown = (os.read(screen, 1 << 16) if terminal else ended.stderr).decode().split("\n")
+    os.close(theirs)
+    os.close(screen)
+    shown = [line.strip() for line in shown if line.strip()]
+    assert shown[0].startswith("Interrupted; the same command goes on from the newest checkpoint")
+    assert ended.returncode == (-signal.SIGKILL if terminal else 0)
+    assert [line.split(" ")[0] for line in shown] == ["Interrupted;", "The" if terminal else "traceback"]
 
 
 def test_every_command_is_listed_with_its_group(capsys):

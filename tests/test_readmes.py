@@ -237,6 +237,8 @@ def checkpoint(command: str, monkeypatch) -> None:
 def of_a_run(command: str) -> None:
     if not Path("runs/quickstart/model").exists():
         train(["--config", "quickstart", *SHORT, "--run-dir", "runs/quickstart"])
+    if "runs/mine" in command and not Path("runs/mine").exists():
+        shutil.copytree("runs/quickstart", "runs/mine")
     main(shlex.split(command)[1:])
 
 

@@ -254,8 +254,10 @@ def _sizes(index: Index) -> str:
 def _summary(index: Index, out: Path, seconds: float) -> str:
     train, statistics = index.splits["train"], index.statistics
     bigram = "" if statistics.bigram_val_loss is None else f", bigram loss {statistics.bigram_val_loss:.3f} (val)"
+    skipped = ", ".join(f"{count:,} {why}" for why, count in index.source.get("skipped", {}).items())
     return (
         f"{out} is complete after {seconds:.1f} s: {_sizes(index)}, {train.bytes_per_token:.3f} bytes/token, "
         f"vocabulary {index.vocab_size:,}, {index.dtype}\n"
         f"nats/token: unigram entropy {statistics.unigram_entropy:.3f}{bigram}; fingerprint {index.fingerprint}"
+        f"{f'{chr(10)}left out: {skipped}' if skipped else ''}"
     )

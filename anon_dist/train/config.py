@@ -114,8 +114,11 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and shipped.parent == folder:
         return shipped
+    names = shipped_names()
+    meant = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
-        f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(shipped_names())})"
+        f"--config {name}: no such file, and no shipped configuration of that name ({', '.join(names)})"
+        + (f"; did you mean {meant[0]}?" if meant else "")
     )
 
 

@@ -6,13 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 Record = dict[str, Any]
 """Of numbers, and of names of hosts."""
@@ -89,6 +90,9 @@ class Console:
             if sys.stderr.isatty()
             else None
         )
+        self._logged = ExitStack()
+        if self._bar is not None:
+            self._logged.enter_context(logging_redirect_tqdm())  # a warning stands above the bar, not in it
         self._steps, self._start, self._began = steps, start, time.monotonic()
         self._shown: dict[str, str] = {}
 
@@ -123,6 +127,7 @@ class Console:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+        self._logged.close()
 
 
 _PROGRESS = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

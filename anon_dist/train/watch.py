@@ -19,6 +19,9 @@ OUTLIER = 100.0
 """An element of the update that is so many times the mean size is no tail of a distribution: a billion normal ones stay below 10."""
 MUCH_CLIPPED = 0.1
 """More of the elements than this at the clip are a sign-based step, of another size than the learning rate was chosen for."""
+SETTLED = 50
+"""Steps before which nothing is said of the clip: in healthy runs it cuts off up to half of the elements in the first twenty, and then
+hardly any."""
 SILENCE = 50
 """Records between two warnings of a kind."""
 
@@ -40,6 +43,7 @@ class OptimizerWatch:
                 return {}
             found, count = measure(optimizer, self._device), refreshes(optimizer)
             clips = [g["update_clip"] for g in optimizer.param_groups]
+            steps = max((int(s["step"]) for s in optimizer.state.values() if s), default=0)
         groups = read(_over_ranks(found))
         elements = sum(g.elements for g in groups)
         record: Record = {
@@ -56,7 +60,8 @@ class OptimizerWatch:
             if clip is not None:
                 record[f"clipped_share/{i}"] = group.clipped / max(group.elements, 1.0)
         for kind, text in troubles(groups, clips).items():
-            self._warn(kind, text)
+            if steps >= SETTLED or not kind.startswith("clipped"):
+                self._warn(kind, text)
         self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
         return record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from anon_dist.arguments import parse
 from anon_dist.trained.options import Eval, Export, Generate, Runs
@@ -13,6 +14,7 @@ from anon_dist.trained.options import Eval, Export, Generate, Runs
 def generate(args: list[str]) -> None:
     """`anon-dist generate`; exit code 1 with one line for an error that the user can mend, 130 if interrupted."""
     options = parse(Generate, args, "anon-dist generate")
+    _there(options.source)
     _quietly()
     from anon_dist.trained.generate import generate as run
 
@@ -22,6 +24,7 @@ def generate(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     """`anon-dist eval`; as above."""
     options = parse(Eval, args, "anon-dist eval")
+    _there(options.source)
     _quietly()
     from anon_dist.trained.evaluate import evaluate as run
 
@@ -31,6 +34,7 @@ def evaluate(args: list[str]) -> None:
 def export(args: list[str]) -> None:
     """`anon-dist export`; as above."""
     options = parse(Export, args, "anon-dist export")
+    _there(options.source)
     _or_exit(lambda: _export(options))
 
 
@@ -53,6 +57,12 @@ def _export(options: Export) -> None:
     print(f"{options.target} is complete")
     if options.push:
         print(f"uploaded: {push(options.target, options.push, options.private, api)}")
+
+
+def _there(source: Path) -> None:
+    """Before seconds go into imports."""
+    if not source.exists():
+        sys.exit(f"error: {source} does not exist")
 
 
 def _quietly() -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.data import DataError
 from anon_dist.data.sources import FileSource, open_source
 from anon_dist.files import unused, write_text
@@ -38,7 +39,7 @@ def evaluate(options: Eval) -> None:
     """
     _check(options)
     device = device_of(options.device)
-    trained = find(options.source)
+    trained = find(options.source, ReadOptions(unsafe=options.unsafe))
     try:
         tasks = find_tasks(options.tasks, options.include_path) if options.tasks else None
         sources = {spec: _source(spec, options) for spec in options.text}

@@ -26,7 +26,8 @@ def export(options: Export) -> list[str]:
     Raises:
         CheckpointError: the source cannot be read, something is missing that must be named, or the target exists.
     """
-    trained, target, read = find(options.source), options.target, ReadOptions(unsafe=options.unsafe)
+    target, read = options.target, ReadOptions(unsafe=options.unsafe)
+    trained = find(options.source, read)
     _check_target(trained.path, target, options.overwrite)
     tokenizer = tokenizer_of(trained, options.tokenizer)
     checkpoint = open_checkpoint(trained.path, read)

@@ -11,7 +11,9 @@ from typing import Any
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.folder import read_progress, step_of
+from anon_dist.checkpoint.formats import detect
 from anon_dist.checkpoint.hf import weight_files
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.data import DataError, Index, Tokenizer
 from anon_dist.data.stream import fingerprints_of
 from anon_dist.train.metrics import read_metrics
@@ -48,11 +50,11 @@ class Trained:
         return dict(validated[-1]) if validated else {}
 
 
-def find(path: Path) -> Trained:
+def find(path: Path, options: ReadOptions | None = None) -> Trained:
     """What a path names; of a run, the newest.
 
     Raises:
-        CheckpointError: nothing is there, or the run has no checkpoint yet.
+        CheckpointError: nothing is there, or what is there is none of these, or the run has no checkpoint yet.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -66,7 +68,21 @@ def find(path: Path) -> Trained:
         return _checkpoint(latest)
     if (path / "config.yaml").is_file() and (path / "run.lock").exists():
         raise CheckpointError(f"{path} is a run without a checkpoint so far (checkpoint.every says when it writes one)")
+    try:
+        detect(path, options)
+    except CheckpointError as error:
+        raise CheckpointError(_neither(path, error)) from None
     return _checkpoint(path)
+
+
+def _neither(path: Path, error: CheckpointError) -> str:
+    """What a path is not; which runs lie below it, if some do."""
+    if "no checkpoint of a known format" not in str(error):
+        return str(error)
+    below = sorted(config.parent for config in path.glob("*/config.yaml") if (config.parent / "checkpoints").is_dir())
+    if below:
+        return f"{path} is a folder of runs; name one of them, such as {below[0]}"
+    return f"{path} is no run, no checkpoint of a known format (anon-dist ckpt inspect says what it looks for), and no model"
 
 
 def is_model(path: Path) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.train.export import context_of, generation_config
 from anon_dist.trained.device import device_of
 from anon_dist.trained.find import find, tokenizer_of
@@ -29,7 +30,11 @@ def generate(options: Generate) -> None:
     check(options)
     device = device_of(options.device)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    trained = find(options.source)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError("the text is not UTF-8") from None
+    trained = find(options.source, ReadOptions(unsafe=options.unsafe))
     tokenizer = tokenizer_of(trained, options.tokenizer)
     model = load_model(trained, options.model_config, options.unsafe)
     check_tokens(trained.path, model.config, tokenizer)

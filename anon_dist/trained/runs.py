@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +26,7 @@ from anon_dist.files import write_text
 from anon_dist.page import page, picture
 from anon_dist.train import strict_yaml
 from anon_dist.train.config import flat
+from anon_dist.train.lock import LOCK, SILENT_SECONDS
 from anon_dist.train.metrics import TASK, Record, read_metrics
 from anon_dist.train.report import RESULT
 from anon_dist.trained.options import Runs
@@ -32,6 +36,13 @@ INSIDE = ("checkpoints", "model", "tensorboard")
 PLACES = ("run_dir", "resume")
 MOST_DIFFERENCES = 8
 """Fields of the configuration that are shown, of those in which the runs differ; and scores on tasks."""
+FIRST = ("run", "step", "state", "val loss", "loss", "bits/byte")
+"""Columns that a narrow terminal shows before all others."""
+LAST = ("tokens/s", "last written")
+"""Those that it leaves out first."""
+LONGEST_NAME = 40
+MANY = 12
+"""Runs whose names do not fit into the picture beside their curves."""
 
 
 SETS = ("final_loss/", "val_loss/")
@@ -66,7 +77,17 @@ class Run:
             done = json.loads((self.folder / RESULT).read_text())["step"] >= self.config.get("train.steps", 0)
         except (OSError, ValueError, KeyError, TypeError):
             done = False
-        return "finished" if done else f"{self.step / max(int(self.config.get('train.steps') or 1), 1):.0%}"
+        if done:
+            return "finished"
+        return f"{self.step / max(int(self.config.get('train.steps') or 1), 1):.0%}{', running' * self._at_work()}"
+
+    def _at_work(self) -> bool:
+        """Whether a process says that it trains here, and has given a sign of life."""
+        try:
+            found = (self.folder / LOCK).stat()
+        except OSError:
+            return False
+        return found.st_size > 0 and time.time() - found.st_mtime < SILENT_SECONDS
 
     def curve(self, *keys: str) -> list[tuple[int, float]]:
         """(step, value) of the records that have one of the keys."""
@@ -88,18 +109,48 @@ def runs(options: Runs) -> None:
         print(f"WARNING: {problem}; this run is left out", file=sys.stderr)
     found.sort(key=_order(options.sort))
     columns, rows = table(found)
-    shown = Table(*columns[:1])
-    for column in columns[1:]:
-        shown.add_column(column, justify="right")
-    for row in rows:
-        shown.add_row(*row)
-    Console(highlight=False, markup=False).print(shown)
+    left_out = show(columns, rows)
     if options.pictures:
         out = options.out or options.folder
         out.mkdir(parents=True, exist_ok=True)
         draw(found, out / "runs.png")
         write_text(out / "runs.html", page_of(options.folder, columns, rows, (out / "runs.png").read_bytes()))
-        print(f"curves: {out / 'runs.png'}, and with the table: {out / 'runs.html'}")
+        whole = "with the whole table" if left_out else "with the table"
+        print(f"curves: {out / 'runs.png'}, and {whole}: {out / 'runs.html'}")
+
+
+def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Print as many columns as the terminal has room for, whole; all where there is no terminal and no COLUMNS.
+
+    Returns:
+        those that were left out.
+    """
+    widths = {
+        name: max(cell_len(cell) for cell in column) + 3
+        for name, column in zip(columns, zip(columns, *rows, strict=True), strict=True)
+    }
+    console = Console(highlight=False, markup=False)
+    widths[columns[0]] = min(widths[columns[0]], max(console.width // 3, 12), LONGEST_NAME)
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        console.width = sum(widths.values()) + 1
+    room, kept = console.width - 1, set()
+    for name in sorted(columns, key=lambda c: FIRST.index(c) if c in FIRST else len(FIRST) + (c in LAST)):
+        if widths[name] > room:
+            break
+        kept.add(name)
+        room -= widths[name]
+    kept |= set(columns[:2])
+    shown = Table()
+    for i, name in enumerate(columns):
+        if name in kept:
+            shown.add_column(name, justify="right" if i else "left", overflow="fold", max_width=widths[name] - 3)
+    for row in rows:
+        shown.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
+    console.print(shown)
+    left_out = [name for name in columns if name not in kept]
+    if left_out:
+        print(f"not shown, as the terminal is narrow: {', '.join(left_out)}")
+    return left_out
 
 
 def collect(folder: Path) -> tuple[list[Run], list[str]]:
@@ -116,8 +167,9 @@ def collect(folder: Path) -> tuple[list[Run], list[str]]:
         if {"config.yaml", "metrics.jsonl"} <= set(files):
             path = Path(parent)
             name = path.relative_to(folder).as_posix() if path != folder else folder.resolve().name
+            name = "".join(c if ord(c) >= ord(" ") else "\N{REPLACEMENT CHARACTER}" for c in name)
             try:
-                found.append(Run(name, path, _config(path / "config.yaml"), read_metrics(path / "metrics.jsonl")))
+                found.append(Run(name, path, _config(path / "config.yaml"), _records(path / "metrics.jsonl")))
             except (CheckpointError, OSError) as error:
                 unreadable.append(str(error))
             folders[:] = [f for f in folders if f not in INSIDE]
@@ -135,12 +187,27 @@ def _config(path: Path) -> dict[str, Any]:
         content = strict_yaml.load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return flat(content) if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it is no mapping of sections")
+    return flat(content)
+
+
+def _records(path: Path) -> list[Record]:
+    records = read_metrics(path)
+    for record in records:
+        wrong = [key for key, value in record.items() if not isinstance(value, int | float)]
+        if wrong:
+            raise CheckpointError(f"{path} cannot be read: {wrong[0]} = {record[wrong[0]]!r} is no number")
+    return records
 
 
 def _order(sort: str) -> Any:
+    def by_loss(run: Run) -> tuple[bool, float]:
+        loss = run.last("final_loss", "val_loss")
+        return loss is None or math.isnan(loss), loss or 0.0
+
     if sort == "loss":
-        return lambda run: (run.last("final_loss", "val_loss") is None, run.last("final_loss", "val_loss"))
+        return by_loss
     return (lambda run: -run.written) if sort == "time" else (lambda run: run.name)
 
 
@@ -201,14 +268,25 @@ def draw(found: Sequence[Run], path: Path) -> None:
         if validation:
             axes.plot(*zip(*validation, strict=True), lw=1.8, marker="o", ms=3, color=colour)
         if training or validation:
-            axes.plot([], [], color=colour, label=run.name.replace("$", r"\$"))
+            axes.plot([], [], color=colour, label=_legend(run.name))
     axes.set(xlabel="step", ylabel="loss (nats per token); dots: validation")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if axes.lines:
+    if axes.lines and len(found) > MANY:
+        figure.legend(fontsize="x-small", loc="outside right upper", ncols=1 + len(found) // 40)
+    elif axes.lines:
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page has the names as text
+        figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _legend(name: str) -> str:
+    """A name as matplotlib shows it: `$` is no formula, and one that begins with `_` is not left out."""
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def page_of(folder: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], png: bytes) -> str:

@@ -1,6 +1,7 @@
 """The metrics file survives kills and resumes."""
 
 import io
+import logging
 
 from anon_dist.train.metrics import Console, MetricsFile, read_metrics, table_line
 
@@ -84,9 +85,11 @@ def test_a_terminal_has_a_line_of_progress(monkeypatch):
     console = Console(600, 100)
     for _ in range(3):
         console.step()
+    logging.getLogger("anon_dist.train.watch").warning("much is clipped")
     console.record({**FULL, "step": 103})
     console.close()
     text = screen.getvalue()
+    assert "\rmuch is clipped\n" in text  # not behind what the bar shows
     last = text.split("\r")[-1]
     assert "103/600" in last
     assert all(word in last for word in ("loss=3.0123", "tok/s=12,345,679", "mfu=41.2%", "<"))

@@ -8,6 +8,7 @@ from helpers import browse
 from PIL import Image
 
 from anon_dist.cli import main
+from anon_dist.trained import runs
 
 
 def make(folder, records, config="optim: {lr: 1.0e-3}\ntrain: {steps: 4}\n", result=None):
@@ -111,13 +112,57 @@ def test_scores_on_tasks_are_columns(folder, capsys, monkeypatch):
     assert [cells(row)[place] for row in rows] == ["", "", "", "0.5000"]
 
 
+@pytest.mark.parametrize("columns", [None, 80, 40])
+def test_numbers_are_never_cut_off(folder, capsys, monkeypatch, columns):
+    make(folder / ("long" * 12), [{"step": 1234, "loss": 1.0}])
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)  # and no terminal: a file, another program
+    main(["runs", str(folder), "--no-pictures"])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert ("2.4567" in shown) == (columns != 40)
+    assert {"1,234", "finished", "deep/er"} <= {cell for line in shown.splitlines() for cell in cells(line)}
+    assert ("not shown, as the terminal is narrow: " in shown) == (columns is not None)
+    assert ("optim.betas" in shown.splitlines()[1]) == (columns is None)
+    if columns:
+        assert max(map(len, shown.splitlines()[:-1])) <= columns
+
+
+def test_a_run_at_work_is_told_from_one_that_stopped(folder, capsys):
+    (folder / "begun" / "run.lock").write_text('{"host": "here"}')
+    (folder / "deep" / "er" / "run.lock").write_text("")
+    main(["runs", str(folder), "--no-pictures"])
+    states = {row[0]: row[2] for row in map(cells, capsys.readouterr().out.splitlines()) if len(row) > 2}
+    assert (states["begun"], states["deep/er"]) == ("0%, running", "50%")
+
+
+def test_names_of_many_runs_are_all_in_the_picture(folder, tmp_path, recwarn):
+    names = ["_hidden", "\N{CJK UNIFIED IDEOGRAPH-4E2D}", *map(str, range(12))]
+    for name in names:
+        make(folder / name, [{"step": 1, "loss": 2.0}])
+    found, _ = runs.collect(folder)
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.pyplot.close", figures.append)
+        runs.draw(found, tmp_path / "runs.png")
+    labels = [text.get_text().strip() for text in figures[0].legends[0].get_texts()]
+    assert set(names) <= set(labels)
+    assert not recwarn.list
+
+
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (folder / "begun" / "config.yaml").write_text("a: [")
+    make(folder / "odd", [{"step": 1, "loss": "low"}])
+    make(folder / "list", [], "- a")
     main(["runs", str(folder), "--no-pictures"])
     shown = capsys.readouterr()
     assert "WARNING: " in shown.err
     assert "begun/config.yaml cannot be read: " in shown.err
+    assert "odd/metrics.jsonl cannot be read: loss = 'low' is no number" in shown.err
+    assert "list/config.yaml cannot be read: it is no mapping of sections" in shown.err
     assert len([line for line in shown.out.splitlines() if line.startswith("│")]) == 2
 
 

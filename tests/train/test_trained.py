@@ -19,7 +19,6 @@ from anon_dist.train import loop, report
 from anon_dist.trained import hub
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.generate import continued
-from anon_dist.trained.model import load_model
 from anon_dist.trained.options import Generate
 
 CONTEXT = 48
@@ -147,7 +146,7 @@ def test_a_text_from_the_standard_input_and_none(run, capsys, monkeypatch):
 )
 def test_an_option_out_of_its_range_is_refused_before_anything_is_read(words, message, capsys):
     with pytest.raises(SystemExit, match=f"^error: {message}"):
-        main(["generate", "/nowhere", "x", *words.split()])
+        main(["generate", "/", "x", *words.split()])
 
 
 # -- exporting --------------------------------------------------------------------------------------------------------
@@ -245,14 +244,17 @@ def test_what_is_none_is_refused_in_a_line(run, tmp_path):
     for name in ("config.yaml", "run.lock"):
         (tmp_path / "begun" / name).touch()
     (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
     cases = {
+        run.parent.name: f"is a folder of runs; name one of them, such as .*{run.name}",
+        "empty": "empty is no run, no checkpoint of a known format .* and no model",
         "nowhere": "nowhere does not exist",
         "begun": "begun is a run without a checkpoint so far",
-        "file": "file is no checkpoint of a known format",
+        "file": "file is no run, no checkpoint of a known format",
     }
     for name, message in cases.items():
         with pytest.raises(CheckpointError, match=message) as refused:
-            load_model(find(tmp_path / name))
+            find(run.parent if name == run.parent.name else tmp_path / name)
         assert "\n" not in str(refused.value)
 
 
