@@ -8,11 +8,11 @@ The words, each with one meaning:
 - *age*: how many steps s holds. *Window*: the last steps before a refresh, in which alone s is read and written.
 - *schedule*: at which steps refreshes lie (`schedule.py`). A *phase* of it: a stretch of steps with the same ρ, β2 and window.
 - *regime*: what a param group's state was made with, and what follows for the next step (`regime.py`); its *history* lies in the group.
-- *γ in force*: the one that made v. A *pending* γ was set in the group and waits for its *turn*, a refresh.
+- *γ in force*: the one that made v. A *pending* γ was set in the group and waits for a refresh, the *change of γ*.
 - *basis*: an orthogonal matrix, in blocks, into which a *side* of a matrix parameter (its columns or its rows) is turned (`basis.py`).
   *Frame*: the bases of a parameter; a *turned* one is stepped there (`frame.py`, `turned.py`). Of bases, a block is b neighbours of a side.
 - *plan*: what one step does to the elements of a tensor (`plan.py`): a *variant* (plain, accumulating, refreshing) and its numbers.
-- *bucket*: local tensors that a backend takes in one call (`gather.py`). *Backend*: what carries plans out (`backends/`).
+- *bucket*: local tensors of one kind, which a backend takes together (`gather.py`). *Backend*: what carries plans out (`backends/`).
 - *block*: 32 elements that share a scale in 8 bits (`rounding.py`). *Tile*: the elements that a kernel works on at once.
 
 `update.py` is the paper's recurrence, `reference.py` the tests' oracle in float64, `anon.py` torch's contract.

@@ -7,8 +7,8 @@ JSON string, one leaf, which no checkpoint library takes apart. A `Regime` reads
 
 - `rebase`: new values act at once, and the preconditioner is converted to the new γ, d ← d^(γ'/γ).
 - an edit of `group["gamma"]`: the γ *in force*, which made the group's preconditioners, stays. The new one is *pending* until a step
-  refreshes the group's foremost parameters, those with the most steps: the *turn*. Preconditioners that are refreshed in it are converted
-  as a part of the refresh, the others alongside, since a group has one γ.
+  refreshes the group's foremost parameters, those with the most steps: the *change of γ*. Preconditioners that are refreshed in it are
+  converted as a part of the refresh, the others alongside, since a group has one γ.
 - an edit of ρ, β2, β3, the window, the longest interval or the basis: refused by the next step.
 
 What can be converted is decided in one place, `update.gamma_ratio`, by the two γ and the dtype of the preconditioner.
@@ -56,7 +56,7 @@ class Record:
     basis_block: int = 0
     """0: no basis."""
     turned_at: int = 0
-    """The step in which `gamma` came into force, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
+    """The step of the last change of γ, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
     in parts): until they take that step, their preconditioners are of `gamma_before`."""
     gamma_before: float = 1.0
 
@@ -73,7 +73,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Turn:
+class GammaChange:
     """The step in which a pending γ comes into force."""
 
     step: int
@@ -104,7 +104,7 @@ class Regime:
 
     @property
     def is_pending(self) -> bool:
-        """Whether `group["gamma"]` has been edited, and waits for its turn."""
+        """Whether `group["gamma"]` has been edited, and waits for a refresh."""
         return bool(self._group["gamma"] != self.gamma_in_force)
 
     @cached_property
@@ -141,11 +141,11 @@ class Regime:
 
     def next_gamma(self, taken: int) -> float:
         """The γ in force in the next step's update, `taken` being the foremost parameters' step count."""
-        turns = taken == 0 or (self.is_pending and self.schedule.at(taken + 1).refresh)
-        return float(self._group["gamma"]) if turns else self.gamma_in_force
+        changes = taken == 0 or (self.is_pending and self.schedule.at(taken + 1).refresh)
+        return float(self._group["gamma"]) if changes else self.gamma_in_force
 
-    def turn(self, steps: Collection[int], taken: int) -> Turn | None:
-        """The turn, if the pending γ comes into force in the step that is about to be taken.
+    def gamma_change(self, steps: Collection[int], taken: int) -> GammaChange | None:
+        """The change of γ, if the pending γ comes into force in the step that is about to be taken.
 
         Args:
             steps: what the counts of the parameters that step now will be.
@@ -154,11 +154,11 @@ class Regime:
         if not self.is_pending or taken + 1 not in steps or not self.schedule.at(taken + 1).refresh:
             return None
         old, new = self.gamma_in_force, float(self._group["gamma"])
-        return Turn(taken + 1, old, new, update.gamma_ratio(old, new, self.precond_dtype))
+        return GammaChange(taken + 1, old, new, update.gamma_ratio(old, new, self.precond_dtype))
 
-    def why_not(self, turn: Turn) -> str:
-        """Why preconditioners cannot be converted in a turn whose `ratio` is None."""
-        if turn.old == 0.0:
+    def why_not(self, change: GammaChange) -> str:
+        """Why preconditioners cannot be converted in a change whose `ratio` is None."""
+        if change.old == 0.0:
             return "v = 1 says nothing about the gradient's scale"
         name = str(self.precond_dtype).removeprefix("torch.")
         most = f"{update.MOST_RATIO[self.precond_dtype]:g}"
@@ -167,7 +167,7 @@ class Regime:
     def plan(
         self,
         step: int,
-        turn: Turn | None = None,
+        change: GammaChange | None = None,
         *,
         lr: float | Tensor | None = None,
         grad_scale: Tensor | None = None,
@@ -176,7 +176,7 @@ class Regime:
         """What `step` does to a parameter that takes it.
 
         Args:
-            turn: of the same step of the optimizer.
+            change: of the same step of the optimizer.
             lr: if it is another object than the group's.
             grad_scale, found_inf: see `StepPlan`.
         """
@@ -185,7 +185,7 @@ class Regime:
         if due.refresh:
             last = self.history[-1]
             old = last.gamma_before if step <= last.turned_at else last.gamma
-            gamma = turn.new if turn else last.gamma
+            gamma = change.new if change else last.gamma
             known = update.gamma_ratio(old, gamma, self.precond_dtype)
             if not due.first and known is not None:  # else the refresh is as the first
                 keep, ratio = group["beta3"], known
@@ -217,22 +217,22 @@ class Regime:
         """The history of a group that has taken no step: its present values."""
         return _text((Record.of(self._group),))
 
-    def turned(self, turn: Turn, others: bool) -> str:
-        """The history after a turn.
+    def after_change(self, change: GammaChange, others: bool) -> str:
+        """The history after a change of γ.
 
         Args:
-            others: whether the group has parameters that cannot be seen now, and whose turn in the same step comes next.
+            others: whether the group has parameters that cannot be seen now, and which take the same step next.
         """
-        last = replace(self.history[-1], gamma=turn.new, turned_at=0, gamma_before=1.0)
+        last = replace(self.history[-1], gamma=change.new, turned_at=0, gamma_before=1.0)
         if others:
-            last = replace(last, turned_at=turn.step, gamma_before=turn.old)
+            last = replace(last, turned_at=change.step, gamma_before=change.old)
         return _text((*self.history[:-1], last))
 
     def rebased(self, index: int, changed: Mapping[str, Any], taken: int, names: Collection[str]) -> tuple[str, float]:
         """Go over to the values of `changed`, this group's with some replaced, after `taken` steps of its foremost parameters.
 
         Args:
-            names: what is replaced. An edited γ that is not among them goes on waiting for its turn.
+            names: what is replaced. An edited γ that is not among them goes on waiting for a refresh.
 
         Returns:
             The new history, and the power that converts the preconditioners (1: as they are).
@@ -248,7 +248,7 @@ class Regime:
         wanted = float(changed["gamma"]) if "gamma" in names else present
         ratio = update.gamma_ratio(present, wanted, self.precond_dtype)
         if ratio is None:
-            why = self.why_not(Turn(taken, present, wanted, None))
+            why = self.why_not(GammaChange(taken, present, wanted, None))
             raise ValueError(
                 f"Anon: gamma cannot be changed from {present!r} to {wanted!r} at once after steps were taken, since {why}. Set it in "
                 "param_groups: it takes effect at the next refresh"

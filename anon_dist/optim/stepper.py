@@ -20,7 +20,7 @@ from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.optim.hyper import is_plain, normalise, validate, validate_lr
 from anon_dist.optim.members import Groups, States, allocate, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
-from anon_dist.optim.regime import HISTORY, Regime, Turn
+from anon_dist.optim.regime import HISTORY, GammaChange, Regime
 from anon_dist.optim.turned import Renewal, TurnedWork
 
 LONGEST_VECTOR = 1 << 13
@@ -120,24 +120,24 @@ class Stepper:
         if told.skips:
             return work
         absent = any(Regime(group).is_pending for group in groups) and has_absent(groups, state)  # it takes time
-        turns = [_turn(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
+        changes = [_gamma_change(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
         late = told.found_inf is not None and not known_to_the_host(told.found_inf)
-        if late and (any(turns) or _renews(groups, found)):  # rare enough to wait for a GPU
+        if late and (any(changes) or _renews(groups, found)):  # rare enough to wait for a GPU
             if bool(told.found_inf):
                 return work
             late = False
         part_of = {p: i for i, part in enumerate(parts) for p in part}
-        for group, buckets, turn in zip(groups, found, turns, strict=True):
+        for group, buckets, change in zip(groups, found, changes, strict=True):
             for bucket in buckets:
                 backend = _backend(bucket, group, bool(self.kernel_agreed))
-                plans = _plans(group, bucket, turn[0] if turn else None, told, later=bool(parts))
+                plans = _plans(group, bucket, change[0] if change else None, told, later=bool(parts))
                 for part, indices in _by_part(bucket, part_of).items():
                     chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
                     work[part].append(self._work(chosen, [plans[i] for i in indices], backend, group, state))
-        for group, turn in zip(groups, turns, strict=True):
-            if turn:
-                convert_preconds(turn[1], 1.0 if turn[0].ratio is None else turn[0].ratio)
-                group[HISTORY] = Regime(group).turned(turn[0], absent)
+        for group, change in zip(groups, changes, strict=True):
+            if change:
+                convert_preconds(change[1], 1.0 if change[0].ratio is None else change[0].ratio)
+                group[HISTORY] = Regime(group).after_change(change[0], absent)
         if late and told.found_inf is not None:
             self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
         return work
@@ -204,25 +204,27 @@ def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Back
     return chosen
 
 
-def _plans(group: dict[str, Any], bucket: Bucket, turn: Turn | None, told: Told, later: bool) -> list[StepPlan]:
+def _plans(
+    group: dict[str, Any], bucket: Bucket, change: GammaChange | None, told: Told, later: bool
+) -> list[StepPlan]:
     """The plan of each parameter; `later`: when `lr` may have changed."""
     regime, lr, device = Regime(group), group["lr"], bucket.lists[0][0].device
     if isinstance(lr, Tensor):
         on_gpu = device.type != "cpu" and lr.device.type != "cpu"
         lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
     scale, flag = told.on(device)
-    made = {step: regime.plan(step, turn, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
+    made = {step: regime.plan(step, change, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
     return [made[step] for step in bucket.steps]
 
 
-def _turn(
+def _gamma_change(
     index: int, group: dict[str, Any], buckets: list[Bucket], state: States, absent: bool
-) -> tuple[Turn, list[dict[str, Tensor]]] | None:
-    """If a pending γ comes into force in this step: the turn, and the states that are converted alongside, not being refreshed."""
+) -> tuple[GammaChange, list[dict[str, Tensor]]] | None:
+    """If a pending γ comes into force in this step: the change, and the states that are converted alongside, not being refreshed."""
     regime = Regime(group)
     steps = {step for bucket in buckets for step in bucket.steps}
-    turn = regime.turn(steps, steps_taken(group, state)) if regime.is_pending else None
-    if turn is None:
+    change = regime.gamma_change(steps, steps_taken(group, state)) if regime.is_pending else None
+    if change is None:
         return None
     refreshed = {
         id(counter)
@@ -232,14 +234,14 @@ def _turn(
     }
     states = [state[p] for p in group["params"] if p in state]
     left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
-    if left and (turn.ratio is None or absent):
+    if left and (change.ratio is None or absent):
         raise RuntimeError(
-            f"Anon: gamma of param group {index} was changed from {turn.old!r} to {turn.new!r}, and {len(left)} of its parameters have "
+            f"Anon: gamma of param group {index} was changed from {change.old!r} to {change.new!r}, and {len(left)} of its parameters have "
             "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
-            f"{'not all parameters are in it' if absent else regime.why_not(turn)}. Put them in a param group of their own, or set "
-            f"{turn.old!r} again"
+            f"{'not all parameters are in it' if absent else regime.why_not(change)}. Put them in a param group of their own, or set "
+            f"{change.old!r} again"
         )
-    return turn, left
+    return change, left
 
 
 def _check_matrices(groups: Groups) -> None:
