@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from anon_dist.engines.errors import EngineError
@@ -39,12 +39,13 @@ class ContextParallel:
             device.type, (dist.get_world_size() // ranks, ranks), mesh_dim_names=("data", "context")
         )
         self.ranks, self.rank, self._group = ranks, mesh.get_local_rank("context"), mesh.get_group("context")
+        self._own = (self.rank, 2 * ranks - 1 - self.rank)
+        self._biases: dict[int, CausalBias] = {}
 
     def pieces(self, tokens: Tensor) -> Tensor:
         """This rank's two pieces of each sequence, with the token after: (B, L + 1) → (2 B, L / 2n + 1), first pieces first."""
         size = (tokens.shape[1] - 1) // (2 * self.ranks)
-        starts = (self.rank * size, (2 * self.ranks - 1 - self.rank) * size)
-        return torch.cat([tokens[:, start : start + size + 1] for start in starts])
+        return torch.cat([tokens[:, piece * size : (piece + 1) * size + 1] for piece in self._own])
 
     def attach(self, model: nn.Module) -> None:
         """Have the model compute on pieces: positions are those in the sequence, and attention reaches over the ranks.
@@ -73,8 +74,10 @@ class ContextParallel:
                 "train.context_parallel has no masks and positions of documents; set data.mask_documents to false"
             )
         rows, size = kwargs["input_ids"].shape
+        # Made here: torch makes no such bias inside of a block whose operations are looked at (selective recomputation).
+        self._biases = {piece: causal_lower_right(size, (piece + 1) * size) for piece in self._own}
         first = torch.arange(size, device=kwargs["input_ids"].device)
-        both = torch.stack([first + self.rank * size, first + (2 * self.ranks - 1 - self.rank) * size])
+        both = torch.stack([first + piece * size for piece in self._own])
         return args, {**kwargs, "position_ids": both.repeat_interleave(rows // 2, 0)}
 
     def _attention(
@@ -92,14 +95,14 @@ class ContextParallel:
         keys, values = self._whole(key), self._whole(value)
         size, grouped = query.shape[2], query.shape[1] != key.shape[1]
         found = []
-        for rows, piece in zip(query.chunk(2), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
+        for rows, piece in zip(query.chunk(2), self._own, strict=True):
             seen = (piece + 1) * size
             found.append(
                 scaled_dot_product_attention(
                     rows,
                     keys[:, :, :seen],
                     values[:, :, :seen],
-                    attn_mask=causal_lower_right(size, seen),
+                    attn_mask=self._biases[piece],
                     scale=scaling,
                     enable_gqa=grouped,
                 )

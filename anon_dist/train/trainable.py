@@ -79,8 +79,8 @@ def _check_same_files(planned: Planned, seconds: float) -> None:
 
 def _compile(model: PreTrainedModel, train: TrainConfig) -> None:
     """Outside of what `recompute` has wrapped, which torch.compile then sees."""
-    if train.activation_checkpointing == "budget":
-        set_budget(train.activation_budget)
+    if train.compile != "none":  # also back to all, after another run in this process
+        set_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
     if train.compile == "blocks":
         for block in blocks(model):
             block.forward = torch.compile(block.forward)

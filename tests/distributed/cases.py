@@ -1037,6 +1037,7 @@ def case_runs_that_share_sequences_agree_and_resume():
     for shared in ((1,), (2, 1), (1, 2)):
         config = run_config(DATA, shared_folder(OUT), engine="fsdp2")
         config.model = c.ModelConfig("qwen3", 2, 32, 4, kv_heads=2, context=32)
+        config.train.activation_checkpointing = "selective"
         for i, config.train.context_parallel in enumerate(shared):
             run(config) if i + 1 == len(shared) else run_until(config, 7)
         folders[shared] = config.run_dir
