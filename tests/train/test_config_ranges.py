@@ -339,6 +339,8 @@ LLAMA = ["--model.family", "llama"]
         (["--train.activation-checkpointing", "budget"], "which torch.compile keeps; set train.compile"),
         (["--train.activation-budget", "0.3"], "does nothing where train.activation_checkpointing is none"),
         (["--train.precision", "fp8"], "fp8 has no effect on gpt2"),
+        (["--train.first-timeout-minutes", "5"], "first_timeout_minutes = 5 is for what takes longer than a step"),
+        (["--train.on-spike", "rewind", "--checkpoint.every", "0"], "there is nothing to go back to"),
     ],
 )
 def test_what_does_not_go_together(args, message):
