@@ -644,8 +644,7 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
 
 
 def case_spikes_are_met_by_all_ranks():
-    for name in ("zero2", "zero3"):
-        check_spikes(run, lambda name=name: run_config(name, shared_folder(OUT)))
+    check_spikes(run, lambda: run_config("zero2", shared_folder(OUT)), run_config("zero3", shared_folder(OUT)))
 
 
 def case_leave_runs_for_one_process():

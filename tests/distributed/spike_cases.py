@@ -52,8 +52,12 @@ def spiked(run, config, action, at=9, jump=None):
     return folder
 
 
-def check_spikes(run, config_of):
-    """Skipped by all; gone back from, after which the steps are those of a run that passed over the samples by hand."""
+def check_spikes(run, config_of, other=None):
+    """Skipped by all; gone back from, after which the steps are those of a run that passed over the samples by hand.
+
+    `other`: of another engine, which goes back alike.
+    """
+    alike = spiked(run, other, "rewind") if other is not None else None
     skipped = spiked(run, config_of(), "skip")
     back = spiked(run, config_of(), "rewind")
     by_hand = spiked(run, config_of(), "record", jump=8)
@@ -68,6 +72,13 @@ def check_spikes(run, config_of):
         for key in ("loss", "grad_norm", "update_rms", "lr"):
             ours, theirs = ([r[key] for r in found.values()] for found in (again, wanted))
             assert ours == theirs, (key, ours, theirs)
+            if alike is not None:
+                others = [r[key] for r in records(alike)[0].values()]
+                assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(others, theirs, strict=True)), (
+                    key,
+                    others,
+                    theirs,
+                )
 
 
 def check_straggler(run, config):

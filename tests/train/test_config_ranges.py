@@ -377,6 +377,8 @@ LLAMA = ["--model.family", "llama"]
         (["--train.tokens", "0"], r"train\.tokens = 0: 0 steps, which are none or too many"),
         (["--train.tokens", "1M", "--data.phases", "[{until: 2}]"], "the phases end 868,928 tokens before"),
         (["--data.phases", "[{until: 0}]"], r"^--data\.phases\.0\.until must be a whole number ≥ 1"),
+        (["--train.first-timeout-minutes", "5"], "first_timeout_minutes = 5 is for what takes longer than a step"),
+        (["--train.on-spike", "rewind", "--checkpoint.every", "0"], "there is nothing to go back to"),
     ],
 )
 def test_what_does_not_go_together(args, message):
