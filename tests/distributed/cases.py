@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
-from anon_dist.data import Index
+from anon_dist.data import Index, PrepareConfig, prepare
 from anon_dist.engines import comparison
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
 from anon_dist.engines.errors import EngineError
@@ -905,6 +905,50 @@ def case_engines_agree_and_resume_each_other():
     if dist.get_rank() == 0:
         for key in (*("loss", "val_loss", "final_loss", "grad_norm", "update_rms"), *GROUPS):
             a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (config.run_dir, whole))
+            assert len(a) == len(b), key
+            assert all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b, strict=True)), (key, a, b)
+
+
+def case_phases_of_mixtures_agree_and_resume():
+    """A run that is stopped in the middle of a phase and goes on under another engine reads what one reads that was not stopped."""
+    other = Path(shared_folder(OUT))
+    if dist.get_rank() == 0:
+        texts = [json.dumps({"text": f"{i} times {i} is {i * i}; " * 9}) for i in range(60)]
+        (other / "a.jsonl").write_text("\n".join(texts))
+        prepare(
+            PrepareConfig(
+                source=str(other / "a.jsonl"), tokenizer="bytes", out=other / "data", val_fraction=0.2, workers=1
+            )
+        )
+    dist.barrier()
+    text, sums = c.SourceConfig(DATA, 0.5), c.SourceConfig(str(other / "data"), 0.5)
+    phases = (
+        c.PhaseConfig(3, {"text": text}),
+        c.PhaseConfig(9, {"text": text, "sums": sums}, seq_len=16),
+        c.PhaseConfig(sources={"sums": sums}, global_batch=16),
+    )
+    configs = [run_config(DATA, shared_folder(OUT)) for _ in range(2)]
+    for config in configs:
+        config.data.phases = phases
+    whole = run(configs[0])
+    run_until(configs[1], 6)
+    configs[1].train.engine = "ddp"
+    run(configs[1])
+    if dist.get_rank() == 0:
+        records = [r for r in metrics(whole) if "loss" in r]
+        assert [r["samples"] for r in records] == [8, 16, 24, *range(40, 121, 16), 136, 152, 168]
+        for key in (
+            "loss",
+            "samples",
+            "epoch",
+            "epoch/text",
+            "val_loss",
+            "val_loss/sums",
+            "final_loss",
+            "final_loss/text",
+        ):
+            a, b = ([r[key] for r in metrics(Path(config.run_dir)) if key in r] for config in configs)
+            assert a, key
             assert len(a) == len(b), key
             assert all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b, strict=True)), (key, a, b)
 
