@@ -28,7 +28,7 @@ State = dict[str, Any]
 REMEDIES = {
     "split": "read the split it began with",
     "num_samples": "point the run at the data it began with",
-    "seed": "keep data.seed",
+    "seed": "keep the data seed, data.seed",
     "shuffle": "keep the setting of shuffle",
 }
 

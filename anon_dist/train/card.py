@@ -90,7 +90,9 @@ def _model(model: Mapping[str, Any]) -> Rows:
 def _data(config: Mapping[str, Any]) -> Rows:
     """Of the prepared folders, as far as they are still there."""
     data = config.get("data") or {}
-    sources: Mapping[str, Any] = data.get("sources") or ({"": {"path": data["path"]}} if "path" in data else {})
+    in_phases = {name: source for phase in data.get("phases") or () for name, source in phase["sources"].items()}
+    sources: Mapping[str, Any] = {**(data.get("sources") or {}), **in_phases}
+    sources = sources or ({"": {"path": data["path"]}} if "path" in data else {})
     rows: Rows = []
     for name, source in sources.items():
         rows += [(f"{name}: {what}" if name else what, value) for what, value in _source(source, data)]
@@ -131,7 +133,7 @@ def _training(config: Mapping[str, Any], progress: Mapping[str, Any]) -> Rows:
         "state_dtype",
     )
     chosen = [f"{n} {o[n]}" for n in (*names, *(anon if o["name"] == "anon" else ())) if o.get(n) not in (None, {})]
-    versions = progress.get("versions") or {}
+    versions, phases = progress.get("versions") or {}, config["data"].get("phases")
     return [
         ("optimizer", f"{o['name']}: {', '.join(chosen)}"),
         (
@@ -139,8 +141,9 @@ def _training(config: Mapping[str, Any], progress: Mapping[str, Any]) -> Rows:
             f"{s['decay']} to {s['min_ratio']:g} of the peak after {s['warmup_steps']} steps of warm-up, {t['steps']} steps planned",
         ),
         ("steps", steps),
-        ("tokens", None if steps is None else f"{steps * per_step:,} ({per_step:,} a step)"),
+        ("tokens", None if steps is None or phases else f"{steps * per_step:,} ({per_step:,} a step)"),
         ("batch", f"{t['global_batch']} sequences of {config['data']['seq_len']} tokens"),
+        ("phases", phases and "; ".join(", ".join(f"{k} {v}" for k, v in p.items() if v) for p in phases)),
         ("gradient clipping", t.get("grad_clip")),
         ("precision", t.get("precision")),
         ("ranks", f"{progress.get('world_size')}, {progress.get('engine')}" if progress.get("world_size") else None),

@@ -163,7 +163,9 @@ def test_a_source_that_comes_in_leaves_the_past_as_it_is(folders, where):
 
 def test_what_cannot_be_kept_is_refused(folders):
     _, state = steps(stream_of(folders, SHARES), None, 1, 8)
-    with pytest.raises(DataError, match=r"data\.sources\.web: cannot resume: seed is 6, .*\(keep data\.seed\)"):
+    with pytest.raises(
+        DataError, match=r"data\.sources\.web: cannot resume: seed is 6, .*\(keep the data seed, data\.seed\)"
+    ):
         stream_of(folders, {"web": 1}, seed=6).after(state)
     _, state = steps(stream_of(folders, {"web": 1}), None, 1, 8)
     with pytest.raises(DataError, match=r"fingerprint is .*other data may come in with some of it among data\.sources"):

@@ -33,7 +33,7 @@ from anon_dist.bench.traffic import Traffic
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.checkpoint.linking import LinkingWriter
 from anon_dist.checkpoint.verify import verify
-from anon_dist.data import Index
+from anon_dist.data import Index, PrepareConfig, prepare
 from anon_dist.engines import comparison
 from anon_dist.engines.check import check_optimizer, check_same_start, check_world, state_bytes
 from anon_dist.engines.errors import EngineError
@@ -48,6 +48,7 @@ from anon_dist.train import config as c
 from anon_dist.train import loop, randomness, signals
 from anon_dist.train.batch import mean_loss
 from anon_dist.train.loss import attach
+from anon_dist.train.metrics import read_metrics
 from anon_dist.train.model import build_model
 from anon_dist.train.run import set_up, wanted_engine
 
@@ -952,6 +953,51 @@ def case_engines_agree_and_resume_each_other():
     if dist.get_rank() == 0:
         for key in (*("loss", "val_loss", "final_loss", "grad_norm", "update_rms"), *GROUPS):
             a, b = ([r[key] for r in metrics(Path(f)) if key in r] for f in (config.run_dir, whole))
+            assert len(a) == len(b), key
+            assert all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b, strict=True)), (key, a, b)
+
+
+def case_phases_of_mixtures_agree_and_resume():
+    """A run that is stopped in the middle of a phase and goes on under another engine reads what one reads that was not stopped."""
+    other = Path(shared_folder(OUT))
+    if dist.get_rank() == 0:
+        texts = [json.dumps({"text": f"{i} times {i} is {i * i}; " * 9}) for i in range(60)]
+        (other / "a.jsonl").write_text("\n".join(texts))
+        prepare(
+            PrepareConfig(
+                source=str(other / "a.jsonl"), tokenizer="bytes", out=other / "data", val_fraction=0.2, workers=1
+            )
+        )
+    dist.barrier()
+    text, sums = c.SourceConfig(DATA, 0.5), c.SourceConfig(str(other / "data"), 0.5)
+    phases = (
+        c.PhaseConfig(3, {"text": text}),
+        c.PhaseConfig(9, {"text": text, "sums": sums}, seq_len=16),
+        c.PhaseConfig(sources={"sums": sums}, global_batch=16),
+    )
+    configs = [run_config(DATA, shared_folder(OUT)) for _ in range(2)]
+    for config in configs:
+        config.data.phases = phases
+    run(configs[0])
+    run_until(configs[1], 6)
+    configs[1].train.engine = "ddp"
+    run(configs[1])
+    if dist.get_rank() == 0:
+        first, second = (read_metrics(Path(config.run_dir) / "metrics.jsonl") for config in configs)
+        records = [r for r in first if "loss" in r]
+        assert [r["samples"] for r in records] == [8, 16, 24, *range(40, 121, 16), 136, 152, 168]
+        for key in (
+            "loss",
+            "samples",
+            "epoch",
+            "epoch/text",
+            "val_loss",
+            "val_loss/sums",
+            "final_loss",
+            "final_loss/text",
+        ):
+            a, b = ([r[key] for r in found if key in r] for found in (first, second))
+            assert a, key
             assert len(a) == len(b), key
             assert all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(a, b, strict=True)), (key, a, b)
 

@@ -231,7 +231,7 @@ def test_data_that_changed_since_is_not_asked_for_its_tokenizer(run, tmp_path, c
     assert tokenizer_of(find(copy), None).get_vocab() == AutoTokenizer.from_pretrained(run / "model").get_vocab()
     progress = json.loads((checkpoint(run) / "trainer.json").read_text())
     trained = find(checkpoint(copy))
-    trained.progress["data"]["fingerprint"] = "0" * 32
+    trained.progress["data"]["sources"][0]["fingerprint"] = "0" * 32
     with pytest.raises(CheckpointError, match="is not the data that the run read any more"):
         tokenizer_of(trained, None)
     trained.progress.update(tokenizer=str(tmp_path / "gone" / "tokenizer"), data=progress["data"])
