@@ -53,15 +53,16 @@ def bench(args: list[str]) -> None:
 
 def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
-    from anon_dist.train.config import ConfigError, parse_args
-
-    args = list(sys.argv[1:] if args is None else args)
-    if not {"-h", "--help"}.isdisjoint(args) or not args or os.environ.get("WORLD_SIZE", "1") == "1":
-        _or_exit(lambda: parse_args(args, prog), ConfigError)  # what it offers, or what is wrong, before torch is there
+    given = list(sys.argv[1:] if args is None else args)
     with _interruptible(
         "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
     ):
-        _train(args, prog)
+        if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
+            from anon_dist.train.config import ConfigError, parse_args
+
+            # What it offers, or what is wrong, before torch is there. Of several ranks one says it, later.
+            _or_exit(lambda: parse_args(given, prog), ConfigError)
+        _train(given, prog)
 
 
 def _train(args: list[str], prog: str) -> None:

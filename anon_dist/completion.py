@@ -32,7 +32,9 @@ def run(args: list[str]) -> None:
         tyro.cli(_one_of(_tree()), args=["--tyro-write-completion", shell, "-"], prog="anon-dist", registry=REGISTRY)
     for line in script.getvalue().splitlines():
         # tyro takes each line of a description for a completion.
-        print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line)
+        line = line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line
+        # It knows no names of files where they stand without an option; bash does.
+        print(line.replace("complete -F ", "complete -o bashdefault -o default -F "))
 
 
 def _tree() -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import tyro
 
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+"""What tyro calls a type, and a person."""
 
 
 class UsageError(ValueError):
@@ -142,7 +144,8 @@ def _what_is_wrong(
     if kind in ("BadValue", "InvalidChoice", "InstantiationFailure") and event.argument is not None:
         name = _name(event.argument)
         choices = getattr(event, "choices", None)
-        words = ("one of " + ", ".join(choices) if choices else None) or f"{event.argument.lowered.metavar}"
+        metavar = f"{event.argument.lowered.metavar}"
+        words = "one of " + ", ".join(choices) if choices else _KINDS.get(metavar.removeprefix("{None}|"), metavar)
         return _wrong_value(name, takes(name) or words, values_of(args, name))
     return None
 

@@ -213,11 +213,13 @@ def test_the_shell_completes(tmp_path):
         "anon-dist train --optim.gamma-sch": "--optim.gamma-schedule",
         "anon-dist data prepare --tokenizer-": "--tokenizer-sample-mb",
     }
-    lines = [f"source {script}"]
+    lines = [f"source {script}", "complete -p anon-dist"]
     for line in asked:
         words = " ".join(f"'{word}'" for word in line.split(" "))
         lines += [f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); COMPREPLY=()", "_tyro_anon_dist"]
         lines += ['echo "${COMPREPLY[*]}"']
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True, timeout=60)
-    found = [" ".join(w for w in line.split() if w not in ("-h", "--help")) for line in done.stdout.splitlines()]
+    registered, *lines = done.stdout.splitlines()
+    assert "-o default" in registered  # elsewhere names of files, as of a run
+    found = [" ".join(w for w in line.split() if w not in ("-h", "--help")) for line in lines]
     assert found == list(asked.values())

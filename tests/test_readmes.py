@@ -313,7 +313,7 @@ RULES = {
     r"(OMP_NUM_THREADS=\d )?anon-dist bench.*": bench,
     r"anon-dist (runs|generate|export) .*": of_a_run,
     r"anon-dist eval .*": evaluation,
-    r"anon-dist init .*": lambda c: main(shlex.split(c)[1:]),
+    r"anon-dist init .*": lambda c: main(shlex.split(c.replace("data/mine", "data/stdlib"))[1:]),
     r"(srun |torchrun .* -m anon_dist\.cli )?(anon-dist )?doctor( .*)?": doctor,
     r"anon-dist completion \w+": lambda c: main(shlex.split(c)[1:]),
     r"anon-dist sweep report .*": sweep_report,

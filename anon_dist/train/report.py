@@ -70,7 +70,7 @@ def report(folder: Path, config: Config) -> None:
     if "final_loss" in result:
         console.print(f"perplexity {result['final_perplexity']:.2f}, {result['final_bits_per_byte']:.3f} bits per byte")
     if spent := spent_on(read_metrics(folder / "metrics.jsonl")):
-        console.print(f"Time: {spent}")
+        console.print(f"Time: {spent}", soft_wrap=True)
     plot_loss(
         folder / "loss.png", read_metrics(folder / "metrics.jsonl"), levels, f"{folder.name}: {config.optim.name}"
     )
@@ -82,7 +82,13 @@ def report(folder: Path, config: Config) -> None:
         transformers.logging.disable_progress_bar()
 
         console.print("\nA sample, from the exported model:", style="bold")
-        console.print(sample(folder / "model", config.log.sample_prompt), markup=False, highlight=False, style="dim")
+        console.print(
+            sample(folder / "model", config.log.sample_prompt),
+            markup=False,
+            highlight=False,
+            style="dim",
+            soft_wrap=True,
+        )
     places = {
         "Hugging Face model": folder / "model",
         "sharded checkpoint": Checkpoints(folder / "checkpoints", 1).latest(),

@@ -130,8 +130,9 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         for name, column in zip(columns, zip(columns, *rows, strict=True), strict=True)
     }
     console = Console(highlight=False, markup=False)
-    widths[columns[0]] = min(widths[columns[0]], max(console.width // 3, 12), LONGEST_NAME)
-    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        widths[columns[0]] = min(widths[columns[0]], max(console.width // 3, 12), LONGEST_NAME)
+    else:
         console.width = sum(widths.values()) + 1
     room, kept = console.width - 1, set()
     for name in sorted(columns, key=lambda c: FIRST.index(c) if c in FIRST else len(FIRST) + (c in LAST)):
