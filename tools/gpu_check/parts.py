@@ -16,8 +16,8 @@ from pathlib import Path
 
 from beside import memory, pair
 from found import ROOT, Found
-from runs import resume, settings
 from steps import context, kernel, optimizer
+from trainings import resume, settings
 
 
 def machine(found: Found) -> None:
