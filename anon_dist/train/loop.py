@@ -129,6 +129,8 @@ def _train(
         with pulse.phase("the end", run.step, long=True):
             _finish(run)
         saver.finish()
+        if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
+            end_interrupted_launcher()
 
 
 def _introduce(run: Run, console: Console) -> None:

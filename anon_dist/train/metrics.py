@@ -58,27 +58,33 @@ def add_metrics(path: Path, record: Record) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    data = path.read_bytes()
     with path.open("r+b") as file:
-        file.seek(sum(len(line) for line, _ in _records(path)))  # a line torn by a kill goes
+        file.seek(data.rfind(b"\n") + 1)  # a line torn by a kill goes
         file.truncate()
         file.write((json.dumps(record) + "\n").encode())
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics file; a last line torn by a kill is left out."""
-    return [record for _, record in _records(path)]
+    """The records of a metrics file; a line torn by a kill, or damaged, is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [record for line in lines if (record := _record(line)) is not None]
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """Lines that are whole, and what they say."""
+    """Lines up to the first that is no record, and what they say."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+        if (record := _record(line)) is None:
             return
         yield line, record
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if line.endswith(b"\n") and isinstance(record, dict) and "step" in record else None
 
 
 class Console:

@@ -3,7 +3,7 @@
 import io
 import logging
 
-from anon_dist.train.metrics import Console, MetricsFile, read_metrics, table_line
+from anon_dist.train.metrics import Console, MetricsFile, add_metrics, read_metrics, table_line
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
@@ -38,6 +38,14 @@ def test_lines_that_are_no_records_end_what_is_kept(tmp_path):
         file.write({"step": 2, "loss": 0.25})
         file.close()
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+def test_a_damaged_line_hides_no_others(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3}\n{"st\xffep": 2\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    assert [r["step"] for r in read_metrics(path)] == [1, 3]
+    add_metrics(path, {"step": 3, "final_loss": 1.0})
+    assert [r["step"] for r in read_metrics(path)] == [1, 3, 3]
 
 
 FULL = {
