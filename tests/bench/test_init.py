@@ -56,13 +56,13 @@ def test_memory_decides_how_it_is_sharded_and_recomputed(tmp_path, prepared, cap
     job = {"ranks": 4, "seq_len": 2048}
     assert fits(45, **job, micro_batch=roomy.train.micro_batch, checkpointing="none")[roomy.train.engine]
 
-    tight, _ = written(tmp_path, prepared, "1B", *batch, "--memory", 7.5)
+    tight, _ = written(tmp_path, prepared, "1B", *batch, "--memory", 6.8)
     assert (tight.train.engine, tight.train.activation_checkpointing) == ("fsdp2", "selective")
-    assert fits(7.5, **job, micro_batch=tight.train.micro_batch, checkpointing="selective") == {
+    assert fits(6.8, **job, micro_batch=tight.train.micro_batch, checkpointing="selective") == {
         "ddp": False,
         "fsdp2": True,
     }
-    assert not any(fits(7.5, **job, micro_batch=1, checkpointing="none").values())
+    assert not any(fits(6.8, **job, micro_batch=1, checkpointing="none").values())
     with pytest.raises(SystemExit, match=r"error: 1\S*B parameters do not fit on 4 x 2 GB: .*take more ranks"):
         main(
             [

@@ -18,7 +18,7 @@ def raised(monkeypatch):
     def run(*errors):
         own, box, barrier = local(), [None] * len(errors), Barrier(len(errors), timeout=30)
 
-        def from_all(value):
+        def from_all(value, group=None):
             box[own.rank] = value
             barrier.wait()
             found = list(box)
