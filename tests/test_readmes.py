@@ -303,7 +303,7 @@ RULES = {
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
     r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
-    r"(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
+    r"(DOCTOR=1 )?(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
     r"anon-dist data prepare .*": prepare,
     r"accelerate launch --config_file FILE|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
