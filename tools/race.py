@@ -282,15 +282,14 @@ def main() -> None:
         command.add_argument("source", type=Path)
         if name != "table":
             command.add_argument("out", type=Path)
-    trains = commands.add_parser("train", help="one run; options of anon-dist train follow")
+    trains = commands.add_parser("train", help="one run")
     trains.add_argument("optimizer", choices=LABELS)
-    args, rest = arguments.parse_known_args()
+    trains.add_argument("options", nargs=argparse.REMAINDER, help="of anon-dist train")
+    args = arguments.parse_args()
     if args.command == "train":
-        train(parse_args(rest, f"tools/race.py train {args.optimizer}"), PEERS.get(args.optimizer, build_optimizer))
-        return
-    if rest:
-        arguments.error(f"unknown: {' '.join(rest)}")
-    if args.command == "run":
+        config = parse_args(args.options, f"tools/race.py train {args.optimizer}")
+        train(config, PEERS.get(args.optimizer, build_optimizer))
+    elif args.command == "run":
         run(args)
     elif args.command == "table":
         table(args.source)

@@ -34,7 +34,9 @@ def test_the_tables_of_the_readme_are_those_of_the_cells(capsys):
             "basis",
         ],
     )
-    printed, written = rows(capsys.readouterr().out), rows((STUDY / "README.md").read_text())
+    page = (STUDY / "README.md").read_text()
+    race = page[page.index("## Beside AdamW") : page.index("## Half a page")]  # its tables are another script's
+    printed, written = rows(capsys.readouterr().out), rows(page.replace(race, ""))
     assert written == printed
     assert len(written) > 60
 

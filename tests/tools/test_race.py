@@ -1,0 +1,83 @@
+"""The race's peers step as their makers' do, and its page shows what was collected."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import race
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from anon_dist.train.config import OptimConfig
+
+STUDY = Path(__file__).parents[2] / "configs" / "study"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_muon_steps_hidden_matrices_as_torchs_own_does_and_the_rest_as_nadam(model):
+    optimizer = race.muon(OptimConfig(lr=1e-2, betas=(0.9, 0.99)), model)
+    copies = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    hidden = [p for n, p in copies.items() if p.ndim == 2 and ".h." in n]
+    assert len(hidden) == 8
+    decayed, plain = (
+        [copies["transformer.wte.weight"], copies["transformer.wpe.weight"]],
+        [p for p in copies.values() if p.ndim == 1],
+    )
+    alone = [
+        torch.optim.Muon(hidden, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.NAdam(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+            lr=1e-2,
+            betas=(0.9, 0.99),
+            momentum_decay=1.0,
+            decoupled_weight_decay=True,
+        ),
+    ]
+    for step in range(6):
+        if step == 3:  # as at a resume, and by a schedule
+            optimizer.load_state_dict(optimizer.state_dict())
+        rate = 1e-2 / (1 + step)
+        for group in [*optimizer.param_groups, *(g for o in alone for g in o.param_groups)]:
+            group["lr"] = rate
+        gradients(model, step)
+        for name, p in model.named_parameters():
+            copies[name].grad = p.grad.clone()
+        optimizer.step()
+        for o in alone:
+            o.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, copies[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_the_tables_of_the_page_are_those_of_the_collected_runs(capsys):
+    race.table(STUDY / "race")
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith(("| A", "| M"))]
+    assert len(printed) > 5
+    page = (STUDY / "README.md").read_text()
+    assert not [line for line in printed if line not in page]
+
+
+def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw(tmp_path, capsys):
+    rows = [
+        ("x", "nadamw", 2000, 0.1, 0, 3.0, 1.0),
+        ("x", "nadamw", 2000, 0.1, 1, 3.5, 1.0),
+        ("x", "nadamw", 2000, 0.2, 0, 3.5, 1.0),
+        ("x", "columns", 2000, 0.1, 0, 2.5, 1.0),
+        ("x", "columns", 2000, 0.1, 1, 3.0, 1.0),
+    ]
+    with (tmp_path / "runs.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([race.FIELDS, *rows])
+    race.table(tmp_path)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "columns" in x]
+    assert [c.strip() for c in line.strip("|").split("|")] == ["Anon, columns", "2000", "2.750 (2 seeds)", "", "-0.500"]
