@@ -192,7 +192,8 @@ def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int,
         if fitting:
             _, micro, engine, row = max(fitting, key=lambda f: (round(f[0], 3), f[1], f[2] == "ddp"))
             name = "single" if options.ranks == 1 else engine
-            steps = max(2, round(tokens / (share * options.ranks * seq_len)))
+            bound = options.tokens is None and tokens == EPOCHS * train  # "at most": not rounded up
+            steps = max(2, (math.floor if bound else round)(tokens / (share * options.ranks * seq_len)))
             return Chosen(name, checkpointing, micro, share * options.ranks, steps, seq_len, parameters, row)
     assert least is not None
     raise ConfigError(
@@ -215,6 +216,19 @@ def learning_rate(parameters: int) -> float:
     return float(f"{3e-3 * (parameters / 1.35e6) ** -0.356:.1e}")
 
 
+def often(steps: int) -> int:
+    """After how many steps to validate and save: a round number near a twentieth of them, and no fewer than 10."""
+    unit = 10 ** max(1, math.floor(math.log10(max(1, steps / 20))))
+    return min(steps, max(unit, round(steps / 20 / unit) * unit))
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+    unit, name = next((u for u in units if seconds >= 2 * u[0]), units[-1])
+    return f"{seconds / unit:,.0f} {name}" if seconds >= 10 * unit else f"{seconds / unit:,.1f} {name}"
+
+
 def _command(options: InitOptions, chosen: Chosen) -> str:
     train = f"launch/pretrain.py --config {shlex.quote(str(options.out))}"
     if chosen.engine == "single":
@@ -232,7 +246,7 @@ def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int)
     """The file, with what was predicted."""
     memory, row, per_step = chosen.row.memory, chosen.row, chosen.global_batch * chosen.seq_len
     tokens = chosen.steps * per_step
-    every = max(1, chosen.steps // 20)
+    every = often(chosen.steps)
     speed = row.tokens_per_s * options.ranks
     rounds = chosen.global_batch // options.ranks // chosen.micro_batch
     usual = dataclasses.asdict(ModelConfig())
@@ -240,7 +254,7 @@ def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int)
     sizes = "\n".join(f"  {k}: {_yaml(v)}" for k, v in shown.items())
     why = "fits without" if chosen.checkpointing == "none" else "what would not fit otherwise"
     timing = (
-        f"{speed:,.0f} tokens/s on all ranks, {tokens / speed / 3600:,.2g} hours, on H100s at {MFU:.0%} of their peak"
+        f"{speed:,.0f} tokens/s on all ranks, {duration(tokens / speed)}, on H100s at {MFU:.0%} of their peak"
         if options.precision == "bf16"
         else "the plan does not know this processor's speed"
     )

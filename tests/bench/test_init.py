@@ -1,11 +1,13 @@
 """`anon-dist init`: what it writes is taken by `anon-dist train`, has the size that was asked for, and fits as the plan says."""
 
 import json
+import re
 
 import pytest
 from helpers import forget_accelerate
 from transformers import AutoModelForCausalLM
 
+from anon_dist.bench.init import duration, often
 from anon_dist.cli import main
 from anon_dist.train.config import accumulation, parse_args
 from anon_dist.train.families import model_config
@@ -125,3 +127,17 @@ def test_mistakes_are_named_in_a_line(words, message, tmp_path, prepared, monkey
     assert "\n" not in str(ended.value.code)
     assert [p.name for p in tmp_path.iterdir()] == ["there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_rounds_are_round_and_times_have_their_unit():
+    assert [often(steps) for steps in (2, 70, 168, 1000, 3100, 19073)] == [2, 10, 10, 50, 200, 1000]
+    assert [duration(s) for s in (0.17, 59, 121, 7300, 100_000, 9e6)] == [
+        "0.2 seconds", "59 seconds", "2.0 minutes", "2.0 hours", "28 hours", "104 days"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("0.5M",), ("1M",), ("0.5M", "--seq-len", "512")])
+def test_of_little_data_no_more_than_four_epochs_are_read(words, tmp_path, prepared):
+    out = tmp_path / "little.yaml"
+    main(["init", *words, "--data", str(prepared), "--out", str(out)])
+    assert float(re.search(r", ([\d.]+) epochs", out.read_text()).group(1)) <= 4
