@@ -269,13 +269,14 @@ def _run_dir(nodes: Nodes, wanted: Wanted) -> Finding:
 
 
 def _remedy_of(problem: str, device: str) -> str:
+    where = f" ({device})" if device else ""
     if "Read-only" in problem:
-        return f"mount it read-write ({device})"
+        return f"mount it read-write{where}"
     if "No space" in problem or "quota" in problem.lower():
-        return f"make room ({device}; df -h, quota), or choose another run_dir"
+        return f"make room ({f'{device}; ' if device else ''}df -h, quota), or choose another run_dir"
     if "ermission" in problem or "not permitted" in problem:
         return "give your user the right to write there on that node, or choose another run_dir"
-    return f"choose a run_dir that all nodes can write ({device})"
+    return f"choose a run_dir that all nodes can write{where}"
 
 
 def _room(nodes: Nodes, wanted: Wanted) -> Finding:

@@ -342,8 +342,9 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
     config, rank = run.config, run.accelerator.process_index
     progress = _agreed_progress(source)
     if progress["step"] > config.train.steps:
+        other = "run_dir and checkpoint.remote" if config.checkpoint.remote else "run_dir"
         raise CheckpointError(
-            f"{source} is past train.steps = {config.train.steps}; raise it, or choose another run_dir"
+            f"{source} is past train.steps = {config.train.steps}; raise it, or choose another {other}"
         )
     news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
     run.engine.load(source)

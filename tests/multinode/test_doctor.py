@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anon_dist.doctor.judge import Nodes, judge
+from anon_dist.doctor.judge import Nodes, Wanted, judge
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
 from anon_dist.doctor.report import Folder, Interface, Peer, Report
@@ -156,6 +156,13 @@ def judged(reports: dict[int, Report]) -> dict[str, tuple[str, str]]:
 
 def test_nothing_is_found_where_all_is_well():
     assert judged(healthy(5)) == {}
+
+
+def test_a_run_dir_that_cannot_be_made_has_no_device_to_be_named():
+    reports = healthy(1)
+    reports[0].folder = Folder(problem="No such file or directory")
+    (found,) = (f for f in judge(Nodes(reports, {}, {}), Wanted("/proc/nope", None, 2)) if f.check == "run_dir")
+    assert found.remedy == "choose a run_dir that all nodes can write"
 
 
 def test_a_slow_gpu_is_named():
