@@ -678,7 +678,8 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             patch.close()
-        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+        found = [p.name for p in Checkpoints(folder / "checkpoints", 1).complete()]
+        assert found == ["step-00000004"], found
         dist.barrier()
         run(config)
         if dist.get_rank() == 0:
