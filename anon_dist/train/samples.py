@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -119,16 +120,27 @@ def _check_limits(phase: Config, stream: Stream, cursor: int, end: int, step: in
         if most is None or epochs[name] <= most:
             continue
         per_step = (epochs[name] * samples[name] - now[name]) / steps
-        room = max(0.0, most * samples[name] - now[name])
-        fitting = step + int(room / per_step)
+        room = max(0, math.floor(most * samples[name]) - now[name])
+        fits = int(room / per_step)
+        while fits and stream.epochs(cursor + fits * phase.train.global_batch)[name] > most:
+            fits -= 1
+        what = "the phase's until" if phase.data.phases else "train.steps"
+        fitting = f"{what} to {step + fits}"
+        if phase.train.tokens is not None and not phase.data.phases:  # which sets the steps
+            fitting = f"train.tokens to {(step + fits) * phase.train.global_batch * phase.data.seq_len}"
         others = sum(s.weight for s in sources.values()) - source.weight
         share = room / (end - cursor)  # of the positions, which is near enough to that of the tokens
-        weight = f"its weight to {share / (1.0 - share) * others:.3g}, or " if others and 0 < share < 1 else ""
-        what = "the phase's until" if phase.data.phases else "train.steps"
+        weight = f"its weight to {_below(share / (1.0 - share) * others)}, or " if others and 0 < share < 1 else ""
         raise ConfigError(
             f"{called(name)}: {what} = {step + steps} would read it {epochs[name]:.2f} times, more than max_epochs = {most:g}; lower "
-            f"{weight}{what} to {fitting}, prepare more text, or raise max_epochs"
+            f"{weight}{fitting}, prepare more text, or raise max_epochs"
         )
+
+
+def _below(weight: float) -> str:
+    """Three digits of a weight > 0, and not more than it."""
+    unit = 10.0 ** (math.floor(math.log10(weight)) - 2)
+    return f"{math.floor(weight / unit) * unit:.3g}"
 
 
 @lru_cache(maxsize=64)
