@@ -218,7 +218,7 @@ def learning_rate(parameters: int) -> float:
 
 def often(steps: int) -> int:
     """After how many steps to validate and save: a round number near a twentieth of them, and no fewer than 10."""
-    unit = 10 ** max(1, math.floor(math.log10(max(1, steps / 20))))
+    unit = int(10 ** max(1, math.floor(math.log10(max(1, steps / 20)))))
     return min(steps, max(unit, round(steps / 20 / unit) * unit))
 
 
