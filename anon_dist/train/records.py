@@ -67,14 +67,7 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
         record["padding_share"] = 1.0 - tokens / run.places
     if run.gammas.multiplied:
         record |= {f"lr_factor/{i}": factor for i, factor in enumerate(done.lr_factors)}
-    record |= run.watch.read()
-    if "update_rms" in record and (usual := run.spikes.update_doubled(record["update_rms"])) is not None:
-        record["update_doubled"] = record["update_rms"] / usual
-        if accelerator.is_main_process:
-            log.warning(
-                "step %d: the update's root mean square is %.3g, and was %.3g: spikes of the loss often follow",
-                *(run.step, record["update_rms"], usual),
-            )
+    record |= _update(run)
     if peak := peak_flops(accelerator.device):
         record["mfu"] = run.flops * tokens / wall / (peak * ranks)
     for part in PARTS:
@@ -92,6 +85,19 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     if run.rewinds:
         record["rewinds"] = run.rewinds
     run.predicted, run.places, run.waited = 0, 0, 0.0
+    return record
+
+
+def _update(run: Run) -> Record:
+    """Of Anon's update; with a warning, and how much larger it is, where its size has doubled."""
+    record = run.watch.read()
+    if "update_rms" in record and (usual := run.spikes.update_doubled(record["update_rms"])) is not None:
+        record["update_doubled"] = record["update_rms"] / usual
+        if run.accelerator.is_main_process:
+            log.warning(
+                "step %d: the update's root mean square is %.3g, and was %.3g: spikes of the loss often follow",
+                *(run.step, record["update_rms"], usual),
+            )
     return record
 
 

@@ -171,13 +171,9 @@ def set_up(
     longest = max((phase for _, phase in phases_of(config)), key=lambda phase: phase.data.seq_len)
     planned = trainable(longest, index, share)
     built = planned.model
-    shared = shared_sequences(longest, accelerator, built, sharing)
-    lengths = {phase.data.seq_len for _, phase in phases_of(config)}
-    if sharing > 1 and (odd := [n for n in lengths if n % (2 * sharing)]):
-        raise ConfigError(
-            f"data.phases: seq_len = {odd[0]} is not a multiple of 2 · train.context_parallel = 2 · {sharing}"
-        )
-    flops, parameters = {n: flops_per_token(built, n) for n in lengths}, sum(p.numel() for p in built.parameters())
+    shared = shared_sequences(config, accelerator, built, sharing)
+    flops = {phase.data.seq_len: flops_per_token(built, phase.data.seq_len) for _, phase in phases_of(config)}
+    parameters = sum(p.numel() for p in built.parameters())
     context = getattr(built.config, "max_position_embeddings", longest.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)

@@ -21,6 +21,7 @@ from anon_dist.train.config import Config, ConfigError, TrainConfig
 from anon_dist.train.evaluate import sees_what_comes
 from anon_dist.train.loss import attach
 from anon_dist.train.model import Planned, blocks, plan_model
+from anon_dist.train.phases import phases_of
 from anon_dist.train.pretrained import SavedWeights
 from anon_dist.train.recompute import recompute, set_budget
 
@@ -98,10 +99,11 @@ def shared_sequences(
     """
     if ranks == 1:
         return None
-    if config.data.seq_len % (2 * ranks):
-        raise ConfigError(
-            f"data.seq_len = {config.data.seq_len} is not a multiple of 2 · train.context_parallel = 2 · {ranks}; change one of them"
-        )
+    for length in (phase.data.seq_len for _, phase in phases_of(config)):
+        if length % (2 * ranks):
+            raise ConfigError(
+                f"data.seq_len = {length} is not a multiple of 2 · train.context_parallel = 2 · {ranks}; change one of them"
+            )
     if config.data.mask_documents or config.model.attention != "sdpa":
         raise ConfigError(
             "train.context_parallel has an attention of its own, without masks: set data.mask_documents to false, model.attention to sdpa"
