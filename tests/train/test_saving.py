@@ -242,18 +242,23 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
 ):
     """What a kill leaves: half of a checkpoint, and no thread that finishes it."""
     whole = train(run_config(run_dir=str(tmp_path / "whole")))
-    write = LinkingWriter.write_data
+    write, dead = LinkingWriter.write_data, threading.Event()
 
     def die(writer, *args):
         done = write(writer, *args)
         if "step-00000008" in str(writer.path):
+            dead.set()
             raise SystemExit  # of this thread alone
         return done
+
+    def kill():
+        assert dead.wait(60)  # the steps may be faster than the writing
+        raise KeyboardInterrupt
 
     config = run_config()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LinkingWriter, "write_data", die)
-        at_step(patch, 10, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        at_step(patch, 10, kill)
         train(config)
     assert steps(tmp_path / "run") == [4]
     assert list((tmp_path / "run" / "checkpoints" / ".unfinished" / "step-00000008").iterdir())
