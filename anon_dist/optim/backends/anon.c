@@ -204,7 +204,7 @@ static void encode(long n, const float *restrict x, int8_t *restrict codes, uint
     if (start < n) exponents[start / SHARED] = encode_block(n - start, x + start, codes + start, stochastic, salt);
 }
 
-/* -- the step of one tile ------------------------------------------------------------------------------------------------------- */
+/* -- the step of one chunk ------------------------------------------------------------------------------------------------------ */
 
 /* Element i of a tensor that is stored as float or bfloat16; the dtype is a constant wherever this is inlined. */
 static INLINE float get(const void *tensor, int dtype, long i) {
@@ -295,9 +295,11 @@ static void convert_and_mix(long n, const double *restrict d, float *restrict s,
     }
 }
 
-/* In double, and in loops of their own: each has a chain of operations short enough for the processor to overlap several elements'.
+/* In double.
  *
- * What holds for all elements is a number to compare with or to take, not a condition, which would keep a loop from being vectorised.
+ * Where gamma is 1 and has not changed there is one loop. Otherwise there are several: each has a chain of operations short enough for the
+ * processor to overlap several elements'. What holds for all elements is a number to compare with or to take, not a condition, which would
+ * keep a loop from being vectorised.
  */
 static void refresh(long n, float *restrict s, float *restrict v, const float *restrict g, const struct step *step) {
     const double keep_s = step->keep_s, add_s = step->add_s, weight = 1.0 / step->debias_s, eps = step->eps, gamma = step->gamma;
@@ -305,13 +307,22 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
     const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
     const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
     const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
+    if (gamma == 1.0 && ratio == 1.0) { /* sigma^1 is sigma */
+        for (long i = 0; i < n; i++) {
+            const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
+            const double fresh = mixed(sum * weight + eps, v[i] > 0.0f ? v[i] : no_old, keep);
+            v[i] = (float)sum <= silent ? v[i] : (float)fresh;
+            s[i] = 0.0f;
+        }
+        return;
+    }
     double d[TILE];
     for (long i = 0; i < n; i++) {
         const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
         s[i] = (float)sum;
         d[i] = sum * weight + eps;
     }
-    if (gamma != 1.0) { /* sigma^1 is sigma */
+    if (gamma != 1.0) {
         for (long i = 0; i < n; i++) {
             const double log_power = gamma * natural_log(d[i]);
             d[i] = d[i] > 0.0 ? log_power : NAN;
@@ -352,43 +363,56 @@ static void closed(void *tensor, int dtype, struct rounding how, int64_t start, 
         for (long i = 0; i < n; i++) stored[i] = to_float16(buffer[i]);
 }
 
-/* The dtypes that the step of a tile takes as they are stored; the others are converted before and after it. */
-static void taken_as_stored(const struct step *step, const int32_t *dtypes, int as[ROLES]) {
+/* The dtypes that a step takes as they are stored; the others are converted before and after it. Whether all are taken so. */
+static int taken_as_stored(const struct step *step, const int32_t *dtypes, int as[ROLES]) {
     for (int role = 0; role < ROLES; role++)
         as[role] = step->variant != REFRESH && dtypes[role] == BFLOAT16 ? BFLOAT16 : FLOAT32;
     if (as[GRAD] == FLOAT32) as[THETA] = FLOAT32;
     if (as[V] == FLOAT32) as[M] = FLOAT32;
+    int all = 1;
+    for (int role = 0; role < ROLES; role++) all &= as[role] == dtypes[role] || (role == S && step->variant == PLAIN);
+    return all;
 }
 
-/* One step of n <= TILE elements from `start` on, a multiple of TILE. */
-static void update_tile(void *const *tensors, const int32_t *dtypes, int64_t start, long n, const struct step *step) {
+/* One step of the elements from `begin` to `end`, both multiples of TILE or the tensor's end.
+ *
+ * They go through the loops a tile at a time where they pass through buffers, and otherwise all at once.
+ */
+static void update_range(void *const *tensors, const int32_t *dtypes, int64_t begin, int64_t end, const struct step *step) {
     float buffers[ROLES][TILE];
     void *x[ROLES];
     int as[ROLES];
     const int with_s = step->variant != PLAIN, refreshing = step->variant == REFRESH, in_blocks = dtypes[M] == INT8;
-    int8_t *codes = (int8_t *)tensors[M] + start;
-    uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
-    taken_as_stored(step, dtypes, as);
-    for (int role = 0; role < ROLES; role++) {
-        x[role] = buffers[role];
-        if (role == M && in_blocks)
-            decode(n, codes, exponents, buffers[M]);
-        else if (role != S || with_s)
-            x[role] = opened(tensors[role], dtypes[role], as[role], start, n, buffers[role]);
-    }
-    if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
+    const int64_t most = taken_as_stored(step, dtypes, as) && !refreshing ? end - begin : TILE;
     const int s = step->variant != ACCUMULATE ? 0 : as[S] == FLOAT32 ? 1 : 2;
     const int extended = step->nesterov != 0.0 || step->decay_against != step->decay;
-    updates[extended][(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s](
-        n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
-    if (in_blocks) {
-        const struct rounding how = rounding_of(step, M);
-        encode(n, x[M], codes, exponents, how.stochastic != 0, how.salt);
-    }
-    for (int role = 0; role < ROLES; role++) {
-        const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
-        if (changed && as[role] != dtypes[role])
-            closed(tensors[role], dtypes[role], rounding_of(step, role), start, n, x[role]);
+    update_function *const update =
+        updates[extended][(as[GRAD] == BFLOAT16) + (as[THETA] == BFLOAT16)][(as[V] == BFLOAT16) + (as[M] == BFLOAT16)][s];
+    for (int64_t start = begin; start < end; start += most) {
+        const long n = end - start < most ? end - start : most;
+        int8_t *codes = (int8_t *)tensors[M] + start;
+        uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
+        for (int role = 0; role < ROLES; role++) {
+            x[role] = buffers[role];
+            if (role == M && in_blocks)
+                decode(n, codes, exponents, buffers[M]);
+            else if (role != S || with_s)
+                x[role] = opened(tensors[role], dtypes[role], as[role], start, n, buffers[role]);
+        }
+        if (refreshing) refresh(n, x[S], x[V], x[GRAD], step);
+        update(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
+        if (in_blocks) {
+            const struct rounding how = rounding_of(step, M);
+            encode(n, x[M], codes, exponents, how.stochastic != 0, how.salt);
+        }
+        for (int role = 0; role < ROLES; role++) {
+            const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
+            if (as[role] == dtypes[role] || !changed) continue;
+            if (role == S && refreshing)
+                memset((uint16_t *)tensors[S] + start, 0, (size_t)n * sizeof(uint16_t)); /* s starts from 0, which needs no rounding */
+            else
+                closed(tensors[role], dtypes[role], rounding_of(step, role), start, n, x[role]);
+        }
     }
 }
 
@@ -419,8 +443,7 @@ void anon_step(const int32_t *dtypes, int32_t threads, const struct step *steps,
                 continue;
             }
             const int64_t begin = (mine - passed) * CHUNK, rest = lengths[i] - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
-            for (int64_t start = begin; start < end; start += TILE)
-                update_tile(tensors + POINTERS * i, dtypes, start, end - start < TILE ? end - start : TILE, steps + which[i]);
+            update_range(tensors + POINTERS * i, dtypes, begin, end, steps + which[i]);
 #pragma omp atomic capture
             mine = next++;
         }
