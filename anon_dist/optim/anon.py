@@ -314,4 +314,5 @@ class Anon(Optimizer):
         Raises:
             RuntimeError, ValueError: as `step`.
         """
-        return self._stepper.ready(self.param_groups, self.state, Told.of(self), parts)
+        runs = self._stepper.ready(self.param_groups, self.state, Told.of(self), parts)
+        return [torch.no_grad()(run) for run in runs]

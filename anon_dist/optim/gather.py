@@ -8,6 +8,7 @@ GPU.
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from anon_dist.optim.backends.layout import Addresses, Lists, addresses_of, table
+from anon_dist.optim.backends.layout import ADDRESSES, Addresses, Lists, addresses_of, chosen, table
 from anon_dist.optim.frame import sides
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
@@ -74,7 +75,7 @@ class Bucket:
             pick(self.steps),
             pick(self.counters),
             pick(self.counts) if self.counts else [],
-            None if self.addresses is None else self.addresses[list(indices)],
+            None if self.addresses is None else chosen(self.addresses, indices),
             self.choices,
         )
 
@@ -126,7 +127,8 @@ class _Kind:
         }
         found = (addresses_of(members) for members in (theta, *means)) if self._is_plain else ()
         known = [addresses for addresses in found if addresses is not None]
-        self._table = table([known[0], *known], theta) if len(known) == 4 else None  # a column for the gradients
+        self._table = table([known[0], *known], theta) if len(known) == 4 else None
+        """Addresses, with a place for the gradients', which are others at each step."""
         self._choices: dict[Any, Any] = {}
 
     def bucket(self, params: list[Tensor], grads: list[Tensor | None], state: States) -> Bucket | None:
@@ -178,8 +180,8 @@ class _Kind:
         found = addresses_of(grad)
         if self._table is None or found is None or not all(map(Tensor.is_contiguous, theta)):
             return None
-        known = self._table[there]
-        known[:, 1] = found
+        known = self._table[:] if all(there) else chosen(self._table, compress(range(len(there)), there))
+        known[1::ADDRESSES] = array("q", found)
         return known
 
 

@@ -60,12 +60,6 @@ def normalise(group: dict[str, Any]) -> None:
     group["state_dtype"] = _state_dtype_text(group["state_dtype"])
 
 
-def is_plain(group: Group) -> bool:
-    """Whether `normalise` would find nothing to change, but for what `validate` refuses."""
-    values = (*(group[name] for name in NUMBERS), *group["betas"])
-    return type(group["state_dtype"]) is str and not any(type(value).__module__ == "numpy" for value in values)
-
-
 def _state_dtype_text(value: Any) -> str:
     """One word for all states, or "exp_avg=int8, precond=bfloat16": a string, which no checkpoint library takes apart."""
     if value is None:

@@ -88,38 +88,38 @@ class Regime:
     """A view of one param group; cheap to make, and right until the group or its history changes."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
-        self._group = group
+        self.group = group
 
     @cached_property
     def history(self) -> tuple[Record, ...]:
         """Its records, oldest first; a group without has its present values."""
-        return _parsed(self._group[HISTORY]) if HISTORY in self._group else (Record.of(self._group),)
+        return _parsed(self.group[HISTORY]) if HISTORY in self.group else (Record.of(self.group),)
 
     # -- what was, and is --------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def gamma_in_force(self) -> float:
         """The γ that made the group's preconditioners."""
-        return float(self.history[-1].gamma if HISTORY in self._group else self._group["gamma"])
+        return float(self.history[-1].gamma if HISTORY in self.group else self.group["gamma"])
 
-    @property
+    @cached_property
     def is_pending(self) -> bool:
         """Whether `group["gamma"]` has been edited, and waits for a refresh."""
-        return bool(self._group["gamma"] != self.gamma_in_force)
+        return bool(self.group["gamma"] != self.gamma_in_force)
 
     @cached_property
     def schedule(self) -> Schedule:
         """When the preconditioner is refreshed, past changes included."""
         return schedule(*(Phase(r.since, r.refresh_ratio, r.beta2, r.window, r.max_interval) for r in self.history))
 
-    @property
+    @cached_property
     def precond_dtype(self) -> torch.dtype:
         """The dtype in which the group's preconditioners are stored."""
-        return state_dtypes(self._group)["precond"]
+        return state_dtypes(self.group)["precond"]
 
     def drift(self) -> dict[str, tuple[Any, Any]]:
         """Hyperparameters whose value is not the one on record: name → (recorded, present)."""
-        if self.history[-1] == (present := Record.of(self._group, self.history[-1].since)):
+        if self.history[-1] == (present := Record.of(self.group, self.history[-1].since)):
             return {}
         recorded = self.history[-1].values()
         return {name: (recorded[name], value) for name, value in present.values().items() if recorded[name] != value}
@@ -142,7 +142,7 @@ class Regime:
     def next_gamma(self, taken: int) -> float:
         """The γ in force in the next step's update, `taken` being the foremost parameters' step count."""
         changes = taken == 0 or (self.is_pending and self.schedule.at(taken + 1).refresh)
-        return float(self._group["gamma"]) if changes else self.gamma_in_force
+        return float(self.group["gamma"]) if changes else self.gamma_in_force
 
     def gamma_change(self, steps: Collection[int], taken: int) -> GammaChange | None:
         """The change of γ, if the pending γ comes into force in the step that is about to be taken.
@@ -153,7 +153,7 @@ class Regime:
         """
         if not self.is_pending or taken + 1 not in steps or not self.schedule.at(taken + 1).refresh:
             return None
-        old, new = self.gamma_in_force, float(self._group["gamma"])
+        old, new = self.gamma_in_force, float(self.group["gamma"])
         return GammaChange(taken + 1, old, new, update.gamma_ratio(old, new, self.precond_dtype))
 
     def why_not(self, change: GammaChange) -> str:
@@ -180,7 +180,7 @@ class Regime:
             lr: if it is another object than the group's.
             grad_scale, found_inf: see `StepPlan`.
         """
-        group, due = self._group, self.schedule.at(step)
+        group, due = self.group, self.schedule.at(step)
         keep, ratio, gamma = 0.0, 1.0, self.gamma_in_force
         if due.refresh:
             last = self.history[-1]
@@ -215,7 +215,7 @@ class Regime:
 
     def fresh(self) -> str:
         """The history of a group that has taken no step: its present values."""
-        return _text((Record.of(self._group),))
+        return _text((Record.of(self.group),))
 
     def after_change(self, change: GammaChange, others: bool) -> str:
         """The history after a change of γ.

@@ -17,7 +17,7 @@ from anon_dist.optim import frame
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.optim.hyper import is_plain, normalise, validate, validate_lr
+from anon_dist.optim.hyper import normalise, validate, validate_lr
 from anon_dist.optim.members import Groups, States, allocate, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, GammaChange, Regime
@@ -35,7 +35,6 @@ class Work:
     plans: list[StepPlan]
     backend: choice.Backend
 
-    @torch.no_grad()
     def run(self) -> None:
         """Update the tensors in place, and count the step."""
         self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
@@ -61,6 +60,8 @@ class Told:
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The two on a device."""
+        if self.grad_scale is None and self.found_inf is None:
+            return None, None
         scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
         return scale, flag
 
@@ -76,8 +77,8 @@ class Stepper:
         """Whether all ranks can use the fused kernel; None before the first step."""
         self._unsettled: tuple[HostCopy, list[Bucket]] | None = None
         self._renewals: list[Renewal] = []
-        self._checked: dict[int, list[Any]] = {}
-        """What each group's hyperparameters were, without lr, when they were last found to be in order."""
+        self._checked: dict[int, tuple[list[Any], Regime]] = {}
+        """What each group's hyperparameters were, without lr, when they were last found to be in order, and the regime that they make."""
 
     def settle(self) -> None:
         """Finish the last step: take back its counts, if it was none; renew the bases of what it has refreshed."""
@@ -92,7 +93,7 @@ class Stepper:
     def ready(
         self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
     ) -> list[Callable[[], None]]:
-        """The updates of a step, checked and to be run, of each part and of the parameters that are in none.
+        """The updates of a step, checked and to be run without autograd, of each part and of the parameters that are in none.
 
         Raises:
             RuntimeError, ValueError: see `Anon.step`.
@@ -115,29 +116,28 @@ class Stepper:
                 stacklevel=4,
             )
             return work
-        for index, group in enumerate(groups):
-            self._check_group(index, group, groups, state)
+        regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         if told.skips:
             return work
-        absent = any(Regime(group).is_pending for group in groups) and has_absent(groups, state)  # it takes time
-        changes = [_gamma_change(i, g, b, state, absent) for i, (g, b) in enumerate(zip(groups, found, strict=True))]
+        absent = any(regime.is_pending for regime in regimes) and has_absent(groups, state)  # it takes time
+        changes = [_gamma_change(i, r, b, state, absent) for i, (r, b) in enumerate(zip(regimes, found, strict=True))]
         late = told.found_inf is not None and not known_to_the_host(told.found_inf)
-        if late and (any(changes) or _renews(groups, found)):  # rare enough to wait for a GPU
+        if late and (any(changes) or _renews(regimes, found)):  # rare enough to wait for a GPU
             if bool(told.found_inf):
                 return work
             late = False
         part_of = {p: i for i, part in enumerate(parts) for p in part}
-        for group, buckets, change in zip(groups, found, changes, strict=True):
+        for regime, group, buckets, change in zip(regimes, groups, found, changes, strict=True):
             for bucket in buckets:
                 backend = _backend(bucket, group, bool(self.kernel_agreed))
-                plans = _plans(group, bucket, change[0] if change else None, told, later=bool(parts))
+                plans = _plans(regime, bucket, change[0] if change else None, told, later=bool(parts))
                 for part, indices in _by_part(bucket, part_of).items():
                     chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
                     work[part].append(self._work(chosen, [plans[i] for i in indices], backend, group, state))
-        for group, change in zip(groups, changes, strict=True):
+        for regime, group, change in zip(regimes, groups, changes, strict=True):
             if change:
                 convert_preconds(change[1], 1.0 if change[0].ratio is None else change[0].ratio)
-                group[HISTORY] = Regime(group).after_change(change[0], absent)
+                group[HISTORY] = regime.after_change(change[0], absent)
         if late and told.found_inf is not None:
             self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
         return work
@@ -155,14 +155,16 @@ class Stepper:
         for renewal in self._renewals:
             renewal.start()
 
-    def _check_group(self, index: int, group: dict[str, Any], groups: Groups, state: States) -> None:
-        """Refuse values out of range and, once steps were taken, values that the state was not made with; an edited γ waits."""
-        if not is_plain(group):
-            normalise(group)
-        values = [value for name, value in group.items() if name != "lr"]
-        if len(checked := self._checked.get(index, ())) == len(values) and all(map(is_, checked, values)):
+    def _regime(self, index: int, group: dict[str, Any], groups: Groups, state: States) -> Regime:
+        """A group's regime. Refused are values out of range and, once steps were taken, values that the state was not made with.
+
+        An edited γ waits.
+        """
+        values, regime = self._checked.get(index, ([], None))
+        if regime is not None and regime.group is group and _are_the_same(group, values):
             validate_lr(group["lr"])
-            return
+            return regime
+        normalise(group)
         validate(group)
         regime = Regime(group)
         if regime.drift():
@@ -170,8 +172,9 @@ class Stepper:
                 regime.check_drift(index)
             else:
                 group[HISTORY] = regime.fresh()
-        if type(group["betas"]) is tuple:  # a list could be changed where it is
-            self._checked[index] = values
+                regime = Regime(group)
+        self._checked[index] = [value for name, value in group.items() if name != "lr"], regime
+        return regime
 
     def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
         """The buckets of each group."""
@@ -194,6 +197,13 @@ def _run(work: Iterable[Work | TurnedWork]) -> None:
         one.run()
 
 
+def _are_the_same(group: Mapping[str, Any], values: list[Any]) -> bool:
+    """Whether a group's hyperparameters, but lr, are these objects, and `normalise` would find nothing to do."""
+    present = [value for name, value in group.items() if name != "lr"]
+    same = len(present) == len(values) and all(map(is_, present, values))
+    return same and type(group["lr"]).__module__ != "numpy"
+
+
 def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Backend:
     """`choice.choose`, which is asked once where the tensors' kinds are those of the steps before."""
     asked = (group["fused"], group["foreach"], agreed, torch.compiler.is_compiling())
@@ -204,11 +214,9 @@ def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Back
     return chosen
 
 
-def _plans(
-    group: dict[str, Any], bucket: Bucket, change: GammaChange | None, told: Told, later: bool
-) -> list[StepPlan]:
+def _plans(regime: Regime, bucket: Bucket, change: GammaChange | None, told: Told, later: bool) -> list[StepPlan]:
     """The plan of each parameter; `later`: when `lr` may have changed."""
-    regime, lr, device = Regime(group), group["lr"], bucket.lists[0][0].device
+    lr, device = regime.group["lr"], bucket.lists[0][0].device
     if isinstance(lr, Tensor):
         on_gpu = device.type != "cpu" and lr.device.type != "cpu"
         lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
@@ -218,12 +226,13 @@ def _plans(
 
 
 def _gamma_change(
-    index: int, group: dict[str, Any], buckets: list[Bucket], state: States, absent: bool
+    index: int, regime: Regime, buckets: list[Bucket], state: States, absent: bool
 ) -> tuple[GammaChange, list[dict[str, Tensor]]] | None:
     """If a pending γ comes into force in this step: the change, and the states that are converted alongside, not being refreshed."""
-    regime = Regime(group)
-    steps = {step for bucket in buckets for step in bucket.steps}
-    change = regime.gamma_change(steps, steps_taken(group, state)) if regime.is_pending else None
+    if not regime.is_pending:
+        return None
+    group, steps = regime.group, {step for bucket in buckets for step in bucket.steps}
+    change = regime.gamma_change(steps, steps_taken(group, state))
     if change is None:
         return None
     refreshed = {
@@ -260,12 +269,12 @@ def _check_matrices(groups: Groups) -> None:
         warnings.warn(words, stacklevel=5)
 
 
-def _renews(groups: Groups, found: list[list[Bucket]]) -> bool:
+def _renews(regimes: list[Regime], found: list[list[Bucket]]) -> bool:
     """Whether a basis is renewed after this step."""
     return any(
-        Regime(group).schedule.at(step).refresh
-        for group, buckets in zip(groups, found, strict=True)
-        if group["basis"]
+        regime.schedule.at(step).refresh
+        for regime, buckets in zip(regimes, found, strict=True)
+        if regime.group["basis"]
         for bucket in buckets
         for step in set(bucket.steps)
     )
@@ -289,7 +298,7 @@ def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequenc
 
 def _refuse_capture() -> None:
     """A CUDA graph would replay one step's variant and numbers for ever."""
-    if torch.cuda.is_available() and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "Anon: step() cannot be captured in a CUDA graph, since the host chooses what each step does (refresh, window, counts). "
             "Capture forward and backward, and call step() outside"

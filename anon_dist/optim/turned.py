@@ -42,7 +42,6 @@ class TurnedWork:
     renewals: list[Renewal]
     """Where a refresh leaves what comes after the step."""
 
-    @torch.no_grad()
     def run(self) -> None:
         """Update the tensors in place, and count the step."""
         flag = self.plans[0].found_inf

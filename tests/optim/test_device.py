@@ -152,7 +152,7 @@ def test_parameters_at_many_steps_are_one_call(monkeypatch):
 def test_a_captured_step_is_refused(monkeypatch):
     params, optimizer = make()
     give(params, 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         optimizer.step()

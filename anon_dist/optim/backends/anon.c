@@ -13,7 +13,7 @@
 
 #include <omp.h>
 
-#define ABI 6
+#define ABI 7
 #define TILE 1024              /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * TILE)      /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
@@ -25,7 +25,12 @@
 enum variant { PLAIN, ACCUMULATE, REFRESH };
 enum dtype { NONE = -1, FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum role { THETA, GRAD, M, S, V, ROLES };
-enum { EXPONENTS = ROLES, POINTERS }; /* of a parameter: the roles' tensors, and the exponents of an 8-bit m or NULL */
+
+/* `layout.Addresses` has a row of these for each parameter. */
+struct parameter {
+    void *tensors[ROLES];
+    int64_t length;
+};
 
 /* What the elements of a tensor share in a step. Mirrored in cpu.py. */
 struct step {
@@ -374,11 +379,12 @@ static int taken_as_stored(const struct step *step, const int32_t *dtypes, int a
     return all;
 }
 
-/* One step of the elements from `begin` to `end`, both multiples of TILE or the tensor's end.
+/* One step of a tensor's elements from `begin` to `end`, both multiples of TILE or its end. exponents: of the blocks of an 8-bit m.
  *
  * They go through the loops a tile at a time where they pass through buffers, and otherwise all at once.
  */
-static void update_range(void *const *tensors, const int32_t *dtypes, int64_t begin, int64_t end, const struct step *step) {
+static void update_range(void *const *tensors, uint8_t *exponents, const int32_t *dtypes, int64_t begin, int64_t end,
+                         const struct step *step) {
     float buffers[ROLES][TILE];
     void *x[ROLES];
     int as[ROLES];
@@ -391,11 +397,10 @@ static void update_range(void *const *tensors, const int32_t *dtypes, int64_t be
     for (int64_t start = begin; start < end; start += most) {
         const long n = end - start < most ? end - start : most;
         int8_t *codes = (int8_t *)tensors[M] + start;
-        uint8_t *exponents = (uint8_t *)tensors[EXPONENTS] + (in_blocks ? start / SHARED : 0);
         for (int role = 0; role < ROLES; role++) {
             x[role] = buffers[role];
             if (role == M && in_blocks)
-                decode(n, codes, exponents, buffers[M]);
+                decode(n, codes, exponents + start / SHARED, buffers[M]);
             else if (role != S || with_s)
                 x[role] = opened(tensors[role], dtypes[role], as[role], start, n, buffers[role]);
         }
@@ -403,7 +408,7 @@ static void update_range(void *const *tensors, const int32_t *dtypes, int64_t be
         update(n, x[THETA], x[GRAD], x[M], x[S], x[V], step);
         if (in_blocks) {
             const struct rounding how = rounding_of(step, M);
-            encode(n, x[M], codes, exponents, how.stochastic != 0, how.salt);
+            encode(n, x[M], codes, exponents + start / SHARED, how.stochastic != 0, how.salt);
         }
         for (int role = 0; role < ROLES; role++) {
             const int changed = role == THETA || (role == M && !in_blocks) || (role == S && with_s) || (role == V && refreshing);
@@ -416,18 +421,23 @@ static void update_range(void *const *tensors, const int32_t *dtypes, int64_t be
     }
 }
 
+static int64_t chunks_of(const struct parameter *parameter) { return (parameter->length + CHUNK - 1) / CHUNK; }
+
 /* One step of `count` parameters.
  *
  * dtypes: of each role, the same for all parameters.
+ * threads: the most that take part.
  * steps, which: parameter i takes steps[which[i]].
- * tensors: of each parameter POINTERS addresses, one parameter after the other; lengths: their numbers of elements.
+ * exponents: of each parameter the address of those of its m's blocks, if m is in 8 bits; otherwise NULL.
  *
  * Threads take chunks in the order of memory, whoever is free: on a machine with other work a fixed share would wait for the slowest.
  */
 void anon_step(const int32_t *dtypes, int32_t threads, const struct step *steps, const int32_t *which, int64_t count,
-               void *const *tensors, const int64_t *lengths) {
-    int64_t next = 0;
-#pragma omp parallel num_threads(threads)
+               const struct parameter *parameters, uint8_t *const *exponents) {
+    int64_t next = 0, all = 0;
+    for (int64_t i = 0; i < count; i++) all += chunks_of(parameters + i);
+    if (all == 0) return;
+#pragma omp parallel num_threads(all < threads ? (int32_t)all : threads)
     {
         fenv_t environment; /* the caller's flush-to-zero, which the other threads lack, must not decide */
         fegetenv(&environment);
@@ -435,15 +445,16 @@ void anon_step(const int32_t *dtypes, int32_t threads, const struct step *steps,
         int64_t mine, passed = 0, i = 0; /* `passed` chunks lie before parameter i */
 #pragma omp atomic capture
         mine = next++;
-        while (i < count) {
-            const int64_t chunks = (lengths[i] + CHUNK - 1) / CHUNK;
+        while (mine < all) {
+            const struct parameter *own = parameters + i;
+            const int64_t chunks = chunks_of(own);
             if (mine - passed >= chunks) {
                 passed += chunks;
                 i++;
                 continue;
             }
-            const int64_t begin = (mine - passed) * CHUNK, rest = lengths[i] - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
-            update_range(tensors + POINTERS * i, dtypes, begin, end, steps + which[i]);
+            const int64_t begin = (mine - passed) * CHUNK, rest = own->length - begin, end = begin + (rest < CHUNK ? rest : CHUNK);
+            update_range(own->tensors, exponents ? exponents[i] : NULL, dtypes, begin, end, steps + which[i]);
 #pragma omp atomic capture
             mine = next++;
         }

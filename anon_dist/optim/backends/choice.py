@@ -32,7 +32,7 @@ AGREEMENT_SECONDS = 60.0
 
 Group = Mapping[str, Any]
 
-Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None, Addresses | None], None]
+Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None, "Addresses | None"], None]
 """What takes a step of some parameters, in place: lists by role, a plan for each parameter, the exponents of an int8 m's blocks, and the
 tensors' addresses where they are known."""
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 import threading
 from array import array
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,21 +17,12 @@ from anon_dist.optim.backends.build import BuildError, load
 from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan
 
-ABI = 6
+ABI = 7
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, tuple(CODES), _WIDE, _WIDE), strict=True))
-CHUNK = 1 << 16
-"""The kernel hands out work in pieces of this many elements."""
 
-STEP = np.dtype(
-    [
-        *((name, np.int32) for name in ("variant", "hold_silent", "stochastic", "step")),
-        *((name, np.float64) for name in ("decay", "keep_m", "add_m", "keep_s", "add_s", "debias_s", "keep_d")),
-        *((name, np.float64) for name in ("gamma", "gamma_ratio", "eps", "bound", "scale")),
-        *((name, np.float64) for name in ("nesterov", "decay_against")),
-    ]
-)
+STEP = struct.Struct("@4i14d")
 """`struct step` of anon.c, which says what each field is."""
 
 _BITS = {role: 1 << i for i, role in enumerate(ROLES)}
@@ -100,31 +90,29 @@ def run(
     copies, kept_alive = Copies(), lists
     if addresses is None:
         copies, addresses, kept_alive = laid_out(lists, row_major=exponents is not None)
-    lengths = np.ascontiguousarray(addresses[:, -1])
-    pointers = np.array(addresses, order="C")
-    pointers[:, -1] = 0 if exponents is None else list(map(Tensor.data_ptr, exponents))
     steps, which = _table(plans)
     dtypes = array("i", [CODES[members[0].dtype] for members in lists])
+    blocks = None if exponents is None else array("q", map(Tensor.data_ptr, exponents))
     library().anon_step(
         dtypes.buffer_info()[0],
-        max(1, min(torch.get_num_threads(), int((-(-lengths // CHUNK)).sum()))),
-        steps.ctypes.data,
+        torch.get_num_threads(),
+        steps,
         which.buffer_info()[0],
-        len(lengths),
-        pointers.ctypes.data,
-        lengths.ctypes.data,
+        len(plans),
+        addresses.buffer_info()[0],
+        None if blocks is None else blocks.buffer_info()[0],
     )
     del kept_alive
     write_back(copies)
     torch.autograd.graph.increment_version(lists[0])
 
 
-def _table(plans: list[StepPlan]) -> tuple[np.ndarray[Any, Any], array[int]]:
+def _table(plans: list[StepPlan]) -> tuple[bytes, array[int]]:
     """The different plans as `STEP`, and which of them each parameter follows."""
     keys = list(map(id, plans))
     different = dict(zip(keys, plans, strict=True))
     places = {key: i for i, key in enumerate(different)}
-    return np.array(list(map(_row, different.values())), STEP), array("i", [places[key] for key in keys])
+    return b"".join([STEP.pack(*_row(plan)) for plan in different.values()]), array("i", [places[key] for key in keys])
 
 
 def _row(plan: StepPlan) -> tuple[float, ...]:

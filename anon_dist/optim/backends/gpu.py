@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from anon_dist.optim import update
+from anon_dist.optim.backends import layout
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.backends.gpu_layout import ALIGNMENT, ROW, TILE, WARPS
-from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
+from anon_dist.optim.backends.layout import ADDRESSES, Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan, Variant
 
 ROUNDED = ("theta", "m", "s", "v")
@@ -101,7 +102,7 @@ def run(
         chosen = [i for i, plan in enumerate(plans) if plan.variant == variant and lists[0][i].numel()]
         if chosen:
             some = tuple([members[i] for i in chosen] for members in lists)
-            at = None if addresses is None else addresses[chosen]
+            at = None if addresses is None else layout.chosen(addresses, chosen)
             scales = None if exponents is None else [exponents[i] for i in chosen]
             _launch(some, [plans[i] for i in chosen], scales, at)
 
@@ -121,7 +122,8 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None,
         places.setdefault(id(plan), len(places))
     different = {id(plan): plan for plan in plans}
     values = sent([_values(different[key]) for key in places], torch.float64, device)
-    at, lengths = addresses[:, :-1], addresses[:, -1]
+    table = np.frombuffer(addresses, np.int64).reshape(-1, ADDRESSES)
+    at, lengths = table[:, :-1], table[:, -1]
     scales = [0] * len(theta) if exponents is None else list(map(Tensor.data_ptr, exponents))
     aligned, follows = (at % ALIGNMENT == 0).all(1), [places[id(plan)] for plan in plans]
     rows = np.column_stack([at, scales, lengths, aligned, follows])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from operator import is_not
-from typing import Any
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -17,9 +18,10 @@ Lists = tuple[list[Tensor], ...]
 """θ, g, m, s, v (`ROLES`): the i-th members belong to one parameter, or to one piece of one; all are local tensors of one device, and each
 list has one dtype. g need not be the parameter's own gradient, nor θ the parameter (see `StepPlan.handing_back`)."""
 
-Addresses = np.ndarray[Any, np.dtype[np.int64]]
-"""Where the tensors in `Lists` lie, each parameter's in row-major order without gaps: (parameters, 6) int64, a row of the addresses of
-θ, g, m, s, v and their number of elements."""
+Addresses: TypeAlias = "array[int]"  # of Python's own: NumPy's take the host longer, where its code is in no cache
+"""Where the tensors in `Lists` lie, each parameter's in row-major order without gaps: `ADDRESSES` 64-bit integers for each parameter, the
+addresses of θ, g, m, s, v and their number of elements."""
+ADDRESSES = len(ROLES) + 1
 
 Copies = list[tuple[list[Tensor], list[Tensor]]]
 """Of some parameters, θ, g, m, s, v and what was taken in their place."""
@@ -55,7 +57,12 @@ def addresses_of(tensors: list[Tensor]) -> list[int] | None:
 
 def table(columns: list[list[int]], theta: list[Tensor]) -> Addresses:
     """`Addresses` of their columns."""
-    return np.array([*columns, list(map(Tensor.numel, theta))], np.int64).T
+    return array("q", chain.from_iterable(zip(*columns, map(Tensor.numel, theta), strict=True)))
+
+
+def chosen(addresses: Addresses, indices: Iterable[int]) -> Addresses:
+    """The addresses of some of the parameters."""
+    return array("q", chain.from_iterable(addresses[ADDRESSES * i : ADDRESSES * (i + 1)] for i in indices))
 
 
 def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
