@@ -178,13 +178,13 @@ class Stepper:
 
     def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
         """The buckets of each group."""
+        if _has_no_gradient(groups):
+            return [[] for _ in groups]
         known = self.known if len(self.known) == len(groups) else [None] * len(groups)
         found = [k.buckets(group, state) if k else None for k, group in zip(known, groups, strict=True)]
         renewed = [buckets for buckets in found if buckets is not None]
         if any(renewed) and len(renewed) == len(groups):
             return renewed
-        if _has_no_gradient(groups):
-            return [[] for _ in groups]
         _check_matrices(groups)
         allocate(groups, state)
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
@@ -281,9 +281,10 @@ def _renews(regimes: list[Regime], found: list[list[Bucket]]) -> bool:
 
 
 def _has_no_gradient(groups: Groups) -> bool:
-    """Whether there are parameters, and none of them has a gradient."""
-    parameters = [p for group in groups for p in group["params"] if p.numel()]
-    return bool(parameters) and all(p.grad is None for p in parameters)
+    """Whether there are parameters with elements, and none of them has a gradient."""
+    if any(p.grad is not None and p.numel() for group in groups for p in group["params"]):
+        return False
+    return any(p.numel() for group in groups for p in group["params"])
 
 
 def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:

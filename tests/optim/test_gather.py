@@ -10,6 +10,7 @@ from torch import nn
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS
+from anon_dist.optim.stepper import Stepper
 
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "refresh_ratio": 1.1, "window": 3, "weight_decay": 0.1}
 
@@ -66,6 +67,11 @@ def load(optimizer, params):
     optimizer.load_state_dict(state)
 
 
+def replace_group(optimizer, params):
+    """Its values, but lr, are the same objects."""
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.5}
+
+
 def reorder(optimizer, params):
     optimizer.param_groups[0]["params"].reverse()
 
@@ -81,22 +87,23 @@ def change_values(optimizer, params):
 
 CHANGES = [
     *(replace_states, replace_one_state, replace_data, halve, move_counters, set_counters, set_one_counter),
-    *(load, reorder, split_group, change_values),
+    *(load, replace_group, reorder, split_group, change_values),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*found no gradient")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_seen(change, fused):
     models = model(), model()
     optimizers = [Anon(params, **HYPER, fused=fused) for params in models]
     for t in range(24):
-        but = {10: (0,), 11: (0,), 13: (1,)}.get(t, ())
+        but = {10: (0,), 11: (0,), 13: (1,), 15: (0, 1, 2, 3)}.get(t, ())
         for params, optimizer in zip(models, optimizers, strict=True):
             if t == 17:
                 change(optimizer, params)
             give_gradients(params, t, but)
-        optimizers[1]._stepper.known = ()
+        optimizers[1]._stepper = Stepper()
         for optimizer in optimizers:
             optimizer.step()
         remembering, forgetting = optimizers
