@@ -57,7 +57,8 @@ class Record:
     """0: no basis."""
     turned_at: int = 0
     """The step of the last change of γ, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
-    in parts): until they take that step, their preconditioners are of `gamma_before`."""
+    in parts): until they take that step, their preconditioners are of `gamma_before`. No basis has to do with it: checkpoints that
+    are older than bases have the name."""
     gamma_before: float = 1.0
 
     @classmethod

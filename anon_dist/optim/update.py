@@ -3,7 +3,7 @@
 For t = 1, 2, …, gradient g and learning rate η:
 
     m ← β1 m + (1 − β1) g                            update_momentum
-    s ← β2 s + (1 − β2) g²                           accumulate
+    s ← β2 s + (1 − β2) g²                           accumulate; with a window, in its steps alone
     if t = a_k:                                      refresh
         σ = s / (1 − β2^age) + ε
         d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ       γ° = γ at the last refresh

@@ -22,9 +22,11 @@ def test_in_the_interpreter_and_on_a_gpu(interpreted):
     """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
     if interpreted == "0" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    cases = Path(__file__).with_name("gpu_cases.py")
+    cases = [Path(__file__).with_name("gpu_cases.py")]
+    if interpreted == "1":
+        cases.append(Path(__file__).with_name("test_oracle.py::test_random_runs_of_the_gpu_kernel"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", *map(str, cases)],
         env={**os.environ, "TRITON_INTERPRET": interpreted},
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -1,0 +1,358 @@
+"""Runs of random settings and events, each step of which is checked against `numpy_anon`, from the optimizer's own tensors."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from numpy_anon import Clock, Frame, Refresh, array, dense, power, rounding, step
+from torch import nn
+
+from anon_dist import Anon
+from anon_dist.optim.backends import choice, gpu
+from anon_dist.optim.state import decoded
+
+MEANS = ("exp_avg", "exp_avg_sq", "precond")
+PHASE = ("refresh_ratio", "window", "max_interval")
+LARGEST_CHANGE = {torch.float32: 256.0, torch.float64: 256.0, torch.bfloat16: 4.0}
+"""Of γ, as a factor, that a preconditioner of this dtype carries."""
+
+STATE_DTYPES = (
+    *(None, "bfloat16", {"exp_avg_sq": "bfloat16", "precond": "bfloat16"}, {"precond": "bfloat16"}),
+    {"exp_avg": "int8", "exp_avg_sq": "bfloat16"},
+)
+SHAPES = ((), (1,), (7,), (70,), (0,), (3, 0), (5, 4), (4, 9), (2, 3, 2), (1, 5), (6, 1))
+SETTINGS = {
+    "weight_decay": (0.0, 0.1, 1.0),
+    "update_clip": (None, 1.0, 0.05),
+    "eps": (1e-16, 1e-8, 1e-4),
+    **dict.fromkeys(("hold_silent", "nesterov", "cautious_decay", "maximize"), (False, True)),
+    "gamma": (1.0, 1.0, 0.0, 0.5, 0.1, -1.0, 2.0, 1.5),
+    "beta3": (0.0, 0.5, 0.9),
+    "refresh_ratio": (2.0, 1.1, 1.5, 1.03, 3.0),
+    "window": (None, None, "auto", 1, 2, 5),
+    "max_interval": (None, None, 1, 4),
+}
+BETA1, BETA2 = (0.0, 0.5, 0.9, 0.95), (0.0, 0.5, 0.9, 0.95, 0.999)
+
+
+def close(name, found, wanted, error):
+    wrong = ~((np.abs(found - wanted) <= error) | (found == wanted))
+    if wrong.any():
+        i = np.unravel_index(np.argmax(wrong), wrong.shape)
+        raise AssertionError(f"{name}{list(map(int, i))}: {found[i]!r}, not {wanted[i]!r} ± {error[i]:.3g}")
+
+
+def phase(group):
+    return {"beta2": group["betas"][1], **{name: group[name] for name in PHASE}}
+
+
+class Run:
+    """A run of one seed. What is due and which γ is in force is counted here, and not read from the optimizer."""
+
+    def __init__(self, seed, kernel):
+        self.rng, self.kernel = np.random.default_rng(seed), kernel
+        self.dtype = self.pick(torch.float32, torch.bfloat16, torch.float16, torch.float32 if kernel else torch.float64)
+        self.params, self.clocks = [], {}
+        path = {"fused": True} if kernel else self.pick({"fused": False}, {"foreach": False}, {"foreach": True})
+        self.optimizer = Anon(
+            [{"params": self.made(3)}, {"params": self.made(2), **self.fresh("gamma", "window")}],
+            lr=self.lr(),
+            betas=(self.pick(*BETA1), self.pick(*BETA2)),
+            **self.fresh(*SETTINGS),
+            basis=self.pick(None, None, "columns", "rows", "both"),
+            basis_block=self.pick(2, 3, 4, 128),
+            state_dtype=self.pick(*STATE_DTYPES, *(() if kernel else ("float64",))),
+            stochastic_rounding=self.pick(False, True),
+            **path,
+        )
+        groups = self.optimizer.param_groups
+        self.phases, self.in_force = [[(0, phase(group))] for group in groups], [group["gamma"] for group in groups]
+
+    def pick(self, *values):
+        return values[self.rng.integers(len(values))]
+
+    def fresh(self, *names):
+        return {name: self.pick(*SETTINGS[name]) for name in names}
+
+    def lr(self):
+        lr = 10.0 ** self.rng.uniform(-3, -1)
+        return self.pick(lr, torch.tensor(lr, dtype=torch.float64))
+
+    def made(self, count):
+        """Parameters of odd shapes and strides."""
+        found = []
+        for _ in range(count):
+            x = torch.from_numpy(np.asarray(self.rng.standard_normal(self.pick(*SHAPES)))).to(self.dtype)
+            if x.dim() == 2:
+                x = self.pick(x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, : x.shape[1]])
+            found.append(nn.Parameter(x))
+            self.clocks[found[-1]] = Clock()
+        self.params += found
+        return found
+
+    def gradient(self, p):
+        g = self.rng.standard_normal(tuple(p.shape)) * self.pick(1e-3, 1.0, 30.0)
+        g = np.asarray(g * self.pick(1.0, 1.0, 1.0, 0.0, self.rng.random(g.shape) < 0.5))
+        g = torch.from_numpy(g).to(p.dtype)
+        return self.pick(g, g.t().contiguous().t()) if g.dim() == 2 else g
+
+    def states(self):
+        held = self.optimizer.state
+        return {p: {k: x.clone() for k, x in decoded(dict(held[p])).items()} for p in self.params if p in held}
+
+    def go(self, steps):
+        for _ in range(steps):
+            if self.rng.random() < 0.35:
+                event = self.pick(*(self.edit, self.edit_gamma) * 2, self.rebase, self.rebase_gamma, self.reload)
+                index = int(self.rng.integers(len(self.optimizer.param_groups)))
+                self.pick(event, event, event, self.add, self.take_on_a_basis)(index)
+            self.step()
+
+    # -- between steps ---------------------------------------------------------------------------------------------------
+
+    def edit(self, index):
+        group = self.optimizer.param_groups[index]
+        group.update(self.fresh(self.pick("weight_decay", "update_clip", "eps", "nesterov", "cautious_decay")))
+        group.update(self.fresh(self.pick("maximize", "hold_silent")))
+        group["lr"], group["betas"] = self.lr(), (self.pick(*BETA1), group["betas"][1])
+
+    def edit_gamma(self, index):
+        self.optimizer.param_groups[index].update(self.fresh("gamma"))
+
+    def rebase(self, index):
+        group, values = self.optimizer.param_groups[index], self.fresh(self.pick("beta3", *PHASE))
+        self.optimizer.rebase(**self.pick(values, {"beta2": self.pick(*BETA2)}), group=index)
+        taken = max(self.clocks[p].t for p in group["params"])
+        self.phases[index] = [entry for entry in self.phases[index] if entry[0] < taken] + [(taken, phase(group))]
+
+    def rebase_gamma(self, index):
+        group, new, before = self.optimizer.param_groups[index], self.pick(*SETTINGS["gamma"]), self.states()
+        ratio = self.ratio(group, self.in_force[index], new) if any(self.clocks[p].t for p in group["params"]) else 1.0
+        if ratio is None:
+            with pytest.raises(ValueError, match="gamma cannot be changed"):
+                self.optimizer.rebase(gamma=new, group=index)
+            return
+        self.optimizer.rebase(gamma=new, group=index)
+        self.in_force[index] = new
+        for p in group["params"]:
+            self.assert_converted(p, before, ratio)
+
+    def reload(self, _):
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        before = self.states()
+        self.optimizer = Anon([{"params": group["params"]} for group in self.optimizer.param_groups], lr=0.01)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        self.assert_unchanged(before)
+
+    def add(self, _):
+        if len(self.params) < 8:
+            self.optimizer.add_param_group({"params": self.made(1), **self.fresh("gamma")})
+            group = self.optimizer.param_groups[-1]
+            self.phases.append([(0, phase(group))])
+            self.in_force.append(group["gamma"])
+
+    def take_on_a_basis(self, index):
+        if self.optimizer.param_groups[index]["basis"] is None:
+            self.optimizer.rebase(basis=self.pick("columns", "both"), basis_block=3, group=index)
+
+    # -- a step ----------------------------------------------------------------------------------------------------------
+
+    def step(self):
+        scale = self.pick(None, None, 0.5, 3.0, 1024.0)
+        skips = self.rng.random() < 0.1
+        for p in self.params:
+            if not p.isfinite().all():  # float16's range was left
+                nn.init.normal_(p)
+            p.grad = self.gradient(p) if self.rng.random() < 0.85 else None
+        self.optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+        self.optimizer.found_inf = self.pick(None, torch.tensor(0.0)) if not skips else torch.tensor(1.0)
+        self.optimizer.settle()
+        before, thetas = self.states(), {p: array(p) for p in self.params}
+        plans, clocks, in_force, refused = self.planned()
+        none = all(p.grad is None or not p.numel() for p in self.params) and any(p.numel() for p in self.params)
+        if refused and not skips and not none:
+            with pytest.raises(RuntimeError, match="cannot be converted"):
+                self.optimizer.step()
+            for group, gamma in zip(self.optimizer.param_groups, self.in_force, strict=True):
+                group["gamma"] = gamma
+        else:
+            self.take()
+        if refused or skips or none:
+            self.optimizer.settle()
+            self.assert_unchanged(before, thetas)
+            return
+        self.clocks.update(clocks)
+        self.in_force = in_force
+        stepped = self.states()
+        self.optimizer.settle()
+        after = self.states()
+        for plan in plans:
+            self.check(plan, scale or 1.0, before, thetas, stepped, after)
+
+    def take(self):
+        if self.pick(True, False):
+            assert self.optimizer.step(lambda: 3.5) == 3.5
+        else:
+            for run in self.optimizer.split_step([self.params[::2]]):
+                run()
+
+    def ratio(self, group, old, new):
+        """The power that takes a preconditioner from γ to another; None where it says too little."""
+        named = dict(part.split("=") for part in group["state_dtype"].split(", ") if "=" in part)
+        dtype = getattr(torch, named.get("precond", "float32") if named else group["state_dtype"])
+        if old == new:
+            return 1.0
+        return None if old == 0.0 or abs(new) > LARGEST_CHANGE[dtype] * abs(old) else new / old
+
+    def planned(self):
+        """What each parameter does: (parameter, group, Due or None, Refresh, the power that converts v); the clocks and the γ in force
+        after it; and whether the step is refused."""
+        plans, clocks, in_force, refused = [], {}, [], False
+        for group, phases, old in zip(self.optimizer.param_groups, self.phases, self.in_force, strict=True):
+            taken, new, dues = max(self.clocks[p].t for p in group["params"]), group["gamma"], {}
+            old = new if taken == 0 else old
+            for p in group["params"]:
+                if p.grad is not None or not p.numel():
+                    clocks[p] = Clock(**vars(self.clocks[p]))
+                    dues[p] = clocks[p].tick(phases)
+            changes = old != new and any(due.refreshes and due.t == taken + 1 for due in dues.values())
+            ratio = self.ratio(group, old, new) if changes else 1.0
+            in_force.append(new if changes else old)
+            for p in group["params"]:
+                due = dues.get(p)
+                if due is not None and due.refreshes:
+                    keep = 0.0 if due.first or ratio is None else group["beta3"]
+                    refresh = Refresh(in_force[-1], 1.0 if due.first or ratio is None else ratio, keep)
+                    plans.append((p, group, due, refresh, 1.0))
+                elif due is not None or self.clocks[p].t:
+                    refused |= ratio is None and self.clocks[p].t > 0
+                    plans.append((p, group, due, None, ratio if self.clocks[p].t else 1.0))
+        return plans, clocks, in_force, refused
+
+    # -- checks ----------------------------------------------------------------------------------------------------------
+
+    def assert_unchanged(self, before, thetas=None):
+        after = self.states()
+        for p, state in before.items():
+            assert all(torch.equal(x, after[p][key]) for key, x in state.items())
+        for p, theta in (thetas or {}).items():
+            close("theta", array(p), theta, np.zeros_like(theta))
+
+    def assert_converted(self, p, before, ratio):
+        if p not in before:
+            return
+        v, found = array(before[p]["precond"]), array(self.optimizer.state[p]["precond"])
+        wanted = v if ratio == 1.0 else power(v, ratio)
+        error = rounding(wanted, before[p]["precond"].dtype, True) + 1e-9 * wanted
+        close("converted precond", found, wanted, error * (ratio != 1.0))
+
+    def check(self, plan, scale, before, thetas, stepped, after):
+        p, group, due, refresh, ratio = plan
+        if due is None:
+            self.assert_converted(p, before, ratio)
+            return
+        assert float(after[p]["step"]) == due.t
+        stored = {"theta": p.dtype, **{key: self.optimizer.state[p][key].dtype for key in MEANS}}
+        unit = 2.0**-53 if torch.float64 in stored.values() else 2.0**-24
+        hyper, theta = {k: x for k, x in group.items() if k not in ("params", "history")}, thetas[p]
+        hyper["lr"] = float(hyper["lr"])
+        g = np.zeros_like(theta) if p.grad is None else array(p.grad) / scale * (-1 if group["maximize"] else 1)
+        m, s, v = (array(before[p][key]) for key in MEANS) if p in before else (theta * 0, theta * 0, theta * 0 + 1)
+        ev = np.zeros_like(v)
+        if ratio != 1.0:
+            v = power(v, ratio)
+            ev = 1e-13 * v + rounding(v, stored["precond"], True)
+        frame = Frame(
+            p.shape, p.dtype, before.get(p, stepped[p])
+        )  # the first step's is I, and still is before it is renewed
+        wanted = step(frame, theta, g, m, s, v, ev, hyper, due, refresh, unit)
+        for key, dtype in stored.items():
+            value, error = wanted[key]
+            found = array(p if key == "theta" else stepped[p][key]).reshape(value.shape)
+            stays = (key == "precond" and not due.refreshes and ratio == 1.0) or (
+                key == "exp_avg_sq" and not due.accumulates
+            )
+            error = error + rounding(np.abs(value) + error, dtype, key != "theta" or group["stochastic_rounding"])
+            if dtype == torch.float16:
+                found = np.where(np.isinf(found) & (np.abs(value) + error > 65500), value, found)
+            close(f"{key} at {due} of {hyper}", found, value, 0 * error if stays else error)
+        if frame.turns and due.refreshes:
+            check_renewal(frame, stored, stepped[p], after[p], refresh)
+        else:
+            assert all(torch.equal(x, stepped[p][key]) for key, x in after[p].items())
+
+
+def check_renewal(frame, stored, before, after, refresh):
+    """Each basis is an orthogonal R further, the Q of (C + δ) = Q·triangle; m is turned by it, and σ = d^(1/γ) as a diagonal is."""
+    m, v = (array(before[key]).reshape(frame.shape) for key in ("exp_avg", "precond"))
+    exponent = -2.0 / (refresh.gamma if abs(refresh.gamma) >= 0.25 else 1.0)
+    turned, sigma, esigma = m, v**exponent, np.zeros_like(v)
+    loose = 1e-12 if all(x.dtype == torch.float64 for key, x in before.items() if "basis" in key) else 3e-6
+    for side in ("column", "row"):
+        if f"{side}_basis" not in before:
+            continue
+        (q, c), (new_q, new_c) = (
+            [dense(array(state[f"{side}_{key}"])) for key in ("basis", "cov")] for state in (before, after)
+        )
+        r, block = q.T @ new_q, before[f"{side}_basis"].shape[1]
+        close(f"{side}_basis: orthogonality", new_q.T @ new_q, np.eye(len(q)), np.full_like(q, loose))
+        vectors = m if side == "column" else m.T
+        for i in range(0, len(q), block):
+            part = slice(i, i + block)
+            check_block(r[part, part], c[part, part], new_c[part, part], vectors[:, part], refresh.keep, loose)
+        turned, sigma, esigma = (x if side == "column" else x.T for x in (turned, sigma, esigma))
+        turned, esigma = turned @ r, esigma @ r**2 + sigma @ (loose * (2 * np.abs(r) + loose))
+        sigma = sigma @ r**2
+        turned, sigma, esigma = (x if side == "column" else x.T for x in (turned, sigma, esigma))
+    error = 60 * loose * frame.norms(turned) + rounding(turned, stored["exp_avg"], True)
+    close("turned exp_avg", array(after["exp_avg"]).reshape(frame.shape), turned, error)
+    sigmas = (sigma, np.maximum(sigma - esigma, 1e-300), sigma + esigma)
+    wanted, low, high = (power(x, 1 / exponent) if refresh.gamma else v for x in sigmas)
+    error = np.maximum(np.abs(wanted - low), np.abs(wanted - high)) + 20 * loose * wanted
+    error += rounding(wanted, stored["precond"], True)
+    close("turned precond", array(after["precond"]).reshape(frame.shape), wanted, error)
+
+
+def check_block(r, c, new_c, vectors, keep, loose):
+    fresh, size = vectors.T @ vectors, len(r)
+    if np.trace(fresh) == 0.0:
+        close("basis without momentum", r, np.eye(size), np.full_like(r, loose))
+        return
+    c = keep * c + (1 - keep) * size * fresh / np.trace(fresh)
+    close("covariance", new_c, r.T @ c @ r, np.full_like(r, 20 * loose * np.trace(c)))
+    triangle, error = r.T @ (c + 1e-3 * np.trace(c) / size * np.eye(size)), 30 * loose * np.trace(c)
+    close("triangle", np.tril(triangle, -1), np.zeros_like(r), np.full_like(r, error))
+    assert (np.diag(triangle) > -error).all()
+
+
+@pytest.mark.filterwarnings("ignore:Anon")
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_runs(seed, kernel):
+    Run(seed, kernel).go(steps=25)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_gpu_kernel.py runs it in the interpreter")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_runs_of_the_gpu_kernel(seed, monkeypatch):
+    monkeypatch.setattr(gpu, "obstacle", lambda lists: None)
+    monkeypatch.setattr(gpu, "check", lambda: None)
+    monkeypatch.setattr(choice, "kernel_for", lambda device: gpu)
+    Run(seed, kernel=True).go(steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Anon")
+@pytest.mark.parametrize("kernel", [False, True])
+def test_many_random_runs(kernel):
+    for seed in range(100, 400):
+        try:
+            Run(seed, kernel).go(steps=40)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
