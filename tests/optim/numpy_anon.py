@@ -181,7 +181,8 @@ def step(frame, theta, g, m, s, v, ev, hyper, due, refresh, unit):
 
 
 def _moved(frame, theta, u, eu, weight, hyper, unit):
-    """θ moved by u over its weight, both in the frame; and its error."""
+    """θ moved by u over its weight, which is in the frame; and its error."""
+    unit = frame.unit if frame.turns else unit
     u = u / weight
     eu, clip, lr = eu / weight + 6 * unit * np.abs(u), hyper["update_clip"], hyper["lr"]
     if clip is not None:
