@@ -46,6 +46,7 @@ def init(options: InitOptions) -> str:
     chosen = choose(options, model, shape_of(model, index.vocab_size), seq_len, train)
     text = render(options, model, chosen, train)
     _check_text(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
     return _command(options, chosen)
 
@@ -59,8 +60,6 @@ def _check(options: InitOptions) -> None:
         raise ConfigError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {options.memory:g}")
     if os.path.lexists(options.out):
         raise ConfigError(f"--out {options.out} exists; name another file, or remove it")
-    if not options.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {options.out}: {options.out.parent} does not exist; make it first")
 
 
 def _check_text(text: str) -> None:
