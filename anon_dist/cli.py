@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from anon_dist import __version__
-from anon_dist.launcher import end_interrupted_launcher, leave
+from anon_dist.launcher import LAUNCHER, end_launcher, leave
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def bench(args: list[str]) -> None:
 def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
     given = list(sys.argv[1:] if args is None else args)
-    with _interruptible(
-        "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
-    ):
+    said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
+    with _interruptible(said), _last_word():
         if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
             from anon_dist.train.config import ConfigError, parse_args
 
@@ -247,8 +246,22 @@ def _interruptible(said: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{said}", file=sys.stderr)
-            end_interrupted_launcher()
+            end_launcher()
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _last_word() -> Iterator[None]:
+    """An error of a process that a launcher started alone (`accelerate launch --cpu`) is the last line at a terminal. Of several ranks
+    others may have to speak yet."""
+    try:
+        yield
+    except SystemExit as ended:
+        if not isinstance(ended.code, str) or "RANK" in os.environ or LAUNCHER is None:
+            raise
+        print(ended.code, file=sys.stderr)
+        end_launcher()
+        sys.exit(1)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

@@ -101,16 +101,16 @@ def leave() -> None:
         os._exit(0)
 
 
-def end_interrupted_launcher() -> None:
-    """After a Ctrl-C at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait for its ranks.
+def end_launcher() -> None:
+    """After a Ctrl-C or an error at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait.
 
-    It was interrupted too, and would end with fifty lines of its own traceback below what the run said. Left alone where its end tells
-    somebody something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
+    It would end with its own traceback, of up to fifty lines, below what the run said. Left alone where its end tells somebody
+    something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
     if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
-            print("The launcher is ended with it, code 137: it would print fifty lines of its own.", file=sys.stderr)
+            print("The launcher is ended with it, code 137: it would print a traceback of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
 

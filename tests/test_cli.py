@@ -119,6 +119,29 @@ def test_a_ctrl_c_at_a_terminal_leaves_the_last_word_to_the_run(terminal):
     assert [line.split(" ")[0] for line in shown] == ["Interrupted;", "The" if terminal else "traceback"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_under_accelerates_simple_launcher_is_the_last_line_at_a_terminal(terminal, tmp_path):
+    """As after `accelerate launch --cpu`, which raises an error of its own when the training ends with one."""
+    rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
+    (tmp_path / "accelerate").write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])\nprint('traceback', file=sys.stderr)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    command = [sys.executable, str(tmp_path / "accelerate")]
+    screen, theirs = os.openpty()
+    ended = subprocess.run(command, stderr=theirs if terminal else subprocess.PIPE, env=environment, timeout=60)
+    shown = (os.read(screen, 1 << 16) if terminal else ended.stderr).decode().split("\n")
+    os.close(theirs)
+    os.close(screen)
+    shown = [line.strip() for line in shown if line.strip()]
+    assert shown[0].endswith("; did you mean quickstart?")
+    assert shown[1:] == (
+        ["The launcher is ended with it, code 137: it would print a traceback of its own."]
+        if terminal
+        else ["traceback"]
+    )
+
+
 def test_every_command_is_listed_with_its_group(capsys):
     main([])
     shown = capsys.readouterr().out

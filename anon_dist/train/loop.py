@@ -21,7 +21,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
-from anon_dist.launcher import end_interrupted_launcher
+from anon_dist.launcher import end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import hangs, records
 from anon_dist.train.alike import shared_settings
@@ -124,13 +124,13 @@ def _train(
             again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
             console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
             if stopped == signal.SIGINT.name:
-                end_interrupted_launcher()
+                end_launcher()
     if not stopped:
         with pulse.phase("the end", run.step, long=True):
             _finish(run)
         saver.finish()
         if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
-            end_interrupted_launcher()
+            end_launcher()
 
 
 def _introduce(run: Run, console: Console) -> None:

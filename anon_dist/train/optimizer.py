@@ -84,17 +84,13 @@ def apply_hyperparameters(
         kept: for each group, what stays as it is in the checkpoint, being set at each step (`GammaRules`).
 
     Raises:
-        ValueError, RuntimeError: `rebase` refuses the change, or the states' dtype is another.
+        ValueError, RuntimeError: `rebase` refuses the change.
     """
     for index, (group, new, left) in enumerate(zip(optimizer.param_groups, wanted, kept, strict=True)):
         left = {"lr", "foreach", "fused", *left}
         changed = {k: v for k, v in new.items() if k not in left and _plain(group.get(k)) != _plain(v)}
         for key, value in changed.items():
             say(f"resuming with {key} = {value!r} in param group {index}; the checkpoint had {group.get(key)!r}")
-        if "state_dtype" in changed:
-            raise ValueError(
-                f"optim.state_dtype cannot change during a run; it was {group['state_dtype']!r}: set it to that, or choose another run_dir"
-            )
         if isinstance(optimizer, Anon):
             rebased: dict[str, Any] = {k: changed.pop(k) for k in REBASED if k in changed}
             if "betas" in changed and changed["betas"][1] != group["betas"][1]:

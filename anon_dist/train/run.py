@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -343,7 +344,9 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another {other}"
         )
     news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
-    run.engine.load(source)
+    with warnings.catch_warnings():  # what this run changes is said below
+        warnings.filterwarnings("ignore", "Anon: the loaded state brings its own hyperparameters")
+        run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
     say = print if run.accelerator.is_main_process else (lambda _: None)

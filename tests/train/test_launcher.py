@@ -97,7 +97,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 found = runpy.run_path({str(LAUNCHER)!r})
 os.kill(os.getppid(), signal.SIGINT)
 print("Stopped", flush=True)
-found["end_interrupted_launcher"]()
+found["end_launcher"]()
 """
 WAITING = """
 import subprocess, sys
