@@ -56,16 +56,18 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
     calls = {
         "unknown": ["train", "--config", "quickstart", "--train.stepz", "3"],
         "preset": ["train", "--config", "quikstart"],
+        "bare": ["train", "quickstart"],
         "source": ["generate", "nowhere", "x"],
     }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([*calls.values()])], capture_output=True, text=True, timeout=120
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line[4] for line in lines] == [[], [], []]
-    unknown, preset, source = (line[1] for line in lines)
+    assert [line[4] for line in lines] == [[]] * 4
+    unknown, preset, bare, source = (line[1] for line in lines)
     assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
     assert preset.endswith("; did you mean quickstart?")
+    assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
     assert source == "error: nowhere does not exist"
 
 
