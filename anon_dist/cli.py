@@ -209,7 +209,11 @@ HELP = ("-h", "--help", "help")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command that `args` (by default, the command line) names."""
-    args = list(sys.argv[1:] if args is None else args)
+    with _piped():
+        _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> None:
     for command in COMMANDS:
         if tuple(args[: len(command.words)]) == command.words:
             with _interruptible("Interrupted."):
@@ -248,6 +252,22 @@ def _interruptible(said: str) -> Iterator[None]:
             print(f"\n{said}", file=sys.stderr)
             end_launcher()
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _piped() -> Iterator[None]:
+    """Whoever read the output through a pipe (`| head`) may have seen enough of it: exit code 141, without a word."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()  # fails again if that was the pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 @contextlib.contextmanager

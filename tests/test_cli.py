@@ -88,6 +88,17 @@ def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys):
         assert capsys.readouterr().err.startswith(f"\n{said}")
 
 
+@pytest.mark.parametrize("words", [["completion", "bash"], ["--help"], ["ckpt"], ["ckpt", "convert", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    """As of `anon-dist … | head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "anon_dist.cli", *words]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, timeout=60)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 RANK = """
 import os
 from anon_dist import cli

@@ -67,7 +67,10 @@ def _check_text(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
-        check(load_config(path))
+        try:
+            check(load_config(path))
+        except ConfigError as error:
+            raise ConfigError(f"nothing is written, as {str(error).replace(f'{path}: ', '')}") from None
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
