@@ -10,6 +10,8 @@ import contextlib
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ _MODULES = (
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 )
+_GRACE = 2.0
+"""Seconds that the other ranks have to end by themselves."""
 _SCRIPTS = tuple(f"/{module.replace('.', '/')}.py" for module in _MODULES)
 
 
@@ -110,9 +114,30 @@ def end_launcher() -> None:
     one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
     if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
+            _end_others(LAUNCHER.pid)
             print("The launcher is ended with it, code 137: it would print a traceback of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
+
+
+def _end_others(launcher: int) -> None:
+    """Wait a moment for the launcher's other ranks, and end those that wait for this one: torch would print where, once the launcher is
+    gone, through which they talk."""
+    others = {pid: began for pid, began in _children(launcher) if pid != os.getpid()}
+    until = time.monotonic() + _GRACE
+    while others := {pid: began for pid, began in others.items() if (_process(pid) or (0, 0))[1] == began}:
+        if time.monotonic() > until:
+            for pid in others:
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def _children(parent: int) -> Iterator[tuple[int, int]]:
+    """Processes of a parent that have not ended, and when they began."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (found := _process(int(entry))) is not None and found[0] == parent:
+            yield int(entry), found[1]
 
 
 LAUNCHER = find()

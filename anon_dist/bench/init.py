@@ -288,7 +288,7 @@ train:
   engine: {chosen.engine}
   precision: {options.precision}
   activation_checkpointing: {_yaml(chosen.checkpointing)}  # {why}
-  compile: {_yaml(options.precision == "bf16")}
+  compile: {"blocks" if options.precision == "bf16" else "none"}
 eval:
   every: {every}
   sequences: 256

@@ -18,7 +18,7 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.regroup import Groups, regroup
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Manifest
 from anon_dist.checkpoint.semantics import to_optimizer
 
 
@@ -60,6 +60,8 @@ def convert(
             checkpoint = regroup(checkpoint, groups)
         if optimizer is not None:
             checkpoint = to_optimizer(checkpoint, optimizer)
+        if (groups is not None or optimizer is not None) and to == "dcp":
+            _begin_schedules(checkpoint.manifest)
         files = formats.plan(checkpoint, to, options or WriteOptions())
         fresh = target.with_name(target.name + ".new") if target.exists() else target
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,17 @@ def convert(
     finally:
         checkpoint.close()
     return checkpoint.manifest.notes
+
+
+def _begin_schedules(manifest: Manifest) -> None:
+    """Give groups that no schedule has had the rate that one begins with: a script that has one asks for it, and DCP has no defaults.
+
+    Not of this package's runs, which have none.
+    """
+    if "progress" not in manifest.extras:
+        for group in manifest.groups:
+            if "lr" in group.hyperparameters:
+                group.hyperparameters.setdefault("initial_lr", group.hyperparameters["lr"])
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:

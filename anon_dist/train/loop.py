@@ -170,10 +170,9 @@ def _steps(
     Returns:
         What ended them early, a signal's name, say; None after the last.
     """
-    config, steps = run.config, run.config.train.steps
+    config, steps, logged = run.config, run.config.train.steps, run.step
     watch = Stopwatch(run.accelerator.device, run.pulse.beat)
     batches = iter(run.loader)
-    logged = run.step
     borders = {until for until, _ in phases_of(config)}
     while run.step < steps:
         if run.step in borders:
@@ -197,13 +196,7 @@ def _steps(
             watch.lap("logging")
             logged = run.step
         counted = run.stragglers.waited
-        if run.sets and _is_due(run, config.eval.every):
-            _compare_replicas(run)
-            write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
-            watch.skip()
-        if run.tasks is not None and _is_due(run, config.eval.tasks_every):
-            write(_score(run, saver))
-            watch.skip()
+        _evaluate_if_due(run, write, watch, saver)
         if saved := save_due:
             saver.save()
             watch.skip()
@@ -220,6 +213,17 @@ def _steps(
             return stop.reason
     saver.recover()
     return None
+
+
+def _evaluate_if_due(run: Run, write: Callable[[Record], None], watch: Stopwatch, saver: Saver) -> None:
+    """Validation, and tasks, after the steps that have them; their time is no step's."""
+    if run.sets and _is_due(run, run.config.eval.every):
+        _compare_replicas(run)
+        write({"step": run.step, **_validate(run, run.config.eval.sequences, "val")})
+        watch.skip()
+    if run.tasks is not None and _is_due(run, run.config.eval.tasks_every):
+        write(_score(run, saver))
+        watch.skip()
 
 
 def _begin_phase(run: Run, console: Console | None) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anon_dist.optim import Anon, param_groups
-from anon_dist.train.config import OptimConfig
-from anon_dist.train.gamma import gamma_at
+from anon_dist.train.config import Config, ConfigError, OptimConfig
+from anon_dist.train.gamma import GammaRules, gamma_at
+from anon_dist.train.spectrum import agreed_spectra
 
 REBASED = ("gamma", "refresh_ratio", "beta3", "window", "max_interval", "basis", "basis_block")
 """What a state depends on, β2 aside, which is one of `betas`."""
@@ -66,6 +67,20 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         state_dtype=config.state_dtype,
         stochastic_rounding=any(p.dtype == torch.bfloat16 for p in model.parameters()),
     )
+
+
+def optimizer_of(config: Config, model: nn.Module, make: MakeOptimizer) -> tuple[Optimizer, GammaRules]:
+    """The optimizer of a run, and what sets its γ by step. Every rank calls it.
+
+    Raises:
+        ConfigError: a hyperparameter is out of its range, or a pattern of names matches nothing.
+    """
+    spectra = agreed_spectra(config)
+    try:
+        optimizer = make(config.optim, model)
+        return optimizer, GammaRules(config.optim, optimizer, model, spectra)
+    except ValueError as error:
+        raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
 
 
 def hyperparameters(optimizer: Optimizer, without: Collection[str] = ("history",)) -> list[dict[str, Any]]:

@@ -178,3 +178,23 @@ def test_what_differs_is_not_put_together(tmp_path):
     ):
         convert(tmp_path / "odd", tmp_path / "x", "dcp", groups="decay")
     assert read_groups("decay") == "decay"
+
+
+def test_a_run_without_a_schedule_goes_on_in_a_script_with_one(tmp_path):
+    """Which asks for the rate that its schedule began with."""
+    torch.manual_seed(0)
+    model = Net()
+    adamw = torch.optim.AdamW(one_group(model), lr=1e-2)
+    step(model, adamw, 0)
+    torch.save({"model": model.state_dict(), "optimizer": adamw.state_dict()}, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "new", "dcp", optimizer=AnonOptions(), groups="decay")
+    other = Net()
+    optimizer = Anon(param_groups(other, weight_decay=0.1), lr=7.0)
+    schedule = StepLR(optimizer, 1)
+    weights, state = get_state_dict(other, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=tmp_path / "new")
+    set_state_dict(other, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    step(other, optimizer, 1)
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-3, 1e-3])
