@@ -93,6 +93,7 @@ def test_a_browser_shows_the_page(folder, tmp_path):
     make(
         folder / ("long" * 12), [{"step": 4, "loss": 1.0, "task/hellaswag/acc": 0.25, "task/hellaswag/acc_stderr": 0.1}]
     )
+    folder = folder.rename(folder.with_name("folder" * 20))  # the page's title
     main(["runs", str(folder), "--out", str(tmp_path / "out")])
     shown = browse(tmp_path / "out" / "runs.html", tmp_path)
     assert shown["pictures"] == [1200]
