@@ -41,7 +41,7 @@ from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
 from anon_dist.train.phases import phases_from, phases_of, resolved
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.pulse import Pulse
-from anon_dist.train.recording import recording
+from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.remote import checkpoints_of, finish_uploads, uploads_of
 from anon_dist.train.report import RESULT, finished, report
@@ -77,7 +77,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     accelerator, name = start(
         wanted_engine(config),
         shared_settings(config),
-        log_with=list(config.log.trackers) or None,
+        log_with=trackers(config),
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
     folder = Path(config.run_dir)

@@ -22,6 +22,7 @@ from anon_dist.train import loop, report
 from anon_dist.train.config import ConfigError
 from anon_dist.train.lr import lr_factor
 from anon_dist.train.plot import plot_loss
+from anon_dist.train.recording import trackers
 
 # β2 = 0.95, ρ = 1.1: refreshes at 1 … 11, 13; a window of 2 is closed at step 12, and open at 4, 8 and 13.
 OPTIMIZERS = {
@@ -541,6 +542,17 @@ def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
 def test_trackers(run_config, train):
     folder = train(run_config(log__trackers=("tensorboard",)))
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(run_config, tmp_path, monkeypatch):
+    """accelerate would leave it out; a folder of its name, as wandb makes, is not it."""
+    (tmp_path / "here" / "no_tracker").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    config = run_config()
+    for name in ("no_tracker", "no_tracker_either"):
+        config.log.trackers = (name,)
+        with pytest.raises(ConfigError, match=f"log.trackers: {name} is not installed: pip install {name}"):
+            trackers(config)
 
 
 @pytest.mark.parametrize("left", ["all", "newest"])
