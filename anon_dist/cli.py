@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from anon_dist import __version__
-from anon_dist.launcher import end_interrupted_launcher, leave
+from anon_dist.launcher import LAUNCHER, end_launcher, leave
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def bench(args: list[str]) -> None:
 def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
     given = list(sys.argv[1:] if args is None else args)
-    with _interruptible(
-        "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
-    ):
+    said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
+    with _interruptible(said), _last_word():
         if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
             from anon_dist.train.config import ConfigError, parse_args
 
@@ -210,7 +209,11 @@ HELP = ("-h", "--help", "help")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command that `args` (by default, the command line) names."""
-    args = list(sys.argv[1:] if args is None else args)
+    with _piped():
+        _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> None:
     for command in COMMANDS:
         if tuple(args[: len(command.words)]) == command.words:
             with _interruptible("Interrupted."):
@@ -247,8 +250,38 @@ def _interruptible(said: str) -> Iterator[None]:
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{said}", file=sys.stderr)
-            end_interrupted_launcher()
+            end_launcher()
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _piped() -> Iterator[None]:
+    """Whoever read the output through a pipe (`| head`) may have seen enough of it: exit code 141, without a word."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()  # fails again if that was the pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+@contextlib.contextmanager
+def _last_word() -> Iterator[None]:
+    """An error of a process that a launcher started alone (`accelerate launch --cpu`) is the last line at a terminal. Of several ranks
+    others may have to speak yet."""
+    try:
+        yield
+    except SystemExit as ended:
+        if not isinstance(ended.code, str) or "RANK" in os.environ or LAUNCHER is None:
+            raise
+        print(ended.code, file=sys.stderr)
+        end_launcher()
+        sys.exit(1)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

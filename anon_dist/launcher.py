@@ -10,6 +10,8 @@ import contextlib
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ _MODULES = (
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 )
+_GRACE = 2.0
+"""Seconds that the other ranks have to end by themselves."""
 _SCRIPTS = tuple(f"/{module.replace('.', '/')}.py" for module in _MODULES)
 
 
@@ -101,18 +105,39 @@ def leave() -> None:
         os._exit(0)
 
 
-def end_interrupted_launcher() -> None:
-    """After a Ctrl-C at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait for its ranks.
+def end_launcher() -> None:
+    """After a Ctrl-C or an error at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait.
 
-    It was interrupted too, and would end with fifty lines of its own traceback below what the run said. Left alone where its end tells
-    somebody something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
+    It would end with its own traceback, of up to fifty lines, below what the run said. Left alone where its end tells somebody
+    something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
     if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
-            print("The launcher is ended with it, code 137: it would print fifty lines of its own.", file=sys.stderr)
+            _end_others(LAUNCHER.pid)
+            print("The launcher is ended with it, code 137: it would print a traceback of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
+
+
+def _end_others(launcher: int) -> None:
+    """Wait a moment for the launcher's other ranks, and end those that wait for this one: torch would print where, once the launcher is
+    gone, through which they talk."""
+    others = {pid: began for pid, began in _children(launcher) if pid != os.getpid()}
+    until = time.monotonic() + _GRACE
+    while others := {pid: began for pid, began in others.items() if (_process(pid) or (0, 0))[1] == began}:
+        if time.monotonic() > until:
+            for pid in others:
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def _children(parent: int) -> Iterator[tuple[int, int]]:
+    """Processes of a parent that have not ended, and when they began."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (found := _process(int(entry))) is not None and found[0] == parent:
+            yield int(entry), found[1]
 
 
 LAUNCHER = find()

@@ -12,15 +12,22 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; background: #fff; }}
+:root {{ color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --head: #888; --code: #f5f5f5; --link: #0645ad; }}
+@media (prefers-color-scheme: dark) {{
+:root {{ --text: #ddd; --page: #1b1c1e; --line: #3a3c40; --head: #85888e; --code: #2a2c30; --link: #8ab4f8; }}
+}}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+  color: var(--text); background: var(--page); }}
+a {{ color: var(--link); }}
+h1, h2, p, li {{ overflow-wrap: anywhere; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
-th {{ border-bottom-color: #888; }}
+th, td {{ padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
+th {{ border-bottom-color: var(--head); }}
 th:first-child, td:first-child {{ text-align: left; min-width: 7rem; max-width: 24rem; white-space: normal; overflow-wrap: anywhere; }}
-img {{ max-width: 100%; height: auto; }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }}
-code {{ background: #f5f5f5; overflow-wrap: anywhere; }}
+img {{ max-width: 100%; height: auto; background: #fff; }}
+pre {{ background: var(--code); padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }}
+code {{ background: var(--code); overflow-wrap: anywhere; }}
 pre code {{ overflow-wrap: normal; }}
 </style>
 </head>

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
-_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text", "PATH": "a path"}
 """What tyro calls a type, and a person."""
 
 
@@ -146,7 +146,11 @@ def _what_is_wrong(
         choices = getattr(event, "choices", None)
         metavar = f"{event.argument.lowered.metavar}"
         words = "one of " + ", ".join(choices) if choices else _KINDS.get(metavar.removeprefix("{None}|"), metavar)
-        return _wrong_value(name, takes(name) or words, values_of(args, name))
+        given = values_of(args, name)
+        if event.argument.is_positional():
+            name = event.argument.field.intern_name.upper() if choices else name  # else these stand for it
+            given = [str(said)] if (said := getattr(event, "value", getattr(event, "offending_value", None))) else []
+        return _wrong_value(name, takes(name) or words, given)
     return None
 
 

@@ -56,16 +56,18 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
     calls = {
         "unknown": ["train", "--config", "quickstart", "--train.stepz", "3"],
         "preset": ["train", "--config", "quikstart"],
+        "bare": ["train", "quickstart"],
         "source": ["generate", "nowhere", "x"],
     }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([*calls.values()])], capture_output=True, text=True, timeout=120
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line[4] for line in lines] == [[], [], []]
-    unknown, preset, source = (line[1] for line in lines)
+    assert [line[4] for line in lines] == [[]] * 4
+    unknown, preset, bare, source = (line[1] for line in lines)
     assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
     assert preset.endswith("; did you mean quickstart?")
+    assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
     assert source == "error: nowhere does not exist"
 
 
@@ -84,6 +86,17 @@ def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys):
             main(words)
         assert ended.value.code == 130
         assert capsys.readouterr().err.startswith(f"\n{said}")
+
+
+@pytest.mark.parametrize("words", [["completion", "bash"], ["--help"], ["ckpt"], ["ckpt", "convert", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    """As of `anon-dist … | head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "anon_dist.cli", *words]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, timeout=60)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 RANK = """
@@ -117,6 +130,29 @@ def test_a_ctrl_c_at_a_terminal_leaves_the_last_word_to_the_run(terminal):
     assert shown[0].startswith("Interrupted; the same command goes on from the newest checkpoint")
     assert ended.returncode == (-signal.SIGKILL if terminal else 0)
     assert [line.split(" ")[0] for line in shown] == ["Interrupted;", "The" if terminal else "traceback"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_under_accelerates_simple_launcher_is_the_last_line_at_a_terminal(terminal, tmp_path):
+    """As after `accelerate launch --cpu`, which raises an error of its own when the training ends with one."""
+    rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
+    (tmp_path / "accelerate").write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])\nprint('traceback', file=sys.stderr)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    command = [sys.executable, str(tmp_path / "accelerate")]
+    screen, theirs = os.openpty()
+    ended = subprocess.run(command, stderr=theirs if terminal else subprocess.PIPE, env=environment, timeout=60)
+    shown = (os.read(screen, 1 << 16) if terminal else ended.stderr).decode().split("\n")
+    os.close(theirs)
+    os.close(screen)
+    shown = [line.strip() for line in shown if line.strip()]
+    assert shown[0].endswith("; did you mean quickstart?")
+    assert shown[1:] == (
+        ["The launcher is ended with it, code 137: it would print a traceback of its own."]
+        if terminal
+        else ["traceback"]
+    )
 
 
 def test_every_command_is_listed_with_its_group(capsys):

@@ -17,6 +17,7 @@ from anon_dist.usage import UsageError, parse, parse_or_raise
             "--layout must be one of anon_dist, accelerate, torchtitan, trainer, not 'x'",
         ),
         ("ckpt convert a b --to dcp --world-size two", "--world-size must be a whole number, not 'two'"),
+        ("completion tcsh", "SHELL must be one of bash, zsh, fish, not 'tcsh'"),
         ("ckpt convert a --to dcp", "DST is missing"),
         ("ckpt convert a", "DST, --to are missing"),
         ("ckpt verify a b c", "'c' belongs to no option"),

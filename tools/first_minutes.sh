@@ -46,6 +46,6 @@ small=(--config quickstart --data.path "$work/data" --train.steps 40 --checkpoin
 seconds_of ranks deepspeed-cpu "${small[@]}" --train.deepspeed-config configs/deepspeed/zero3.json --optim.name adamw \
   --run-dir "$work/zero3" > /dev/null
 converted=$(seconds_of anon ckpt convert "$work/zero3/checkpoints/step-00000020" "$work/converted" --to dcp --optimizer anon)
-resumed=$(seconds_of ranks fsdp2-cpu "${small[@]}" --resume "$work/converted" --optim.state-dtype float32 --run-dir "$work/anon")
+resumed=$(seconds_of ranks fsdp2-cpu "${small[@]}" --resume "$work/converted" --run-dir "$work/anon")
 echo "from ZeRO-3 of AdamW to FSDP2 of Anon: 2 commands, $converted s to convert, $resumed s to resume and take 20 steps"
 grep -q "Resuming $work/converted after step 20" "$log"

@@ -46,6 +46,7 @@ def init(options: InitOptions) -> str:
     chosen = choose(options, model, shape_of(model, index.vocab_size), seq_len, train)
     text = render(options, model, chosen, train)
     _check_text(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
     return _command(options, chosen)
 
@@ -59,8 +60,6 @@ def _check(options: InitOptions) -> None:
         raise ConfigError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {options.memory:g}")
     if os.path.lexists(options.out):
         raise ConfigError(f"--out {options.out} exists; name another file, or remove it")
-    if not options.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {options.out}: {options.out.parent} does not exist; make it first")
 
 
 def _check_text(text: str) -> None:
@@ -68,7 +67,10 @@ def _check_text(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
-        check(load_config(path))
+        try:
+            check(load_config(path))
+        except ConfigError as error:
+            raise ConfigError(f"nothing is written, as {str(error).replace(f'{path}: ', '')}") from None
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ train:
   engine: {chosen.engine}
   precision: {options.precision}
   activation_checkpointing: {_yaml(chosen.checkpointing)}  # {why}
-  compile: {_yaml(options.precision == "bf16")}
+  compile: {"blocks" if options.precision == "bf16" else "none"}
 eval:
   every: {every}
   sequences: 256

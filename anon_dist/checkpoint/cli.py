@@ -100,6 +100,9 @@ class Convert:
     """zero3: patterns of the buffers among what is in no param group, if SRC does not tell them from frozen parameters."""
     optimizer: Literal["anon", "adamw"] | None = None
     """Make the state that of another optimizer: AdamW's (or the paper's port's) Anon's, or Anon's AdamW's."""
+    groups: Annotated[str | None, tyro.conf.arg(metavar="decay|FILE")] = None
+    """Put the parameters into other param groups. decay: those of anon_dist.optim.param_groups, matrices as they are and vectors without
+    weight decay. Or a JSON file: [{"params": [NAME or PATTERN, ...], "weight_decay": 0.1}, ...]."""
     anon: AnonOptions = field(default_factory=AnonOptions)
     adamw: AdamWOptions = field(default_factory=AdamWOptions)
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -180,12 +183,16 @@ def _inspect(args: Inspect) -> None:
 
 def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
+    from anon_dist.checkpoint.regroup import read_groups
     from anon_dist.checkpoint.remote import at_hand, is_address
 
     if args.world_size < 1:
         raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
     if is_address(args.dst):
         raise CheckpointError(f"{args.dst} is an address: convert into a folder here, and copy that there")
+    if args.groups and args.to == "hf":
+        raise CheckpointError("--groups has no effect with --to hf, which has the weights alone")
+    groups = read_groups(args.groups) if args.groups else None
     options = WriteOptions(
         args.world_size,
         args.layout,
@@ -209,6 +216,7 @@ def _convert(args: Convert) -> None:
             args.overwrite,
             quiet=False,
             optimizer={"anon": args.anon, "adamw": args.adamw, None: None}[args.optimizer],
+            groups=groups,
         )
     for note in notes:
         print(f"note: {note}")

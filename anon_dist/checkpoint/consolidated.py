@@ -5,7 +5,6 @@ Also folders in which they lie beside each other, as accelerate and transformers
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +17,7 @@ from anon_dist.checkpoint.hf import read_weights, shard_file, weight_files
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
 from anon_dist.checkpoint.statedict import interpret
-from anon_dist.checkpoint.torchfile import LEGACY, lay_out, open_torch, starts
+from anon_dist.checkpoint.torchfile import is_torch_file, lay_out, open_torch
 
 _OPTIMIZERS = ("optimizer.bin", "optimizer.pt", "optim.pt")
 _MODELS = ("pytorch_model_fsdp.bin", "pytorch_model.bin", "model.pt", "model.bin")
@@ -28,9 +27,7 @@ def detect(path: Path) -> bool:
     """A file of `torch.save`, or a folder with an optimizer's."""
     if path.is_dir():
         return any((path / name).is_file() for name in _OPTIMIZERS)
-    return path.is_file() and (
-        zipfile.is_zipfile(path) or starts(path, LEGACY) or path.suffix in (".pt", ".pth", ".bin", ".ckpt")
-    )
+    return path.is_file() and (is_torch_file(path) or path.suffix in (".pt", ".pth", ".bin", ".ckpt"))
 
 
 def open_consolidated(path: Path, options: ReadOptions) -> Checkpoint:

@@ -17,7 +17,8 @@ from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import BASIS_STATES
-from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint
+from anon_dist.checkpoint.regroup import Groups, regroup
+from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Manifest
 from anon_dist.checkpoint.semantics import to_optimizer
 
 
@@ -31,6 +32,7 @@ def convert(
     overwrite: bool = False,
     quiet: bool = True,
     optimizer: AnonOptions | AdamWOptions | None = None,
+    groups: Groups | None = None,
 ) -> list[str]:
     """Write `source` again as `target`, in the format `to`. The source is only read; the target is complete or absent.
 
@@ -41,6 +43,7 @@ def convert(
         overwrite: replace an existing target, once the new one is complete.
         quiet: no progress bar.
         optimizer: of which optimizer the result is, and its hyperparameters; None: of the source's.
+        groups: its param groups, see `regroup`; None: the source's.
 
     Returns:
         What had to be assumed, for the user to see.
@@ -53,16 +56,32 @@ def convert(
     read = read or ReadOptions()
     checkpoint = formats.open_checkpoint(source, replace(read, nameless=to == "hf"))  # which has the weights alone
     try:
+        if groups is not None:
+            checkpoint = regroup(checkpoint, groups)
         if optimizer is not None:
             checkpoint = to_optimizer(checkpoint, optimizer)
+        if (groups is not None or optimizer is not None) and to == "dcp":
+            _begin_schedules(checkpoint.manifest)
         files = formats.plan(checkpoint, to, options or WriteOptions())
         fresh = target.with_name(target.name + ".new") if target.exists() else target
-        write_files(files, checkpoint, [fingerprint(source), repr(optimizer)], fresh, workers, quiet)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_files(files, checkpoint, [fingerprint(source), repr(optimizer), repr(groups)], fresh, workers, quiet)
         if fresh != target:
             _replace(target, fresh)
     finally:
         checkpoint.close()
     return checkpoint.manifest.notes
+
+
+def _begin_schedules(manifest: Manifest) -> None:
+    """Give groups that no schedule has had the rate that one begins with: a script that has one asks for it, and DCP has no defaults.
+
+    Not of this package's runs, which have none.
+    """
+    if "progress" not in manifest.extras:
+        for group in manifest.groups:
+            if "lr" in group.hyperparameters:
+                group.hyperparameters.setdefault("initial_lr", group.hyperparameters["lr"])
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -74,8 +93,6 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target} and the source {source} lie in each other; choose another target")
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise CheckpointError(f"{target} exists; choose another target, or replace it with --overwrite")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent} does not exist; make it first")
 
 
 def _replace(target: Path, fresh: Path) -> None:

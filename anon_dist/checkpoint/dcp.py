@@ -76,8 +76,9 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
     """
     with on_every_rank():
         reader = Reader(folder)
-        saved = set(reader.read_metadata().state_dict_metadata)
         wanted = set(flatten_state_dict(state)[0]) | set(elsewhere)
+        parts = {key.partition(".")[0] for key in wanted}  # a script may keep its schedule beside them
+        saved = {key for key in reader.read_metadata().state_dict_metadata if key.partition(".")[0] in parts}
         new = {key for key in wanted - saved if _HYPERPARAMETER.match(key)}
         if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
             new = set()  # another optimizer's

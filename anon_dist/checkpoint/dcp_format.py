@@ -1,7 +1,7 @@
 """DCP folders as checkpoints, in the layouts of this package, of accelerate, of torchtitan, and of plain torch scripts.
 
 - anon_dist: one folder with `model.…` and `optimizer.…`; trainer.json, random states and other extras as files beside, but for those that
-  a script's folder had in it (`dcp.save({"model": …, "optimizer": …, "schedule": …})`).
+  a script's folder had in it (`dcp.save({"model": …, "optimizer": …, "schedule": …})`), and learning-rate schedules, which are in it too.
 - accelerate: `pytorch_model_fsdp_0/` and `optimizer_0/`; scheduler.bin, random_states_*.pkl and so on beside them.
 - trainer: the same two folders; scheduler.pt, rng_state_*.pth, trainer_state.json beside them.
 - torchtitan: one folder; the model's keys bare, `optimizer.state.NAME.KEY`, `optimizer.param_groups.NAME.KEY`, the rest under its name.
@@ -19,6 +19,7 @@ from anon_dist.checkpoint.dcp_read import METADATA, DcpFolder
 from anon_dist.checkpoint.dcp_write import dcp_files
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
+from anon_dist.checkpoint.schedules import is_schedule
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
 from anon_dist.checkpoint.statedict import interpret
 
@@ -91,6 +92,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> list[OutFile]:
         files = [f for name, tree in trees.items() for f in dcp_files(places[name], {name: tree}, ranks)]
     else:
         inside = {k: extras.pop(k) for k in checkpoint.manifest.inside if k in extras and k not in trees}
+        if (
+            "progress" not in extras
+        ):  # where scripts keep their schedules; whole beside too, as DCP loses empty dictionaries
+            inside |= {k: v for k, v in extras.items() if is_schedule(v) and k not in trees}
         files = dcp_files(here, {**trees, **inside}, ranks)
     return files + write_beside(extras, options.layout, ranks, checkpoint.manifest.step)
 

@@ -12,6 +12,8 @@ USUAL = ("lr_scheduler", "scheduler", "lr_scheduler_state_dict", "scheduler_stat
 _TORCH = ("base_lrs", "_last_lr", "_step_count", "_get_lr_called_within_step", "_schedulers")
 _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 """One for each param group: torch's LRScheduler, CyclicLR, ReduceLROnPlateau."""
+_OF_GROUPS = (*_RATES, "lr_lambdas")
+"""Whatever there is one of for each param group; LambdaLR's functions, too."""
 _RATE = ("eta_min", "default_min_lr")
 """One for all groups: CosineAnnealingLR, ReduceLROnPlateau."""
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -70,6 +72,35 @@ def _rescaled_entry(key: str, value: Any, factors: Sequence[float], where: str) 
     if key == "_schedulers":
         return [{k: _rescaled_entry(k, v, factors, where) for k, v in inner.items()} for inner in value]
     return value
+
+
+def regrouped(value: Any, origins: Sequence[int], before: int, where: str = "") -> Any:
+    """A nested value, all schedules in it as for other param groups.
+
+    Args:
+        origins: for each new group, an old one of the same learning rate.
+        before: how many old groups there were.
+
+    Raises:
+        CheckpointError: a schedule has rates of another number of groups.
+    """
+    if isinstance(value, list | tuple):
+        again = [regrouped(inner, origins, before, f"{where}[{i}]") for i, inner in enumerate(value)]
+        return type(value)(again) if type(value) in (list, tuple) else value
+    if type(value) is not dict:
+        return value
+    inside, found = is_schedule(value), {}
+    for key, inner in value.items():
+        if inside and key in _OF_GROUPS and isinstance(inner, list):
+            if len(inner) != before:
+                raise CheckpointError(
+                    f"the schedule {where} has {len(inner)} entries in {key}, and the optimizer {before} param groups: it is not known "
+                    "which is whose (--groups)"
+                )
+            found[key] = [inner[origin] for origin in origins]
+        else:
+            found[key] = regrouped(inner, origins, before, f"{where}.{key}" if where else str(key))
+    return found
 
 
 def configured(extras: Mapping[str, Any]) -> Iterator[str]:

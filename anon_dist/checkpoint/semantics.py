@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from decimal import Decimal
 from itertools import count
 from typing import Any
 
@@ -75,7 +76,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
     for index, group in enumerate(checkpoint.manifest.groups):
         old = group.hyperparameters
         _check_decoupled(checkpoint, old, index, options)
-        eps = options.eps if options.eps is not None else float(old["eps"]) ** 2
+        eps = options.eps if options.eps is not None else float(Decimal(str(old["eps"])) ** 2)  # 1e-16, of 1e-8
         new = _anon_group(old, options, eps=eps, gamma=options.gamma)
         for name in _with_state(checkpoint, group):
             beta2, step = float(old["betas"][1]), _step(checkpoint, name)

@@ -77,6 +77,11 @@ def open_torch(
         raise _damaged(path, error) from None
 
 
+def is_torch_file(path: Path) -> bool:
+    """Whether a file begins as those of `torch.save` do."""
+    return zipfile.is_zipfile(path) or starts(path, LEGACY)
+
+
 def starts(path: Path, magic: bytes) -> bool:
     """Whether a file begins with these bytes."""
     with path.open("rb") as file:

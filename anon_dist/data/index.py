@@ -147,7 +147,7 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
-                f"Run `anon-dist data prepare --out {directory}` with the settings it was begun with; it goes on where it was."
+                f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."
             ) from None
         except OSError as error:
             raise ShardError(f"{path} cannot be read: {error.strerror}") from None

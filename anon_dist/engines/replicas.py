@@ -133,7 +133,8 @@ def check_replicas(copies: Iterable[Copy], device: torch.device) -> None:
         return
     mine = torch.stack([_part_and_bits(copy, device) for copy in compared])
     found = torch.empty(dist.get_world_size(), *mine.shape, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(found.view(-1), mine.view(-1))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the former from torch 2.13 on
+    gather(found.view(-1), mine.view(-1))
     if bool((found == found[0]).all()):
         return
     if differing := list(_differing([copy.name for copy in compared], found.tolist())):

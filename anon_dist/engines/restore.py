@@ -136,7 +136,7 @@ def check_same_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """For each present param group, the hyperparameters that the checkpoint has for its members.
+    """For each present param group, the hyperparameters that the checkpoint has for its members; the states' dtypes stay as they are.
 
     Raises:
         CheckpointError: members of one group are in different groups there, or in none.
@@ -153,7 +153,7 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
                 "name; where rows are turned into a basis, those of tokens are in groups of their own)"
             )
         values = checkpoint.manifest.groups[indices.pop()].hyperparameters if indices else {}  # type: ignore[index]
-        found.append({k: v for k, v in values.items() if k != "params"})
+        found.append({k: v for k, v in values.items() if k not in ("params", "state_dtype")})
     return found
 
 

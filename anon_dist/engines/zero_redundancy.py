@@ -96,7 +96,7 @@ class ZeroRedundancyEngine(TorchEngine):
         loaded = state["optimizer"]["param_groups"]
         for own, theirs, values in zip(self.optimizer.param_groups, self._shared.param_groups, loaded, strict=True):
             for group in (own, theirs):
-                group.update({k: v for k, v in values.items() if k != "params"})
+                group.update({k: v for k, v in values.items() if k not in ("params", "state_dtype")})
 
     def _names(self) -> dict[Tensor, str]:
         return {p: name.removeprefix("module.") for name, p in self.model.named_parameters()}

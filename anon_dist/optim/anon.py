@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim.hyper import normalise, validate, warn_of_silence
+from anon_dist.optim.hyper import normalise, validate, warn_of_replaced, warn_of_silence
 from anon_dist.optim.members import absent, allocate, checked, complete, steps_taken
 from anon_dist.optim.rebase import UNSET, change, given
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import LazyState, decoded, uncast
+from anon_dist.optim.state import LazyState, decoded, in_own_dtypes
 from anon_dist.optim.stepper import Stepper, Told
 
 
@@ -229,16 +229,19 @@ class Anon(Optimizer):
         return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave: states in the loaded group's `state_dtype` whatever they come in, `step` on the CPU.
+        """Load what `state_dict()` gave: states in this optimizer's own `state_dtype` whatever they come in, `step` on the CPU.
 
-        Parameters that have no state in it start afresh, with a warning if others have some.
+        As with all of torch's optimizers, the other hyperparameters are the loaded ones from then on; a warning names those that are not
+        the same (learning rates aside). Parameters that have no state in it start afresh, with a warning if others have some.
 
         Raises:
             ValueError: another optimizer's state, a state of another shape or sharding, or hyperparameters out of range.
         """
         self.settle()
-        with uncast(self):
+        before = [dict(group) for group in self.param_groups]
+        with in_own_dtypes(self):
             super().load_state_dict(state_dict)
+        warn_of_replaced(before, self.param_groups)
         complete(self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:

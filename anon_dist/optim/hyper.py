@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from anon_dist.optim.state import STATE_KEYS
@@ -160,5 +161,25 @@ def warn_of_silence(group: Group) -> None:
             f"Anon: at gamma = {group['gamma']} and eps = {group['eps']} a coordinate whose gradient is exactly zero up to a "
             "refresh (rare embedding rows, zero-initialised layers) hardly moves for a long time after; hold_silent=True or a "
             "larger eps avoids it",
+            stacklevel=3,
+        )
+
+
+def warn_of_replaced(before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Warn, on one rank, of hyperparameters that a loaded state has replaced; not of learning rates, which follow a schedule."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return
+    found: dict[str, None] = {}
+    for old, new in zip(before, after, strict=True):
+        for name in ("betas", *NUMBERS[1:], "basis", *SWITCHES):
+            ours, theirs = old.get(name), new.get(name)
+            if (tuple(ours) if isinstance(ours, list) else ours) != (
+                theirs if not isinstance(theirs, list) else tuple(theirs)
+            ):
+                found[f"{name} {theirs!r}, not {ours!r}"] = None
+    if found:
+        warnings.warn(
+            f"Anon: the loaded state brings its own hyperparameters, as in all of torch's optimizers: {'; '.join(found)}. Set yours after "
+            "loading, in param_groups or, where the state depends on them, with rebase()",
             stacklevel=3,
         )

@@ -48,13 +48,17 @@ class AsIs:
 
 
 @contextmanager
-def uncast(optimizer: Optimizer) -> Iterator[None]:
+def in_own_dtypes(optimizer: Optimizer) -> Iterator[None]:
     """While it lasts, `load_state_dict` casts no state to its parameter's dtype: each value passes behind `AsIs`, out of which
-    `checked_state` takes it, before any post-hook runs."""
+    `checked_state` takes it, before any post-hook runs. And groups keep their `state_dtype`, which says how much memory there is here."""
+    dtypes = [{"state_dtype": group["state_dtype"]} for group in optimizer.param_groups]
 
     def protect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         states = {p: {k: AsIs(v) for k, v in s.items()} for p, s in loaded["state"].items()}
-        return {**loaded, "state": states}
+        groups = loaded["param_groups"]
+        if len(groups) == len(dtypes):  # else torch refuses
+            groups = [{**group, **own} for group, own in zip(groups, dtypes, strict=True)]
+        return {**loaded, "state": states, "param_groups": groups}
 
     handle = optimizer.register_load_state_dict_pre_hook(protect)  # the last one: the user's own see plain tensors
     try:

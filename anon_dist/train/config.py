@@ -167,6 +167,8 @@ def parse_args(
         SystemExit: for `--help`, or for no arguments at all, after it.
     """
     file, rest = _file_of(list(sys.argv[1:] if args is None else args))
+    if file is None and rest and rest[0] in shipped_names():
+        raise ConfigError(f"{rest[0]} belongs to no option; did you mean --config {rest[0]}?")
     rest = _as_now(rest)
     default = Config() if file is None else load_config(file)
     shown = options_class()(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})

@@ -15,6 +15,16 @@ from anon_dist.data import TokenShards
 from anon_dist.train.batch import Batch
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), of nats per token; as large as a float can be where that is larger."""
+    return math.exp(min(loss, 700.0))
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Of a text, or of its mean token."""
+    return nats / math.log(2.0) / text_bytes
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Validation of a model."""
@@ -28,8 +38,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)"""
-        return math.exp(min(self.loss, 700.0))
+        """See `perplexity`."""
+        return perplexity(self.loss)
 
     def record(self, prefix: str, name: str = "") -> dict[str, float | int]:
         """As metrics; those of one set among several by its name."""
@@ -92,8 +102,8 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss = float(sums[0] / sums[1])
-    bytes_per_token = shards.info.bytes_per_token
-    return Evaluation(loss, loss / math.log(2.0) / bytes_per_token, count, bytes_per_token)
+    size = shards.info.bytes_per_token
+    return Evaluation(loss, bits_per_byte(loss, size), count, size)
 
 
 def mean(evaluations: Sequence[tuple[Evaluation, float]]) -> Evaluation:
@@ -103,4 +113,4 @@ def mean(evaluations: Sequence[tuple[Evaluation, float]]) -> Evaluation:
         sum(getattr(found, name) * weight for found, weight in evaluations) / total
         for name in ("loss", "bytes_per_token")
     )
-    return Evaluation(loss, loss / math.log(2.0) / size, sum(found.sequences for found, _ in evaluations), size)
+    return Evaluation(loss, bits_per_byte(loss, size), sum(found.sequences for found, _ in evaluations), size)

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def run_tasks(
 
     more = {} if errors else {"bootstrap_iters": 0}
     try:
-        with quiet():
+        with quiet(), _quiet_git():
             found: dict[str, Any] | None = simple_evaluate(
                 model=model,
                 tasks=list(tasks.items),
@@ -162,6 +163,28 @@ def quiet(bars: bool = True) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet_git() -> Iterator[None]:
+    """lm-eval asks git for the commit of the working folder, for its results, and outside of a repository git complains to the terminal."""
+    from lm_eval import evaluator
+
+    def commit() -> str | None:
+        try:
+            done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    asked = getattr(evaluator, "get_git_commit_hash", None)
+    if asked is not None:
+        evaluator.get_git_commit_hash = commit
+    try:
+        yield
+    finally:
+        if asked is not None:
+            evaluator.get_git_commit_hash = asked
 
 
 def _line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
-from anon_dist.launcher import end_interrupted_launcher
+from anon_dist.launcher import end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import hangs, records
 from anon_dist.train.alike import shared_settings
@@ -41,7 +41,7 @@ from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
 from anon_dist.train.phases import phases_from, phases_of, resolved
 from anon_dist.train.profiling import Profiler
 from anon_dist.train.pulse import Pulse
-from anon_dist.train.recording import recording
+from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.remote import checkpoints_of, finish_uploads, uploads_of
 from anon_dist.train.report import RESULT, finished, report
@@ -77,7 +77,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     accelerator, name = start(
         wanted_engine(config),
         shared_settings(config),
-        log_with=list(config.log.trackers) or None,
+        log_with=trackers(config),
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
     folder = Path(config.run_dir)
@@ -124,13 +124,13 @@ def _train(
             again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
             console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
             if stopped == signal.SIGINT.name:
-                end_interrupted_launcher()
+                end_launcher()
     if not stopped:
         with pulse.phase("the end", run.step, long=True):
             _finish(run)
         saver.finish()
         if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
-            end_interrupted_launcher()
+            end_launcher()
 
 
 def _introduce(run: Run, console: Console) -> None:
@@ -170,10 +170,9 @@ def _steps(
     Returns:
         What ended them early, a signal's name, say; None after the last.
     """
-    config, steps = run.config, run.config.train.steps
+    config, steps, logged = run.config, run.config.train.steps, run.step
     watch = Stopwatch(run.accelerator.device, run.pulse.beat)
     batches = iter(run.loader)
-    logged = run.step
     borders = {until for until, _ in phases_of(config)}
     while run.step < steps:
         if run.step in borders:
@@ -197,13 +196,7 @@ def _steps(
             watch.lap("logging")
             logged = run.step
         counted = run.stragglers.waited
-        if run.sets and _is_due(run, config.eval.every):
-            _compare_replicas(run)
-            write({"step": run.step, **_validate(run, config.eval.sequences, "val")})
-            watch.skip()
-        if run.tasks is not None and _is_due(run, config.eval.tasks_every):
-            write(_score(run, saver))
-            watch.skip()
+        _evaluate_if_due(run, write, watch, saver)
         if saved := save_due:
             saver.save()
             watch.skip()
@@ -220,6 +213,17 @@ def _steps(
             return stop.reason
     saver.recover()
     return None
+
+
+def _evaluate_if_due(run: Run, write: Callable[[Record], None], watch: Stopwatch, saver: Saver) -> None:
+    """Validation, and tasks, after the steps that have them; their time is no step's."""
+    if run.sets and _is_due(run, run.config.eval.every):
+        _compare_replicas(run)
+        write({"step": run.step, **_validate(run, run.config.eval.sequences, "val")})
+        watch.skip()
+    if run.tasks is not None and _is_due(run, run.config.eval.tasks_every):
+        write(_score(run, saver))
+        watch.skip()
 
 
 def _begin_phase(run: Run, console: Console | None) -> None:

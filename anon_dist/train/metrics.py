@@ -16,7 +16,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 Record = dict[str, Any]
-"""Of numbers, and of names of hosts."""
+"""Of numbers, but for `WORDS`."""
+WORDS = frozenset({"slowest_host"})
+"""Metrics that are text."""
 TASK = "task/"
 """Begins the name of a task's metric: task/NAME/METRIC."""
 PARTS = ("data", "forward", "backward", "optimizer", "logging")

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anon_dist.optim import Anon, param_groups
-from anon_dist.train.config import OptimConfig
-from anon_dist.train.gamma import gamma_at
+from anon_dist.train.config import Config, ConfigError, OptimConfig
+from anon_dist.train.gamma import GammaRules, gamma_at
+from anon_dist.train.spectrum import agreed_spectra
 
 REBASED = ("gamma", "refresh_ratio", "beta3", "window", "max_interval", "basis", "basis_block")
 """What a state depends on, β2 aside, which is one of `betas`."""
@@ -68,6 +69,20 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     )
 
 
+def optimizer_of(config: Config, model: nn.Module, make: MakeOptimizer) -> tuple[Optimizer, GammaRules]:
+    """The optimizer of a run, and what sets its γ by step. Every rank calls it.
+
+    Raises:
+        ConfigError: a hyperparameter is out of its range, or a pattern of names matches nothing.
+    """
+    spectra = agreed_spectra(config)
+    try:
+        optimizer = make(config.optim, model)
+        return optimizer, GammaRules(config.optim, optimizer, model, spectra)
+    except ValueError as error:
+        raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
+
+
 def hyperparameters(optimizer: Optimizer, without: Collection[str] = ("history",)) -> list[dict[str, Any]]:
     """Every group's, without its parameters, and without what is no hyperparameter."""
     return [{k: v for k, v in g.items() if k != "params" and k not in without} for g in optimizer.param_groups]
@@ -84,17 +99,13 @@ def apply_hyperparameters(
         kept: for each group, what stays as it is in the checkpoint, being set at each step (`GammaRules`).
 
     Raises:
-        ValueError, RuntimeError: `rebase` refuses the change, or the states' dtype is another.
+        ValueError, RuntimeError: `rebase` refuses the change.
     """
     for index, (group, new, left) in enumerate(zip(optimizer.param_groups, wanted, kept, strict=True)):
         left = {"lr", "foreach", "fused", *left}
         changed = {k: v for k, v in new.items() if k not in left and _plain(group.get(k)) != _plain(v)}
         for key, value in changed.items():
             say(f"resuming with {key} = {value!r} in param group {index}; the checkpoint had {group.get(key)!r}")
-        if "state_dtype" in changed:
-            raise ValueError(
-                f"optim.state_dtype cannot change during a run; it was {group['state_dtype']!r}: set it to that, or choose another run_dir"
-            )
         if isinstance(optimizer, Anon):
             rebased: dict[str, Any] = {k: changed.pop(k) for k in REBASED if k in changed}
             if "betas" in changed and changed["betas"][1] != group["betas"][1]:

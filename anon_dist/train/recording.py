@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 from anon_dist.agreement import describe, first_does
-from anon_dist.train.errors import RunError
+from anon_dist.train.config import Config
+from anon_dist.train.errors import ConfigError, RunError
 from anon_dist.train.metrics import Console, MetricsFile, Record
 from anon_dist.train.run import Run
 from anon_dist.train.signals import StopSignal
+
+
+def trackers(config: Config) -> list[str] | None:
+    """What accelerate is to log with.
+
+    Raises:
+        ConfigError: one is not installed; accelerate would leave it out.
+    """
+    for name in config.log.trackers:
+        if (spec := find_spec(name)) is None or spec.origin is None:  # a folder of that name is none
+            raise ConfigError(f"log.trackers: {name} is not installed: pip install {name}, or leave it out")
+    return list(config.log.trackers) or None
 
 
 @contextlib.contextmanager
@@ -18,13 +32,13 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
 
     Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
     """
-    path, trackers = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
+    path, settings = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
 
     def begin() -> None:
         """Open the file, and begin with the trackers."""
         file = MetricsFile(path, run.step)
         try:
-            run.accelerator.init_trackers(run.config.log.project, init_kwargs=trackers)
+            run.accelerator.init_trackers(run.config.log.project, init_kwargs=settings)
         except BaseException:
             file.close()
             raise

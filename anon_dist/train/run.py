@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,13 +39,18 @@ from anon_dist.train.hangs import patience
 from anon_dist.train.harness import Tasks
 from anon_dist.train.lock import RunLock
 from anon_dist.train.model import flops_per_token
-from anon_dist.train.optimizer import MakeOptimizer, apply_hyperparameters, build_optimizer, hyperparameters
+from anon_dist.train.optimizer import (
+    MakeOptimizer,
+    apply_hyperparameters,
+    build_optimizer,
+    hyperparameters,
+    optimizer_of,
+)
 from anon_dist.train.phases import phase_at, phases_of
 from anon_dist.train.pulse import Pulse
 from anon_dist.train.remote import checkpoints_of, fetch_again, fetch_newest, set_later_aside
 from anon_dist.train.report import RESULT
 from anon_dist.train.samples import check_repetition, enter, open_loader
-from anon_dist.train.spectrum import agreed_spectra
 from anon_dist.train.spikes import SpikeDetector, detector
 from anon_dist.train.stragglers import Stragglers
 from anon_dist.train.tasks import wanted_tasks
@@ -177,12 +183,8 @@ def set_up(
     context = getattr(built.config, "max_position_embeddings", longest.data.seq_len + 1)
     if problem := agree(tokenizer_problem(config, context) if accelerator.is_main_process else None):
         raise ConfigError(problem)
-    spectra, tasks = agreed_spectra(config), wanted_tasks(config)
-    try:
-        optimizer = make_optimizer(config.optim, built)
-        gammas = GammaRules(config.optim, optimizer, built, spectra)
-    except ValueError as error:
-        raise ConfigError(f"optim: {str(error).removeprefix('Anon: ')}") from None
+    tasks = wanted_tasks(config)
+    optimizer, gammas = optimizer_of(config, built, make_optimizer)
     wanted = hyperparameters(optimizer)
     overlap, accumulate = config.train.offload != "serial", config.train.accumulate
     engine = wrap(name, accelerator, built, optimizer, split, overlap, accumulate, planned.weights)
@@ -214,13 +216,19 @@ def set_up(
         spikes=detector(config, accelerator.device),
         wanted=wanted,
     )
+    _take_up(run, wanted)
+    return run
+
+
+def _take_up(run: Run, wanted: list[dict[str, Any]]) -> None:
+    """Go on from a checkpoint, if there is one, and put the configuration into the run's folder."""
+    config, folder = run.config, run.folder
     _in_folder(folder, run.checkpoints.clean)
     fetch_newest(config, run.checkpoints)
     _resume(run, wanted)
-    run.plan = check_repetition(config, corpora, folder, run.loader.state_dict(), run.step)
+    run.plan = check_repetition(config, run.corpora, folder, run.loader.state_dict(), run.step)
     _in_folder(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     _in_folder(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
-    return run
 
 
 def _in_folder(folder: Path, action: Callable[[], object]) -> None:
@@ -343,7 +351,9 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another {other}"
         )
     news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
-    run.engine.load(source)
+    with warnings.catch_warnings():  # what this run changes is said below
+        warnings.filterwarnings("ignore", "Anon: the loaded state brings its own hyperparameters")
+        run.engine.load(source)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
     say = print if run.accelerator.is_main_process else (lambda _: None)

@@ -53,8 +53,6 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     """As `convert` does, before any work."""
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists; choose another target, or replace it with --overwrite")
-    if not target.resolve().parent.is_dir():
-        raise CheckpointError(f"{target.parent} does not exist; make it first")
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise CheckpointError(f"{target} and the source {source} lie in each other; choose another target")

@@ -14,6 +14,7 @@ from anon_dist.checkpoint.folder import read_progress, step_of
 from anon_dist.checkpoint.formats import detect
 from anon_dist.checkpoint.hf import weight_files
 from anon_dist.checkpoint.options import ReadOptions
+from anon_dist.checkpoint.torchfile import is_torch_file
 from anon_dist.data import DataError, Index, Tokenizer
 from anon_dist.data.stream import fingerprints_of
 from anon_dist.train.metrics import read_metrics
@@ -69,9 +70,11 @@ def find(path: Path, options: ReadOptions | None = None) -> Trained:
     if (path / "config.yaml").is_file() and (path / "run.lock").exists():
         raise CheckpointError(f"{path} is a run without a checkpoint so far (checkpoint.every says when it writes one)")
     try:
-        detect(path, options)
+        found = detect(path, options)
     except CheckpointError as error:
         raise CheckpointError(_neither(path, error)) from None
+    if found == "consolidated" and path.is_file() and not is_torch_file(path):
+        raise CheckpointError(f"{path} is damaged, truncated, or no file of torch.save")
     return _checkpoint(path)
 
 

@@ -27,7 +27,7 @@ from anon_dist.page import page, picture
 from anon_dist.train import strict_yaml
 from anon_dist.train.config import flat
 from anon_dist.train.lock import LOCK, SILENT_SECONDS
-from anon_dist.train.metrics import TASK, Record, read_metrics
+from anon_dist.train.metrics import TASK, WORDS, Record, read_metrics
 from anon_dist.train.report import RESULT
 from anon_dist.trained.options import Runs
 
@@ -196,7 +196,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _records(path: Path) -> list[Record]:
     records = read_metrics(path)
     for record in records:
-        wrong = [key for key, value in record.items() if not isinstance(value, int | float)]
+        wrong = [key for key, value in record.items() if key not in WORDS and not isinstance(value, int | float)]
         if wrong:
             raise CheckpointError(f"{path} cannot be read: {wrong[0]} = {record[wrong[0]]!r} is no number")
     return records

@@ -10,7 +10,6 @@ it. Documents share no window. Bits are summed over all documents, and divided b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from anon_dist.train import evaluate
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)"""
-        return math.exp(min(self.loss, 700.0))
+        """See `evaluate.perplexity`."""
+        return evaluate.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of text."""
-        return self.nats / math.log(2.0) / self.text_bytes
+        return evaluate.bits_per_byte(self.nats, self.text_bytes)
 
 
 Window = tuple[list[int], int]

@@ -112,7 +112,7 @@ def test_presets_and_published_models_keep_their_shape(tmp_path, prepared):
         ("1M --memory 0", "--memory is GB of one accelerator"),
         ("gpt2-small --seq-len 4k", "--seq-len 4000 is longer than the model's context, 1024"),
         ("1M --out there.yaml", "--out there.yaml exists; name another file, or remove it"),
-        ("1M --out no/where.yaml", "no does not exist; make it first"),
+        ("1M --out there.yaml/x", "File exists: 'there.yaml'"),
         ("1M --data gone", "gone/index.json does not exist"),
     ],
 )

@@ -234,7 +234,7 @@ def case_dcp_round_trip_into_a_fresh_optimizer():
         model_state, optimizer_state = get_state_dict(model, optimizer)
         dcp.save({"m": model_state, "o": optimizer_state}, checkpoint_id=folder)
         other = fully_shard(Bag())
-        resumed = Anon(other.parameters(), lr=0.5)
+        resumed = Anon(other.parameters(), lr=0.5, state_dtype=state_dtype)
         model_state, optimizer_state = get_state_dict(other, resumed)
         dcp.load({"m": model_state, "o": optimizer_state}, checkpoint_id=folder)
         set_state_dict(other, resumed, model_state_dict=model_state, optim_state_dict=optimizer_state)

@@ -172,6 +172,25 @@ def test_state_dtypes_survive_a_load(state_dtype, extra):
     assert resumed.state[q]["step"].device.type == "cpu"
 
 
+def test_a_loaded_state_takes_the_dtypes_of_whoever_loads_it_and_brings_the_rest():
+    """What it brings is said in one line: all but learning rates, which change at each step."""
+    p, optimizer = make(betas=(0.9, 0.99), weight_decay=0.2, window=None)
+    run(p, optimizer, range(5))
+    q, resumed = make(state_dtype="exp_avg=int8, precond=bfloat16", weight_decay=0.2, window=7, lr=5.0)
+    with pytest.warns(UserWarning, match="^Anon: the loaded state brings") as warned:
+        resumed.load_state_dict(optimizer.state_dict())
+    (said,) = [str(w.message) for w in warned]
+    assert r"betas (0.9, 0.99), not (0.9, 0.95); window None, not 7. Set yours after loading" in said
+    assert "\n" not in said
+    dtypes = [resumed.state[q][k].dtype for k in STATE_KEYS[1:]]
+    assert dtypes == [torch.int8, torch.float32, torch.bfloat16]
+    assert torch.equal(resumed.state[q]["precond"], optimizer.state[p]["precond"].bfloat16())
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    with warnings.catch_warnings(action="error"):
+        resumed.load_state_dict(resumed.state_dict())
+        copy.deepcopy(resumed)
+
+
 def test_copies_and_pickles():
     p, optimizer = make()
     run(p, optimizer, range(5))

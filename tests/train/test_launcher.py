@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,19 +98,30 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 found = runpy.run_path({str(LAUNCHER)!r})
 os.kill(os.getppid(), signal.SIGINT)
 print("Stopped", flush=True)
-found["end_interrupted_launcher"]()
+found["_end_others"].__globals__["_GRACE"] = 0.1
+found["end_launcher"]()
 """
 WAITING = """
 import subprocess, sys
+other = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
+open("other", "w").write(str(other.pid))
 child = subprocess.Popen([sys.executable, *sys.argv[1:]])
 while True:
     try:
         child.wait()
+        other.kill()
         break
     except KeyboardInterrupt as error:
         interrupted = error
 raise interrupted
 """
+
+
+def _ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -137,6 +149,10 @@ def test_an_interrupted_launcher_adds_nothing_on_a_terminal(terminal, nodes, tmp
     assert lines[0].strip() == "Stopped"
     if terminal and nodes == 1:
         assert process.wait() == -signal.SIGKILL
+        until, other = time.monotonic() + 30, int((tmp_path / "other").read_text())
+        while not _ended(other):  # a rank that waited for the first; it sleeps for longer
+            assert time.monotonic() < until
+            time.sleep(0.01)
         assert (lines[1][:35], lines[2:]) == ("The launcher is ended with it, code", [""])
     else:
         assert process.wait() in (1, -signal.SIGINT)

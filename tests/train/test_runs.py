@@ -22,7 +22,8 @@ def make(folder, records, config="optim: {lr: 1.0e-3}\ntrain: {steps: 4}\n", res
 @pytest.fixture
 def folder(tmp_path):
     runs = tmp_path / "runs"
-    steps = [{"step": t, "loss": 4 - t / 2, "tokens_per_s": 100.0 * t} for t in (1, 2, 3, 4)]
+    several = {"slowest_rank": 1, "slowest_host": "node-2"}  # as of several ranks
+    steps = [{"step": t, "loss": 4 - t / 2, "tokens_per_s": 100.0 * t, **several} for t in (1, 2, 3, 4)]
     val = {"step": 4, "val_loss": 2.5, "val_bits_per_byte": 1.5}
     final = {"step": 4, "final_loss": 2.4567, "final_bits_per_byte": 1.25}
     make(runs / "a <b> & $c$", [*steps, val, final], result=final)
@@ -92,6 +93,7 @@ def test_a_browser_shows_the_page(folder, tmp_path):
     make(
         folder / ("long" * 12), [{"step": 4, "loss": 1.0, "task/hellaswag/acc": 0.25, "task/hellaswag/acc_stderr": 0.1}]
     )
+    folder = folder.rename(folder.with_name("folder" * 20))  # the page's title
     main(["runs", str(folder), "--out", str(tmp_path / "out")])
     shown = browse(tmp_path / "out" / "runs.html", tmp_path)
     assert shown["pictures"] == [1200]

@@ -113,11 +113,13 @@ def test_scores_are_those_of_plain_sums(run, folder, model):
     assert last["task/local_text/bits_per_byte"] == pytest.approx(total / math.log(2) / sum(map(len, texts)), rel=1e-5)
 
 
-def test_the_command_says_the_same_and_puts_it_where_the_run_is(prepared, run, folder, tmp_path, capsys):
+def test_the_command_says_the_same_and_puts_it_where_the_run_is(prepared, run, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # no repository of git, to which lm-eval turns
     copy = shutil.copytree(run, tmp_path / "run")
     words = ["eval", str(copy), "--tasks", "local_mc", "local_text", "--include-path", str(folder)]
     main(words)
-    said = capsys.readouterr().out
+    said, complained = capfd.readouterr()
+    assert "git" not in complained
     record, trainings = of_tasks(copy)[-1], of_tasks(copy)[-2]
     assert record == {**record, **trainings}
     assert f"{record['task/local_mc/acc']:.4g}" in said

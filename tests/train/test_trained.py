@@ -154,8 +154,8 @@ def test_an_option_out_of_its_range_is_refused_before_anything_is_read(words, me
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    target = tmp_path_factory.mktemp("exported") / "small"
-    main(["export", str(checkpoint(run, 3)), str(target)])
+    target = tmp_path_factory.mktemp("exported") / "made" / "small"
+    main(["export", str(checkpoint(run, 3)), str(target)])  # into a folder that is made
     return target
 
 
@@ -299,3 +299,11 @@ def test_pushing_uploads_the_folder_and_a_refusal_leaves_it(run, tmp_path, monke
     with pytest.raises(SystemExit, match=r"^error: --push me/small: OSError: 403 Forbidden; .*out is complete"):
         main(["export", str(run), str(tmp_path / "out"), "--push", "me/small", "--overwrite"])
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", [["generate", "SRC", "x"], ["eval", "SRC", "--text", "x"], ["export", "SRC", "x"]])
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(words, tmp_path):
+    """And not to lack a tokenizer."""
+    (tmp_path / "junk.bin").write_text("junk")
+    with pytest.raises(SystemExit, match=r"junk\.bin is damaged, truncated, or no file of torch\.save"):
+        main([word.replace("SRC", str(tmp_path / "junk.bin")) for word in words])
