@@ -170,6 +170,11 @@ def test_ten_lines(tmp_path):
     (first, *_) = hang_report.summary({0: report(), 1: report({}), 2: report()}, {}, places, tmp_path, "No.")
     assert first == "This run waits for rank 0 on node-0, rank 2 on node-0. No."
 
+    (first, *_) = hang_report.summary(same, {}, places, tmp_path, "No.", [1, 2], "10.0.0.1")
+    assert (
+        first == "This run waits: cut off from the store at 10.0.0.1 on node-0: rank 1 on node-0, rank 2 on node-0. No."
+    )
+
     many = [{"host": f"node-{r // 8}", "pid": r} for r in range(64)]
     lines = hang_report.summary({r: report({}) for r in range(8)}, {}, many, tmp_path, "No.")
     assert len(lines) <= 10
