@@ -96,7 +96,10 @@ class Remote:
                 return bytes(self._fs.cat_file(self._path(OWNER)))
             return b""
 
-        return _json(self._tried(f"{self.address}/{OWNER} cannot be read", read))
+        with suppress(ValueError):
+            found = json.loads(self._tried(f"{self.address}/{OWNER} cannot be read", read))
+            return found if isinstance(found, dict) else None
+        return None
 
     def own(self, record: dict[str, Any]) -> None:
         """Write whose the address is, over what was there.
@@ -111,14 +114,6 @@ class Remote:
             self._fs.pipe_file(self._path(OWNER), (json.dumps(record) + "\n").encode())
 
         self._tried(f"{self.address} cannot be written", write)
-
-    def progress(self, step: int) -> dict[str, Any] | None:
-        """What a complete checkpoint there says of its run; None if there is none, or it is damaged.
-
-        Raises:
-            CheckpointError: the store does not answer.
-        """
-        return _json(self._marker(name_of(step)) or b"")
 
     def has(self, checkpoint: Path) -> bool:
         """Whether it is there, complete, and the one that lies here under this name."""
@@ -329,13 +324,6 @@ def _is_final(error: Exception) -> bool:
     final = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
     read_only = isinstance(error, OSError) and error.errno == errno.EROFS
     return final or read_only or "Credentials" in type(error).__name__
-
-
-def _json(text: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError):
-        found = json.loads(text)
-        return found if isinstance(found, dict) else None
-    return None
 
 
 def _key(file: Any) -> tuple[int, str]:

@@ -52,7 +52,7 @@ class Owner:
             CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
             OSError: the run's folder cannot be written.
         """
-        found = remote.owner() or _older(remote)
+        found = remote.owner()  # none, also where an older version wrote: the first to come has it
         here = self._here()
         if found is not None and (why := self._differs(found, here)):
             raise CheckpointError(
@@ -119,15 +119,3 @@ class Owner:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat(config).items() if key.startswith(_OWN)}
-
-
-def _older(remote: Remote) -> dict[str, Any] | None:
-    """What an address says that older versions wrote to: by its newest checkpoint."""
-    for step in reversed(remote.steps()):
-        config = (remote.progress(step) or {}).get("config")
-        if isinstance(config, Mapping) and config.get("run_dir"):
-            return {
-                "run_dir": str(Path(str(config["run_dir"])).absolute()),
-                "settings": {**_settings(recorded(Config())), **_settings(config)},
-            }
-    return None
