@@ -40,7 +40,7 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
 
     folders = {(f.cell.gamma, f.cell.lr): f for f in CellFolder.all(out)}
     assert set(folders) == {(0.0, 1e-3), (1.0, 1e-3)}
-    assert {p.name for p in (tmp_path / "store").iterdir()} == {f.cell.name for f in folders.values()}
+    assert {f.cell.name for f in folders.values()} < {p.name for p in (tmp_path / "store").iterdir()}
     page = (out / "report.md").read_text()
     rows = table(page, "All settings")
     assert len(rows) == 2
