@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,22 @@ class Remote:
             found = json.loads(self._tried(f"{self.address}/{OWNER} cannot be read", read))
             return found if isinstance(found, dict) else None
         return None
+
+    def probe(self) -> None:
+        """Write a small object there, and remove it.
+
+        Raises:
+            CheckpointError: that cannot be done.
+        """
+        path = self._path(f".probe-{secrets.token_hex(4)}")
+
+        def write() -> None:
+            if not self._in_bucket:
+                self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(path, b"probe")
+            self._fs.rm_file(path)
+
+        self._tried(f"{self.address} cannot be written", write)
 
     def own(self, record: dict[str, Any]) -> None:
         """Write whose the address is, over what was there.

@@ -52,6 +52,24 @@ class Owner:
             CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
             OSError: the run's folder cannot be written.
         """
+        found = self.check(remote, checkpoints)
+        self._record["id"] = (found or {}).get("id") or self._here() or secrets.token_hex(8)
+        try:
+            remote.own(self._record)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. See to the address and to the right to write there, or leave checkpoint.remote out: checkpoints then stay in "
+                "run_dir alone"
+            ) from error
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / OWNER, self._record)
+
+    def check(self, remote: Remote, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Whether the address is free, or this run's already; what its owner wrote there, if there is one.
+
+        Raises:
+            CheckpointError: it is another run's, or does not answer; with the remedy.
+        """
         found = remote.owner()  # none, also where an older version wrote: the first to come has it
         here = self._here()
         if found is not None and (why := self._differs(found, here)):
@@ -65,16 +83,7 @@ class Owner:
                 f"{remote.address} has checkpoints, up to step {steps[-1]}, and resume is {self._config.resume}: set another address, or "
                 "--resume auto, which goes on from them"
             )
-        self._record["id"] = (found or {}).get("id") or here or secrets.token_hex(8)
-        try:
-            remote.own(self._record)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}. See to the address and to the right to write there, or leave checkpoint.remote out: checkpoints then stay in "
-                "run_dir alone"
-            ) from error
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / OWNER, self._record)
+        return found
 
     def confirm(self, remote: Remote) -> None:
         """To be called before anything is written there: that no other start has made it its own. What somebody removed is made anew.

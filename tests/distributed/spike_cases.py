@@ -99,34 +99,33 @@ def check_straggler(run, config):
     """A rank that sleeps is the slowest in the records, though every rank takes the same time for a step; the others wait as long. When it
     has been for long, a line of the log says so."""
     config.eval.every, config.log.every = 0, 6
-    patch, original = Patch(), loop.Batch.losses
+    patch, original, asleep = Patch(), loop.Batch.losses, 0.3
+    slept: list[int] = []
 
     def slow(batch, model, *args, **options):
         if dist.get_rank() == 1 and model.training:
-            time.sleep(0.1)
+            slept.append(1)
+            if len(slept) > 6 * rounds and len(slept) % rounds == 0:  # once in each of the steps 7 to 12
+                time.sleep(asleep)
         return original(batch, model, *args, **options)
 
+    rounds = 8 // (2 * config.train.micro_batch)
     said: list[str] = []
     patch.setattr(loop.Batch, "losses", slow)
-    patch.setattr(stragglers, "LONG", 12)
+    patch.setattr(stragglers, "LONG", 6)
     patch.setattr(train_records.log, "warning", lambda text, *values: said.append(text % values))
     try:
         folder = run(config)
     finally:
         patch.close()
     if dist.get_rank() == 0:
-        (line,) = said
         seconds = r"\d\.\d+(e-\d+)? s"
-        words = (
-            rf"step 12: rank 1 on \S+ has been the slowest for 12 steps: {seconds} of work a step, the others {seconds}"
-        )
-        assert re.fullmatch(words, line), line
-        found, _ = records(folder)
-        rounds = 8 // (2 * config.train.micro_batch)
-        for r in (found[t] for t in (6, 12)):
-            assert r["slowest_rank"] == 1
-            assert r["slowest_host"]
-            assert r["work_s_min"] < r["work_s_median"] < r["work_s_max"]
-            assert r["work_s_max"] > 0.1 * rounds
-            assert r["work_s_max"] - r["work_s_min"] > 0.05 * rounds
-            assert r["peers_wait_s"] > 0.03 * rounds  # the median of two: half of what the other waits
+        words = rf"step 12: rank 1 on \S+ has been the slowest for \d+ steps: {seconds} of work a step, the others {seconds}"
+        assert re.fullmatch(words, said[-1]), said
+        r = records(folder)[0][12]
+        assert r["slowest_rank"] == 1
+        assert r["slowest_host"]
+        assert r["work_s_min"] < r["work_s_median"] < r["work_s_max"]
+        assert r["work_s_max"] > asleep
+        assert r["work_s_max"] - r["work_s_min"] > asleep / 3
+        assert r["peers_wait_s"] > asleep / 6  # the median of two: half of what the other waits

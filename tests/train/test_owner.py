@@ -10,6 +10,9 @@ from helpers import at_step
 from anon_dist.checkpoint import CheckpointError, Checkpoints, remote
 from anon_dist.checkpoint.remote import Remote
 from anon_dist.checkpoint.uploads import TakenError, Uploads
+from anon_dist.doctor import storage
+from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.report import Report
 from anon_dist.train import config as c
 from anon_dist.train import loop
 from anon_dist.train.errors import RunError
@@ -81,6 +84,26 @@ def test_the_same_run_goes_on_wherever_it_is(first, address, tmp_path):
     claim(address, tmp_path / "another machine" / "a", lr=2e-3)
     found = Remote(address).owner()
     assert (found["id"], found["run_dir"]) == (known, f"{tmp_path}/another machine/a")
+
+
+def test_the_doctor_says_whose_it_is_and_leaves_nothing_there(first, address, tmp_path, monkeypatch):
+    store, (reports, wanted) = fsspec.filesystem("memory"), ({0: Report(0, "node-a")}, Wanted(str(first), None, 2))
+    before = store.find(str(tmp_path))
+
+    def told(folder):
+        config = c.Config(optim=c.OptimConfig(lr=1e-3), run_dir=str(folder))
+        config.checkpoint.remote = address
+        reports[0].remote, reports[0].remote_problem = address, storage.try_address(config)
+        (found,) = (f for f in judge(Nodes(reports, {}, {}), wanted) if f.check == "remote")
+        return found.level, found.text
+
+    assert told(first) == ("ok", f"{address}: can be written, and is this run's or nobody's")
+    level, text = told(tmp_path / "b")
+    assert level == "fail"
+    assert text.startswith(f"{address} is of the run {first}, ")
+    monkeypatch.setattr(type(store), "pipe_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("Forbidden")))
+    assert told(first) == ("fail", f"{address} cannot be written: PermissionError: Forbidden")
+    assert store.find(str(tmp_path)) == before
 
 
 @pytest.mark.parametrize("resume", ["never", "FOLDER"])
