@@ -223,10 +223,10 @@ class _Watch:
 
     def _not_in_store(self) -> list[int]:
         """Ranks that were heard by the folder alone, where others' words are in the store."""
-        end = time.monotonic() + PROXY
-        while self._in_store and (lost := [r for r in self._heard if r not in self._in_store]):
-            if time.monotonic() > end:
-                return lost
+        end = time.monotonic() + 2 * PROXY
+        while self._several and (lost := [r for r in self._heard if r not in self._in_store]):
+            if time.monotonic() > end:  # of a store that nobody reaches there is nothing to say
+                return lost if self._in_store else []
             _soon(self._read_store).wait(1.0)
             time.sleep(0.1)
         return []
