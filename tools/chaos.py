@@ -40,20 +40,26 @@ from namespaces import Host, hosts
 from anon_dist.data import PrepareConfig, prepare
 
 STEPS, EVERY = 160, 10
-TIMEOUT = 12.0
-"""Seconds that a rank waits for its peers."""
+TIMEOUT, LONGEST = 12.0, 45.0
+"""Seconds without progress in a step, and in a start, a save and the end, after which a run is taken to hang."""
 LIMIT = 120.0
-"""Seconds in which a fault must be found, and a start must come to its first step."""
+"""Seconds in which a fault must be found, and a start must come to its first step. All of these are longer where `busy`."""
 CONFIG = f"""
 model: {{layers: 2, width: 32, heads: 2, context: 32}}
 data: {{path: DATA, seq_len: 32}}
 optim: {{lr: 3.0e-3, eps: 1.0e-8}}
 schedule: {{warmup_steps: 3}}
-train: {{steps: {STEPS}, global_batch: 6, micro_batch: MICRO, engine: ENGINE, timeout_minutes: {TIMEOUT / 60}, max_skipped: 0}}
+train: {{steps: {STEPS}, global_batch: 6, micro_batch: MICRO, engine: ENGINE, max_skipped: 0}}
 eval: {{every: 0, sequences: 4, final_sequences: 8}}
 checkpoint: {{every: {EVERY}, keep: 3}}
 log: {{every: 1, trackers: []}}
 """
+
+
+def busy() -> float:
+    """By how much longer everything may take: processes that want to run, for each processor."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
 
 # -- faults -----------------------------------------------------------------------------------------------------------
 
@@ -81,14 +87,18 @@ def named_rightly(fault: Fault, nodes: list[Node]) -> bool:
     victim = nodes[fault.rank]
     others = "\n".join(node.output for node in nodes if node is not victim)
     everyone = others + victim.output
-    silent = f"Stopped without a word: rank {fault.rank} on {victim.host.name}"
-    store = f"The store at {nodes[0].host.address} does not answer"
+    name = f"rank {fault.rank} on {victim.host.name}"
+    silent = f"Stopped without a word: {name}"
+    store = fault.rank == 0 and f"The store at {nodes[0].host.address} does not answer" in others
+    hangs = re.search(rf"This run (waits for|hangs on) {re.escape(name)}\b", everyone) is not None
+    # Of two hosts each is cut off from the other; the one with the store is told by its address.
+    far = name if fault.rank else ""
+    cut = re.search(rf"cut off from the store at {re.escape(nodes[0].host.address)} on .*{re.escape(far)}", everyone)
     return {
-        "rank killed": silent in others
-        or (fault.rank == 0 and store in others),  # its launcher ends, and with it the store
-        "rank stopped": silent in others,
-        "node killed": silent in others or (fault.rank == 0 and store in others),
-        "cable out": silent in others or (fault.rank == 0 and store in others),
+        "rank killed": silent in others or store,  # its launcher ends, and with it the store
+        "rank stopped": hangs,
+        "node killed": silent in others or store,
+        "cable out": hangs or cut is not None or silent in others or store,
         "launcher killed": re.search("end of (its|another node's) launcher|" + re.escape(silent), everyone) is not None,
         "disk full": "No space left on device" in everyone or "MB are free there" in everyone,
         "NaN in a gradient": "non-finite gradient" in everyone,
@@ -175,13 +185,15 @@ class Chaos:
 
     def _start(self, run: Path, logs: Path) -> list[Node]:
         options, port = ["--config", str(self.config), "--run-dir", str(run)], next(self.ports)
+        for name, seconds in (("timeout", TIMEOUT), ("first-timeout", LONGEST)):
+            options += [f"--train.{name}-minutes", str(busy() * seconds / 60)]
         return [start(host, len(self.hosts), port, logs, options, self.own_network) for host in self.hosts]
 
     def _over(self, nodes: list[Node]) -> bool:
         return all(node.poll() is not None for node in nodes)
 
     def _wait(self, until, seconds: float) -> bool:
-        stop = time.monotonic() + seconds
+        stop = time.monotonic() + busy() * seconds
         while not until():
             if time.monotonic() > stop:
                 return False

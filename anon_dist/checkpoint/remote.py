@@ -6,7 +6,10 @@ that a folder without it does not count, and removed first where a checkpoint is
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between attempts, of which there is one more."""
 _THREADS = 4
+OWNER = "owner.json"
+"""Whose the checkpoints at an address are; beside them."""
 _SMALL = 1 << 16
 """Bytes of a file that is not looked for among those that are there."""
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
@@ -79,6 +84,53 @@ class Remote:
             return sorted(step for step in steps if self._fs.exists(self._path(name_of(step), PROGRESS)))
 
         return self._tried(f"{self.address} cannot be listed", found)
+
+    def owner(self) -> dict[str, Any] | None:
+        """What `own` was last given; None if there is nothing, or what nobody can read.
+
+        Raises:
+            CheckpointError: the store does not answer.
+        """
+
+        def read() -> bytes:
+            with suppress(FileNotFoundError):
+                return bytes(self._fs.cat_file(self._path(OWNER)))
+            return b""
+
+        with suppress(ValueError):
+            found = json.loads(self._tried(f"{self.address}/{OWNER} cannot be read", read))
+            return found if isinstance(found, dict) else None
+        return None
+
+    def probe(self) -> None:
+        """Write a small object there, and remove it.
+
+        Raises:
+            CheckpointError: that cannot be done.
+        """
+        path = self._path(f".probe-{secrets.token_hex(4)}")
+
+        def write() -> None:
+            if not self._in_bucket:
+                self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(path, b"probe")
+            self._fs.rm_file(path)
+
+        self._tried(f"{self.address} cannot be written", write)
+
+    def own(self, record: dict[str, Any]) -> None:
+        """Write whose the address is, over what was there.
+
+        Raises:
+            CheckpointError: nothing can be written at the address.
+        """
+
+        def write() -> None:
+            if not self._in_bucket:
+                self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(self._path(OWNER), (json.dumps(record) + "\n").encode())
+
+        self._tried(f"{self.address} cannot be written", write)
 
     def has(self, checkpoint: Path) -> bool:
         """Whether it is there, complete, and the one that lies here under this name."""
@@ -233,11 +285,11 @@ class Remote:
         for pause in (*PAUSES, None):
             try:
                 return action()
-            except (CheckpointError, PermissionError, FileNotFoundError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+            except CheckpointError:
+                raise
             except Exception as error:  # each store has its own
+                if _is_final(error):
+                    raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
                 if pause is None:
                     tried, took = len(PAUSES) + 1, time.monotonic() - begun
                     raise CheckpointError(
@@ -282,6 +334,13 @@ def at_hand(source: str) -> Iterator[Path]:
         Remote(source).everything(copied)
         inner = copied / copied.name
         yield inner if inner.is_file() else copied
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the same would come of another attempt: no rights, no such bucket, no credentials."""
+    final = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    return final or read_only or "Credentials" in type(error).__name__
 
 
 def _key(file: Any) -> tuple[int, str]:

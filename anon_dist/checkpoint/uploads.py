@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,14 +16,27 @@ from anon_dist.checkpoint.remote import Remote
 log = logging.getLogger(__name__)
 
 
+class TakenError(CheckpointError):
+    """An address is another run's, or another start's, now."""
+
+
 class Uploads:
     """Copies, in a thread, each complete checkpoint of a run that is not at an address yet, the oldest first. For one process.
 
     What could not be copied stays here, and is tried again when `look` is called.
+
+    Args:
+        confirm: called before each copy; raises `TakenError` if the address is not this run's any more.
+
+    Attributes:
+        lost: that error, once there was one: the run is to end.
     """
 
-    def __init__(self, remote: Remote, checkpoints: Checkpoints) -> None:
-        self._remote, self._checkpoints = remote, checkpoints
+    def __init__(
+        self, remote: Remote, checkpoints: Checkpoints, confirm: Callable[[Remote], None] = lambda remote: None
+    ) -> None:
+        self._remote, self._checkpoints, self._confirm = remote, checkpoints, confirm
+        self.lost: TakenError | None = None
         self._there: dict[str, bytes] = {}
         self._news, self._thread = (
             threading.Condition(),
@@ -72,7 +86,11 @@ class Uploads:
             return
         marker = (checkpoint / PROGRESS).read_bytes()
         try:
+            self._confirm(self._remote)
             self._remote.upload(checkpoint)
+        except TakenError as error:
+            self.lost = error
+            raise
         except CheckpointError as error:
             raise CheckpointError(f"{error}. {checkpoint} stays where it is; the same command tries again") from error
         self._there[checkpoint.name] = marker

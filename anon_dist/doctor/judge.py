@@ -99,7 +99,7 @@ def judge(nodes: Nodes, wanted: Wanted | None) -> list[Finding]:
     if nodes.count > 1:
         found += [_interfaces(nodes), _ports(nodes), _clocks(nodes)]
     if wanted is not None:
-        found += [_run_dir(nodes, wanted), _room(nodes, wanted), _data(nodes)]
+        found += [_run_dir(nodes, wanted), _room(nodes, wanted), *_remote(nodes), _data(nodes)]
     else:
         found.append(Finding("run_dir", "skip", "give --config and --run-dir, to have folder, room and data looked at"))
     return [*found, _products(nodes), *([_pairs(nodes)] if nodes.count > 1 else []), _kernels(nodes)]
@@ -292,6 +292,16 @@ def _room(nodes: Nodes, wanted: Wanted) -> Finding:
     if free < needed:
         return Finding("room", "fail", text, "make room, lower --checkpoint.keep, or choose another run_dir")
     return Finding("room", "ok", text)
+
+
+def _remote(nodes: Nodes) -> list[Finding]:
+    found = next((r for r in nodes.reports.values() if r.remote), None)
+    if found is None:
+        return []
+    if found.remote_problem:
+        remedy = "see to checkpoint.remote and to the right to write there, or leave it out"
+        return [Finding("remote", "fail", found.remote_problem, remedy)]
+    return [Finding("remote", "ok", f"{found.remote}: can be written, and is this run's or nobody's")]
 
 
 def _data(nodes: Nodes) -> Finding:

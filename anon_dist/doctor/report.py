@@ -84,6 +84,9 @@ class Report:
     peers: dict[int, Peer] = field(default_factory=dict)
     folder: Folder | None = None
     """None: no run_dir was named."""
+    remote: str = ""
+    """checkpoint.remote, where node 0 could write; "": none was named."""
+    remote_problem: str = ""
     data: str = ""
     """Fingerprint of the data; "": none was named."""
     data_problem: str = ""

@@ -15,13 +15,16 @@ import psutil
 from anon_dist.bench.bases import cost
 from anon_dist.bench.memory import Bases, Job, Optimizer, memory
 from anon_dist.bench.shapes import shape_of
-from anon_dist.checkpoint import Checkpoints
+from anon_dist.checkpoint import CheckpointError, Checkpoints
+from anon_dist.checkpoint.remote import Remote
 from anon_dist.data import DataError, Index
 from anon_dist.doctor.meeting import Meeting
 from anon_dist.doctor.report import Folder
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.train.config import Config
+from anon_dist.train.owner import Owner
+from anon_dist.train.remote import checkpoints_of
 
 WRITTEN = 1 << 26
 """Bytes, to see how fast; less where there is little room."""
@@ -141,6 +144,19 @@ def _mounted(path: Path) -> str:
     ]
     best = max(mounts, key=lambda p: len(p.mountpoint), default=None)
     return "" if best is None else f"{best.device} ({best.fstype})"
+
+
+def try_address(config: Config) -> str:
+    """What is wrong with `checkpoint.remote`: it cannot be written, or is another run's; "" if nothing is. Nothing is left there."""
+    assert config.checkpoint.remote is not None
+    folder = Path(config.run_dir)
+    try:
+        remote = Remote(config.checkpoint.remote)
+        Owner(config, folder).check(remote, checkpoints_of(folder, config.checkpoint))
+        remote.probe()
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 # -- what a run needs -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operators that DeepSpeed compiles as it starts, and what a build that was killed leaves behind."""
+"""Operators that DeepSpeed compiles as it starts: one that it need not, and what a build that was killed leaves behind."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def warn_of_waiting() -> None:
                 now - changed,
                 lock.parent.name,
             )
+
+
+def spare_inference_operator() -> None:
+    """Have DeepSpeed not compile, on CPUs, what only its tensor-parallel inference uses: minutes on a busy machine, without a word.
+
+    To be called before DeepSpeed joins the ranks; its own switch for operators that a machine cannot build.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _locks() -> list[Path]:

@@ -24,7 +24,7 @@ from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines import cpu, peers
 from anon_dist.engines.base import Engine
 from anon_dist.engines.bases import FLATTENING, refuse_flattened
-from anon_dist.engines.builds import warn_of_waiting
+from anon_dist.engines.builds import spare_inference_operator, warn_of_waiting
 from anon_dist.engines.check import check_launcher, check_same_start, check_world
 from anon_dist.engines.comparison import check_alike, surroundings
 from anon_dist.engines.errors import EngineError
@@ -106,6 +106,8 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     as_device = name in ("fsdp2", "hsdp", "fsdp1", "deepspeed")
     if on_cpu:  # DeepSpeed, which others import, asks no further and warns no more
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if name == "deepspeed":
+            spare_inference_operator()
     with peers.connecting():
         if on_cpu and as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)

@@ -58,6 +58,8 @@ class CellFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         config = self.cell.config(base)
         config.run_dir = str(self.path)
+        if config.checkpoint.remote is not None:  # each run has an address of its own
+            config.checkpoint.remote = f"{config.checkpoint.remote.rstrip('/')}/{self.cell.name}"
         (self.path / "cell.yaml").write_text(to_yaml(config))
         write_json(self.path / "cell.json", asdict(self.cell))
 

@@ -75,6 +75,8 @@ def summary(
     places: Sequence[Mapping[str, Any]],
     folder: Path,
     limit: str,
+    cut: Sequence[int] = (),
+    store: str = "",
 ) -> list[str]:
     """At most ten lines, of which the first says who it was.
 
@@ -84,13 +86,16 @@ def summary(
         places: host and pid of every rank.
         folder: where the whole is.
         limit: what was passed, in words.
+        cut: ranks whose words came through the folder alone, and not through the store,
+        store: whose address this is.
     """
     found = judge(reports, len(places))
     guilty = [*found.missing, *found.busy]
-    names = ", ".join(_name(rank, places) for rank in guilty[:MOST])
-    more = f" and {len(guilty) - MOST} more" if len(guilty) > MOST else ""
-    who = f"waits for {names}{more}" if found.waiting else f"hangs on {names}{more}"
-    if not guilty:
+    names = _names(guilty, places)
+    who = f"waits for {names}" if found.waiting else f"hangs on {names}"
+    if not guilty and cut:
+        who = f"waits: cut off from the store at {store} on {places[0]['host']}: {_names(cut, places)}"
+    elif not guilty:
         alike = "all in the same collective: the network, or a device, hangs"
         who = f"waits, {alike if len(found.waiting) == 1 else 'the ranks for each other, in different collectives'}"
     lines = [f"This run {who}. {limit}"]
@@ -104,7 +109,14 @@ def summary(
     if silent and len(places) > 1:
         text = f"  no rank of {', '.join(silent[:MOST])} answers: stopped, cut off or without power"
         lines = [*lines[: LINES - 2], text]
+    if guilty and cut:
+        lines = [*lines[: LINES - 2], f"  cut off from the store at {store}: ranks {spelled(cut)}"]
     return [*lines[: LINES - 1], f"  all stacks and last collectives: {folder}"]
+
+
+def _names(ranks: Sequence[int], places: Sequence[Mapping[str, Any]]) -> str:
+    more = f" and {len(ranks) - MOST} more" if len(ranks) > MOST else ""
+    return ", ".join(_name(rank, places) for rank in ranks[:MOST]) + more
 
 
 def _name(rank: int, places: Sequence[Mapping[str, Any]]) -> str:

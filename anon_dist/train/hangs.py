@@ -29,7 +29,7 @@ from anon_dist.engines import peers
 from anon_dist.files import write_text
 from anon_dist.train import whereabouts
 from anon_dist.train.config import Config
-from anon_dist.train.hang_report import LINES, spelled, summary
+from anon_dist.train.hang_report import summary
 from anon_dist.train.pulse import Pulse, read_pulse
 
 log = logging.getLogger(__name__)
@@ -197,11 +197,10 @@ class _Watch:
         self._hear(time.monotonic() + PROXY, lambda: all(rank in heard or rank in seen for rank in self._asks))
         if self._stopped.is_set() and not late:
             return  # the others hang, and this one has ended well, or by an error of its own
-        lines = summary(heard, seen, self._places, self._folder, limit)
-        if self._rank == min(heard) and len(self._asks) == self._ranks:
-            if lost := self._not_in_store():
-                text = f"  cut off from the store at {os.environ['MASTER_ADDR']}: ranks {spelled(lost)}"
-                lines = [*lines[:-1][: LINES - 2], text, lines[-1]]
+        sums_up = self._rank == min(heard) and len(self._asks) == self._ranks
+        cut = self._not_in_store() if sums_up else []
+        lines = summary(heard, seen, self._places, self._folder, limit, cut, os.environ.get("MASTER_ADDR", ""))
+        if sums_up:
             if not written.is_set():
                 lines[-1] = f"  {self._folder} does not answer"
             _soon(lambda: print("\n".join(lines), file=sys.stderr, flush=True)).wait(1.0)
@@ -224,10 +223,10 @@ class _Watch:
 
     def _not_in_store(self) -> list[int]:
         """Ranks that were heard by the folder alone, where others' words are in the store."""
-        end = time.monotonic() + PROXY
-        while self._in_store and (lost := [r for r in self._heard if r not in self._in_store]):
-            if time.monotonic() > end:
-                return lost
+        end = time.monotonic() + 2 * PROXY
+        while self._several and (lost := [r for r in self._heard if r not in self._in_store]):
+            if time.monotonic() > end:  # of a store that nobody reaches there is nothing to say
+                return lost if self._in_store else []
             _soon(self._read_store).wait(1.0)
             time.sleep(0.1)
         return []

@@ -43,7 +43,7 @@ from anon_dist.train.profiling import Profiler
 from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
-from anon_dist.train.remote import checkpoints_of, finish_uploads, uploads_of
+from anon_dist.train.remote import checkpoints_of, claim, finish_uploads, uploads_of
 from anon_dist.train.report import RESULT, finished, report
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
@@ -87,7 +87,8 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
                 f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
             )
             report(folder, config)
-        finish_uploads(config, uploads_of(config, checkpoints_of(folder, config.checkpoint)))
+        claim(config, checkpoints := checkpoints_of(folder, config.checkpoint))
+        finish_uploads(config, uploads_of(config, checkpoints))
         return folder
     with held(folder) as lock, hangs.watched(config, folder) as pulse:
         _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
@@ -103,6 +104,7 @@ def _train(
     pulse: Pulse,
     make_optimizer: MakeOptimizer,
 ) -> None:
+    claim(config, checkpoints_of(folder, config.checkpoint))
     run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock, run.pulse = lock, pulse
     pass_over_again(run)

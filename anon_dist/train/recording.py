@@ -10,6 +10,7 @@ from anon_dist.agreement import describe, first_does
 from anon_dist.train.config import Config
 from anon_dist.train.errors import ConfigError, RunError
 from anon_dist.train.metrics import Console, MetricsFile, Record
+from anon_dist.train.rewind import steps_repeated
 from anon_dist.train.run import Run
 from anon_dist.train.signals import StopSignal
 
@@ -31,6 +32,9 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
     """A function that takes records of metrics, on every rank; the first one's go to the file, the console and the trackers.
 
     Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
+
+    Trackers drop what is not of a later step than the last (W&B), or show both (TensorBoard): theirs counts on where a run goes back. The
+    run's own step is among the values.
     """
     path, settings = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
 
@@ -52,20 +56,21 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
         yield lambda record: None
         return
     (file,) = open_files
+    repeated = steps_repeated(run)
 
     def write(record: Record) -> None:
         """To all of them; what goes wrong with the files ends the run after this step. A run that has gone back repeats steps: what there
         was of them is taken out."""
-        nonlocal file
+        nonlocal file, repeated
+        step = int(record["step"])
         console.record(record)
         try:
             if record.get("rewound_from", 0):
                 file.close()
-                file = MetricsFile(path, int(record["step"]))
+                file = MetricsFile(path, step)
+                repeated += int(record["rewound_from"]) - step
             file.write(record)
-            run.accelerator.log(
-                {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}, step=int(record["step"])
-            )
+            run.accelerator.log({k: v for k, v in record.items() if not isinstance(v, str)}, step=step + repeated)
         except OSError as error:
             stop.fail(
                 RunError(

@@ -13,11 +13,21 @@ from anon_dist.checkpoint.remote import Remote, fetch_into
 from anon_dist.checkpoint.uploads import Uploads
 from anon_dist.train.config import CheckpointConfig, Config
 from anon_dist.train.errors import RunError
+from anon_dist.train.owner import Owner
 
 
 def checkpoints_of(folder: Path, config: CheckpointConfig) -> Checkpoints:
     """Those in a run's folder."""
     return Checkpoints(folder / "checkpoints", config.keep, config.keep_every, config.keep_steps)
+
+
+def claim(config: Config, checkpoints: Checkpoints) -> None:
+    """Make the address, if there is one, this run's. Every rank must call it, before anything else here.
+
+    Raises:
+        RunError: it is another run's, or nothing can be written there; on every rank.
+    """
+    _first(config, lambda remote: Owner(config, Path(config.run_dir)).claim(remote, checkpoints))
 
 
 def fetch_newest(config: Config, checkpoints: Checkpoints) -> None:
@@ -75,7 +85,8 @@ def uploads_of(config: Config, checkpoints: Checkpoints) -> Uploads | None:
     _first(config, Remote.steps)
     if config.checkpoint.remote is None or not is_first():
         return None
-    uploads = Uploads(Remote(config.checkpoint.remote), checkpoints)
+    owner = Owner(config, Path(config.run_dir))
+    uploads = Uploads(Remote(config.checkpoint.remote), checkpoints, owner.confirm)
     uploads.look()
     return uploads
 

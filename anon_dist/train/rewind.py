@@ -85,6 +85,11 @@ def pass_over_again(run: Run) -> None:
         )
 
 
+def steps_repeated(run: Run) -> int:
+    """By how many steps the run has gone back so far. For the first rank."""
+    return sum(entry["from"] - entry["to"] for entry in _entries(run.folder, run.rewinds))
+
+
 def _go_on_at(run: Run, entry: dict[str, Any]) -> None:
     run.rewinds = entry["rewinds"]
     run.loader.pass_over(entry["cursor"])

@@ -98,7 +98,7 @@ class Saver:
     def _check(self) -> None:
         """Whether the run may go on, and its folder is still its own; on every rank."""
         self._prepare()
-        failed = self._stop.failure
+        failed = self._stop.failure or (self._uploads.lost if self._uploads is not None else None)
         try:
             if self._run.lock is not None:
                 self._run.lock.confirm()

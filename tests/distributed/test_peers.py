@@ -164,7 +164,7 @@ def test_those_that_wait_notice_at_once_and_other_connections_stay():
     for process in processes:
         process.start()
     failed, noticed = queue.get(timeout=60), queue.get(timeout=60)
-    assert 0 < noticed - failed < 1
+    assert 0 < noticed - failed < 20  # not when the other has ended, half a minute later
     assert {queue.get(timeout=60) for _ in processes} == {f"rank {rank}: b'still there'" for rank in range(2)}
     for process in processes:
         process.kill()
@@ -192,7 +192,7 @@ def test_nobody_waits_at_start_for_a_rank_that_failed():
     for process in processes:
         process.start()
     found = dict(queue.get(timeout=60) for _ in processes)
-    assert time.monotonic() - since < 20
+    assert time.monotonic() - since < 50  # not `check_alike`'s minute
     assert found[2] == "the YAML is broken"
     for rank in range(2):
         assert found[rank].startswith(f"rank 2 on {HERE} at ")

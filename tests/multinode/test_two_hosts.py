@@ -87,8 +87,10 @@ def are_cut_off(launches: list[Launch], hosts: list[Host]) -> None:
     hosts[1].cable("down")
     assert max(ends_in_error(launch) for launch in launches) < TIMEOUT + AT_ONCE
     # They do see the same folder, and so each other's reports.
-    assert "This run waits, all in the same collective: the network, or a device, hangs." in launches[0].output
-    assert f"cut off from the store at {hosts[0].address}: ranks 1\n" in launches[0].output
+    cut = (
+        f"cut off from the store at {hosts[0].address} on {hosts[0].name}: rank 1 on {hosts[1].name}. No progress for "
+    )
+    assert f"This run waits: {cut}" in launches[0].output
     hosts[1].cable("up")
 
 

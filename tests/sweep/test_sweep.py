@@ -29,6 +29,7 @@ def table(page, title):
 def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
     config = base(optim__update_clip=1.0)
     config.eval.sets = {"held": config.data.path}  # its validation split, once more
+    config.checkpoint.remote = f"file://{tmp_path}/store"
     (tmp_path / "base.yaml").write_text(to_yaml(config))
     out = tmp_path / "sweep"
     command = ["sweep", "--config", str(tmp_path / "base.yaml"), "--out", str(out), "--match-rms", "--parallel", "2"]
@@ -39,6 +40,7 @@ def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
 
     folders = {(f.cell.gamma, f.cell.lr): f for f in CellFolder.all(out)}
     assert set(folders) == {(0.0, 1e-3), (1.0, 1e-3)}
+    assert {f.cell.name for f in folders.values()} < {p.name for p in (tmp_path / "store").iterdir()}
     page = (out / "report.md").read_text()
     rows = table(page, "All settings")
     assert len(rows) == 2

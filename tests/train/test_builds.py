@@ -1,13 +1,17 @@
 """The lock that a killed build of DeepSpeed's leaves, told from those of builds that began since."""
 
+import contextlib
+import importlib
+import io
 import logging
 import os
 import time
 
+import pytest
 import torch.utils.cpp_extension as extensions
 from torch.utils.file_baton import FileBaton
 
-from anon_dist.engines.builds import warn_of_waiting
+from anon_dist.engines.builds import spare_inference_operator, warn_of_waiting
 
 
 def test_a_lock_from_before_this_start_is_named_and_left(tmp_path, monkeypatch, caplog):
@@ -38,3 +42,19 @@ def test_the_default_place_is_torchs(tmp_path, monkeypatch, caplog):
         os.utime(lock, (0, 0))
         warn_of_waiting()
     assert caplog.messages[0].startswith(lock)
+
+
+def test_a_training_on_cpus_does_not_wait_for_the_operator_of_inference(monkeypatch):
+    """DeepSpeed asks for it as it joins the ranks, and would compile it then."""
+    pytest.importorskip("deepspeed")
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+    backend = importlib.import_module("deepspeed.comm.torch")
+    monkeypatch.setattr(backend.get_accelerator(), "create_op_builder", lambda name: ShareMemCommBuilder())
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda self: "built")
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert backend.build_shm_op() == "built"
+    spare_inference_operator()
+    assert backend.build_shm_op() is None

@@ -26,7 +26,7 @@ def hold(folder, said, release):
         said.put(str(error))
         return
     said.put("")
-    release.wait(30)
+    release.wait(300)
     try:
         lock.confirm()
         said.put("")
@@ -55,58 +55,50 @@ def other(tmp_path):
 
 def test_a_second_start_is_told_who_is_there_until_that_one_ends(other, tmp_path):
     process, said, release = other()
-    assert said.get(timeout=30) == ""
+    assert said.get(timeout=120) == ""
     with pytest.raises(RunError) as refused:
         RunLock(tmp_path)
     words = f"run_dir = {tmp_path} is in use by process {process.pid} on {socket.gethostname()}, since {time.strftime('%Y-')}"
     assert str(refused.value).startswith(words)
     assert "\n" not in str(refused.value)
     release.set()
-    assert said.get(timeout=30) == ""
+    assert said.get(timeout=120) == ""
     process.join()
     with held(tmp_path) as lock:
         lock.confirm()
     assert (tmp_path / LOCK).read_bytes() == b""
 
 
-def test_killed_it_is_free_at_once(other, tmp_path):
+def test_killed_it_is_free_at_once(other, tmp_path, monkeypatch):
     process, said, _ = other()
-    assert said.get(timeout=30) == ""
+    assert said.get(timeout=120) == ""
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert json.loads((tmp_path / LOCK).read_text())["process"] == process.pid  # it had no time to let go
-    since = time.monotonic()
+    monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("it waited for a sign"))
     RunLock(tmp_path).release()
-    assert time.monotonic() - since < 1
 
 
 def test_of_many_that_start_at_once_one_has_it(other, tmp_path):
     started = [other() for _ in range(6)]
-    answers = [said.get(timeout=30) for _, said, _ in started]
+    answers = [said.get(timeout=120) for _, said, _ in started]
     assert answers.count("") == 1
     assert sum("is in use by" in answer for answer in answers) == 5
 
 
 def test_a_removed_file_is_made_anew_and_a_taken_folder_is_left(other, tmp_path):
     _, said, release = other()
-    assert said.get(timeout=30) == ""
+    assert said.get(timeout=120) == ""
     (tmp_path / LOCK).unlink()
     release.set()
-    assert said.get(timeout=30) == ""  # nobody else was there: it goes on
+    assert said.get(timeout=120) == ""  # nobody else was there: it goes on
 
     _, said, release = other()
-    assert said.get(timeout=30) == ""
+    assert said.get(timeout=120) == ""
     (tmp_path / LOCK).unlink()
     with held(tmp_path):  # as the message says, once its machine is dead; which it is not
         release.set()
-        assert "is another run's now" in said.get(timeout=30)
-
-
-def beat(path, seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        os.utime(path)
-        time.sleep(0.05)
+        assert "is another run's now" in said.get(timeout=120)
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -123,12 +115,12 @@ def test_another_machine_is_dead_when_it_gives_no_sign(locks, tmp_path, monkeypa
     owner = {"host": "node-b", "process": 7, "since": "2026-01-01 00:00:00 +0000", "machine": "another"}
     path = tmp_path / LOCK
     path.write_text(json.dumps(owner))
-    living = FORK.Process(target=beat, args=(path, 20))
-    living.start()
-    with pytest.raises(RunError, match="in use by process 7 on node-b, since 2026-01-01"):
+    with (
+        monkeypatch.context() as living,
+        pytest.raises(RunError, match="in use by process 7 on node-b, since 2026-01-01"),
+    ):
+        living.setattr(module.time, "sleep", lambda _: os.utime(path))  # between two looks it has given a sign
         RunLock(tmp_path)
-    living.kill()
-    living.join()
     since = time.monotonic()
     with held(tmp_path) as lock:
         assert time.monotonic() - since > 1

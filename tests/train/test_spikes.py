@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import Crash, at_step, crash, metrics, send
 
 from anon_dist.data import BatchLoader
@@ -119,6 +120,14 @@ def poison(monkeypatch):
     return poisoned.extend
 
 
+@pytest.fixture
+def tracked(monkeypatch):
+    """What trackers get: (the run's step, theirs)."""
+    told = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: told.append((values["step"], step)))
+    return told
+
+
 def by_step(folder):
     return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r}
 
@@ -167,7 +176,7 @@ def test_a_spike_that_is_recorded_is_taken(run_config, train, poison, caplog):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeypatch, poison, caplog):
+def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeypatch, poison, tracked, caplog):
     """To the last checkpoint, and past the samples: the steps that follow are those of a run whose cursor was moved there by hand."""
     if late:  # as on a GPU, a step later
         for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
@@ -184,6 +193,9 @@ def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeyp
     assert list(records) == list(range(1, 21))
     assert records[20]["samples"] == 20 * 8 + passed
     assert f"Gone back to step 12, and past the {passed} samples since (time 1 of 3)" in caplog.text
+    back = 3 + late  # trackers count on, or they would drop what comes again
+    rising = [(t, t) for t in range(1, 12 + back)] + [(t, t + back) for t in range(12, 21)]
+    assert [told for told in tracked if told != (20, 20 + back)] == rising[:-1]
 
     monkeypatch.undo()
     original = BatchLoader.advance
@@ -199,7 +211,7 @@ def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeyp
         assert [records[t][key] for t in range(13, 21)] == [by_hand[t][key] for t in range(13, 21)], key
 
 
-def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path, monkeypatch, poison, caplog):
+def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path, monkeypatch, poison, tracked, caplog):
     options = {**OPTIONS, "train__on_spike": "rewind", "checkpoint__every": 12}
     poison([15])
     whole = train(run_config(**options))
@@ -207,7 +219,9 @@ def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path,
     with monkeypatch.context() as once, pytest.raises(Crash):
         at_step(once, 14, lambda: (calls.append(1), len(calls) == 2 and crash()))  # when it has gone back
         train(config)
+    tracked.clear()
     resumed = train(config)
+    assert {theirs - ours for ours, theirs in tracked} == {3}
     assert "The samples up to 120 are passed over, as before: there was a spike in step 15." in caplog.text
     a, b = by_step(whole), by_step(resumed)
     assert [(r["loss"], r["samples"], r.get("rewinds")) for r in a.values()] == [

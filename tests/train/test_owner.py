@@ -1,0 +1,164 @@
+"""Whose `checkpoint.remote` is: another run is refused by name, the same one goes on, wherever; and that it can be written."""
+
+import json
+import shutil
+
+import fsspec
+import pytest
+from helpers import at_step
+
+from anon_dist.checkpoint import CheckpointError, Checkpoints, remote
+from anon_dist.checkpoint.remote import Remote
+from anon_dist.checkpoint.uploads import TakenError, Uploads
+from anon_dist.doctor import storage
+from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.report import Report
+from anon_dist.train import config as c
+from anon_dist.train import loop
+from anon_dist.train.errors import RunError
+from anon_dist.train.owner import Owner
+
+
+@pytest.fixture(autouse=True)
+def clean_store():
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def address(tmp_path):
+    return f"memory://{tmp_path}/there"
+
+
+def write(folder, step):
+    """A checkpoint of a run in this folder."""
+    found = Checkpoints(folder / "checkpoints", keep=9)
+    with found.writing(step, {"step": step, "config": {"run_dir": str(folder)}}) as path:
+        (path / "x").write_text(str(step))
+    return found
+
+
+def claim(address, folder, lr=1e-3, resume="auto"):
+    config = c.Config(optim=c.OptimConfig(lr=lr), run_dir=str(folder), resume=resume)
+    owner = Owner(config, folder)
+    owner.claim(Remote(address), Checkpoints(folder / "checkpoints", keep=9))
+    return owner
+
+
+@pytest.fixture
+def first(address, tmp_path):
+    """A run that has the address, with a checkpoint here and there."""
+    folder = tmp_path / "machine" / "a"
+    claim(address, folder)
+    Remote(address).upload(write(folder, 4).latest())
+    return folder
+
+
+def test_another_run_is_refused_by_name_and_told_the_remedy(first, address, tmp_path):
+    before = Remote(address).owner()
+    with pytest.raises(CheckpointError) as refused:
+        claim(address, tmp_path / "machine" / "b")
+    said = str(refused.value)
+    assert said.startswith(f"{address} is of the run {first}, last started on ")
+    assert f"this one is {tmp_path}/machine/b" in said
+    assert said.endswith(
+        f"Set another one; or, if this run is to go on with what is there, remove {address}/owner.json"
+    )
+    with pytest.raises(CheckpointError, match=r"whose optim.lr is 0.001, and this one's 0.002"):
+        claim(address, tmp_path / "elsewhere" / "a", lr=2e-3)
+    shutil.copytree(first, tmp_path / "machine" / "copied")
+    with pytest.raises(CheckpointError, match=r"this one is .*/copied"):
+        claim(address, tmp_path / "machine" / "copied")
+    assert Remote(address).owner() == before
+    fsspec.filesystem("memory").rm_file(
+        f"{tmp_path}/there/owner.json"
+    )  # the remedy; the checkpoint there says whose it is
+    claim(address, tmp_path / "machine" / "b")
+
+
+def test_the_same_run_goes_on_wherever_it_is(first, address, tmp_path):
+    known = Remote(address).owner()["id"]
+    claim(address, first, lr=2e-3)  # its folder is there: settings may change
+    shutil.rmtree(first)
+    claim(address, first, lr=2e-3)
+    claim(address, tmp_path / "another machine" / "a", lr=2e-3)
+    found = Remote(address).owner()
+    assert (found["id"], found["run_dir"]) == (known, f"{tmp_path}/another machine/a")
+
+
+def test_the_doctor_says_whose_it_is_and_leaves_nothing_there(first, address, tmp_path, monkeypatch):
+    store, (reports, wanted) = fsspec.filesystem("memory"), ({0: Report(0, "node-a")}, Wanted(str(first), None, 2))
+    before = store.find(str(tmp_path))
+
+    def told(folder):
+        config = c.Config(optim=c.OptimConfig(lr=1e-3), run_dir=str(folder))
+        config.checkpoint.remote = address
+        reports[0].remote, reports[0].remote_problem = address, storage.try_address(config)
+        (found,) = (f for f in judge(Nodes(reports, {}, {}), wanted) if f.check == "remote")
+        return found.level, found.text
+
+    assert told(first) == ("ok", f"{address}: can be written, and is this run's or nobody's")
+    level, text = told(tmp_path / "b")
+    assert level == "fail"
+    assert text.startswith(f"{address} is of the run {first}, ")
+    monkeypatch.setattr(type(store), "pipe_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("Forbidden")))
+    assert told(first) == ("fail", f"{address} cannot be written: PermissionError: Forbidden")
+    assert store.find(str(tmp_path)) == before
+
+
+@pytest.mark.parametrize("resume", ["never", "FOLDER"])
+def test_a_run_that_begins_anew_writes_over_no_checkpoints(resume, first, address):
+    shutil.rmtree(first)
+    with pytest.raises(
+        CheckpointError, match=rf"has checkpoints, up to step 4, and resume is {resume}: set another address"
+    ):
+        claim(address, first, resume=resume)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("Forbidden"), FileNotFoundError("no such bucket"), OSError(30, "ro")]
+)
+def test_where_nothing_can_be_written_the_start_says_so(error, address, run_config, train, monkeypatch):
+    """At once, before anything is built, with the remedy."""
+
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", refused)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    monkeypatch.setattr(loop, "set_up", lambda *_: pytest.fail("set up"))
+    words = (
+        rf"checkpoint.remote: {address} cannot be written: \w+: .*See to the address .*or leave checkpoint.remote out"
+    )
+    with pytest.raises(RunError, match=words):
+        train(run_config(checkpoint__remote=address))
+
+
+def test_a_start_whose_address_another_has_taken_ends_and_copies_nothing_more(
+    run_config, train, address, tmp_path, monkeypatch
+):
+    """One of the same run on another machine, say: it is told so at its next copy, and ends at the save after."""
+    store, owner = fsspec.filesystem("memory"), f"{tmp_path}/there/owner.json"
+    begin, made = Uploads.__init__, []
+
+    def known(self, *args):
+        begin(self, *args)
+        made.append(self)
+
+    def taken():
+        made[0].finish()
+        store.pipe_file(owner, json.dumps({**json.loads(store.cat_file(owner)), "host": "another"}).encode())
+
+    def told():
+        with pytest.raises(TakenError):
+            made[0].finish()
+
+    monkeypatch.setattr(Uploads, "__init__", known)
+    at_step(monkeypatch, 6, taken)
+    at_step(monkeypatch, 10, told)
+    with pytest.raises(
+        RunError, match=r"is now that of the run .*/run, process \d+ on another, since .*: this one ends"
+    ):
+        train(run_config(checkpoint__remote=address, checkpoint__async_save=False))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert Remote(address).steps() == [4]
