@@ -37,6 +37,18 @@ def data_prepare(args: list[str]) -> None:
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 
+def data_merge(args: list[str]) -> None:
+    """`anon-dist data merge`"""
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import MergeConfig
+
+    config = parse(MergeConfig, args, "anon-dist data merge")
+    from anon_dist.data import DataError
+    from anon_dist.data.merge import merge
+
+    _or_exit(lambda: merge(config.parts, config.out), DataError, OSError)
+
+
 def data_verify(args: list[str]) -> None:
     """`anon-dist data verify`"""
     from anon_dist.arguments import parse
@@ -191,6 +203,7 @@ def completion(args: list[str]) -> None:
 
 COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
+    Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
     Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(

@@ -82,6 +82,20 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Make one prepared folder of the parts that several machines prepared: byte for byte the one that a single machine would have made.
+
+    Shards are not copied: they get a further name, or are moved where a file system has no hard links. An interrupted merge goes on when
+    the same command is given again.
+    """
+
+    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """All the folders that `anon-dist data prepare --part I/N` made, in any order."""
+    out: Path
+    """Folder to write, on the parts' file system."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Compare all contents of a prepared folder with its checksums.
 
