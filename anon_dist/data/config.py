@@ -96,6 +96,20 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show what a prepared folder, or a part of one, holds: sizes, source, tokenizer, what was left out, and how long documents are."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Made by `anon-dist data prepare` or `merge`."""
+    samples: int = 2
+    """Documents of each split that are shown, from all over it. 0 for none."""
+    plot: Path | None = None
+    """Picture to write of the documents' lengths, such as `lengths.png`."""
+    json: bool = False
+    """Print all as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Compare all contents of a prepared folder with its checksums.
 
