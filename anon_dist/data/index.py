@@ -44,6 +44,8 @@ class SplitInfo:
     documents: int
     text_bytes: int
     """UTF-8 bytes of the documents."""
+    sums: str = ""
+    """Checksum of the file of the blocks' checksums (`anon_dist.data.blocks`). Empty in folders of earlier versions, which have none."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -108,6 +110,11 @@ class Index:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether the contents can be checked as they are read, and need not be all at once."""
+        return all(split.sums for split in self.splits.values())
+
     def compute_fingerprint(self) -> str:
         """The fingerprint that belongs to the shards and tokenizer named here, 32 hexadecimal digits."""
         parts = {
@@ -130,7 +137,7 @@ class Index:
         """The reverse of `to_json`; keys that a later version may have added are ignored."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in content.items() if k in known}
-        values["splits"] = {name: _split(split) for name, split in values["splits"].items()}
+        values["splits"] = {name: split_from_json(split) for name, split in values["splits"].items()}
         values["statistics"] = Statistics(**values["statistics"])
         return cls(**values)
 
@@ -145,6 +152,10 @@ class Index:
         try:
             content = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
+            if (Path(directory) / "part.json").is_file():
+                raise ShardError(
+                    f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
+                ) from None
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
                 f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."
@@ -194,6 +205,7 @@ class Index:
         return self.splits[name]
 
 
-def _split(content: Mapping[str, Any]) -> SplitInfo:
+def split_from_json(content: Mapping[str, Any]) -> SplitInfo:
+    """The reverse of `dataclasses.asdict`."""
     shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-    return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"])
+    return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"], content.get("sums", ""))

@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from anon_dist.data.blocks import RESTORE, FirstTouch
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import Index, ShardInfo, SplitInfo
 
@@ -20,16 +21,15 @@ __all__ = ["Index", "ShardError", "ShardInfo", "SplitInfo", "TokenShards", "file
 Tokens = NDArray[np.int64]
 
 READ_BLOCK = 1 << 24
-RESTORE = "Copy it again from where it came from, or prepare the data again with --overwrite."
 
 
-def file_checksum(path: Path, progress: Callable[[int], object] = lambda size: None) -> xxhash.xxh3_64:
-    """The hash of a file, which may go on being updated. `progress` is told the size of each block read."""
+def file_checksum(path: Path, seen: Callable[[memoryview], object] = lambda data: None) -> xxhash.xxh3_64:
+    """The hash of a file, which may go on being updated. `seen` is given each piece that is read."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
             digest.update(block)
-            progress(len(block))
+            seen(memoryview(block))
     return digest
 
 
@@ -42,16 +42,18 @@ class TokenShards:
     Args:
         directory: a folder made by `anon-dist data prepare`.
         split: `train` or `val`.
-        verify: `size` compares the size of each file with the index, which costs nothing; `checksum` also reads and hashes them all.
-            In a job of many ranks let one do that, with `verify_checksums`.
+        verify: `size` compares the size of each file with the index, which costs nothing. `read` also compares each block of 128 KiB with
+            its checksum when it is first read; a folder of an earlier version has no such checksums (`Index.has_sums`), and is not
+            compared. `checksum` reads and hashes all files now; in a job of many ranks let them share that, with `verify_checksums`.
 
     Raises:
-        ShardError: the folder has no index, or a shard is missing, torn (wrong size) or altered (wrong checksum).
+        ShardError: the folder has no index, or a shard is missing, torn (wrong size) or altered (wrong checksum); with `read` also
+            where tokens are read.
         DataError: there is no such split.
     """
 
     def __init__(
-        self, directory: str | Path, split: str = "train", verify: Literal["size", "checksum"] = "size"
+        self, directory: str | Path, split: str = "train", verify: Literal["size", "read", "checksum"] = "size"
     ) -> None:
         self.directory = Path(directory)
         self.index = Index.load(directory)
@@ -61,7 +63,10 @@ class TokenShards:
             _check_size(self.directory, shard)
         if verify == "checksum":
             _check_contents(self.directory, self.info.shards, quiet=True)
-        self._maps = [_open(self.directory / s.file, self.index.numpy_dtype) for s in self.info.shards if s.tokens]
+        shards = [shard for shard in self.info.shards if shard.tokens]
+        self._maps = [_open(self.directory / shard.file, self.index.numpy_dtype) for shard in shards]
+        by_block = verify == "read" and bool(self.info.sums)
+        self._touch = FirstTouch(self.directory, split, shards, self.info.sums) if by_block else None
         self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -123,13 +128,18 @@ class TokenShards:
             tokens = self._maps[shard]
             offset = start + done - int(self._ends[shard]) + len(tokens)
             piece = tokens[offset : offset + len(out) - done]
+            if self._touch is not None:
+                self._touch.check(shard, tokens, offset, offset + len(piece))
             out[done : done + len(piece)] = piece
             done += len(piece)
             shard += 1
 
 
-def verify_checksums(directory: str | Path, *, quiet: bool = False) -> Index:
+def verify_checksums(directory: str | Path, *, quiet: bool = False, reader: int = 0, readers: int = 1) -> Index:
     """Read every shard of every split and compare it with the index; returns the index. Shows progress on a terminal unless `quiet`.
+
+    Args:
+        reader, readers: of several that share the work, which takes every `readers`-th shard.
 
     Raises:
         ShardError: naming the first shard that is missing, torn or altered.
@@ -137,7 +147,7 @@ def verify_checksums(directory: str | Path, *, quiet: bool = False) -> Index:
     index = Index.load(directory)
     for shard in index.shards:
         _check_size(Path(directory), shard)
-    _check_contents(Path(directory), index.shards, quiet=quiet)
+    _check_contents(Path(directory), index.shards[reader::readers], quiet=quiet)
     return index
 
 
@@ -156,7 +166,7 @@ def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bo
     hide = quiet or not sys.stderr.isatty()
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=hide) as bar:
         for shard in shards:
-            found = file_checksum(directory / shard.file, bar.update).hexdigest()
+            found = file_checksum(directory / shard.file, lambda data: bar.update(len(data))).hexdigest()
             if found != shard.xxh3_64:
                 raise ShardError(
                     f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"

@@ -123,7 +123,8 @@ class DataConfig:
     """What a sample holds. concat: the corpus one token after the other, documents cut where samples end; best_fit: whole documents, those
     longer than seq_len cut, packed so that little is left free (said at the start); places that are left predict nothing."""
     verify: Literal["size", "checksum"] = "checksum"
-    """What of the shards is checked at start: their sizes, or their contents too (about 1 GB/s, by one process per node)."""
+    """What of the shards is checked: their sizes, at the start; or their contents too, each 128 KiB when a rank first reads
+    of it."""
 
 
 @dataclass
