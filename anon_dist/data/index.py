@@ -13,6 +13,8 @@ import numpy as np
 import xxhash
 
 from anon_dist.data.errors import DataError, ShardError
+from anon_dist.data.remote import joined, located
+from anon_dist.stores import is_address
 
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -136,14 +138,14 @@ class Index:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read the index of a prepared folder.
+        """Read the index of a prepared folder, which may be at an address.
 
         Raises:
             ShardError: there is no index, or it is not one that this version reads.
         """
-        path = Path(directory) / INDEX_FILE
+        path = joined(directory, INDEX_FILE) if is_address(directory) else Path(directory) / INDEX_FILE
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads((located(directory) / INDEX_FILE).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "

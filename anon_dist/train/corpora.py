@@ -7,12 +7,15 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 
-from anon_dist.data import Index, TokenShards, verify_checksums
+from anon_dist.data import Index, TokenShards, cache, verify_checksums
 from anon_dist.data.index import INDEX_FILE
+from anon_dist.data.remote import located
 from anon_dist.data.sample import VALIDATION_TOKENS
+from anon_dist.stores import is_address
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
 from anon_dist.train.phases import phases_from, phases_of
 
@@ -66,9 +69,23 @@ def called(name: str) -> str:
     return f"data.sources.{name}" if name else "data.path"
 
 
+def use_cache(data: DataConfig) -> None:
+    """Have this process keep copies of what lies at addresses where the configuration says."""
+    cache.use(data.cache_dir, data.cache_bytes)
+
+
+def first_path(config: Config) -> str:
+    """Path or address of one of the run's prepared folders, all of which have the same tokenizer."""
+    return next(iter(all_sources(config).values())).path
+
+
 def first_folder(config: Config) -> Path:
-    """A folder of the run's data, all of which have the same tokenizer."""
-    return Path(next(iter(all_sources(config).values())).path)
+    """The same as a folder here; of an address, the copy of its small files.
+
+    Raises:
+        DataError: see `located`.
+    """
+    return located(first_path(config))
 
 
 def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus], list[ValidationSet]]:
@@ -85,9 +102,13 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
     if data.verify == "checksum":
         if accelerator.is_local_main_process:
             for path in (*(source.path for source in sources.values()), *config.eval.sets.values()):
-                verify_checksums(path)
+                if not is_address(path):  # from there all is checked as it comes
+                    verify_checksums(path)
         accelerator.wait_for_everyone()
-    corpora = [Corpus(name, source, TokenShards(source.path, "train")) for name, source in sources.items()]
+    corpora = [
+        Corpus(name, source, TokenShards(source.path, "train", _verify(source.path, config)))
+        for name, source in sources.items()
+    ]
     for i, corpus in enumerate(corpora):
         place = f"{called(corpus.name)} = {corpus.source.path}"
         _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
@@ -98,8 +119,20 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
     return corpora, _validation_sets(config, corpora, longest)
 
 
+def _verify(path: str, config: Config) -> Literal["size", "checksum"]:
+    """What is left to be checked where a folder is opened: those here have been."""
+    return config.data.verify if is_address(path) else "size"
+
+
+def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:
+    """A line on each source at an address, how it is read; a warning for each set on which a loss says little."""
+    far = [corpus for corpus in corpora if not corpus.train.is_here]
+    read = [f"{called(c.name)} = {c.source.path}: {c.train.read_how(config.data.seq_len)}" for c in far]
+    return [*read, *(f"WARNING: {line}" for line in _small_sets(sets))]
+
+
 def _check_present(name: str, source: SourceConfig, prepare: str | None) -> None:
-    if os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
+    if is_address(source.path) or os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
         return
     options = prepare if name == "" else "--source … --tokenizer …"
     raise ConfigError(
@@ -117,11 +150,11 @@ def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
     ):
         raise ConfigError(
             f"{place} has another tokenizer ({index.tokenizer}, {index.vocab_size:,} tokens) than {path} ({first.tokenizer}, "
-            f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(os.path.join(path, 'tokenizer'))}"
+            f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(str(located(path) / 'tokenizer'))}"
         )
 
 
-def small_sets(sets: Sequence[ValidationSet]) -> list[str]:
+def _small_sets(sets: Sequence[ValidationSet]) -> list[str]:
     """A warning for each set on which a loss says little."""
     found = []
     for each in sets:
@@ -139,7 +172,7 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) ->
     found = []
     for corpus in corpora:
         if "val" in corpus.index.splits:
-            shards = TokenShards(corpus.source.path, "val")
+            shards = TokenShards(corpus.source.path, "val", _verify(corpus.source.path, config))
             if shards.num_samples(seq_len):
                 found.append(ValidationSet(corpus.name, shards, corpus.source.weight))
     for name, path in config.eval.sets.items():
@@ -148,10 +181,10 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) ->
             raise ConfigError(f"{place} has the name of a source; choose another")
         index = Index.load(path)
         _check_tokens(corpora[0].index, corpora[0].source.path, index, place)
-        val = "val" in index.splits and TokenShards(path, "val").num_samples(seq_len) > 0
+        val = "val" in index.splits and index.split("val").tokens > seq_len
         if not val and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
             raise ConfigError(f"{place} is trained on, and has no validation split; leave it out")
-        shards = TokenShards(path, "val" if val else "train")
+        shards = TokenShards(path, "val" if val else "train", _verify(path, config))
         if not shards.num_samples(seq_len):
             raise ConfigError(f"{place} has {len(shards)} tokens, too few for data.seq_len = {seq_len}")
         found.append(ValidationSet(name, shards, 0.0))

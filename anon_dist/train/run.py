@@ -50,6 +50,7 @@ from anon_dist.train.stragglers import Stragglers
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.vocabulary import tokenizer_problem
+from anon_dist.train.waiting import Waiting
 from anon_dist.train.watch import OptimizerWatch
 
 
@@ -214,6 +215,7 @@ def set_up(
         spikes=detector(config, accelerator.device),
         wanted=wanted,
     )
+    run.loader.on_wait = Waiting(lambda: run.pulse)
     _in_folder(folder, run.checkpoints.clean)
     fetch_newest(config, run.checkpoints)
     _resume(run, wanted)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from anon_dist.agreement import first_does
+from anon_dist.agreement import first_does, first_does_slowly
 from anon_dist.data import BatchLoader, Packing, Source, Stream, TokenShards, is_packed, make_source, pack
 from anon_dist.train.config import Config, ConfigError, accumulation
 from anon_dist.train.corpora import Corpus, called, sources_of
@@ -77,6 +77,12 @@ def open_stream(config: Config, corpora: Sequence[Corpus], folder: Path) -> Stre
 def _source(config: Config, corpus: Corpus, folder: Path, *, alone: bool) -> Source:
     seq_len, packing = config.data.seq_len, None
     if config.data.packing == "best_fit":
+        if corpus.train.by_ranges:
+            size = sum(shard.bytes for shard in corpus.train.info.shards)
+            raise ConfigError(
+                f"{called(corpus.name)} = {corpus.source.path}: data.packing best_fit reads all of it at first, {size:,} bytes, and "
+                "data.cache_bytes does not leave as many; raise it, or copy the folder to this machine"
+            )
         which = f"packing-{seq_len}" if alone else f"packing-{seq_len}-{corpus.index.fingerprint[:16]}"
         packing = _packing(corpus.train, folder / which, seq_len)
     share = Fraction(str(corpus.source.weight))
@@ -151,7 +157,7 @@ def _packing(shards: TokenShards, folder: Path, seq_len: int) -> Packing:
         if not is_packed(folder):
             pack(folder, shards, seq_len)
 
-    _, error = first_does(decide)
+    _, error = (first_does if shards.is_here else first_does_slowly)(decide)
     if error:
         raise RunError(f"data.packing: {folder} cannot be written: {error}")
     return Packing(folder, shards, seq_len)

@@ -1,0 +1,64 @@
+"""How the shards of a split are read: mapped where they lie; of an address, as copies in the cache if they fit, or else by ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anon_dist.data import cache
+from anon_dist.data.errors import ShardError
+from anon_dist.data.index import Index, ShardInfo
+from anon_dist.data.ranges import RangeReader
+from anon_dist.data.reading import CachedReader, MappedReader, Reader
+from anon_dist.data.remote import UPLOAD, RemoteFolder, torn
+from anon_dist.stores import is_address
+
+RESTORE = "Copy it again from where it came from, or prepare the data again with --overwrite."
+
+
+def open_reader(directory: str | Path, index: Index, shards: Sequence[ShardInfo], verify: bool) -> Reader:
+    """A reader of these shards, which are there, and have the sizes that the index says.
+
+    Args:
+        verify: compare copies that lie in the cache with their checksums. Those that are brought there always are.
+
+    Raises:
+        ShardError: a shard is missing or torn; the store does not answer; the cache cannot be written, or its disk has no room for what
+            it is allowed to hold.
+    """
+    filled = [shard for shard in shards if shard.tokens]
+    if not is_address(directory):
+        for shard in shards:
+            check_size(Path(directory), shard)
+        return MappedReader(Path(directory), filled, index.numpy_dtype)
+    remote = RemoteFolder(str(directory))
+    _check_there(remote, shards)
+    claim = cache.present().claim(index.fingerprint, filled)
+    if claim is None:
+        return RangeReader(remote, filled, index.numpy_dtype)
+    return CachedReader(remote, claim, filled, index.numpy_dtype, verify)
+
+
+def check_size(directory: Path, shard: ShardInfo) -> None:
+    """That a shard is in a folder here, with the size that the index says.
+
+    Raises:
+        ShardError: it is not.
+    """
+    path = directory / shard.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing. {RESTORE}") from None
+    if size != shard.bytes:
+        raise ShardError(f"{path} is torn: {size:,} bytes, the index says {shard.bytes:,}. {RESTORE}")
+
+
+def _check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
+    there = remote.sizes()
+    for shard in shards:
+        place = f"{remote.address}/{shard.file}"
+        if "/" in shard.file or shard.file not in there:
+            raise ShardError(f"{place} is missing. {UPLOAD}")
+        if there[shard.file] != shard.bytes:
+            raise torn(place, there[shard.file], shard.bytes)
