@@ -144,8 +144,9 @@ class Index:
             ShardError: there is no index, or it is not one that this version reads.
         """
         path = joined(directory, INDEX_FILE) if is_address(directory) else Path(directory) / INDEX_FILE
+        here = located(directory) / INDEX_FILE
         try:
-            content = json.loads((located(directory) / INDEX_FILE).read_bytes())
+            content = json.loads(here.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +20,8 @@ ORDER_BLOCK = 1024
 """Positions whose order is computed at once: a few cost as much as a thousand."""
 WAIT = 1.0
 """Seconds between two calls of `on_wait`."""
+GIVE_UP = 0.1
+"""Seconds after which a loader that is closed has what is still being read given up."""
 
 
 class BatchLoader(Iterator[Tensor]):
@@ -200,9 +202,11 @@ class BatchLoader(Iterator[Tensor]):
     def close(self) -> None:
         """Stop the background thread. May be called again."""
         self._closed = True
-        self._drop_pending()
-        self.stream.forget()
+        running = self._drop_pending()
+        while wait(running, GIVE_UP).not_done:  # it may be waiting for a store
+            self.stream.forget()
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self.stream.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +252,8 @@ class BatchLoader(Iterator[Tensor]):
                 self.on_wait()
         return batch.result()
 
-    def _drop_pending(self) -> None:
-        for future in self._pending:
-            future.cancel()
+    def _drop_pending(self) -> list[Future[Tensor]]:
+        """Forget what was to be read; returns what the thread is at, and what it has done."""
+        begun = [future for future in self._pending if not future.cancel()]
         self._pending.clear()
+        return begun
