@@ -127,6 +127,33 @@ def first_does_slowly(action: Callable[[], Any]) -> tuple[Any, str]:
             return outcome[0], outcome[1]
 
 
+def all_do_slowly(action: Callable[[], Any], group: Group = None) -> str:
+    """Each rank does its share of something that may take longer than ranks wait for each other; it may raise any error.
+
+    Args:
+        group: see `agree`.
+
+    Returns:
+        As of `failures`. Every rank must call it.
+    """
+    box: list[str] = []
+
+    def act() -> None:
+        try:
+            action()
+            box.append("")
+        except Exception as error:
+            box.append(describe(error))
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    while True:
+        thread.join(PATIENCE_SECONDS)
+        found = _from_all(box[0] if box else None, group)
+        if None not in found:
+            return _told([text or None for text in found])
+
+
 def describe(error: BaseException) -> str:
     """An error in a line; without its type where the words are meant for users."""
     lines = str(error).strip().splitlines()

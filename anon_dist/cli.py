@@ -37,6 +37,18 @@ def data_prepare(args: list[str]) -> None:
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 
+def data_verify(args: list[str]) -> None:
+    """`anon-dist data verify`"""
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import VerifyConfig
+
+    config = parse(VerifyConfig, args, "anon-dist data verify")
+    from anon_dist.data import DataError
+    from anon_dist.data.verify import verify
+
+    _or_exit(lambda: verify(config.folder, max(1, config.workers)), DataError, OSError)
+
+
 def checkpoints(command: str, args: list[str]) -> None:
     """`anon-dist ckpt …`"""
     from anon_dist.checkpoint.cli import run
@@ -179,6 +191,7 @@ def completion(args: list[str]) -> None:
 
 COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
+    Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train

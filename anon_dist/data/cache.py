@@ -3,7 +3,6 @@
 In the cache's folder lie
 - FINGERPRINT/, for each prepared folder: its index.json, its tokenizer, and those of its shards that are here;
 - FINGERPRINT/SHARD.partial, which the process that holds its lock is writing;
-- FINGERPRINT/SHARD.checked, the claim under which the shard was last compared with its checksum;
 - claims/, a file for each split that a living process reads: that process holds its lock. The shards it names stay; the others go, those
   that were used longest ago first, when there is no room for what is claimed.
 """
@@ -26,8 +25,8 @@ import xxhash
 from anon_dist.data.digests import file_checksum
 from anon_dist.data.errors import ShardError
 
-PARTIAL, CHECKED = ".partial", ".checked"
-_OTHERS = ("index.json", ".lock", ".tmp", CHECKED)
+PARTIAL = ".partial"
+_OTHERS = (".json", ".sums", ".lock", ".tmp")
 """How files end that are no shards."""
 
 
@@ -69,35 +68,32 @@ class Claim:
         with suppress(Exception):
             self.close()
 
-    def shard(self, shard: Shard, place: str, blocks: Callable[[], Iterator[bytes]], verify: bool) -> Path:
+    def shard(self, shard: Shard, place: str, blocks: Callable[[], Iterator[bytes]]) -> Path:
         """The path of a claimed shard: as it lies here, or else brought here, by one process at a time.
 
         Args:
             place: where it comes from, for messages.
             blocks: gives its content.
-            verify: compare one that lies here with its checksum, unless a process that still lives did.
 
         Raises:
             ShardError: it does not come as the index says, or there is no room.
         """
         target = self.cache.copy_of(self.fingerprint) / shard.file
-        if self._is_here(target, shard, verify):
-            return _used(target)
-        with self.cache.writing(target) as partial:
-            if not self._is_here(target, shard, verify) and not (
-                _has_size(target, shard) and file_checksum(target).hexdigest() == shard.xxh3_64
-            ):
-                self._bring(target, partial, shard, place, blocks)
-            target.with_name(target.name + CHECKED).write_text(self.name)
-        return _used(target)
-
-    def _is_here(self, target: Path, shard: Shard, verify: bool) -> bool:
         if not _has_size(target, shard):
-            return False
-        try:
-            return not verify or self.cache.lives(target.with_name(target.name + CHECKED).read_text())
-        except FileNotFoundError:
-            return False
+            with self.cache.writing(target) as partial:
+                if not _has_size(target, shard):  # another process may have brought it
+                    self._bring(target, partial, shard, place, blocks)
+        with suppress(OSError):
+            os.utime(target)
+        return target
+
+    def replace(self, shard: Shard, place: str, blocks: Callable[[], Iterator[bytes]]) -> Path:
+        """`shard`, where the copy is damaged, unless another process has brought it again."""
+        target = self.cache.copy_of(self.fingerprint) / shard.file
+        with self.cache.writing(target) as partial:
+            if not _has_size(target, shard) or file_checksum(target).hexdigest() != shard.xxh3_64:
+                self._bring(target, partial, shard, place, blocks)
+        return target
 
     def _bring(
         self, target: Path, partial: Path, shard: Shard, place: str, blocks: Callable[[], Iterator[bytes]]
@@ -299,7 +295,6 @@ class Cache:
             if freed >= size:
                 break
             (self.folder / key).unlink(missing_ok=True)
-            (self.folder / (key + CHECKED)).unlink(missing_ok=True)
             freed += size_of_it
         return freed
 
@@ -329,12 +324,6 @@ def _has_size(path: Path, shard: Shard) -> bool:
         return path.stat().st_size == shard.bytes
     except FileNotFoundError:
         return False
-
-
-def _used(path: Path) -> Path:
-    with suppress(OSError):
-        os.utime(path)
-    return path
 
 
 def _write(path: Path, blocks: Iterator[bytes]) -> str:

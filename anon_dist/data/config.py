@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 TextUnit = Literal["file", "paragraph", "line"]
 
@@ -60,3 +62,17 @@ class PrepareConfig:
         """The settings that determine the result, as plain JSON values."""
         free = ("out", "streaming", "workers", "overwrite")
         return {name: value for name, value in vars(self).items() if name not in free}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Compare all contents of a prepared folder with its checksums.
+
+    A training does so too, with what it reads, when it reads it. Of a folder of an earlier version it has to read everything before it
+    starts; here such a folder gets checksums of its blocks, after which trainings start at once.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Made by `anon-dist data prepare`."""
+    workers: int = field(default_factory=_cpu_count)
+    """Threads that read (default: one per available core)."""

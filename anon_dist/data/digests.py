@@ -10,13 +10,13 @@ import xxhash
 READ_BLOCK = 1 << 24
 
 
-def file_checksum(path: Path, progress: Callable[[int], object] = lambda size: None) -> xxhash.xxh3_64:
-    """The hash of a file, which may go on being updated. `progress` is told the size of each block read."""
+def file_checksum(path: Path, seen: Callable[[memoryview], object] = lambda data: None) -> xxhash.xxh3_64:
+    """The hash of a file, which may go on being updated. `seen` is given each piece that is read."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
             digest.update(block)
-            progress(len(block))
+            seen(memoryview(block))
     return digest
 
 

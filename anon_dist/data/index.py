@@ -46,6 +46,8 @@ class SplitInfo:
     documents: int
     text_bytes: int
     """UTF-8 bytes of the documents."""
+    sums: str = ""
+    """Checksum of the file of the blocks' checksums (`anon_dist.data.blocks`). Empty in folders of earlier versions, which have none."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -109,6 +111,11 @@ class Index:
     def shards(self) -> tuple[ShardInfo, ...]:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the contents can be checked as they are read, and need not be all at once."""
+        return all(split.sums for split in self.splits.values())
 
     def compute_fingerprint(self) -> str:
         """The fingerprint that belongs to the shards and tokenizer named here, 32 hexadecimal digits."""
@@ -199,4 +206,4 @@ class Index:
 
 def _split(content: Mapping[str, Any]) -> SplitInfo:
     shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-    return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"])
+    return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"], content.get("sums", ""))

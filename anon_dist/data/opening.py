@@ -6,37 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anon_dist.data import cache
+from anon_dist.data.blocks import RESTORE, FirstTouch
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import Index, ShardInfo
 from anon_dist.data.ranges import RangeReader
 from anon_dist.data.reading import CachedReader, MappedReader, Reader
-from anon_dist.data.remote import UPLOAD, RemoteFolder, torn
+from anon_dist.data.remote import UPLOAD, RemoteFolder, located, torn
 from anon_dist.stores import is_address
 
-RESTORE = "Copy it again from where it came from, or prepare the data again with --overwrite."
 
-
-def open_reader(directory: str | Path, index: Index, shards: Sequence[ShardInfo], verify: bool) -> Reader:
-    """A reader of these shards, which are there, and have the sizes that the index says.
+def open_reader(directory: str | Path, index: Index, split: str, by_block: bool) -> Reader:
+    """A reader of the shards of a split, which are there, and have the sizes that the index says.
 
     Args:
-        verify: compare copies that lie in the cache with their checksums. Those that are brought there always are.
+        by_block: compare each block with its checksum when it is first read, where there are such checksums.
 
     Raises:
         ShardError: a shard is missing or torn; the store does not answer; the cache cannot be written, or its disk has no room for what
             it is allowed to hold.
     """
-    filled = [shard for shard in shards if shard.tokens]
+    info, dtype = index.split(split), index.numpy_dtype
+    filled = [shard for shard in info.shards if shard.tokens]
+
+    def touch() -> FirstTouch | None:
+        return FirstTouch(located(directory), split, filled, info.sums) if by_block and info.sums else None
+
     if not is_address(directory):
-        for shard in shards:
+        for shard in info.shards:
             check_size(Path(directory), shard)
-        return MappedReader(Path(directory), filled, index.numpy_dtype)
+        return MappedReader(Path(directory), filled, dtype, touch())
     remote = RemoteFolder(str(directory))
-    _check_there(remote, shards)
+    _check_there(remote, info.shards)
     claim = cache.present().claim(index.fingerprint, filled)
     if claim is None:
-        return RangeReader(remote, filled, index.numpy_dtype)
-    return CachedReader(remote, claim, filled, index.numpy_dtype, verify)
+        return RangeReader(remote, filled, dtype)
+    return CachedReader(remote, claim, filled, dtype, touch())
 
 
 def check_size(directory: Path, shard: ShardInfo) -> None:

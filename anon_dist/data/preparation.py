@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from anon_dist.data.blocks import sums_file
 from anon_dist.data.config import PrepareConfig
 from anon_dist.data.encode import EncodedChunk, Encoder, chunks, encode_chunks
 from anon_dist.data.errors import PreparationError
@@ -20,7 +21,7 @@ from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_F
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
 from anon_dist.data.meter import Meter, say
 from anon_dist.data.sample import VALIDATION_TOKENS, training_sample, validation_fraction
-from anon_dist.data.shards import TokenShards
+from anon_dist.data.shards import TokenShards, file_checksum
 from anon_dist.data.sources import LimitedSource, Source, open_source
 from anon_dist.data.statistics import compute_statistics
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
@@ -177,7 +178,11 @@ class _Preparation:
             eod_id=tokenizer.eod_id,
             tokenizer=tokenizer.spec,
             tokenizer_hash=tokenizer.hash,
-            splits={name: state.info() for name, state in zip(SPLITS, (train, val), strict=True) if state.tokens},
+            splits={
+                name: replace(state.info(), sums=file_checksum(self.out / sums_file(name)).hexdigest())
+                for name, state in zip(SPLITS, (train, val), strict=True)
+                if state.tokens
+            },
             statistics=compute_statistics(self.out, train.shards, val.shards, dtype, tokenizer.vocab_size),
             source={**self.source.describe(), "skipped": dict(self.progress.skipped)},
             settings=self.config.settings(),
@@ -234,7 +239,7 @@ def _clear(out: Path) -> None:
 
 
 def _shard_files(out: Path) -> list[Path]:
-    return sorted(path for split in SPLITS for path in out.glob(f"{split}-[0-9]*.bin"))
+    return sorted(path for split in SPLITS for kind in ("-[0-9]*.bin", ".sums") for path in out.glob(f"{split}{kind}"))
 
 
 def _refuse_foreign_files(out: Path) -> None:

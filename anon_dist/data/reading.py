@@ -5,21 +5,24 @@ Whoever reads may say before what comes next, in its order: then it is there, or
 
 from __future__ import annotations
 
+import logging
 import resource
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anon_dist.data.blocks import FirstTouch
 from anon_dist.data.cache import Claim
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import ShardInfo
 from anon_dist.data.remote import RemoteFolder
 
+log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
 DOWNLOADS = 4
@@ -56,17 +59,26 @@ class Reader(Protocol):
 class MappedReader:
     """Files in a folder here, memory-mapped.
 
+    Args:
+        touch: compares what is read for the first time.
+
     Raises:
         ShardError: they are more than this process may open.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[ShardInfo], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, directory: Path, shards: Sequence[ShardInfo], dtype: np.dtype[Any], touch: FirstTouch | None = None
+    ) -> None:
         allow_files(len(shards))
+        self._touch = touch
         self._maps = [mapped(directory / shard.file, dtype) for shard in shards]
 
     def read(self, piece: Piece, out: Int64) -> None:
         """See `Reader`."""
-        out[:] = self._maps[piece.shard][piece.start : piece.start + piece.length]
+        tokens, end = self._maps[piece.shard], piece.start + piece.length
+        if self._touch is not None:
+            self._touch.check(piece.shard, tokens, piece.start, end)
+        out[:] = tokens[piece.start : end]
 
     def expect(self, pieces: Iterable[Piece]) -> None:
         """Nothing: they are here."""
@@ -80,14 +92,19 @@ class CachedReader:
 
     Args:
         claim: of all of them.
-        verify: see `Claim.shard`.
+        touch: compares what is read for the first time; a copy that is damaged is brought again.
     """
 
     def __init__(
-        self, remote: RemoteFolder, claim: Claim, shards: Sequence[ShardInfo], dtype: np.dtype[Any], verify: bool
+        self,
+        remote: RemoteFolder,
+        claim: Claim,
+        shards: Sequence[ShardInfo],
+        dtype: np.dtype[Any],
+        touch: FirstTouch | None = None,
     ) -> None:
         allow_files(len(shards))
-        self._remote, self._claim, self._shards, self._dtype, self._verify = remote, claim, shards, dtype, verify
+        self._remote, self._claim, self._shards, self._dtype, self._touch = remote, claim, shards, dtype, touch
         self._maps: dict[int, NDArray[Any]] = {}
         self._failed: dict[int, Exception] = {}
         self._forgotten = 0
@@ -95,10 +112,17 @@ class CachedReader:
 
     def read(self, piece: Piece, out: Int64) -> None:
         """See `Reader`. Waits for the shard."""
-        tokens = self._maps.get(piece.shard)
+        tokens, end = self._maps.get(piece.shard), piece.start + piece.length
         if tokens is None:
             tokens = self._wait(piece.shard)
-        out[:] = tokens[piece.start : piece.start + piece.length]
+        if self._touch is not None:
+            try:
+                self._touch.check(piece.shard, tokens, piece.start, end)
+            except ShardError as error:
+                log.warning("%s It is brought again.", error)
+                tokens = self._again(piece.shard)
+                self._touch.check(piece.shard, tokens, piece.start, end)
+        out[:] = tokens[piece.start : end]
 
     def expect(self, pieces: Iterable[Piece]) -> None:
         """See `Reader`."""
@@ -127,13 +151,18 @@ class CachedReader:
         raise ShardError(str(error)) from error
 
     def _bring(self, number: int) -> None:
-        shard = self._shards[number]
-        place = f"{self._remote.address}/{shard.file}"
         try:
-            path = self._claim.shard(shard, place, lambda: self._remote.blocks(shard.file, shard.bytes), self._verify)
-            self._maps[number] = mapped(path, self._dtype)
+            self._maps[number] = mapped(self._claim.shard(*self._wanted(number)), self._dtype)
         except Exception as error:  # is raised where the shard is read
             self._failed[number] = error
+
+    def _again(self, number: int) -> NDArray[Any]:
+        self._maps[number] = mapped(self._claim.replace(*self._wanted(number)), self._dtype)
+        return self._maps[number]
+
+    def _wanted(self, number: int) -> tuple[ShardInfo, str, Callable[[], Iterator[bytes]]]:
+        shard = self._shards[number]
+        return shard, f"{self._remote.address}/{shard.file}", lambda: self._remote.blocks(shard.file, shard.bytes)
 
 
 class Jobs:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anon_dist.data import cache
-from anon_dist.data.digests import tokenizer_hash
+from anon_dist.data.digests import file_checksum, tokenizer_hash
 from anon_dist.data.errors import ShardError
 from anon_dist.files import write_text
 from anon_dist.stores import is_address, open_store, tried
@@ -196,8 +196,22 @@ def _copy_small_files(remote: RemoteFolder) -> Path:
     with place.guarded(folder / "small.lock"):
         if not (folder / "index.json").is_file() or (folder / "index.json").read_text(encoding="utf-8") != text:
             write_text(folder / "index.json", text)
+        _copy_sums(remote, folder, content)
         _copy_tokenizer(remote, folder / "tokenizer", str(content.get("tokenizer_hash")))
     return folder
+
+
+def _copy_sums(remote: RemoteFolder, folder: Path, content: dict[str, Any]) -> None:
+    """The checksums of blocks, where the splits have them, unless they are here."""
+    splits = content.get("splits")
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        file, digest = f"{name}.sums", split.get("sums") if isinstance(split, dict) else None
+        if not digest or ((folder / file).is_file() and file_checksum(folder / file).hexdigest() == digest):
+            continue
+        try:
+            (folder / file).write_bytes(remote.whole(file))
+        except FileNotFoundError:
+            raise ShardError(f"{remote.address}/{file} is missing. {UPLOAD}") from None
 
 
 def _json(text: str) -> dict[str, Any]:

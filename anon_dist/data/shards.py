@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from anon_dist.data import cache
+from anon_dist.data.blocks import RESTORE
 from anon_dist.data.digests import file_checksum
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import Index, ShardInfo, SplitInfo
-from anon_dist.data.opening import RESTORE, check_size, open_reader
+from anon_dist.data.opening import check_size, open_reader
 from anon_dist.data.ranges import RangeReader
 from anon_dist.data.reading import MappedReader, Piece
 from anon_dist.stores import is_address
@@ -34,23 +35,25 @@ class TokenShards:
     Args:
         directory: a folder made by `anon-dist data prepare`, or the address of one.
         split: `train` or `val`.
-        verify: `size` compares the size of each file with the index, which costs nothing; `checksum` also reads and hashes them all.
-            In a job of many ranks let one do that, with `verify_checksums`. At an address: copies in the cache are hashed when they are
-            first read.
+        verify: `size` compares the size of each file with the index, which costs nothing. `read` also compares each block of 128 KiB with
+            its checksum when it is first read; a folder of an earlier version has no such checksums (`Index.has_sums`), and is not
+            compared. `checksum` reads and hashes all files now; in a job of many ranks let them share that, with `verify_checksums`. At an
+            address it is `read`.
 
     Raises:
-        ShardError: the folder has no index, or a shard is missing, torn (wrong size) or altered (wrong checksum).
+        ShardError: the folder has no index, or a shard is missing, torn (wrong size) or altered (wrong checksum); with `read` also
+            where tokens are read.
         DataError: there is no such split.
     """
 
     def __init__(
-        self, directory: str | Path, split: str = "train", verify: Literal["size", "checksum"] = "size"
+        self, directory: str | Path, split: str = "train", verify: Literal["size", "read", "checksum"] = "size"
     ) -> None:
         self.directory = directory if is_address(directory) else Path(directory)
         self.index = Index.load(directory)
         self.info = self.index.split(split)
         self.split = split
-        self._reader = open_reader(directory, self.index, self.info.shards, verify == "checksum")
+        self._reader = open_reader(directory, self.index, split, verify != "size")
         if verify == "checksum" and isinstance(self.directory, Path):
             _check_contents(self.directory, self.info.shards, quiet=True)
         self._sizes = [shard.tokens for shard in self.info.shards if shard.tokens]
@@ -154,8 +157,11 @@ class TokenShards:
             start, count, shard = start + here, count - here, shard + 1
 
 
-def verify_checksums(directory: str | Path, *, quiet: bool = False) -> Index:
+def verify_checksums(directory: str | Path, *, quiet: bool = False, reader: int = 0, readers: int = 1) -> Index:
     """Read every shard of every split and compare it with the index; returns the index. Shows progress on a terminal unless `quiet`.
+
+    Args:
+        reader, readers: of several that share the work, which takes every `readers`-th shard.
 
     Raises:
         ShardError: naming the first shard that is missing, torn or altered.
@@ -163,7 +169,7 @@ def verify_checksums(directory: str | Path, *, quiet: bool = False) -> Index:
     index = Index.load(directory)
     for shard in index.shards:
         check_size(Path(directory), shard)
-    _check_contents(Path(directory), index.shards, quiet=quiet)
+    _check_contents(Path(directory), index.shards[reader::readers], quiet=quiet)
     return index
 
 
@@ -172,7 +178,7 @@ def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bo
     hide = quiet or not sys.stderr.isatty()
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=hide) as bar:
         for shard in shards:
-            found = file_checksum(directory / shard.file, bar.update).hexdigest()
+            found = file_checksum(directory / shard.file, lambda data: bar.update(len(data))).hexdigest()
             if found != shard.xxh3_64:
                 raise ShardError(
                     f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"

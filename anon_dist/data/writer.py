@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from anon_dist.data.blocks import SUM_BYTES, BlockDigests, blocks_of, sums_file, write_sums
 from anon_dist.data.errors import PreparationError
 from anon_dist.data.index import ShardInfo, SplitInfo
 from anon_dist.data.shards import file_checksum
@@ -48,7 +49,7 @@ class SplitState:
         return sum(s.tokens for s in self.shards) + (self.open.tokens if self.open else 0)
 
     def info(self) -> SplitInfo:
-        """The split's entry in the index, once no shard is open."""
+        """The split's entry in the index, once no shard is open; without the checksum of its `sums`."""
         return SplitInfo(self.shards, self.tokens, self.documents, self.text_bytes)
 
     @classmethod
@@ -75,10 +76,11 @@ class SplitWriter:
         self._directory, self._split, self._dtype, self._capacity = directory, split, dtype, shard_tokens
         self._state = state
         self._file: IO[bytes] | None = None
-        self._digest = xxhash.xxh3_64()
+        self._digest, self._blocks = xxhash.xxh3_64(), BlockDigests()
         self._tokens = self._documents = 0
         for shard in state.shards:
             self._check(shard, exact=True)
+        self._check_sums()
         if state.open:
             self._reopen(state.open)
 
@@ -113,8 +115,9 @@ class SplitWriter:
             return
         _sync(self._file)
         self._file.close()
+        write_sums(self._directory, self._split, self._state.shards, self._blocks.sums())
         self._state = replace(self._state, shards=(*self._state.shards, self._shard()), open=None)
-        self._file, self._digest = None, xxhash.xxh3_64()
+        self._file, self._digest, self._blocks = None, xxhash.xxh3_64(), BlockDigests()
         self._tokens = self._documents = 0
 
     def close(self) -> None:
@@ -126,9 +129,10 @@ class SplitWriter:
         if self._file is None:
             self._file = self._path().open("wb")
             sync(self._directory)
-        data = np.ascontiguousarray(tokens, self._dtype).data
+        data = np.ascontiguousarray(tokens, self._dtype).data.cast("B")
         self._file.write(data)
         self._digest.update(data)
+        self._blocks.update(data)
         self._tokens += len(tokens)
 
     def _path(self) -> Path:
@@ -141,12 +145,19 @@ class SplitWriter:
     def _reopen(self, shard: ShardInfo) -> None:
         path = self._check(shard, exact=False)
         os.truncate(path, shard.bytes)
-        self._digest = file_checksum(path)
+        self._digest = file_checksum(path, self._blocks.update)
         if self._digest.hexdigest() != shard.xxh3_64:
             raise PreparationError(f"{path} was changed since the preparation was interrupted. {RESTART}")
         self._file = path.open("ab")
         self._tokens, self._documents = shard.tokens, shard.documents
         self._state = replace(self._state, open=None)
+
+    def _check_sums(self) -> None:
+        path = self._directory / sums_file(self._split)
+        wanted = SUM_BYTES * sum(map(blocks_of, self._state.shards))
+        size = path.stat().st_size if path.exists() else 0
+        if size < wanted:
+            raise PreparationError(f"{path} has {size:,} bytes, the progress file says {wanted:,}. {RESTART}")
 
     def _check(self, shard: ShardInfo, *, exact: bool) -> Path:
         path = self._directory / shard.file

@@ -168,7 +168,7 @@ def shared(base: Config) -> Config:
     ):
         raise ConfigError("a sweep's cell is one process on one device: no tensor_parallel, deepspeed or fp16")
     base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, "."
-    base.data.verify, base.data.prepare, base.resume = "size", None, "auto"
+    base.data.prepare, base.resume = None, "auto"
     base.log.sample_prompt, base.checkpoint.keep = None, 1
     base.train.tokens = base.train.global_batch_tokens = None  # steps and batch say the same
     return base
@@ -198,9 +198,12 @@ def _check_data(base: Config) -> list[Index]:
             f"{where} has no validation split of data.seq_len = {base.data.seq_len} tokens to compare settings on; "
             "prepare it with a larger val_fraction"
         )
-    for path in (*folders.values(), *base.eval.sets.values()):
-        if not is_address(path):
-            verify_checksums(path)
+    paths = [path for path in (*folders.values(), *base.eval.sets.values()) if not is_address(path)]
+    old = [path for path in paths if not Index.load(path).has_sums]
+    for path in old:
+        verify_checksums(path)
+    if old:  # once for all cells
+        base.data.verify = "size"
     return list(indices.values())
 
 

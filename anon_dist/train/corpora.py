@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from anon_dist.data import Index, TokenShards, cache, verify_checksums
+from anon_dist.agreement import all_do_slowly
+from anon_dist.data import DataError, Index, TokenShards, cache, verify_checksums
 from anon_dist.data.index import INDEX_FILE
 from anon_dist.data.remote import located
 from anon_dist.data.sample import VALIDATION_TOKENS
 from anon_dist.stores import is_address
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
 from anon_dist.train.phases import phases_from, phases_of
+
+log = logging.getLogger(__name__)
+Check = Literal["read", "size"]
 
 
 @dataclass(frozen=True)
@@ -89,26 +94,20 @@ def first_folder(config: Config) -> Path:
 
 
 def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus], list[ValidationSet]]:
-    """The sources, and all that is validated on; their contents checked on each node. Every rank calls it.
+    """The sources, and all that is validated on; their sizes checked, and their contents as they are read. Every rank calls it.
 
     Raises:
         ConfigError: a folder is missing, too small, the same as another, or has another tokenizer.
         DataError: see `Index.load` and `TokenShards`.
     """
-    sources, data = all_sources(config), config.data
+    sources = all_sources(config)
     longest = max(phase.data.seq_len for _, phase in phases_of(config))
     for name, source in sources.items():
         _check_present(name, source, config.data.prepare)
-    if data.verify == "checksum":
-        if accelerator.is_local_main_process:
-            for path in (*(source.path for source in sources.values()), *config.eval.sets.values()):
-                if not is_address(path):  # from there all is checked as it comes
-                    verify_checksums(path)
-        accelerator.wait_for_everyone()
-    corpora = [
-        Corpus(name, source, TokenShards(source.path, "train", _verify(source.path, config)))
-        for name, source in sources.items()
-    ]
+    check: Check = "read" if config.data.verify == "checksum" else "size"
+    if check == "read":
+        _check_without_sums([*(source.path for source in sources.values()), *config.eval.sets.values()], accelerator)
+    corpora = [Corpus(name, source, TokenShards(source.path, "train", check)) for name, source in sources.items()]
     for i, corpus in enumerate(corpora):
         place = f"{called(corpus.name)} = {corpus.source.path}"
         _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
@@ -116,12 +115,32 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
             raise ConfigError(f"{place} is the same data as {called(same[0].name)}; leave one out, and add its weight")
         if corpus.train.num_samples(longest) < 1:
             raise ConfigError(f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {longest}")
-    return corpora, _validation_sets(config, corpora, longest)
+    return corpora, _validation_sets(config, corpora, longest, check)
 
 
-def _verify(path: str, config: Config) -> Literal["size", "checksum"]:
-    """What is left to be checked where a folder is opened: those here have been."""
-    return config.data.verify if is_address(path) else "size"
+def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> None:
+    """Folders of earlier versions can only be checked as a whole: the ranks of each node share the work.
+
+    Raises:
+        DataError: on every rank, as of `verify_checksums`.
+    """
+    old = [path for path in dict.fromkeys(folders) if not (is_address(path) or Index.load(path).has_sums)]
+    if old and accelerator.is_main_process:
+        size = sum(shard.bytes for path in old for shard in Index.load(path).shards)
+        log.warning(
+            "%s: of an earlier version; all %.1f GB are read before the start, by all ranks. Give `anon-dist data verify FOLDER` once: "
+            "after it they are checked as they are read",
+            ", ".join(old),
+            size / 1e9,
+        )
+    readers = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+    def check() -> None:
+        for path in old:
+            verify_checksums(path, reader=accelerator.local_process_index % readers, readers=readers)
+
+    if error := all_do_slowly(check):
+        raise DataError(error)
 
 
 def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:
@@ -167,12 +186,12 @@ def _small_sets(sets: Sequence[ValidationSet]) -> list[str]:
     return found
 
 
-def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) -> list[ValidationSet]:
+def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int, check: Check) -> list[ValidationSet]:
     """Of each source that has a validation split long enough, and those of eval.sets."""
     found = []
     for corpus in corpora:
         if "val" in corpus.index.splits:
-            shards = TokenShards(corpus.source.path, "val", _verify(corpus.source.path, config))
+            shards = TokenShards(corpus.source.path, "val", check)
             if shards.num_samples(seq_len):
                 found.append(ValidationSet(corpus.name, shards, corpus.source.weight))
     for name, path in config.eval.sets.items():
@@ -184,7 +203,7 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int) ->
         val = "val" in index.splits and index.split("val").tokens > seq_len
         if not val and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
             raise ConfigError(f"{place} is trained on, and has no validation split; leave it out")
-        shards = TokenShards(path, "val" if val else "train", _verify(path, config))
+        shards = TokenShards(path, "val" if val else "train", check)
         if not shards.num_samples(seq_len):
             raise ConfigError(f"{place} has {len(shards)} tokens, too few for data.seq_len = {seq_len}")
         found.append(ValidationSet(name, shards, 0.0))

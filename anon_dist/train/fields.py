@@ -123,8 +123,8 @@ class DataConfig:
     """What a sample holds. concat: the corpus one token after the other, documents cut where samples end; best_fit: whole documents, those
     longer than seq_len cut, packed so that little is left free (said at the start); places that are left predict nothing."""
     verify: Literal["size", "checksum"] = "checksum"
-    """What of the shards is checked at start: their sizes, or their contents too (about 1 GB/s, by one process per node). Of an address:
-    what came there from a store always is; this says whether copies of an earlier run are, when they are first read."""
+    """What of the shards is checked: their sizes, at the start; or their contents too, each 128 KiB when a rank first reads
+    of it. What is copied from an address is compared as it comes in any case."""
     cache_dir: Place | None = None
     """Folder on a disk of each machine for copies of shards from addresses, shared by all runs. None: `data` in $ANON_DIST_CACHE, or
     else in ~/.cache/anon_dist."""

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from anon_dist.agreement import first_does, first_does_slowly
+from anon_dist.agreement import first_does_slowly
 from anon_dist.data import BatchLoader, Packing, Source, Stream, TokenShards, is_packed, make_source, pack
 from anon_dist.train.config import Config, ConfigError, accumulation
 from anon_dist.train.corpora import Corpus, called, sources_of
@@ -157,7 +157,7 @@ def _packing(shards: TokenShards, folder: Path, seq_len: int) -> Packing:
         if not is_packed(folder):
             pack(folder, shards, seq_len)
 
-    _, error = (first_does if shards.is_here else first_does_slowly)(decide)
+    _, error = first_does_slowly(decide)
     if error:
         raise RunError(f"data.packing: {folder} cannot be written: {error}")
     return Packing(folder, shards, seq_len)

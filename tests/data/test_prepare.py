@@ -77,7 +77,12 @@ def test_every_document_once_with_its_end(corpus, reference):
     assert all(s.tokens == 1000 for s in index.splits["train"].shards[:-1])
     assert index.dtype == "uint16"
     assert index.tokenizer == SPM
-    assert sorted(p.name for p in reference.iterdir() if p.suffix != ".bin") == ["index.json", "tokenizer"]
+    assert sorted(p.name for p in reference.iterdir() if p.suffix != ".bin") == [
+        "index.json",
+        "tokenizer",
+        "train.sums",
+        "val.sums",
+    ]
 
 
 def test_the_result_does_not_depend_on_the_workers(corpus, reference, tmp_path, small_steps):
@@ -274,7 +279,15 @@ def test_overwrite_removes_only_what_is_ours(corpus, reference, tmp_path):
     (out / "notes.txt").write_text("mine")
     prepare(config(corpus, out, tokenizer="bytes", shard_tokens=100_000, overwrite=True))
     names = {p.name for p in out.iterdir()}
-    assert names == {"index.json", "notes.txt", "tokenizer", "train-00000.bin", "val-00000.bin"}
+    assert names == {
+        "index.json",
+        "notes.txt",
+        "tokenizer",
+        "train-00000.bin",
+        "val-00000.bin",
+        "train.sums",
+        "val.sums",
+    }
     assert not (out / "tokenizer" / "spm.model").exists()
 
 

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from anon_dist.data import DataError, Index, ShardError, TokenShards, verify_checksums
+from anon_dist.cli import main
+from anon_dist.data import DataError, Index, PrepareConfig, ShardError, TokenShards, prepare, verify_checksums
 
 
 @pytest.fixture
@@ -79,6 +80,82 @@ def test_altered_shard_is_named(folder):
         TokenShards(folder, verify="checksum")
     with pytest.raises(ShardError, match=r"train-00003\.bin is altered"):
         verify_checksums(folder)
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """A folder whose shards have several blocks: 300,000 tokens of 2 bytes each."""
+    out = tmp_path_factory.mktemp("blocks")
+    lines = [json.dumps({"text": f"{i} " * 3000}) for i in range(120)]
+    (out / "a.jsonl").write_text("\n".join(lines))
+    prepare(
+        PrepareConfig(source=str(out / "a.jsonl"), out=out / "data", tokenizer="bytes", shard_tokens=300_000, workers=1)
+    )
+    return out / "data"
+
+
+@pytest.mark.parametrize(
+    ("byte", "block"), [(0, "0 to 131,072"), (262_143, "131,072 to 262,144"), (599_999, "524,288 to 600,000")]
+)
+def test_an_altered_block_is_refused_when_it_is_first_read(blocks, tmp_path, byte, block):
+    folder = shutil.copytree(blocks, tmp_path / "data")
+    flip(folder / "train-00001.bin", byte)
+    shards, token = TokenShards(folder, verify="read"), 300_000 + byte // 2
+    begin, end = (int(number.replace(",", "")) // 2 for number in block.split(" to "))
+    shards.tokens(0, 300_000 + begin)  # all before it, over the border of the shards
+    if end < 300_000:
+        shards.tokens(300_000 + end, 300_000 - end)
+    for start, count in ((token, 1), (299_999, 2) if begin == 0 else (300_000 + begin - 1, 2)):
+        with pytest.raises(
+            ShardError, match=rf"train-00001\.bin is altered: bytes {block} have checksum \w+, train\.sums"
+        ):
+            shards.tokens(start, count)
+    flip(folder / "train-00001.bin", byte)  # mended: what failed before is compared again
+    assert len(shards.tokens(token, 1)) == 1
+
+
+def flip(path, byte):
+    with path.open("r+b") as file:
+        file.seek(byte)
+        (old,) = file.read(1)
+        file.seek(byte)
+        file.write(bytes([old ^ 1]))
+
+
+def test_altered_or_missing_sums_are_named(blocks, tmp_path):
+    folder = shutil.copytree(blocks, tmp_path / "data")
+    assert (folder / "train.sums").stat().st_size == 8 * sum(
+        -(-s.bytes // 131_072) for s in Index.load(folder).splits["train"].shards
+    )
+    flip(folder / "train.sums", 9)
+    with pytest.raises(ShardError, match=r"train\.sums is altered"):
+        TokenShards(folder, verify="read")
+    (folder / "train.sums").unlink()
+    with pytest.raises(ShardError, match=r"train\.sums is missing"):
+        TokenShards(folder, verify="read")
+    TokenShards(folder)
+
+
+def test_a_folder_of_an_earlier_version_gets_sums(blocks, tmp_path, capsys):
+    """Then it is byte for byte one of this version; nothing is written for one that is altered."""
+    folder, content = shutil.copytree(blocks, tmp_path / "data"), json.loads((blocks / "index.json").read_bytes())
+    for split in content["splits"].values():
+        del split["sums"]
+    (folder / "index.json").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        (folder / f"{split}.sums").unlink()
+    flip(folder / "train-00001.bin", 4)
+    assert len(TokenShards(folder, verify="read").tokens(300_000, 9)) == 9  # not compared
+    with pytest.raises(SystemExit, match=r"train-00001\.bin is altered"):
+        main(["data", "verify", str(folder)])
+    flip(folder / "train-00001.bin", 4)
+    assert not list(folder.glob("*.sums"))
+    for said in ("checksums of blocks were added", "are as they were written\n"):
+        main(["data", "verify", str(folder), "--workers", "2"])
+        assert said in capsys.readouterr().out
+        assert {p.name: p.read_bytes() for p in folder.glob("*.*")} == {
+            p.name: p.read_bytes() for p in blocks.glob("*.*")
+        }
 
 
 def test_missing_shard_is_named(folder):

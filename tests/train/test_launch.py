@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,26 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
+
+
+def test_what_one_rank_finds_altered_ends_all(config, prepared, tmp_path):
+    """After the start, at the first touch, which one of two ranks has in a given step."""
+    shutil.copytree(prepared, tmp_path / "altered")
+    shard = tmp_path / "altered" / "train-00000.bin"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    process = launch(
+        config,
+        tmp_path / "run",
+        accelerate("fsdp2.yaml"),
+        "--data.path",
+        str(tmp_path / "altered"),
+        "--data.seq-len",
+        "8",
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "train-00000.bin is altered: bytes 0 to " in output
+    assert "anon_dist/data/" not in output  # a line, not where in the code
 
 
 def test_killed_at_random_times_it_ends_like_one_that_was_not(config, tmp_path):

@@ -1,0 +1,79 @@
+"""`anon-dist data verify`: all contents of a prepared folder compared with its checksums; where blocks have none, they get them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import xxhash
+from tqdm import tqdm
+
+from anon_dist.data.blocks import RESTORE, BlockDigests, sums_file
+from anon_dist.data.errors import ShardError
+from anon_dist.data.index import INDEX_FILE, Index, ShardInfo
+from anon_dist.data.meter import say
+from anon_dist.data.shards import TokenShards, file_checksum
+from anon_dist.files import sync, write_json
+
+
+def verify(folder: Path, workers: int = 1) -> Index:
+    """Compare every shard of every split with the index; returns the index. A folder of an earlier version gets checksums of its blocks.
+
+    Args:
+        workers: threads that read and hash.
+
+    Raises:
+        ShardError: naming the first file that is missing, torn or altered.
+    """
+    index = Index.load(folder)
+    for split, info in index.splits.items():
+        TokenShards(
+            folder, split, "read" if info.sums else "size"
+        )  # before hours of reading: sizes, and the checksums themselves
+    total = sum(shard.bytes for shard in index.shards)
+    found = {}
+    with (
+        tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for split, info in index.splits.items():
+            hashed = pool.map(lambda shard: _hashed(folder, shard, bar), info.shards)
+            found[split] = b"".join(hashed)
+    said = f"{folder}: {len(index.shards)} shards, {total / 1e9:.3f} GB, are as they were written"
+    digests = {split: xxhash.xxh3_64_hexdigest(sums) for split, sums in found.items()}
+    for split, info in index.splits.items():
+        if info.sums not in ("", digests[split]):
+            raise ShardError(f"{folder / sums_file(split)} does not belong to the shards. {RESTORE}")
+    if not index.has_sums:
+        for split, sums in found.items():
+            _replace(folder / sums_file(split), sums)
+        splits = {split: replace(info, sums=digests[split]) for split, info in index.splits.items()}
+        index = replace(index, splits=splits)
+        write_json(folder / INDEX_FILE, index.to_json())
+        said += "; checksums of blocks were added"
+    say(said)
+    return index
+
+
+def _hashed(folder: Path, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
+    """The checksums of a shard's blocks."""
+    blocks = BlockDigests()
+    found = file_checksum(folder / shard.file, blocks.update).hexdigest()
+    if found != shard.xxh3_64:
+        raise ShardError(
+            f"{folder / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"
+        )
+    bar.update(shard.bytes)
+    return blocks.sums()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
