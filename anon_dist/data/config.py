@@ -26,7 +26,8 @@ class PrepareConfig:
     out: Path
     """Folder to write. It is complete when it holds `index.json`."""
     source: str = "stdlib"
-    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`;
+    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`,
+    here or at an address such as `s3://bucket/texts`;
     or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that `datasets` loads."""
     tokenizer: str = "spm-bpe:4096"
     """`spm-bpe:SIZE` or `spm-unigram:SIZE`, trained on the corpus with SentencePiece; a SentencePiece `.model` file; `hf:NAME_OR_FOLDER`;

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from anon_dist.data import cache
 from anon_dist.data.digests import file_checksum, tokenizer_hash
-from anon_dist.data.errors import ShardError
+from anon_dist.data.errors import DataError, ShardError
 from anon_dist.files import write_text
 from anon_dist.stores import is_address, open_store, tried
 
@@ -50,13 +50,17 @@ TRAFFIC = Traffic()
 class RemoteFolder:
     """A folder at an address.
 
+    Args:
+        failure: what is raised in place of ShardError.
+        remedy: said where the store does not answer for some minutes.
+
     Raises:
         ShardError: fsspec does not know the address, or the package for it is not installed.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address.rstrip("/")
-        self._store, self._root = open_store(self.address, ShardError)
+    def __init__(self, address: str, failure: type[DataError] = ShardError, remedy: str = REMEDY) -> None:
+        self.address, self._failure, self._remedy = address.rstrip("/"), failure, remedy
+        self.store, self.root = open_store(self.address, failure)
 
     def sizes(self, under: str = "", pauses: Sequence[float] = AT_START) -> dict[str, int]:
         """Name → bytes of the files in a folder of it; {} if there is none.
@@ -66,9 +70,9 @@ class RemoteFolder:
         """
 
         def listed() -> dict[str, int]:
-            self._store.invalidate_cache()
+            self.store.invalidate_cache()
             try:
-                found = self._store.ls(self._path(under), detail=True)
+                found = self.store.ls(self._path(under), detail=True)
             except FileNotFoundError:
                 return {}
             files = [entry for entry in found if entry["type"] == "file"]
@@ -86,7 +90,7 @@ class RemoteFolder:
 
         def read() -> bytes | None:
             try:
-                return bytes(self._store.cat_file(self._path(file)))
+                return bytes(self.store.cat_file(self._path(file)))
             except FileNotFoundError:
                 return None
 
@@ -104,7 +108,7 @@ class RemoteFolder:
 
         def read() -> bytes:
             try:
-                data = bytes(self._store.cat_file(self._path(file), start=start, end=end))
+                data = bytes(self.store.cat_file(self._path(file), start=start, end=end))
             except (FileNotFoundError, PermissionError):
                 raise
             except Exception as error:
@@ -117,7 +121,7 @@ class RemoteFolder:
             return data
 
         TRAFFIC.last = f"{file} of {self.address}"
-        data = self._tried(f"{self.address}/{file} cannot be read", read, MEANWHILE, REMEDY)
+        data = self._tried(f"{self.address}/{file} cannot be read", read, MEANWHILE, self._remedy)
         TRAFFIC.received += len(data)
         return data
 
@@ -133,20 +137,22 @@ class RemoteFolder:
             ShardError: it is there, and has another size.
         """
         with suppress(OSError, RuntimeError):
-            found = int(self._store.info(self._path(file))["size"])
+            found = int(self.store.info(self._path(file))["size"])
             if found != size:
-                raise torn(f"{self.address}/{file}", found, size)
+                raise torn(f"{self.address}/{file}", found, size, self._failure)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
+        return f"{self.root}/{name}" if name else self.root
 
     def _tried(self, what: str, action: Callable[[], _T], pauses: Sequence[float], remedy: str = "") -> _T:
-        return tried(what, action, ShardError, pauses, remedy=remedy)
+        return tried(what, action, self._failure, pauses, remedy=remedy)
 
 
-def torn(place: str, found: int, size: int) -> ShardError:
+def torn(place: str, found: int, size: int, failure: type[DataError] = ShardError) -> DataError:
     """What to say of a file of another size."""
-    return ShardError(f"{place} is torn: {found:,} bytes, the index says {size:,}. {UPLOAD}")
+    if failure is ShardError:
+        return failure(f"{place} is torn: {found:,} bytes, the index says {size:,}. {UPLOAD}")
+    return failure(f"{place} was changed meanwhile: {found:,} bytes, and {size:,} before")
 
 
 def located(directory: str | Path) -> Path:

@@ -24,6 +24,8 @@ import xxhash
 
 from anon_dist.data.config import TextUnit
 from anon_dist.data.errors import SourceError
+from anon_dist.data.remote_files import find_at
+from anon_dist.stores import is_address
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = (".gz", ".zst")
@@ -71,7 +73,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str, *, text_field: str, split: str, streaming: bool, text_unit: TextUnit) -> Source:
-    """The source that `spec` names: `stdlib`, `hf:NAME[:CONFIG]`, or a file, folder or glob.
+    """The source that `spec` names: `stdlib`, `hf:NAME[:CONFIG]`, or a file, folder or glob, here or at an address.
 
     Args:
         text_field: column of JSON Lines, parquet and `hf:` sources that holds the text.
@@ -86,7 +88,8 @@ def open_source(spec: str, *, text_field: str, split: str, streaming: bool, text
         return standard_library()
     if spec.startswith("hf:"):
         return HubSource(spec.removeprefix("hf:"), split, streaming, text_field)
-    return FileSource(*_find_files(spec), text_field=text_field, text_unit=text_unit, origin=spec)
+    found = find_at(spec) if is_address(spec) else _find_files(spec)
+    return FileSource(*found, text_field=text_field, text_unit=text_unit, origin=spec)
 
 
 def standard_library() -> FileSource:
@@ -286,12 +289,12 @@ def _walk(root: Path) -> list[Path]:
 def _open(path: Path) -> io.BufferedIOBase:
     """The unpacked content of a file, to be closed."""
     if path.suffix == ".gz":
-        return gzip.open(path)
+        return gzip.open(path.open("rb"))
     if path.suffix == ".zst":
         import pyarrow
 
         # The zstandard package would take a file that breaks off for a whole one.
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        return io.BufferedReader(pyarrow.input_stream(path.open("rb"), compression="zstd"))
     return path.open("rb")
 
 
@@ -359,7 +362,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[str | _Skipped]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as content, pyarrow.parquet.ParquetFile(content) as file:
             if field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise SourceError(f"{path}: no column {field!r}; there are {names}. Set --text-field.")
