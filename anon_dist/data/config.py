@@ -77,3 +77,20 @@ class VerifyConfig:
     """Made by `anon-dist data prepare`."""
     workers: int = field(default_factory=_cpu_count)
     """Threads that read (default: one per available core)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Make a folder that trainings read of token files of datatrove or Megatron-LM. The tokens stay where they are."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder, a file, a glob of `.ds` files (datatrove), or of `.bin` files with their `.idx` (Megatron-LM); or Megatron-LM's prefix."""
+    out: Path
+    """Folder to write; it holds the index and the tokenizer."""
+    tokenizer: str | None = None
+    """The tokenizer that made the tokens: `hf:NAME_OR_FOLDER`, a SentencePiece `.model` file, or `bytes`. None: the one that datatrove's
+    metadata name."""
+    val_fraction: float = 0.01
+    """Part of the tokens that goes to validation: whole documents, from the ends of 64 equal stretches of the corpus. 0 for none."""
+    workers: int = field(default_factory=_cpu_count)
+    """Threads that read (default: one per available core)."""

@@ -10,13 +10,19 @@ import xxhash
 READ_BLOCK = 1 << 24
 
 
-def file_checksum(path: Path, seen: Callable[[memoryview], object] = lambda data: None) -> xxhash.xxh3_64:
-    """The hash of a file, which may go on being updated. `seen` is given each piece that is read."""
+def file_checksum(
+    path: Path, seen: Callable[[memoryview], object] = lambda data: None, start: int = 0, size: int | None = None
+) -> xxhash.xxh3_64:
+    """The hash of a file, or of `size` bytes of it from `start` on, which may go on being updated. `seen` is given each piece that is
+    read."""
     digest = xxhash.xxh3_64()
+    left = path.stat().st_size - start if size is None else size
     with path.open("rb") as file:
-        while block := file.read(READ_BLOCK):
+        file.seek(start)
+        while block := file.read(min(READ_BLOCK, left)):
             digest.update(block)
             seen(memoryview(block))
+            left -= len(block)
     return digest
 
 

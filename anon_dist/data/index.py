@@ -27,14 +27,21 @@ class ShardInfo:
     """One file of tokens."""
 
     file: str
-    """Name inside the folder, such as `train-00000.bin`."""
+    """Name inside the folder, such as `train-00000.bin`; or the path of a file that lies elsewhere."""
     tokens: int
     documents: int
     """Documents that end in this shard: a document may run on from one shard into the next."""
     bytes: int
-    """Size of the file."""
+    """Size of the file; of one that lies elsewhere, of the shard in it."""
     xxh3_64: str
-    """Checksum of the file, 16 hexadecimal digits."""
+    """Checksum of the shard, 16 hexadecimal digits."""
+    start: int = 0
+    """Bytes of the file before the shard."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is a stretch of a file that lies elsewhere."""
+        return "/" in self.file
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,9 @@ class Index:
     tokenizer_behaviour: Mapping[str, Any] = field(default_factory=dict)
     """See `Tokenizer.behaviour`. Empty in folders of earlier versions."""
 
+    documents_end: bool = True
+    """Whether each document ends with `eod_id`: those of other tools may not."""
+
     def __post_init__(self) -> None:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", self.compute_fingerprint())
@@ -132,6 +142,9 @@ class Index:
         content = asdict(self)
         for name, split in self.splits.items():
             content["splits"][name]["bytes_per_token"] = round(split.bytes_per_token, 6)
+            for shard in content["splits"][name]["shards"]:
+                if not shard["start"]:  # earlier versions do not know it
+                    del shard["start"]
         return content
 
     @classmethod

@@ -14,6 +14,8 @@ from anon_dist.data.reading import CachedReader, MappedReader, Reader
 from anon_dist.data.remote import UPLOAD, RemoteFolder, located, torn
 from anon_dist.stores import is_address
 
+AGAIN = "Put it back where it was, or index it again with `anon-dist data index`."
+
 
 def open_reader(directory: str | Path, index: Index, split: str, by_block: bool) -> Reader:
     """A reader of the shards of a split, which are there, and have the sizes that the index says.
@@ -53,8 +55,12 @@ def check_size(directory: Path, shard: ShardInfo) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing. {RESTORE}") from None
-    if size != shard.bytes:
+        raise ShardError(f"{path} is missing. {AGAIN if shard.is_elsewhere else RESTORE}") from None
+    if shard.is_elsewhere and size < shard.start + shard.bytes:
+        raise ShardError(
+            f"{path} has {size:,} bytes, and had {shard.start + shard.bytes:,} when it was indexed. {AGAIN}"
+        )
+    if not shard.is_elsewhere and size != shard.bytes:
         raise ShardError(f"{path} is torn: {size:,} bytes, the index says {shard.bytes:,}. {RESTORE}")
 
 
@@ -62,7 +68,11 @@ def _check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
     there = remote.sizes()
     for shard in shards:
         place = f"{remote.address}/{shard.file}"
-        if "/" in shard.file or shard.file not in there:
+        if shard.is_elsewhere:
+            raise ShardError(
+                f"{remote.address} is the index of {shard.file}, which is not there; use the folder where that file is"
+            )
+        if shard.file not in there:
             raise ShardError(f"{place} is missing. {UPLOAD}")
         if there[shard.file] != shard.bytes:
             raise torn(place, there[shard.file], shard.bytes)

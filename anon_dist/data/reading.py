@@ -71,7 +71,7 @@ class MappedReader:
     ) -> None:
         allow_files(len(shards))
         self._touch = touch
-        self._maps = [mapped(directory / shard.file, dtype) for shard in shards]
+        self._maps = [mapped(directory / shard.file, dtype, shard) for shard in shards]
 
     def read(self, piece: Piece, out: Int64) -> None:
         """See `Reader`."""
@@ -152,12 +152,12 @@ class CachedReader:
 
     def _bring(self, number: int) -> None:
         try:
-            self._maps[number] = mapped(self._claim.shard(*self._wanted(number)), self._dtype)
+            self._maps[number] = mapped(self._claim.shard(*self._wanted(number)), self._dtype, self._shards[number])
         except Exception as error:  # is raised where the shard is read
             self._failed[number] = error
 
     def _again(self, number: int) -> NDArray[Any]:
-        self._maps[number] = mapped(self._claim.replace(*self._wanted(number)), self._dtype)
+        self._maps[number] = mapped(self._claim.replace(*self._wanted(number)), self._dtype, self._shards[number])
         return self._maps[number]
 
     def _wanted(self, number: int) -> tuple[ShardInfo, str, Callable[[], Iterator[bytes]]]:
@@ -228,12 +228,12 @@ class Jobs:
                     self.changed.notify_all()
 
 
-def mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The tokens of a file, memory-mapped.
+def mapped(path: Path, dtype: np.dtype[Any], shard: ShardInfo) -> NDArray[Any]:
+    """The tokens of a shard, memory-mapped.
 
     A plain array over the map: np.memmap's own slicing costs more than the copy of a short sample.
     """
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+    return np.memmap(path, dtype, "r", shard.start, (shard.tokens,)).view(np.ndarray)
 
 
 def allow_files(shards: int) -> None:

@@ -178,7 +178,9 @@ def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bo
     hide = quiet or not sys.stderr.isatty()
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=hide) as bar:
         for shard in shards:
-            found = file_checksum(directory / shard.file, lambda data: bar.update(len(data))).hexdigest()
+            found = file_checksum(
+                directory / shard.file, lambda data: bar.update(len(data)), shard.start, shard.bytes
+            ).hexdigest()
             if found != shard.xxh3_64:
                 raise ShardError(
                     f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"

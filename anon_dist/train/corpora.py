@@ -113,6 +113,11 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
         _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
         if same := [c for c in corpora[:i] if c.index.fingerprint == corpus.index.fingerprint]:
             raise ConfigError(f"{place} is the same data as {called(same[0].name)}; leave one out, and add its weight")
+        if not corpus.index.documents_end and (config.data.mask_documents or config.data.packing == "best_fit"):
+            raise ConfigError(
+                f"{place}: its documents do not end with an end-of-document token, by which data.mask_documents and data.packing best_fit "
+                "know them; set these to false and concat, or make the tokens again with one"
+            )
         if corpus.train.num_samples(longest) < 1:
             raise ConfigError(f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {longest}")
     return corpora, _validation_sets(config, corpora, longest, check)

@@ -133,3 +133,33 @@ def test_waiting_for_data_is_told_from_a_hang(monkeypatch):
     pulse.at -= 100.0
     wait()
     assert pulse.age > 99.0
+
+
+def test_a_run_on_datatroves_files(run_config, train, prepared, tmp_path):
+    """The tokens are those of the prepared folder, in files of datatrove: so is what a run on all of them reads."""
+    import numpy as np
+
+    from anon_dist.data import Index, TokenShards
+    from anon_dist.data.config import IndexConfig
+    from anon_dist.data.indexing import index_tokens
+
+    shards = TokenShards(prepared)
+    tokens = shards.tokens(0, len(shards))
+    tokens.astype("<u2").tofile(tmp_path / "a.ds")
+    (np.flatnonzero(tokens == 256) + 1).astype("<u8").tofile(tmp_path / "a.ds.index")
+    options = {"source": f"{tmp_path}/a.ds", "tokenizer": f"hf:{prepared}/tokenizer", "workers": 1}
+    index_tokens(IndexConfig(out=tmp_path / "indexed", val_fraction=0.0, **options))
+    assert Index.load(tmp_path / "indexed").tokenizer_hash == Index.load(prepared).tokenizer_hash
+
+    def run(name, path):
+        sets = {"held": str(prepared)}
+        quiet = {"eval__sets": sets, "eval__every": 0, "data__mask_documents": True, "data__packing": "best_fit"}
+        return train(run_config(run_dir=str(tmp_path / name), data__path=path, train__steps=4, **quiet))
+
+    assert losses(run("a", str(tmp_path / "indexed")))[:4] == losses(run("b", str(prepared)))[:4]
+    (np.flatnonzero(tokens == 10) + 1).astype("<u8").tofile(tmp_path / "a.ds.index")
+    with (tmp_path / "a.ds.index").open("ab") as file:
+        file.write(np.array([len(tokens)], "<u8").tobytes())
+    index_tokens(IndexConfig(out=tmp_path / "lines", **options))
+    with pytest.raises(ConfigError, match=r"lines: its documents do not end with an end-of-document token"):
+        train(run_config(run_dir=str(tmp_path / "c"), data__path=str(tmp_path / "lines"), data__mask_documents=True))
