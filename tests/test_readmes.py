@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -141,6 +142,18 @@ def prepare(command: str) -> None:
                 "1",
             ]
         )
+
+
+def data_index(command: str) -> None:
+    """Of a file that is written here."""
+    folder = Path("my-tokens")
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "a.ds").write_bytes((b"a\0" * 63 + b"\0\1") * 400)
+        (folder / "a.ds.index").write_bytes(b"".join(struct.pack("<Q", 64 * i) for i in range(1, 401)))
+    filled = command.replace("SRC", str(folder)).replace("DIR", "data/indexed").replace("hf:gpt2", "bytes")
+    main(shlex.split(filled)[1:])
+    assert Path("data/indexed/index.json").is_file()
 
 
 def quickstart(_: str) -> None:
@@ -305,6 +318,7 @@ RULES = {
     r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
     r"(DOCTOR=1 )?(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
+    r"anon-dist data index .*": data_index,
     r"anon-dist data prepare .*": prepare,
     r"accelerate launch --config_file FILE|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
     r"(accelerate launch|torchrun) .* launch/pretrain\.py .*": launched,

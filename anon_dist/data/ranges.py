@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class RangeReader:
     def __init__(self, remote: RemoteFolder, shards: Sequence[ShardInfo], dtype: np.dtype[Any]) -> None:
         self._remote, self._shards, self._dtype = remote, shards, dtype
         self._lock = threading.Lock()
-        self._waiting: deque[_Coming] = deque()
+        self._waiting: deque[Piece] = deque()
         """To be asked for."""
         self._asked: dict[Piece, deque[_Coming]] = {}
         """Asked for ahead."""
@@ -68,7 +69,7 @@ class RangeReader:
     def expect(self, pieces: Iterable[Piece]) -> None:
         """See `Reader`."""
         with self._lock:
-            self._waiting.extend(map(_Coming, pieces))
+            self._waiting.extend(pieces)
             self._start()
 
     def forget(self) -> None:
@@ -91,9 +92,9 @@ class RangeReader:
                 del self._asked[piece]
             self._bytes -= self._size(piece)
         else:
-            coming = next((c for c in self._waiting if c.piece == piece), None) or _Coming(piece)
-            if coming in self._waiting:
-                self._waiting.remove(coming)
+            with suppress(ValueError):
+                self._waiting.remove(piece)
+            coming = _Coming(piece)
             threading.Thread(target=self._bring, args=(coming,), name="range", daemon=True).start()
         self._awaited.append(coming)
         return coming
@@ -115,7 +116,7 @@ class RangeReader:
                 if not self._waiting or not self._has_room():
                     self._running -= 1
                     return
-                coming = self._waiting.popleft()
+                coming = _Coming(self._waiting.popleft())
                 self._asked.setdefault(coming.piece, deque()).append(coming)
                 self._bytes += self._size(coming.piece)
             self._bring(coming)
