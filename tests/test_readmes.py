@@ -312,7 +312,7 @@ def files(command: str) -> None:
 
 RULES = {
     r"(anon-dist [a-z ]+|launch/pretrain\.py) --help": help_of,
-    r"anon-dist (data prepare|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
+    r"anon-dist (data (prepare|index)|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
     r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
