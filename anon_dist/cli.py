@@ -73,6 +73,18 @@ def data_verify(args: list[str]) -> None:
     _or_exit(lambda: verify(config.folder, max(1, config.workers)), DataError, OSError)
 
 
+def data_index(args: list[str]) -> None:
+    """`anon-dist data index`"""
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import IndexConfig
+
+    config = parse(IndexConfig, args, "anon-dist data index")
+    from anon_dist.data import DataError
+    from anon_dist.data.indexing import index_tokens
+
+    _or_exit(lambda: index_tokens(config), DataError, OSError)
+
+
 def checkpoints(command: str, args: list[str]) -> None:
     """`anon-dist ckpt …`"""
     from anon_dist.checkpoint.cli import run
@@ -216,6 +228,7 @@ COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
     Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
     Command(("data", "inspect"), "show what a prepared folder holds, with samples", data_inspect),
+    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
     Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(

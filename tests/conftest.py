@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from s3 import serving
 
 from anon_dist.data import PrepareConfig, prepare
 
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A server of S3's protocol, with the bucket s3://bucket."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage", "page"),
+    ("files", "machine", "launcher", "usage", "page", "stores"),
     ("arguments",),
     ("agreement", "optim"),
     ("data",),

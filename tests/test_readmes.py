@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -158,6 +159,18 @@ def prepare_array(command: str) -> None:
     subprocess.run(["bash", "-n", words[1]], check=True)
     assert words[2].isdigit()
     tyro.cli(PrepareConfig, args=words[3:])
+
+
+def data_index(command: str) -> None:
+    """Of a file that is written here."""
+    folder = Path("my-tokens")
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "a.ds").write_bytes((b"a\0" * 63 + b"\0\1") * 400)
+        (folder / "a.ds.index").write_bytes(b"".join(struct.pack("<Q", 64 * i) for i in range(1, 401)))
+    filled = command.replace("SRC", str(folder)).replace("DIR", "data/indexed").replace("hf:gpt2", "bytes")
+    main(shlex.split(filled)[1:])
+    assert Path("data/indexed/index.json").is_file()
 
 
 def quickstart(_: str) -> None:
@@ -316,7 +329,7 @@ def files(command: str) -> None:
 
 RULES = {
     r"(anon-dist [a-z ]+|launch/pretrain\.py) --help": help_of,
-    r"anon-dist (data (prepare( --part I/N)?|merge|inspect|verify)|train|sweep)|python launch/pretrain\.py": lambda command: (
+    r"anon-dist (data (prepare( --part I/N)?|index|merge|inspect|verify)|train|sweep)|python launch/pretrain\.py": lambda command: (
         None
     ),  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
@@ -324,6 +337,7 @@ RULES = {
     r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
     r"(DOCTOR=1 )?(NODE_RANK=\d )?(bash launch/multinode/accelerate\.sh|sbatch launch/multinode/slurm\.sbatch) .*": script,
     r"export [A-Z_= \w.]+": lambda command: None,
+    r"anon-dist data index .*": data_index,
     r"anon-dist data prepare .*": prepare,
     r"anon-dist data merge .*": parts_and_merge,
     r"anon-dist data (inspect|verify) .*": lambda c: main(shlex.split(c.replace("DIR", "data/stdlib"))[1:]),

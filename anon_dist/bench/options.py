@@ -197,8 +197,8 @@ class InitOptions:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Number of parameters (124M, 1.3B), for a Llama shape; or a shipped configuration's name or file, or 7b, 70b, 405b."""
-    data: Path
-    """Folder made by `anon-dist data prepare`."""
+    data: str
+    """Folder made by `anon-dist data prepare`, or its address."""
     out: Path
     """YAML file to write, for `anon-dist train --config OUT`."""
     ranks: int = 1

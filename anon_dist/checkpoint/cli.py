@@ -184,7 +184,8 @@ def _inspect(args: Inspect) -> None:
 def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
     from anon_dist.checkpoint.regroup import read_groups
-    from anon_dist.checkpoint.remote import at_hand, is_address
+    from anon_dist.checkpoint.remote import at_hand
+    from anon_dist.stores import is_address
 
     if args.world_size < 1:
         raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")

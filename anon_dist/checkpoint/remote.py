@@ -6,11 +6,8 @@ that a folder without it does not count, and removed first where a checkpoint is
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,8 +19,7 @@ from anon_dist.checkpoint.checksums import NAME, PROGRESS, Checksums, checksums
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.folder import UNFINISHED, Checkpoints, name_of, step_of
 from anon_dist.files import sync_tree
-
-log = logging.getLogger(__name__)
+from anon_dist.stores import BUCKETS, is_address, open_store, scheme_of, tried
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between attempts, of which there is one more."""
@@ -32,15 +28,7 @@ OWNER = "owner.json"
 """Whose the checkpoints at an address are; beside them."""
 _SMALL = 1 << 16
 """Bytes of a file that is not looked for among those that are there."""
-_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
-"""Stores that have no folders to be made."""
-_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _T = TypeVar("_T")
-
-
-def is_address(text: str | Path) -> bool:
-    """Whether a name is one of fsspec's, and no path."""
-    return "://" in str(text)
 
 
 class Remote:
@@ -52,17 +40,8 @@ class Remote:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
-        import fsspec
-
-        scheme = address.partition("://")[0]
-        try:
-            self._fs, root = fsspec.core.url_to_fs(address, use_listings_cache=False)
-        except ImportError:
-            package = _EXTRAS.get(scheme, f"fsspec's package for {scheme}")
-            raise CheckpointError(f"{address} needs {package}: pip install {package}") from None
-        except Exception as error:
-            raise CheckpointError(f"{address} is no address that fsspec takes: {error}") from None
-        self._root, self._in_bucket = str(root).rstrip("/"), scheme in _BUCKETS
+        self._fs, self._root = open_store(address, CheckpointError)
+        self._in_bucket = scheme_of(address) in BUCKETS
         self._copied: list[tuple[str, dict[tuple[int, str], str]]] = []
         """Of the last two checkpoints that were copied: what is in their files, and where these are."""
 
@@ -281,23 +260,7 @@ class Remote:
         Raises:
             CheckpointError: all attempts failed; naming the last error. One of our own is raised at once.
         """
-        begun = time.monotonic()
-        for pause in (*PAUSES, None):
-            try:
-                return action()
-            except CheckpointError:
-                raise
-            except Exception as error:  # each store has its own
-                if _is_final(error):
-                    raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
-                if pause is None:
-                    tried, took = len(PAUSES) + 1, time.monotonic() - begun
-                    raise CheckpointError(
-                        f"{what}: {type(error).__name__}: {error} (attempt {tried}, after {took:.0f} s)"
-                    ) from error
-                log.warning("%s: %s: %s; trying again in %.0f s", what, type(error).__name__, error, pause)
-                time.sleep(pause)
-        raise AssertionError
+        return tried(what, action, CheckpointError, PAUSES)
 
 
 def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:
@@ -334,13 +297,6 @@ def at_hand(source: str) -> Iterator[Path]:
         Remote(source).everything(copied)
         inner = copied / copied.name
         yield inner if inner.is_file() else copied
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the same would come of another attempt: no rights, no such bucket, no credentials."""
-    final = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
-    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
-    return final or read_only or "Credentials" in type(error).__name__
 
 
 def _key(file: Any) -> tuple[int, str]:

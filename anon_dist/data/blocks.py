@@ -90,7 +90,7 @@ class FirstTouch:
             raise ShardError(f"{path} is missing. {RESTORE}") from None
         if xxhash.xxh3_64_hexdigest(content) != digest:
             raise ShardError(f"{path} is altered: its checksum is not that of the index. {RESTORE}")
-        self._folder, self._shards = folder, shards
+        self._folder, self._shards, self._called = folder, shards, path.name
         self._sums = np.frombuffer(content, "<u8")
         counts = [blocks_of(shard) for shard in shards]
         self._first = (np.cumsum(counts) - counts).tolist()
@@ -116,6 +116,6 @@ class FirstTouch:
             info = self._shards[shard]
             raise ShardError(
                 f"{self._folder / info.file} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
-                f"{found:016x}, {sums_file(info.file.partition('-')[0])} says {self._sums[block]:016x}. {RESTORE}"
+                f"{found:016x}, {self._called} says {self._sums[block]:016x}. {RESTORE}"
             )
         self._seen[block] = 1  # only now: a thread beside this one may compare it too

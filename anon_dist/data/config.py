@@ -27,9 +27,10 @@ class PrepareConfig:
     out: Path
     """Folder to write. It is complete when it holds `index.json`."""
     source: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")]] = ()
-    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`;
-    or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that `datasets` loads. Given several times: one after the
-    other, as one corpus. Not given: `stdlib`. In Python one of them may be a plain string."""
+    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`,
+    here or at an address such as `s3://bucket/texts`; or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that
+    `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a plain
+    string."""
     tokenizer: str = "spm-bpe:4096"
     """`spm-bpe:SIZE` or `spm-unigram:SIZE`, trained on the corpus with SentencePiece; a SentencePiece `.model` file; `hf:NAME_OR_FOLDER`;
     or `bytes`."""
@@ -119,5 +120,22 @@ class VerifyConfig:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Made by `anon-dist data prepare`."""
+    workers: int = field(default_factory=_cpu_count)
+    """Threads that read (default: one per available core)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Make a folder that trainings read of token files of datatrove or Megatron-LM. The tokens stay where they are."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder, a file, a glob of `.ds` files (datatrove), or of `.bin` files with their `.idx` (Megatron-LM); or Megatron-LM's prefix."""
+    out: Path
+    """Folder to write; it holds the index and the tokenizer."""
+    tokenizer: str | None = None
+    """The tokenizer that made the tokens: `hf:NAME_OR_FOLDER`, a SentencePiece `.model` file, or `bytes`. None: the one that datatrove's
+    metadata name."""
+    val_fraction: float = 0.01
+    """Part of the tokens that goes to validation: whole documents, from the ends of 64 equal stretches of the corpus. 0 for none."""
     workers: int = field(default_factory=_cpu_count)
     """Threads that read (default: one per available core)."""

@@ -13,6 +13,8 @@ import numpy as np
 import xxhash
 
 from anon_dist.data.errors import DataError, ShardError
+from anon_dist.data.remote import joined, located
+from anon_dist.stores import is_address
 
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -25,14 +27,21 @@ class ShardInfo:
     """One file of tokens."""
 
     file: str
-    """Name inside the folder, such as `train-00000.bin`."""
+    """Name inside the folder, such as `train-00000.bin`; or the path of a file that lies elsewhere."""
     tokens: int
     documents: int
     """Documents that end in this shard: a document may run on from one shard into the next."""
     bytes: int
-    """Size of the file."""
+    """Size of the file; of one that lies elsewhere, of the shard in it."""
     xxh3_64: str
-    """Checksum of the file, 16 hexadecimal digits."""
+    """Checksum of the shard, 16 hexadecimal digits."""
+    start: int = 0
+    """Bytes of the file before the shard."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is a stretch of a file that lies elsewhere."""
+        return "/" in self.file
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,9 @@ class Index:
     tokenizer_behaviour: Mapping[str, Any] = field(default_factory=dict)
     """See `Tokenizer.behaviour`. Empty in folders of earlier versions."""
 
+    documents_end: bool = True
+    """Whether each document ends with `eod_id`: those of other tools may not."""
+
     def __post_init__(self) -> None:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", self.compute_fingerprint())
@@ -130,6 +142,9 @@ class Index:
         content = asdict(self)
         for name, split in self.splits.items():
             content["splits"][name]["bytes_per_token"] = round(split.bytes_per_token, 6)
+            for shard in content["splits"][name]["shards"]:
+                if not shard["start"]:  # earlier versions do not know it
+                    del shard["start"]
         return content
 
     @classmethod
@@ -143,14 +158,15 @@ class Index:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read the index of a prepared folder.
+        """Read the index of a prepared folder, which may be at an address.
 
         Raises:
             ShardError: there is no index, or it is not one that this version reads.
         """
-        path = Path(directory) / INDEX_FILE
+        path = joined(directory, INDEX_FILE) if is_address(directory) else Path(directory) / INDEX_FILE
+        here = located(directory) / INDEX_FILE
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(here.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             if (Path(directory) / "part.json").is_file():
                 raise ShardError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +18,10 @@ Int64 = NDArray[np.int64]
 
 ORDER_BLOCK = 1024
 """Positions whose order is computed at once: a few cost as much as a thousand."""
+WAIT = 1.0
+"""Seconds between two calls of `on_wait`."""
+GIVE_UP = 0.1
+"""Seconds after which a loader that is closed has what is still being read given up."""
 
 
 class BatchLoader(Iterator[Tensor]):
@@ -82,6 +86,8 @@ class BatchLoader(Iterator[Tensor]):
         self.micro_batch, self.rank, self.world_size, self.accumulation = micro_batch, rank, world_size, accumulation
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetch = prefetch
+        self.on_wait: Callable[[], object] | None = None
+        """Called each second in which the next micro-batch is not there yet."""
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._closed = False
         self._pending: deque[Future[Tensor]] = deque()
@@ -117,7 +123,7 @@ class BatchLoader(Iterator[Tensor]):
             )
         self._read_ahead()
         # Taken off only when it is known to be good: going on after an error must not pass its samples over.
-        batch = self._pending[0].result()
+        batch = self._awaited(self._pending[0])
         self._pending.popleft()
         self._taken += 1
         return batch
@@ -144,6 +150,8 @@ class BatchLoader(Iterator[Tensor]):
         """
         if cursor < self._cursor:
             raise ValueError(f"BatchLoader: {cursor} lies before the cursor, {self._cursor}")
+        self._drop_pending()
+        self._reader.submit(self.stream.forget)
         self._start(cursor)
 
     def step_targets(self) -> int:
@@ -183,7 +191,10 @@ class BatchLoader(Iterator[Tensor]):
         """
         if state is None and self._taken:
             raise RuntimeError("BatchLoader: enter() in the middle of a step")
+        before = self.stream
         self.stream, cursor, news = stream.after(self.state_dict() if state is None else state, intended)
+        self._drop_pending()
+        self._reader.submit(before.forget)  # after what the thread is at
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self._start(cursor)
         return news
@@ -191,8 +202,11 @@ class BatchLoader(Iterator[Tensor]):
     def close(self) -> None:
         """Stop the background thread. May be called again."""
         self._closed = True
-        self._drop_pending()
+        running = self._drop_pending()
+        while wait(running, GIVE_UP).not_done:  # it may be waiting for a store
+            self.stream.forget()
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self.stream.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -210,9 +224,14 @@ class BatchLoader(Iterator[Tensor]):
         stride = self.world_size * self.micro_batch  # micro steps follow each other over the end of a step too
         steps = np.arange(max(1, ORDER_BLOCK // self.micro_batch))
         block = steps[:, None] * stride + np.arange(self.micro_batch)
+        coming: tuple[Int64, Int64] | None = None
         while True:
-            yield from zip(*stream.places(position + block), strict=True)
+            # One block ahead, for sources that are not here.
+            present, coming = coming, stream.places(position + block)
+            stream.expect(*coming)
             position += len(steps) * stride
+            if present is not None:
+                yield from zip(*present, strict=True)
 
     def _read_ahead(self) -> None:
         while len(self._pending) < self._prefetch:
@@ -223,7 +242,18 @@ class BatchLoader(Iterator[Tensor]):
         batch = torch.from_numpy(stream.samples_at(*next(places)))
         return batch.pin_memory() if self._pin else batch
 
-    def _drop_pending(self) -> None:
-        for future in self._pending:
-            future.cancel()
+    def _awaited(self, batch: Future[Tensor]) -> Tensor:
+        while self.on_wait is not None:
+            try:
+                return batch.result(timeout=WAIT)
+            except TimeoutError:
+                if batch.done():  # it is an error of the thread
+                    break
+                self.on_wait()
+        return batch.result()
+
+    def _drop_pending(self) -> list[Future[Tensor]]:
+        """Forget what was to be read; returns what the thread is at, and what it has done."""
+        begun = [future for future in self._pending if not future.cancel()]
         self._pending.clear()
+        return begun

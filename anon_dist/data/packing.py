@@ -99,6 +99,11 @@ class Packing:
                 place = end
         return out
 
+    def expect(self, indices: Int64) -> None:
+        """These samples are read next: see `TokenShards.expect`."""
+        pieces = np.concatenate([np.arange(a, b) for a, b in self._pieces(indices)] or [np.empty(0, np.int64)])
+        self.shards.expect(self._starts[pieces], self._lengths[pieces] + 1)
+
     def _pieces(self, indices: Int64) -> Iterator[tuple[int, int]]:
         """First piece of each sample, and the one after its last."""
         return ((int(self._samples[i]), int(self._samples[i + 1])) for i in indices)
@@ -116,6 +121,7 @@ def pack(folder: Path, shards: TokenShards, seq_len: int) -> None:
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    shards.expect(np.array([0]), np.array([len(shards)]))
     with _Writer(folder) as writer:
         waiting: list[Int64] = []
         for pieces in _documents(shards):

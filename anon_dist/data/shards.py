@@ -1,50 +1,44 @@
-"""Reading prepared tokens: memory-mapped shards that look like one long sequence."""
+"""Reading prepared tokens: shards, mapped or brought from a store, that look like one long sequence."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from anon_dist.data.blocks import RESTORE, FirstTouch
+from anon_dist.data import cache
+from anon_dist.data.blocks import RESTORE
+from anon_dist.data.digests import file_checksum
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import Index, ShardInfo, SplitInfo
+from anon_dist.data.opening import check_size, open_reader
+from anon_dist.data.ranges import RangeReader
+from anon_dist.data.reading import MappedReader, Piece
+from anon_dist.stores import is_address
 
 __all__ = ["Index", "ShardError", "ShardInfo", "SplitInfo", "TokenShards", "file_checksum", "verify_checksums"]
 
 Tokens = NDArray[np.int64]
 
-READ_BLOCK = 1 << 24
-
-
-def file_checksum(path: Path, seen: Callable[[memoryview], object] = lambda data: None) -> xxhash.xxh3_64:
-    """The hash of a file, which may go on being updated. `seen` is given each piece that is read."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-            seen(memoryview(block))
-    return digest
-
 
 class TokenShards:
-    """The tokens of one split, read from memory-mapped files.
+    """The tokens of one split.
 
     A sample is `seq_len + 1` tokens: inputs and targets overlap in all but one. Sample i starts at token i·seq_len, so that every
     token but the first is a target once, and the last, incomplete sample is left out.
 
     Args:
-        directory: a folder made by `anon-dist data prepare`.
+        directory: a folder made by `anon-dist data prepare`, or the address of one.
         split: `train` or `val`.
         verify: `size` compares the size of each file with the index, which costs nothing. `read` also compares each block of 128 KiB with
             its checksum when it is first read; a folder of an earlier version has no such checksums (`Index.has_sums`), and is not
-            compared. `checksum` reads and hashes all files now; in a job of many ranks let them share that, with `verify_checksums`.
+            compared. `checksum` reads and hashes all files now; in a job of many ranks let them share that, with `verify_checksums`. At an
+            address it is `read`.
 
     Raises:
         ShardError: the folder has no index, or a shard is missing, torn (wrong size) or altered (wrong checksum); with `read` also
@@ -55,19 +49,15 @@ class TokenShards:
     def __init__(
         self, directory: str | Path, split: str = "train", verify: Literal["size", "read", "checksum"] = "size"
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = directory if is_address(directory) else Path(directory)
         self.index = Index.load(directory)
         self.info = self.index.split(split)
         self.split = split
-        for shard in self.info.shards:
-            _check_size(self.directory, shard)
-        if verify == "checksum":
+        self._reader = open_reader(directory, self.index, split, verify != "size")
+        if verify == "checksum" and isinstance(self.directory, Path):
             _check_contents(self.directory, self.info.shards, quiet=True)
-        shards = [shard for shard in self.info.shards if shard.tokens]
-        self._maps = [_open(self.directory / shard.file, self.index.numpy_dtype) for shard in shards]
-        by_block = verify == "read" and bool(self.info.sums)
-        self._touch = FirstTouch(self.directory, split, shards, self.info.sums) if by_block else None
-        self._ends = np.cumsum([len(m) for m in self._maps], dtype=np.int64)
+        self._sizes = [shard.tokens for shard in self.info.shards if shard.tokens]
+        self._ends = np.cumsum(self._sizes, dtype=np.int64)
 
     def __len__(self) -> int:
         """Tokens in the split."""
@@ -108,6 +98,36 @@ class TokenShards:
             self._copy(index * seq_len, row)
         return self._known(out)
 
+    def expect(self, starts: Tokens, counts: Tokens) -> None:
+        """The `counts` tokens from `starts` on, (n,) each, are read next, in this order: have them brought if they are not here."""
+        spans = zip(starts.tolist(), counts.tolist(), strict=True)
+        self._reader.expect([piece for start, count in spans for piece in self._pieces(start, count)])
+
+    def forget(self) -> None:
+        """What was expected is not read any more."""
+        self._reader.forget()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the split is a folder's of this machine."""
+        return isinstance(self._reader, MappedReader)
+
+    @property
+    def by_ranges(self) -> bool:
+        """Whether each sample is a request to a store."""
+        return isinstance(self._reader, RangeReader)
+
+    def read_how(self, seq_len: int) -> str:
+        """How a split at an address is read, in words."""
+        size, place = sum(shard.bytes for shard in self.info.shards), cache.present()
+        if self.by_ranges:
+            each = (seq_len + 1) * self.index.numpy_dtype.itemsize
+            return (
+                f"{size:,} bytes are more than the {place.room():,} that data.cache_bytes leaves them in {place.folder}: each sample is a "
+                f"request of {each:,} bytes, whose checksum nobody knows"
+            )
+        return f"{size:,} bytes are copied into {place.folder}, shard by shard, as they are read"
+
     def _known(self, tokens: Tokens) -> Tokens:
         """The tokens, none of which is outside of the vocabulary. It costs next to nothing beside reading them."""
         if tokens.size and tokens.max() >= self.index.vocab_size:
@@ -122,17 +142,19 @@ class TokenShards:
             raise IndexError(
                 f"tokens [{start}, {start + len(out)}) of {self.directory} {self.split}, which has {len(self)}"
             )
-        shard = int(np.searchsorted(self._ends, start, side="right"))
         done = 0
-        while done < len(out):
-            tokens = self._maps[shard]
-            offset = start + done - int(self._ends[shard]) + len(tokens)
-            piece = tokens[offset : offset + len(out) - done]
-            if self._touch is not None:
-                self._touch.check(shard, tokens, offset, offset + len(piece))
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            shard += 1
+        for piece in self._pieces(start, len(out)):
+            self._reader.read(piece, out[done : done + piece.length])
+            done += piece.length
+
+    def _pieces(self, start: int, count: int) -> Iterator[Piece]:
+        """The parts of shards that hold these tokens."""
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while count:
+            offset = start - int(self._ends[shard]) + self._sizes[shard]
+            here = min(count, self._sizes[shard] - offset)
+            yield Piece(shard, offset, here)
+            start, count, shard = start + here, count - here, shard + 1
 
 
 def verify_checksums(directory: str | Path, *, quiet: bool = False, reader: int = 0, readers: int = 1) -> Index:
@@ -146,19 +168,9 @@ def verify_checksums(directory: str | Path, *, quiet: bool = False, reader: int 
     """
     index = Index.load(directory)
     for shard in index.shards:
-        _check_size(Path(directory), shard)
+        check_size(Path(directory), shard)
     _check_contents(Path(directory), index.shards[reader::readers], quiet=quiet)
     return index
-
-
-def _check_size(directory: Path, shard: ShardInfo) -> None:
-    path = directory / shard.file
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing. {RESTORE}") from None
-    if size != shard.bytes:
-        raise ShardError(f"{path} is torn: {size:,} bytes, the index says {shard.bytes:,}. {RESTORE}")
 
 
 def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bool) -> None:
@@ -166,13 +178,10 @@ def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bo
     hide = quiet or not sys.stderr.isatty()
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=hide) as bar:
         for shard in shards:
-            found = file_checksum(directory / shard.file, lambda data: bar.update(len(data))).hexdigest()
+            found = file_checksum(
+                directory / shard.file, lambda data: bar.update(len(data)), shard.start, shard.bytes
+            ).hexdigest()
             if found != shard.xxh3_64:
                 raise ShardError(
                     f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"
                 )
-
-
-def _open(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    # A plain array over the map: np.memmap's own slicing costs more than the copy of a short sample.
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)

@@ -21,7 +21,9 @@ import xxhash
 
 from anon_dist.data.config import OnBadText, TextUnit
 from anon_dist.data.errors import SourceError
+from anon_dist.data.remote_files import find_at
 from anon_dist.data.texts import Found, Noted, TextReader
+from anon_dist.stores import is_address
 
 
 class Cursor(NamedTuple):
@@ -80,7 +82,7 @@ def open_source(
     text_unit: TextUnit,
     on_bad_text: OnBadText = "skip",
 ) -> Source:
-    """The source that `spec` names: `stdlib`, `hf:NAME[:CONFIG]`, or a file, folder or glob.
+    """The source that `spec` names: `stdlib`, `hf:NAME[:CONFIG]`, or a file, folder or glob, here or at an address.
 
     Args:
         text_field: column of JSON Lines, parquet and `hf:` sources that holds the text.
@@ -97,7 +99,8 @@ def open_source(
     reader = TextReader(text_field, text_unit, on_bad_text)
     if spec.startswith("hf:"):
         return HubSource(spec.removeprefix("hf:"), split, streaming, text_field, reader)
-    return FileSource(*_find_files(spec), reader, origin=spec)
+    found = find_at(spec) if is_address(spec) else _find_files(spec)
+    return FileSource(*found, reader, origin=spec)
 
 
 def standard_library(on_bad_text: OnBadText = "skip") -> FileSource:

@@ -43,7 +43,7 @@ def read_head(directory: Path, shards: Sequence[ShardInfo], dtype: np.dtype[Any]
     for shard in shards:
         if count <= 0:
             break
-        pieces.append(np.fromfile(directory / shard.file, dtype, min(count, shard.tokens)))
+        pieces.append(np.fromfile(directory / shard.file, dtype, min(count, shard.tokens), offset=shard.start))
         count -= shard.tokens
     return np.concatenate(pieces)
 

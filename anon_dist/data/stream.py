@@ -66,6 +66,15 @@ class Source:
         """See `TokenShards.samples` and `Packing.samples`."""
         return self.shards.samples(indices, seq_len) if self.packing is None else self.packing.samples(indices)
 
+    def expect(self, indices: Int64, seq_len: int) -> None:
+        """These samples are read next, (n,): see `TokenShards.expect`."""
+        if self.shards.is_here:
+            return
+        if self.packing is None:
+            self.shards.expect(indices * seq_len, np.full(len(indices), seq_len + 1))
+        else:
+            self.packing.expect(indices)
+
     def state(self, read: int, seq_len: int) -> State:
         """What a later stream needs to go on after so many samples."""
         return {
@@ -171,6 +180,16 @@ class Stream:
                 out[here] = found
         assert out is not None
         return out
+
+    def expect(self, number: Int64, index: Int64) -> None:
+        """The samples of these places, of any shape, are read next, in their order: what is not here is brought."""
+        for i, source in enumerate(self.sources):
+            source.expect(index[number == i], self.seq_len)
+
+    def forget(self) -> None:
+        """What was expected is not read any more."""
+        for source in self.sources:
+            source.shards.forget()
 
     def samples(self, positions: Int64) -> Int64:
         """The samples at these positions, (n,)."""

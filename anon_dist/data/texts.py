@@ -142,12 +142,12 @@ class TextReader:
 
     def _open(self, path: Path) -> io.BufferedIOBase:
         """The unpacked content of a file, to be closed."""
+        self._raw = path.open("rb")
         if path.suffix == ".zst":
             import pyarrow
 
             # The zstandard package would take a file that breaks off for a whole one.
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-        self._raw = path.open("rb")
+            return io.BufferedReader(pyarrow.input_stream(self._raw, compression="zstd"))
         return _Unpacked(self._raw) if path.suffix == ".gz" else self._raw
 
     def _plain_text(self, path: Path, shown: str) -> Iterator[Found]:
@@ -185,7 +185,7 @@ class TextReader:
         import pyarrow.parquet
 
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with path.open("rb") as content, pyarrow.parquet.ParquetFile(content) as file:
                 if self._field not in file.schema_arrow.names:
                     names = ", ".join(file.schema_arrow.names)
                     said = f"{path}: no column {self._field!r}; there are {names}. Set --text-field."

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from anon_dist.data import spm
+from anon_dist.data.digests import tokenizer_hash
 from anon_dist.data.errors import TokenizerError
 
 Ids = NDArray[np.uint32]
@@ -48,7 +48,7 @@ class Tokenizer:
         self.hf = _load_hf(str(folder), local=True)
         self.eod_id = _eod_id(self.hf, str(folder))
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
-        self.hash = _hash(self.folder)
+        self.hash = tokenizer_hash(self.folder)
         self._encode_all = _encoder(self.hf, spec)
 
     def encode(self, text: str) -> Ids:
@@ -92,12 +92,13 @@ class Tokenizer:
             TokenizerError: its tokenizer is missing, or not the one that the data was made with.
         """
         from anon_dist.data.index import TOKENIZER_FOLDER, Index
+        from anon_dist.data.remote import located
 
-        index, folder = Index.load(directory), Path(directory) / TOKENIZER_FOLDER
+        index, folder = Index.load(directory), located(directory) / TOKENIZER_FOLDER
         remedy = "Copy it again from where the data came from, or prepare again."
         if not folder.is_dir():
             raise TokenizerError(f"{folder} is missing: the data's tokenizer. {remedy}")
-        if _hash(folder) != index.tokenizer_hash:
+        if tokenizer_hash(folder) != index.tokenizer_hash:
             raise TokenizerError(f"{folder} was changed after the data was prepared. {remedy}")
         if not (folder / CONFIG_FILE).is_file():
             raise TokenizerError(f"{folder / CONFIG_FILE} is missing: it says which tokens are special. {remedy}")
@@ -238,16 +239,6 @@ def _eod_id(hf: Any, name: str) -> int:
             "Set one (`tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)`) and use hf:folder."
         )
     return int(hf.eos_token_id)
-
-
-def _hash(folder: Path) -> str:
-    """Hash of what determines the ids. The other files may differ in ways that mean nothing, such as where they came from."""
-    serialized = folder / "tokenizer.json"
-    files = [serialized] if serialized.exists() else sorted(p for p in folder.iterdir() if p.is_file())
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _encoder(hf: Any, spec: str) -> Callable[[Sequence[str]], list[Ids]]:

@@ -62,7 +62,7 @@ def verify(folder: Path, workers: int = 1) -> Index:
 def _hashed(folder: Path, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
     """The checksums of a shard's blocks."""
     blocks = BlockDigests()
-    found = file_checksum(folder / shard.file, blocks.update).hexdigest()
+    found = file_checksum(folder / shard.file, blocks.update, shard.start, shard.bytes).hexdigest()
     if found != shard.xxh3_64:
         raise ShardError(
             f"{folder / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"

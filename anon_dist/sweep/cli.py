@@ -18,10 +18,11 @@ import transformers
 import yaml
 
 from anon_dist.checkpoint import CheckpointError
-from anon_dist.data import DataError, Index, TokenShards, verify_checksums
+from anon_dist.data import DataError, Index, verify_checksums
 from anon_dist.files import write_json
 from anon_dist.machine import processor
 from anon_dist.optim.matching import Spectra
+from anon_dist.stores import is_address
 from anon_dist.sweep.calibrate import calibrate
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
@@ -29,7 +30,7 @@ from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
-from anon_dist.train.corpora import all_sources, called
+from anon_dist.train.corpora import all_sources, called, use_cache
 from anon_dist.train.errors import RunError, RunInUseError
 from anon_dist.train.lock import held
 from anon_dist.train.spectrum import load_spectra
@@ -183,12 +184,13 @@ def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
 
 def _check_data(base: Config) -> list[Index]:
     """The sources' indices."""
+    use_cache(base.data)
     folders = {called(name): source.path for name, source in all_sources(base).items()}
     indices = {place: Index.load(path) for place, path in folders.items()}
     long_enough = [
         place
         for place, index in indices.items()
-        if "val" in index.splits and TokenShards(folders[place], "val").num_samples(base.data.seq_len) > 0
+        if "val" in index.splits and index.split("val").tokens > base.data.seq_len
     ]
     if not long_enough:
         where = ", ".join(f"{place} = {path}" for place, path in folders.items())
@@ -196,7 +198,8 @@ def _check_data(base: Config) -> list[Index]:
             f"{where} has no validation split of data.seq_len = {base.data.seq_len} tokens to compare settings on; "
             "prepare it with a larger val_fraction"
         )
-    old = [path for path in (*folders.values(), *base.eval.sets.values()) if not Index.load(path).has_sums]
+    paths = [path for path in (*folders.values(), *base.eval.sets.values()) if not is_address(path)]
+    old = [path for path in paths if not Index.load(path).has_sums]
     for path in old:
         verify_checksums(path)
     if old:  # once for all cells

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from anon_dist import __version__
@@ -102,7 +101,7 @@ def _data(config: Mapping[str, Any]) -> Rows:
 def _source(source: Mapping[str, Any], data: Mapping[str, Any]) -> Rows:
     weight = ("weight", source.get("weight"))
     try:
-        index = Index.load(Path(source["path"]))
+        index = Index.load(source["path"])
     except DataError:
         prepared = None if weight[1] else data.get("prepare") and f"anon-dist data prepare {data['prepare']}"
         return [weight, ("prepared by", prepared)]

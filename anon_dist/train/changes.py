@@ -15,8 +15,8 @@ import yaml
 
 from anon_dist.train.config import Config, flat
 
-PLACES = ("run_dir", "resume")
-"""Fields that say where a run lies, not what it does."""
+PLACES = ("run_dir", "resume", "data.cache_dir", "data.cache_bytes")
+"""Fields that say where something lies, not what a run does."""
 
 
 def versions() -> dict[str, str]:

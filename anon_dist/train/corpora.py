@@ -13,9 +13,11 @@ from typing import Literal
 from accelerate import Accelerator
 
 from anon_dist.agreement import all_do_slowly
-from anon_dist.data import DataError, Index, TokenShards, verify_checksums
+from anon_dist.data import DataError, Index, TokenShards, cache, verify_checksums
 from anon_dist.data.index import INDEX_FILE
+from anon_dist.data.remote import located
 from anon_dist.data.sample import VALIDATION_TOKENS
+from anon_dist.stores import is_address
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
 from anon_dist.train.phases import phases_from, phases_of
 
@@ -72,9 +74,23 @@ def called(name: str) -> str:
     return f"data.sources.{name}" if name else "data.path"
 
 
+def use_cache(data: DataConfig) -> None:
+    """Have this process keep copies of what lies at addresses where the configuration says."""
+    cache.use(data.cache_dir, data.cache_bytes)
+
+
+def first_path(config: Config) -> str:
+    """Path or address of one of the run's prepared folders, all of which have the same tokenizer."""
+    return next(iter(all_sources(config).values())).path
+
+
 def first_folder(config: Config) -> Path:
-    """A folder of the run's data, all of which have the same tokenizer."""
-    return Path(next(iter(all_sources(config).values())).path)
+    """The same as a folder here; of an address, the copy of its small files.
+
+    Raises:
+        DataError: see `located`.
+    """
+    return located(first_path(config))
 
 
 def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus], list[ValidationSet]]:
@@ -97,6 +113,11 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
         _check_tokens(corpora[0].index, corpora[0].source.path, corpus.index, place)
         if same := [c for c in corpora[:i] if c.index.fingerprint == corpus.index.fingerprint]:
             raise ConfigError(f"{place} is the same data as {called(same[0].name)}; leave one out, and add its weight")
+        if not corpus.index.documents_end and (config.data.mask_documents or config.data.packing == "best_fit"):
+            raise ConfigError(
+                f"{place}: its documents do not end with an end-of-document token, by which data.mask_documents and data.packing best_fit "
+                "know them; set these to false and concat, or make the tokens again with one"
+            )
         if corpus.train.num_samples(longest) < 1:
             raise ConfigError(f"{place} has {len(corpus.train)} training tokens, too few for data.seq_len = {longest}")
     return corpora, _validation_sets(config, corpora, longest, check)
@@ -108,7 +129,7 @@ def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> Non
     Raises:
         DataError: on every rank, as of `verify_checksums`.
     """
-    old = [path for path in dict.fromkeys(folders) if not Index.load(path).has_sums]
+    old = [path for path in dict.fromkeys(folders) if not (is_address(path) or Index.load(path).has_sums)]
     if old and accelerator.is_main_process:
         size = sum(shard.bytes for path in old for shard in Index.load(path).shards)
         log.warning(
@@ -127,8 +148,15 @@ def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> Non
         raise DataError(error)
 
 
+def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:
+    """A line on each source at an address, how it is read; a warning for each set on which a loss says little."""
+    far = [corpus for corpus in corpora if not corpus.train.is_here]
+    read = [f"{called(c.name)} = {c.source.path}: {c.train.read_how(config.data.seq_len)}" for c in far]
+    return [*read, *(f"WARNING: {line}" for line in _small_sets(sets))]
+
+
 def _check_present(name: str, source: SourceConfig, prepare: str | None) -> None:
-    if os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
+    if is_address(source.path) or os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
         return
     options = prepare if name == "" else "--source … --tokenizer …"
     raise ConfigError(
@@ -146,11 +174,11 @@ def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
     ):
         raise ConfigError(
             f"{place} has another tokenizer ({index.tokenizer}, {index.vocab_size:,} tokens) than {path} ({first.tokenizer}, "
-            f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(os.path.join(path, 'tokenizer'))}"
+            f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(str(located(path) / 'tokenizer'))}"
         )
 
 
-def small_sets(sets: Sequence[ValidationSet]) -> list[str]:
+def _small_sets(sets: Sequence[ValidationSet]) -> list[str]:
     """A warning for each set on which a loss says little."""
     found = []
     for each in sets:
@@ -177,7 +205,7 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int, ch
             raise ConfigError(f"{place} has the name of a source; choose another")
         index = Index.load(path)
         _check_tokens(corpora[0].index, corpora[0].source.path, index, place)
-        val = "val" in index.splits and TokenShards(path, "val").num_samples(seq_len) > 0
+        val = "val" in index.splits and index.split("val").tokens > seq_len
         if not val and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
             raise ConfigError(f"{place} is trained on, and has no validation split; leave it out")
         shards = TokenShards(path, "val" if val else "train", check)

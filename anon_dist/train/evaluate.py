@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anon_dist.data import TokenShards
 from anon_dist.train.batch import Batch
+
+Int64 = NDArray[np.int64]
+
+AHEAD = 64
+"""Batches that are asked for at once where the sequences are not here."""
 
 
 def perplexity(loss: float) -> float:
@@ -91,7 +97,11 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
-    for start in range(0, count, batch * readers):
+    for number, start in enumerate(range(0, count, batch * readers)):
+        if number % AHEAD == 0 and not shards.is_here:
+            _expect(
+                shards, seq_len, np.arange(start, min(count, start + AHEAD * batch * readers)), batch, reader, readers
+            )
         indices = np.arange(start + reader * batch, start + (reader + 1) * batch)
         tokens = torch.from_numpy(shards.samples(np.minimum(indices, count - 1), seq_len))
         weights = torch.from_numpy(indices < count).to(device, torch.float64)
@@ -104,6 +114,12 @@ def evaluate(
     loss = float(sums[0] / sums[1])
     size = shards.info.bytes_per_token
     return Evaluation(loss, bits_per_byte(loss, size), count, size)
+
+
+def _expect(shards: TokenShards, seq_len: int, indices: Int64, batch: int, reader: int, readers: int) -> None:
+    """Have those that this rank is going to read brought."""
+    mine = indices[indices // batch % readers == reader]
+    shards.expect(mine * seq_len, np.full(len(mine), seq_len + 1))
 
 
 def mean(evaluations: Sequence[tuple[Evaluation, float]]) -> Evaluation:

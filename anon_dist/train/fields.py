@@ -78,7 +78,7 @@ class SourceConfig:
     """One of several prepared folders."""
 
     path: Place
-    """Folder made by `anon-dist data prepare`."""
+    """Folder made by `anon-dist data prepare`, or its address."""
     weight: Positive = 1.0
     """Its share of the tokens, in proportion to the other weights."""
     max_epochs: Positive | None = None
@@ -104,7 +104,7 @@ class PhaseConfig:
 @dataclass
 class DataConfig:
     path: Place = "data/stdlib"
-    """Folder made by `anon-dist data prepare`."""
+    """Folder made by `anon-dist data prepare`, or its address: s3://bucket/folder, gs://…, hf://… (any of fsspec)."""
     sources: dict[Text, SourceConfig] = field(default_factory=dict)
     """Name → path, weight and max_epochs of several such folders, of one tokenizer, read in place of path. On the command line as YAML:
     "{web: {path: data/web, weight: 0.7}, code: {path: data/code, weight: 0.3, max_epochs: 4}}"."""
@@ -124,7 +124,13 @@ class DataConfig:
     longer than seq_len cut, packed so that little is left free (said at the start); places that are left predict nothing."""
     verify: Literal["size", "checksum"] = "checksum"
     """What of the shards is checked: their sizes, at the start; or their contents too, each 128 KiB when a rank first reads
-    of it."""
+    of it. What is copied from an address is compared as it comes in any case."""
+    cache_dir: Place | None = None
+    """Folder on a disk of each machine for copies of shards from addresses, shared by all runs. None: `data` in $ANON_DIST_CACHE, or
+    else in ~/.cache/anon_dist."""
+    cache_bytes: Whole | None = None
+    """Bytes that it may hold (500B is 500 GB). A split that does not fit is read sample by sample. None: half of what its disk could
+    give."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ from anon_dist.train.alike import shared_settings
 from anon_dist.train.batch import Batch
 from anon_dist.train.card import model_card
 from anon_dist.train.config import Config, check
-from anon_dist.train.corpora import ValidationSet, first_folder, small_sets
+from anon_dist.train.corpora import ValidationSet, first_folder, remarks, use_cache
 from anon_dist.train.errors import HarnessError, RunError
 from anon_dist.train.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.export import export_model
@@ -72,6 +72,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     """
     config = resolved(config)
     check(config)
+    use_cache(config.data)
     time_collectives()
     record_collectives(Path(config.run_dir) / hangs.FOLDER)
     accelerator, name = start(
@@ -143,9 +144,7 @@ def _introduce(run: Run, console: Console) -> None:
     epochs = planned / sum(corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
     if run.loader.stream.packed:
         epochs = planned / run.loader.stream.num_samples
-    for line in small_sets(run.sets):
-        console.say(f"WARNING: {line}")
-    for line in run.plan:
+    for line in (*remarks(config, run.corpora, run.sets), *run.plan):
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(

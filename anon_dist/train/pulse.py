@@ -65,7 +65,12 @@ class Pulse:
 
     def beat(self, doing: str) -> None:
         """Something has been done; `doing` is what comes next, or what was last."""
-        self.at, self.doing = time.monotonic(), doing
+        self.at = time.monotonic()
+        self.say(doing)
+
+    def say(self, doing: str) -> None:
+        """What is waited for, without a sign of progress."""
+        self.doing = doing
         if self._page is not None:
             _FORM.pack_into(self._page, 0, self.step, self.at, doing.encode()[:64])
 

@@ -56,6 +56,7 @@ from anon_dist.train.stragglers import Stragglers
 from anon_dist.train.tasks import wanted_tasks
 from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.vocabulary import tokenizer_problem
+from anon_dist.train.waiting import Waiting
 from anon_dist.train.watch import OptimizerWatch
 
 
@@ -216,6 +217,7 @@ def set_up(
         spikes=detector(config, accelerator.device),
         wanted=wanted,
     )
+    run.loader.on_wait = Waiting(lambda: run.pulse)
     _take_up(run, wanted)
     return run
 

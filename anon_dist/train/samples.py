@@ -77,6 +77,12 @@ def open_stream(config: Config, corpora: Sequence[Corpus], folder: Path) -> Stre
 def _source(config: Config, corpus: Corpus, folder: Path, *, alone: bool) -> Source:
     seq_len, packing = config.data.seq_len, None
     if config.data.packing == "best_fit":
+        if corpus.train.by_ranges:
+            size = sum(shard.bytes for shard in corpus.train.info.shards)
+            raise ConfigError(
+                f"{called(corpus.name)} = {corpus.source.path}: data.packing best_fit reads all of it at first, {size:,} bytes, and "
+                "data.cache_bytes does not leave as many; raise it, or copy the folder to this machine"
+            )
         which = f"packing-{seq_len}" if alone else f"packing-{seq_len}-{corpus.index.fingerprint[:16]}"
         packing = _packing(corpus.train, folder / which, seq_len)
     share = Fraction(str(corpus.source.weight))

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from anon_dist.agreement import Group, failures, is_first
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.linking import Links
+from anon_dist.data.remote import joined
 from anon_dist.engines import peers
 from anon_dist.train import randomness
 from anon_dist.train.changes import recorded, versions
-from anon_dist.train.corpora import first_folder
+from anon_dist.train.corpora import first_path
 from anon_dist.train.errors import RunError
 from anon_dist.train.metrics import Record
 from anon_dist.train.remote import finish_uploads, uploads_of
@@ -211,7 +212,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "optimizer": type(run.engine.optimizer).__name__,
         "engine": run.engine.name,
         "model": run.model_config.to_dict(),
-        "tokenizer": str(first_folder(run.config) / "tokenizer"),
+        "tokenizer": joined(first_path(run.config), "tokenizer"),
         "config": recorded(run.config),
         "versions": versions(),
     }

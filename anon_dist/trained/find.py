@@ -129,7 +129,7 @@ def tokenizer_of(trained: Trained, named: str | None) -> Any:
         return _load(trained.path, str(trained.path))
     problem = "the checkpoint does not say which it was"
     if "tokenizer" in trained.progress:
-        data = Path(trained.progress["tokenizer"]).parent
+        data = trained.progress["tokenizer"].removesuffix("/tokenizer")
         try:
             tokenizer, fingerprint = Tokenizer.of(data), Index.load(data).fingerprint
             if fingerprint in fingerprints_of(trained.progress.get("data") or {}):

@@ -14,24 +14,6 @@ from anon_dist.checkpoint.uploads import Uploads
 from anon_dist.cli import main
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """Address of a bucket on a server of S3's protocol; and the server."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        server._port = port  # the same, when it is started again
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-            patch.setenv(name, "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield server
-    server.stop()
-
-
 @pytest.fixture(params=["memory", "file", "s3"])
 def address(request, tmp_path):
     """An empty place of each kind."""

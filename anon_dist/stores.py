@@ -1,0 +1,91 @@
+"""Addresses of object stores and other file systems, by fsspec: `s3://bucket/folder`, `gs://…`, `hf://…`, `file:///…`, `memory://…`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
+"""Stores that have no folders to be made."""
+_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_T = TypeVar("_T")
+
+
+def is_address(text: str | Path) -> bool:
+    """Whether a name is one of fsspec's, and no path."""
+    return "://" in str(text)
+
+
+def scheme_of(address: str) -> str:
+    """What stands before `://`."""
+    return address.partition("://")[0]
+
+
+def open_store(address: str, failure: type[Exception]) -> tuple[Any, str]:
+    """fsspec's file system, and the path in it, without a slash at its end.
+
+    Raises:
+        failure: fsspec does not know the address, or the package for it is not installed.
+    """
+    import fsspec
+
+    scheme = scheme_of(address)
+    try:
+        store, root = fsspec.core.url_to_fs(address, use_listings_cache=False)
+    except ImportError:
+        package = _EXTRAS.get(scheme, f"fsspec's package for {scheme}")
+        raise failure(f"{address} needs {package}: pip install {package}") from None
+    except Exception as error:
+        raise failure(f"{address} is no address that fsspec takes: {error}") from None
+    return store, str(root).rstrip("/")
+
+
+def tried(
+    what: str,
+    action: Callable[[], _T],
+    failure: type[Exception],
+    pauses: Sequence[float],
+    sleep: Callable[[float], object] = time.sleep,
+    remedy: str = "",
+) -> _T:
+    """Do it, again after a while where the store fails.
+
+    Args:
+        what: failed, in words, if it does.
+        pauses: seconds between attempts, of which there is one more.
+        remedy: said with the last error.
+
+    Raises:
+        failure: all attempts failed; naming the last error. One of its kind is raised at once; what is missing or forbidden is not
+            tried again.
+    """
+    begun = time.monotonic()
+    for pause in (*pauses, None):
+        try:
+            return action()
+        except failure:
+            raise
+        except Exception as error:  # each store has its own
+            if _is_final(error):
+                raise failure(f"{what}: {type(error).__name__}: {error}") from error
+            if pause is None:
+                attempts, took = len(pauses) + 1, time.monotonic() - begun
+                raise failure(
+                    f"{what}: {type(error).__name__}: {error} (attempt {attempts}, after {took:.0f} s){remedy}"
+                ) from error
+            log.warning("%s: %s: %s; trying again in %.0f s", what, type(error).__name__, error, pause)
+            sleep(pause)
+    raise AssertionError
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the same would come of another attempt: no rights, no such bucket, no credentials."""
+    final = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    return final or read_only or "Credentials" in type(error).__name__
