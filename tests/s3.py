@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -60,7 +61,10 @@ def serving():
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             patch.setenv(name, "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        store = fsspec.get_filesystem_class("s3")
+        store.clear_instance_cache()  # one that knows another server
+        urlopen(Request(f"{server.url}/moto-api/reset", method="POST")).close()  # moto has one memory for all servers
         fsspec.filesystem("s3").mkdir("bucket")
         yield server
+        store.clear_instance_cache()
     server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
