@@ -6,7 +6,7 @@ datatrove's tokenizer where it is installed: the same texts and tokenizer, in tu
 
 By default the texts are the standard library's sources, and the tokenizer is a byte-level BPE of 32,000 tokens trained on them. All write
 what they make to the disk: shards with the end of each document, an Arrow table, and datatrove's token files. Each has one process for each
-worker, and the tokenizer's own threads are off.
+worker, and the tokenizer's own threads are off. Seconds of processors, over all processes, do not grow with other work on the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -105,20 +106,30 @@ def one(name: str, texts: Path, tokenizer: Path, workers: int) -> None:
     if name == "datatrove":
         importlib.import_module("datatrove.pipeline.tokens")
     with tempfile.TemporaryDirectory(dir=texts.parent) as folder:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), processor_seconds()
         tokens, documents = CONTENDERS[name](texts, tokenizer, workers, Path(folder) / "out")
-        print(json.dumps([tokens, documents, time.perf_counter() - started]))
+        seconds = time.perf_counter() - started
+        for servers in ("multiprocessing.forkserver", "multiprocess.forkserver"):
+            if servers in sys.modules:
+                sys.modules[servers]._forkserver._stop()  # whose workers' time is known when it has ended
+        print(json.dumps([tokens, documents, seconds, processor_seconds() - before]))
 
 
-def measure(name: str, texts: Path, tokenizer: Path, workers: int) -> tuple[Count, float]:
-    """What one process says of itself."""
+def processor_seconds() -> float:
+    """Of this process and those of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def measure(name: str, texts: Path, tokenizer: Path, workers: int) -> tuple[Count, float, float]:
+    """What one process says of itself: what it counted, its seconds, and those of processors."""
     command = [sys.executable, __file__, "--one", name, "--texts", str(texts), "--tokenizer", str(tokenizer)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, "--workers", str(workers)], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}, {workers} workers:\n{done.stderr[-2000:]}")
-    tokens, documents, seconds = json.loads(done.stdout.strip().splitlines()[-1])
-    return (tokens, documents), seconds
+    tokens, documents, seconds, busy = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{name}, {workers} workers: {seconds:.1f} s, {busy:.1f} s of processors", file=sys.stderr, flush=True)
+    return (tokens, documents), seconds, busy
 
 
 def json_lines(folder: Path, given: Path | None) -> int:
@@ -165,25 +176,27 @@ def main() -> None:
         train_tokenizer(out / "texts", out / "tokenizer")
     tokenizer = args.tokenizer or out / "tokenizer"
     names = [n for n in CONTENDERS if n != "datatrove" or importlib.util.find_spec("datatrove")]
-    seconds: dict[tuple[str, int], list[float]] = {}
+    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {}
     counts = set()
     for _ in range(args.repeats):
         for workers in args.workers:
             for name in names:
-                count, took = measure(name, out / "texts", tokenizer, workers)
+                count, *took = measure(name, out / "texts", tokenizer, workers)
                 counts.add(count)
-                seconds.setdefault((name, workers), []).append(took)
+                seconds.setdefault((name, workers), []).append((took[0], took[1]))
     if len(counts) > 1:
         sys.exit(f"they do not give the same number of tokens and documents: {sorted(counts)}")
     ((tokens, documents),) = counts
     print(
         f"{size / 1e6:.1f} MB of text, {documents:,} documents, {tokens:,} tokens; {processor()}; median of {args.repeats}"
     )
-    print("| what | workers | tokens/s | tokens/s and core | MB/s | seconds |\n|---|---|---|---|---|---|")
+    print(
+        "| what | workers | tokens/s | tokens/s and core | tokens per second of a processor | seconds |\n|---|---|---|---|---|---|"
+    )
     for (name, workers), found in seconds.items():
-        middle = statistics.median(found)
-        each = ", ".join(f"{s:.1f}" for s in found)
-        rates = f"{tokens / middle:,.0f} | {tokens / middle / workers:,.0f} | {size / 1e6 / middle:.2f}"
+        middle, busy = (statistics.median(each) for each in zip(*found, strict=True))
+        each = ", ".join(f"{s:.1f}" for s, _ in found)
+        rates = f"{tokens / middle:,.0f} | {tokens / middle / workers:,.0f} | {tokens / busy:,.0f}"
         print(f"| {name} | {workers} | {rates} | {each} |")
     if "datatrove" not in names:
         print("datatrove is not installed: pip install datatrove")
