@@ -53,10 +53,10 @@ class RangeReader:
         self._bytes = self._running = 0
         """Of what has been asked for ahead; threads that do."""
 
-    def read(self, piece: Piece, out: Int64) -> None:
+    def read(self, shard: int, start: int, out: Int64) -> None:
         """See `Reader`. What was not said before is asked for now."""
         with self._lock:
-            coming = self._take(piece)
+            coming = self._take(Piece(shard, start, len(out)))
             self._start()
         coming.done.wait()
         with self._lock:

@@ -42,8 +42,8 @@ class Piece(NamedTuple):
 class Reader(Protocol):
     """Of the shards of a split, by their number among those that have tokens."""
 
-    def read(self, piece: Piece, out: Int64) -> None:
-        """Copy tokens into `out`, (length,).
+    def read(self, shard: int, start: int, out: Int64) -> None:
+        """Copy tokens from `start` of a shard on into `out`, (n,).
 
         Raises:
             ShardError: they are not there, or not as the index says.
@@ -73,12 +73,12 @@ class MappedReader:
         self._touch = touch
         self._maps = [mapped(directory / shard.file, dtype, shard) for shard in shards]
 
-    def read(self, piece: Piece, out: Int64) -> None:
+    def read(self, shard: int, start: int, out: Int64) -> None:
         """See `Reader`."""
-        tokens, end = self._maps[piece.shard], piece.start + piece.length
+        tokens, end = self._maps[shard], start + len(out)
         if self._touch is not None:
-            self._touch.check(piece.shard, tokens, piece.start, end)
-        out[:] = tokens[piece.start : end]
+            self._touch.check(shard, tokens, start, end)
+        out[:] = tokens[start:end]
 
     def expect(self, pieces: Iterable[Piece]) -> None:
         """Nothing: they are here."""
@@ -110,19 +110,19 @@ class CachedReader:
         self._forgotten = 0
         self._jobs = Jobs(self._bring, DOWNLOADS)
 
-    def read(self, piece: Piece, out: Int64) -> None:
+    def read(self, shard: int, start: int, out: Int64) -> None:
         """See `Reader`. Waits for the shard."""
-        tokens, end = self._maps.get(piece.shard), piece.start + piece.length
+        tokens, end = self._maps.get(shard), start + len(out)
         if tokens is None:
-            tokens = self._wait(piece.shard)
+            tokens = self._wait(shard)
         if self._touch is not None:
             try:
-                self._touch.check(piece.shard, tokens, piece.start, end)
+                self._touch.check(shard, tokens, start, end)
             except ShardError as error:
                 log.warning("%s It is brought again.", error)
-                tokens = self._again(piece.shard)
-                self._touch.check(piece.shard, tokens, piece.start, end)
-        out[:] = tokens[piece.start : end]
+                tokens = self._again(shard)
+                self._touch.check(shard, tokens, start, end)
+        out[:] = tokens[start:end]
 
     def expect(self, pieces: Iterable[Piece]) -> None:
         """See `Reader`."""

@@ -142,10 +142,14 @@ class TokenShards:
             raise IndexError(
                 f"tokens [{start}, {start + len(out)}) of {self.directory} {self.split}, which has {len(self)}"
             )
+        shard = int(np.searchsorted(self._ends, start, side="right"))
         done = 0
-        for piece in self._pieces(start, len(out)):
-            self._reader.read(piece, out[done : done + piece.length])
-            done += piece.length
+        while done < len(out):
+            offset = start + done - int(self._ends[shard]) + self._sizes[shard]
+            piece = out[done : done + self._sizes[shard] - offset]
+            self._reader.read(shard, offset, piece)
+            done += len(piece)
+            shard += 1
 
     def _pieces(self, start: int, count: int) -> Iterator[Piece]:
         """The parts of shards that hold these tokens."""
