@@ -321,7 +321,7 @@ def test_a_loaded_state_goes_on_to_the_bit(where, states, tmp_path):
         optimizer.step()
     weights, saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     q = nn.Parameter(weights)
-    resumed = Anon([q])
+    resumed = Anon([q], state_dtype=states)
     resumed.load_state_dict(saved)
     for grad in gradients((12, 10), 20)[where:]:
         q.grad = grad

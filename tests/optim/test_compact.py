@@ -256,7 +256,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(state_dtype, way):
     steps(p, optimizer, 1)
     if way == "state_dict":
         q = nn.Parameter(p.detach().clone())
-        resumed = Anon([q], lr=1.0)
+        resumed = Anon([q], lr=1.0, state_dtype=state_dtype)
         saved = copy.deepcopy(optimizer.state_dict())
         assert set(saved["state"][0]) == set(STATE_KEYS)
         resumed.load_state_dict(saved)

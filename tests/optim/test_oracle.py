@@ -144,7 +144,9 @@ class Run:
         torch.save(self.optimizer.state_dict(), file)
         file.seek(0)
         before = self.states()
-        self.optimizer = Anon([{"params": group["params"]} for group in self.optimizer.param_groups], lr=0.01)
+        own = ("params", "state_dtype")  # all else is the file's
+        groups = [{key: group[key] for key in own} for group in self.optimizer.param_groups]
+        self.optimizer = Anon(groups, lr=0.01)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
         self.assert_unchanged(before)
 

@@ -244,7 +244,7 @@ def test_nonsense_on_the_command_line_is_refused_by_its_flag():
         ("--gamma_schedule=0", "--gamma_schedule is no option; did you mean --optim.gamma-schedule?"),
         ("--optn_lr 3", "--optn_lr is no option; did you mean --optim.lr"),
         ("--zzz 3", "--zzz is no option (--help lists all)"),
-        ("quickstart", "'quickstart' belongs to no option (--help lists all)"),
+        ("quickstart", "quickstart belongs to no option; did you mean --config quickstart?"),
         ("--config", "--config names nothing"),
         ("--optim.lr 1e-3 --optim.lr=2e-3", "--optim.lr comes twice; give it once"),
         ("--train.grad-clip 1 --train.steps 9 --train.grad_clip 2", "--train.grad_clip comes twice; give it once"),
