@@ -55,6 +55,8 @@ NONSENSE = {
     "data.seed": [*NO_COUNT, None],
     "data.mask_documents": NO_SWITCH,
     "data.packing": NO_CHOICE,
+    "data.cache_dir": NO_PATH,
+    "data.cache_bytes": NO_COUNT,
     "data.verify": NO_CHOICE,
     "optim.name": NO_CHOICE,
     "optim.lr": [*NO_NUMBER, -1e-9, 1e300, None],
@@ -158,6 +160,8 @@ NONSENSE = {
 CASES = [(name, value) for name, values in NONSENSE.items() for value in values]
 EDGES = {
     "model.dropout": [0, 0.999],
+    "data.cache_dir": [None, "cache"],
+    "data.cache_bytes": [None, 1 << 40],
     "optim.lr": [0, 1e-300],
     "optim.betas": [[0, 0], [0.999999, 0]],
     "optim.gamma": [-4, 0, 4, 1],
