@@ -226,7 +226,7 @@ class Anon(Optimizer):
         for group in self.param_groups:
             normalise(group)  # numbers that were set since the last step
         found = super().state_dict()
-        return {**found, "state": {index: decoded(state) for index, state in found["state"].items()}}
+        return {**found, "state": {index: decoded(state) for index, state in found["state"].items() if state}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave: states in this optimizer's own `state_dtype` whatever they come in, `step` on the CPU.

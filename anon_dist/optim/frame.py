@@ -131,10 +131,8 @@ def _check_blocks(p: DTensor, side: Side, placements: list[Placement], n: int, b
     )
 
 
-def change(
-    p: Tensor, state: MutableMapping[str, Tensor], before: Group, after: Group, gamma: float, exponents: str
-) -> None:
-    """Bring a state to the sides and blocks of another group. A side that is left is turned back: m exactly, d and s as the diagonal of
+def change(p: Tensor, state: MutableMapping[str, Tensor], after: Group, gamma: float, exponents: str) -> None:
+    """Bring a state to the sides and blocks of a group. A side that is left is turned back: m exactly, d and s as the diagonal of
     the matrix that they are the diagonal of in the basis. A new one starts at I, which changes nothing.
 
     Args:
@@ -144,15 +142,15 @@ def change(
     Raises:
         RuntimeError: as `fresh`; nothing has been changed then.
     """
-    same = before["basis_block"] == after["basis_block"]
-    old, new = sides(p, before), sides(p, after)
-    left = [side for side in old if side not in new or not same]
-    added = {
-        key: x
-        for side in new
-        if side not in old or not same
-        for key, x in fresh(p, side, after, state["precond"].dtype).items()
-    }
+    old = {side: state[keys[0]].shape[1] for side, keys in KEYS.items() if keys[0] in state}
+    new = {side: min(after["basis_block"], length(p, side)) for side in sides(p, after)}
+    left = [side for side in old if new.get(side) != old[side]]
+    added: dict[str, Tensor] = {}
+    for side in new:
+        if old.get(side) != new[side]:
+            added |= fresh(p, side, after, state["precond"].dtype)
+    if new and p.dim() > 2:  # to be seen as a matrix
+        state.update({key: state[key].contiguous() for key in ("exp_avg", "exp_avg_sq", "precond")})
     if left:
         moved, s = Moved(state, exponents), matrix(_local(state["exp_avg_sq"]))
         for side in left:

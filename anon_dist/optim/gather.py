@@ -194,7 +194,7 @@ def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathe
     """
     kinds: dict[tuple[Any, ...], tuple[list[int], list[Tensor], Lists]] = {}
     for position, p in enumerate(group["params"]):
-        if p not in state:
+        if not state.get(p):
             continue
         tensors = _tensors(p, state[p])
         if p.grad is not None or is_empty_shard(p):

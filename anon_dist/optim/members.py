@@ -19,7 +19,7 @@ States = MutableMapping[Tensor, dict[str, Any]]
 
 def steps_taken(group: Mapping[str, Any], state: States) -> int:
     """The largest step count of the group's parameters."""
-    return max((int(state[p]["step"]) for p in group["params"] if p in state), default=0)
+    return max((int(state[p]["step"]) for p in group["params"] if state.get(p)), default=0)
 
 
 def has_absent(groups: Groups, state: States) -> bool:

@@ -49,10 +49,9 @@ def change(groups: Groups, state: States, given: Mapping[str, Any], indices: Ite
             frame.check(p, new)
         changed.append((old, new, ratio))
     for old, new, ratio in changed:
-        states = [(p, state[p]) for p in old["params"] if p in state]
+        states = [(p, state[p]) for p in old["params"] if state.get(p)]
         if ratio != 1.0:
             convert_preconds((own for _, own in states), ratio)
-        if (old["basis"], old["basis_block"]) != (new["basis"], new["basis_block"]):
-            for p, own in states:
-                frame.change(p, own, old, new, Regime(new).gamma_in_force, EXPONENTS)
+        for p, own in states:
+            frame.change(p, own, new, Regime(new).gamma_in_force, EXPONENTS)
         old.update(new)

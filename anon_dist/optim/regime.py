@@ -123,6 +123,8 @@ class Regime:
         if self.history[-1] == (present := Record.of(self.group, self.history[-1].since)):
             return {}
         recorded = self.history[-1].values()
+        if present.basis != self.history[-1].basis:
+            recorded["basis_block"] = present.basis_block  # it belongs to the basis, which is named
         return {name: (recorded[name], value) for name, value in present.values().items() if recorded[name] != value}
 
     def check_drift(self, index: int, allowed: Collection[str] = ("gamma",)) -> None:

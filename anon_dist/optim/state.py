@@ -177,6 +177,8 @@ def checked_state(
             )
         wanted = dtypes[key]
         state[key] = value.to(dtype=torch.float32 if wanted == torch.int8 else wanted, device=p.device)
+        if bases and p.dim() > 2:
+            state[key] = state[key].contiguous()  # to be seen as a matrix
     return encoded(state) if dtypes["exp_avg"] == torch.int8 else state
 
 

@@ -108,6 +108,7 @@ class Stepper:
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
             self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
         work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
+        regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         found = self._buckets(groups, state)
         if not any(found) and _has_no_gradient(groups):
             warnings.warn(
@@ -116,7 +117,6 @@ class Stepper:
                 stacklevel=4,
             )
             return work
-        regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         if told.skips:
             return work
         absent = any(regime.is_pending for regime in regimes) and has_absent(groups, state)  # it takes time
@@ -172,7 +172,7 @@ class Stepper:
                 regime.check_drift(index)
             else:
                 group[HISTORY] = regime.fresh()
-                regime = Regime(group)
+                regime, self.known = Regime(group), ()  # the state may be another's now, see `members.allocate`
         self._checked[index] = [value for name, value in group.items() if name != "lr"], regime
         return regime
 
@@ -241,7 +241,7 @@ def _gamma_change(
         for counter, step in zip(bucket.counters, bucket.steps, strict=True)
         if regime.schedule.at(step).refresh
     }
-    states = [state[p] for p in group["params"] if p in state]
+    states = [state[p] for p in group["params"] if state.get(p)]
     left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
     if left and (change.ratio is None or absent):
         raise RuntimeError(

@@ -565,3 +565,33 @@ def test_refresh_in_pieces_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(update, "REFRESH_ELEMENTS", 64)
     run(q, other, range(12))
     assert_same_bits(p, optimizer, q, other)
+
+
+def test_asking_for_the_state_of_a_parameter_without_one_changes_nothing():
+    """torch's `state` is a defaultdict: the question leaves an empty entry."""
+    p, frozen = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4), requires_grad=False)
+    optimizer = Anon([p, frozen], lr=0.1)
+    assert optimizer.state[frozen].get("step") is None
+    assert optimizer.state[p].get("step") is None
+    assert optimizer.next_gammas() == [1.0]
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.rebase(beta3=0.9)
+    saved = optimizer.state_dict()
+    assert list(saved["state"]) == [0]
+    other = Anon([nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4), requires_grad=False)], lr=0.1)
+    other.load_state_dict(saved)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_scale_of_one_element_has_any_shape(fused):
+    ends = []
+    for shape in ((), (1,)):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(4))
+        optimizer = Anon([p], lr=0.1, fused=fused)
+        p.grad, optimizer.grad_scale = torch.ones(4), torch.full(shape, 4.0)
+        optimizer.step()
+        ends.append(p)
+    assert torch.equal(*ends)

@@ -471,3 +471,61 @@ def test_other_strides():
             p.grad = grad.T.contiguous().T if transposed else grad
             optimizer.step()
         torch.testing.assert_close(p, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(None, "columns"), ("columns", None), ("columns", "rows"), ("both", "columns"), ("both", None)],
+)
+def test_an_edited_basis_is_refused_and_taken_over_as_the_refusal_says(first, then):
+    grads = gradients((12, 10), 9)
+    ends = []
+    for edited in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(12, 10))
+        optimizer = Anon([p], **LM, basis=first, basis_block=4)
+        for t, p.grad in enumerate(grads):
+            if t == 5 and edited:
+                optimizer.param_groups[0]["basis"] = then
+                with pytest.raises(RuntimeError, match=r"call optimizer\.rebase\(basis="):
+                    optimizer.step()
+            if t == 5:
+                optimizer.rebase(basis=then)
+            optimizer.step()
+        ends.append((p, optimizer.state_dict()["state"][0]))
+        Anon([nn.Parameter(p.detach().clone())]).load_state_dict(optimizer.state_dict())
+    (p, state), (q, other) = ends
+    assert torch.equal(p, q)
+    assert state.keys() == other.keys()
+    assert all(torch.equal(x, other[key]) for key, x in state.items())
+
+
+def test_a_convolution_in_channels_last_takes_on_a_basis():
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 3, 2, 2).to(memory_format=layout))
+        optimizer = Anon([p], **LM)
+        for t, grad in enumerate(gradients((6, 3, 2, 2), 8)):
+            if t == 3:
+                optimizer.rebase(basis="columns")
+            p.grad = grad.to(memory_format=layout)
+            optimizer.step()
+        optimizer.settle()
+        ends.append((p.detach().contiguous(), optimizer.state[p]["exp_avg"].contiguous()))
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_basis_is_set_after_a_first_step_that_was_skipped():
+    p, q = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+    optimizer = Anon([p, q], **LM)
+    p.grad, q.grad = torch.randn(6, 4), torch.randn(6)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    optimizer.found_inf = None
+    optimizer.param_groups[0]["basis"] = "columns"
+    optimizer.step()
+    optimizer.settle()
+    assert optimizer.state[p]["column_basis"].shape == (4, 4)
+    assert int(optimizer.state[p]["step"]) == int(optimizer.state[q]["step"]) == 1

@@ -73,7 +73,7 @@ def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
 
     grad = _in(compute, stored_grad)
     if plan.grad_scale is not None:
-        grad = list(torch._foreach_div(grad, plan.grad_scale.to(compute)))
+        grad = list(torch._foreach_div(grad, plan.grad_scale.to(compute).reshape(())))
     if plan.maximize:
         grad = list(torch._foreach_neg(grad))
     theta, s, v = (_in(compute, x) for x in (stored_theta, stored_s, stored_v))
