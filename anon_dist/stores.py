@@ -51,7 +51,7 @@ def tried(
     action: Callable[[], _T],
     failure: type[Exception],
     pauses: Sequence[float],
-    sleep: Callable[[float], object] = time.sleep,
+    sleep: Callable[[float], object] | None = None,
     remedy: str = "",
 ) -> _T:
     """Do it, again after a while where the store fails.
@@ -59,6 +59,7 @@ def tried(
     Args:
         what: failed, in words, if it does.
         pauses: seconds between attempts, of which there is one more.
+        sleep: how they are spent; None: by `time.sleep`.
         remedy: said with the last error.
 
     Raises:
@@ -80,7 +81,7 @@ def tried(
                     f"{what}: {type(error).__name__}: {error} (attempt {attempts}, after {took:.0f} s){remedy}"
                 ) from error
             log.warning("%s: %s: %s; trying again in %.0f s", what, type(error).__name__, error, pause)
-            sleep(pause)
+            (sleep or time.sleep)(pause)
     raise AssertionError
 
 

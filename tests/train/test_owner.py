@@ -7,7 +7,8 @@ import fsspec
 import pytest
 from helpers import at_step
 
-from anon_dist.checkpoint import CheckpointError, Checkpoints, remote
+from anon_dist import stores
+from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.remote import Remote
 from anon_dist.checkpoint.uploads import TakenError, Uploads
 from anon_dist.doctor import storage
@@ -125,7 +126,7 @@ def test_where_nothing_can_be_written_the_start_says_so(error, address, run_conf
         raise error
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", refused)
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    monkeypatch.setattr(stores.time, "sleep", lambda _: pytest.fail("it was tried again"))
     monkeypatch.setattr(loop, "set_up", lambda *_: pytest.fail("set up"))
     words = (
         rf"checkpoint.remote: {address} cannot be written: \w+: .*See to the address .*or leave checkpoint.remote out"
