@@ -37,6 +37,30 @@ def data_prepare(args: list[str]) -> None:
     _or_exit(lambda: prepare(config), DataError, OSError)
 
 
+def data_merge(args: list[str]) -> None:
+    """`anon-dist data merge`"""
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import MergeConfig
+
+    config = parse(MergeConfig, args, "anon-dist data merge")
+    from anon_dist.data import DataError
+    from anon_dist.data.merge import merge
+
+    _or_exit(lambda: merge(config.parts, config.out), DataError, OSError)
+
+
+def data_inspect(args: list[str]) -> None:
+    """`anon-dist data inspect`"""
+    from anon_dist.arguments import parse
+    from anon_dist.data.config import InspectConfig
+
+    config = parse(InspectConfig, args, "anon-dist data inspect")
+    from anon_dist.data import DataError
+    from anon_dist.data.inspection import inspect
+
+    _or_exit(lambda: inspect(config), DataError, OSError)
+
+
 def data_verify(args: list[str]) -> None:
     """`anon-dist data verify`"""
     from anon_dist.arguments import parse
@@ -204,6 +228,8 @@ def completion(args: list[str]) -> None:
 COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
     Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
+    Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
+    Command(("data", "inspect"), "show what a prepared folder holds, with samples", data_inspect),
     Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, get_type_hints
 
 import tyro
+from tyro.conf import UseAppendAction
 
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number"}
@@ -57,7 +59,7 @@ def parse_or_raise(
         UsageError: an option is unknown (the nearest are named), comes twice, is missing, or its value is of another type.
         SystemExit: for `--help`, after it.
     """
-    _check_once(args)
+    _check_once(args, _repeatable(kind))
 
     def refuse(event: Any) -> None:
         """Called by tyro in place of printing its own report."""
@@ -90,11 +92,18 @@ def nearest(option: str, options: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(found[:3])}?" if found else ""
 
 
-def _check_once(args: Sequence[str]) -> None:
+def _repeatable(kind: Any) -> set[str]:
+    """Options that may come several times."""
+    hints = get_type_hints(kind, include_extras=True) if inspect.isclass(kind) else {}
+    marked = (n for n, hint in hints.items() if UseAppendAction in getattr(hint, "__metadata__", ()))
+    return {f"--{_plain(name)}" for name in marked}
+
+
+def _check_once(args: Sequence[str], but: Collection[str]) -> None:
     """The last would hold, without a word."""
     seen: dict[str, str] = {}
     for name in (arg.partition("=")[0] for arg in args):
-        if not _OPTION.fullmatch(name):
+        if not _OPTION.fullmatch(name) or _plain(name) in but:
             continue
         switch = re.sub(r"(^--|\.)no-", r"\1", _plain(name))
         if switch in seen:

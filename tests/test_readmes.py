@@ -131,7 +131,7 @@ def prepare(command: str) -> None:
                 "data",
                 "prepare",
                 "--source",
-                str(config.source),
+                *config.source,
                 "--tokenizer",
                 "bytes",
                 "--out",
@@ -154,6 +154,23 @@ def data_index(command: str) -> None:
     filled = command.replace("SRC", str(folder)).replace("DIR", "data/indexed").replace("hf:gpt2", "bytes")
     main(shlex.split(filled)[1:])
     assert Path("data/indexed/index.json").is_file()
+
+
+def parts_and_merge(command: str) -> None:
+    """Two parts of the tests' own files, merged as shown."""
+    for i in (1, 2):
+        out = f"data/parts/{i}"
+        options = f"--tokenizer bytes --shard-tokens 100 --val-fraction 0 --workers 1 --part {i}/2 --out {out}"
+        main(["data", "prepare", "--source", "tests/conftest.py", "--source", "tests/helpers.py", *options.split()])
+    main(["data", "merge", "data/parts/1", "data/parts/2", *shlex.split(command.replace("data/parts/*", ""))[3:]])
+
+
+def prepare_array(command: str) -> None:
+    """The script is one, and its options those of `data prepare`. tests/multinode runs it."""
+    words = shlex.split(command.replace("SRC", "tests/conftest.py"))
+    subprocess.run(["bash", "-n", words[1]], check=True)
+    assert words[2].isdigit()
+    tyro.cli(PrepareConfig, args=words[3:])
 
 
 def quickstart(_: str) -> None:
@@ -312,7 +329,9 @@ def files(command: str) -> None:
 
 RULES = {
     r"(anon-dist [a-z ]+|launch/pretrain\.py) --help": help_of,
-    r"anon-dist (data (prepare|index)|train|sweep)|python launch/pretrain\.py": lambda command: None,  # as a name
+    r"anon-dist (data (prepare( --part I/N)?|merge|inspect|verify|index)|train|sweep)|python launch/pretrain\.py": (
+        lambda command: None
+    ),  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,
     r"bash (tests/run|launch/setup|tools/first_minutes)\.sh( deepspeed)?( dev)?": script,
@@ -320,6 +339,12 @@ RULES = {
     r"export [A-Z_= \w.]+": lambda command: None,
     r"anon-dist data index .*": data_index,
     r"anon-dist data prepare .*": prepare,
+    r"anon-dist data merge .*": parts_and_merge,
+    r"anon-dist data (inspect|verify) .*": lambda c: main(shlex.split(c.replace("DIR", "data/stdlib"))[1:]),
+    r"bash launch/prepare\.sbatch .*": prepare_array,
+    # an environment that is not made here; tests/tools/test_common_crawl.py runs the script in one, if there is one
+    r"python -m venv \.venv-crawl && .*": lambda command: None,
+    r"\.venv-crawl/bin/python tools/.*": lambda c, monkeypatch: tool(c.removeprefix(".venv-crawl/bin/"), monkeypatch),
     r"accelerate launch --config_file FILE|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
     r"(accelerate launch|torchrun) .* launch/pretrain\.py .*": launched,
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 TextUnit = Literal["file", "paragraph", "line"]
+OnBadText = Literal["skip", "replace", "fail"]
 
 
 def _cpu_count() -> int:
@@ -25,10 +26,11 @@ class PrepareConfig:
 
     out: Path
     """Folder to write. It is complete when it holds `index.json`."""
-    source: str = "stdlib"
+    source: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")]] = ()
     """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`,
-    here or at an address such as `s3://bucket/texts`;
-    or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that `datasets` loads."""
+    here or at an address such as `s3://bucket/texts`; or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that
+    `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a plain
+    string."""
     tokenizer: str = "spm-bpe:4096"
     """`spm-bpe:SIZE` or `spm-unigram:SIZE`, trained on the corpus with SentencePiece; a SentencePiece `.model` file; `hf:NAME_OR_FOLDER`;
     or `bytes`."""
@@ -36,6 +38,10 @@ class PrepareConfig:
     """Field of JSON Lines, parquet and `hf:` sources that holds the text."""
     text_unit: TextUnit = "file"
     """What of a plain-text file is one document. A single large file needs `paragraph` or `line`, or no document is left for validation."""
+    on_bad_text: OnBadText = "skip"
+    """What is not UTF-8, lone surrogates, JSON lines that are none, records without the field, damaged files: `skip` leaves them out,
+    `replace` puts U+FFFD for characters that are not UTF-8 or lone surrogates, and leaves the others out; both say how many, and where.
+    `fail` stops there; with `skip` or `replace` in its place the command goes on."""
     split: str = "train"
     """Split of an `hf:` dataset."""
     streaming: bool = False
@@ -46,7 +52,7 @@ class PrepareConfig:
     """Stop after the document that brings the text to so many bytes."""
     val_fraction: float = 0.01
     """Part of the documents, chosen by a hash of their text, that goes to the validation split. 0 for none. Of a small source (up
-    to 64 MB) more goes there: 150 kB of text, up to a tenth of the documents, and at least one document."""
+    to 64 MB) more goes there: 200 kB of text, up to a tenth of the documents, and at least one document."""
     shard_tokens: int = 2**26
     """Tokens in a shard file."""
     tokenizer_sample_mb: float = 16.0
@@ -59,10 +65,49 @@ class PrepareConfig:
     overwrite: bool = False
     """Remove what an earlier preparation left in the folder, finished or not, and start from nothing."""
 
+    part: str | None = None
+    """`I/N`, such as `3/16`: prepare the I-th of N shares of the source, each on a machine of its own; `anon-dist data merge` makes one
+    folder of them. Every machine must see the whole source. Shares are whole files."""
+    only_tokenizer: bool = False
+    """Stop when the tokenizer is there, in the folder `tokenizer` of --out. The same command without this goes on."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.source or "stdlib"
+        object.__setattr__(self, "source", (given,) if isinstance(given, str) else tuple(given))
+
     def settings(self) -> dict[str, Any]:
         """The settings that determine the result, as plain JSON values."""
-        free = ("out", "streaming", "workers", "overwrite")
-        return {name: value for name, value in vars(self).items() if name not in free}
+        free = ("out", "streaming", "workers", "overwrite", "part", "only_tokenizer")
+        settings = {name: value for name, value in vars(self).items() if name not in free}
+        return {**settings, "source": self.source[0] if len(self.source) == 1 else list(self.source)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Make one prepared folder of the parts that several machines prepared: byte for byte the one that a single machine would have made.
+
+    Shards are not copied: they get a further name, or are moved where a file system has no hard links. An interrupted merge goes on when
+    the same command is given again.
+    """
+
+    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """All the folders that `anon-dist data prepare --part I/N` made, in any order."""
+    out: Path
+    """Folder to write, on the parts' file system."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show what a prepared folder, or a part of one, holds: sizes, source, tokenizer, what was left out, and how long documents are."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Made by `anon-dist data prepare` or `merge`."""
+    samples: int = 2
+    """Documents of each split that are shown, from all over it. 0 for none."""
+    plot: Path | None = None
+    """Picture to write of the documents' lengths, such as `lengths.png`."""
+    json: bool = False
+    """Print all as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 
 from anon_dist.data.errors import PreparationError, TokenizerError
-from anon_dist.data.sources import Cursor, Item
+from anon_dist.data.sources import START, Cursor, Item
+from anon_dist.data.tally import Tally
 from anon_dist.data.tokenizer import Tokenizer
 from anon_dist.data.writer import EncodedDocuments
 
@@ -32,9 +33,11 @@ class Chunk:
     """Successive documents of the source, with what was skipped between them."""
 
     texts: list[str]
-    skipped: Counter[str]
+    noted: Tally
     after: Cursor
     """The place in the source behind this chunk."""
+    segment: int = 0
+    """Of the source, in which all of the chunk lies."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,14 @@ class EncodedChunk:
     """A chunk as tokens, by split."""
 
     splits: Mapping[str, EncodedDocuments]
-    skipped: Counter[str]
+    noted: Tally
     after: Cursor
+    segment: int = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents of all splits."""
+        return sum(len(split.ends) for split in self.splits.values())
 
     @property
     def text_bytes(self) -> int:
@@ -61,23 +70,30 @@ def is_validation(text: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text) < int(fraction * 2.0**64)
 
 
-def chunks(items: Iterable[Item], limit: int | None = None) -> Iterator[Chunk]:
-    """Group items into chunks of at least `limit` characters, but for the last."""
+def chunks(items: Iterable[Item], segments: Sequence[int] = (0,), limit: int | None = None) -> Iterator[Chunk]:
+    """Group items into chunks of at least `limit` characters, but for the last of each segment.
+
+    Args:
+        segments: the segment of each part of the source.
+    """
     limit = CHUNK_CHARS if limit is None else limit
     texts: list[str] = []
-    skipped: Counter[str] = Counter()
-    size = 0
+    noted, size, after = Tally(), 0, START
     for item in items:
+        if (texts or noted) and segments[item.after.part] != segments[after.part]:
+            yield Chunk(texts, noted, after, segments[after.part])
+            texts, noted, size = [], Tally(), 0
+        after = item.after
+        if item.note is not None:
+            noted.add(item.note.reason, item.note.place)
         if item.skipped is None:
             texts.append(item.text)
             size += len(item.text)
-        else:
-            skipped[item.skipped] += 1
         if size >= limit:
-            yield Chunk(texts, skipped, item.after)
-            texts, skipped, size = [], Counter(), 0
-    if texts or skipped:
-        yield Chunk(texts, skipped, item.after)
+            yield Chunk(texts, noted, after, segments[after.part])
+            texts, noted, size = [], Tally(), 0
+    if texts or noted:
+        yield Chunk(texts, noted, after, segments[after.part])
 
 
 class Encoder:
@@ -101,7 +117,7 @@ class Encoder:
             documents.append(ids)
             sizes.append(len(data))
         encoded = {name: self._join(documents, sum(sizes)) for name, (documents, sizes) in splits.items()}
-        return EncodedChunk(encoded, chunk.skipped, chunk.after)
+        return EncodedChunk(encoded, chunk.noted, chunk.after, chunk.segment)
 
     def _join(self, documents: list[Any], text_bytes: int) -> EncodedDocuments:
         ends = np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64)

@@ -152,7 +152,7 @@ class Index:
         """The reverse of `to_json`; keys that a later version may have added are ignored."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in content.items() if k in known}
-        values["splits"] = {name: _split(split) for name, split in values["splits"].items()}
+        values["splits"] = {name: split_from_json(split) for name, split in values["splits"].items()}
         values["statistics"] = Statistics(**values["statistics"])
         return cls(**values)
 
@@ -168,6 +168,10 @@ class Index:
         try:
             content = json.loads(here.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
+            if (Path(directory) / "part.json").is_file():
+                raise ShardError(
+                    f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
+                ) from None
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
                 f"Run `anon-dist data prepare --out {directory}` with the settings it was begun with; it goes on where it was."
@@ -217,6 +221,7 @@ class Index:
         return self.splits[name]
 
 
-def _split(content: Mapping[str, Any]) -> SplitInfo:
+def split_from_json(content: Mapping[str, Any]) -> SplitInfo:
+    """The reverse of `dataclasses.asdict`."""
     shards = tuple(ShardInfo(**shard) for shard in content["shards"])
     return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"], content.get("sums", ""))

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.index import FORMAT_VERSION
 from anon_dist.data.sources import START, Cursor
 from anon_dist.data.writer import SplitState
 from anon_dist.files import write_json
 
 JOURNAL_FILE = "progress.json"
+JOURNAL_VERSION = 2
+_SINCE = {"on_bad_text": "skip"}
+"""Settings that earlier versions had not, and what they did."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Progress:
     tokenizer_hash: str | None = None
     """The tokenizer in the folder, None before there is one."""
     cursor: Cursor = START
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Reason → items of the source passed over for it."""
+    noted: Mapping[str, Any] = field(default_factory=dict)
+    """What of the source was left out or altered, as of `Tally.to_json`."""
     splits: Mapping[str, SplitState] = field(default_factory=dict)
 
 
@@ -42,7 +44,7 @@ class Journal:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         self.path = directory / JOURNAL_FILE
-        self._identity = {"format_version": FORMAT_VERSION, "settings": dict(settings), "source": dict(source)}
+        self._identity = {"format_version": JOURNAL_VERSION, "settings": dict(settings), "source": dict(source)}
 
     def load(self) -> Progress | None:
         """The last commit, None if there was no earlier run.
@@ -52,12 +54,16 @@ class Journal:
         """
         try:
             content = json.loads(self.path.read_bytes())
+            if content["format_version"] != JOURNAL_VERSION:
+                raise PreparationError(
+                    f"{self.path} is of another version of anon_dist. Start again with --overwrite, or end it with that version."
+                )
             refuse_differences(self.path.parent, content["settings"], content["source"], self._identity)
             return Progress(
                 content["val_fraction"],
                 content["tokenizer_hash"],
                 Cursor(*content["cursor"]),
-                content["skipped"],
+                content["noted"],
                 {name: SplitState.from_json(state) for name, state in content["splits"].items()},
             )
         except FileNotFoundError:
@@ -84,6 +90,9 @@ def refuse_differences(
     Raises:
         PreparationError: naming each difference, and the remedy.
     """
+    settings = {**_SINCE, **settings}
+    if settings["on_bad_text"] == "fail":  # so far there was none, and the others would have done the same
+        settings["on_bad_text"] = wanted["settings"].get("on_bad_text", "fail")
     differences = [
         f"--{key.replace('_', '-')} was {settings.get(key)!r}, now {value!r}"
         for key, value in wanted["settings"].items()

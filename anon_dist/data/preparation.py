@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from anon_dist.data.blocks import sums_file
 from anon_dist.data.config import PrepareConfig
+from anon_dist.data.division import Share, parse_part, segments, share
 from anon_dist.data.encode import EncodedChunk, Encoder, chunks, encode_chunks
 from anon_dist.data.errors import PreparationError
-from anon_dist.data.index import FORMAT_VERSION, INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index
+from anon_dist.data.finish import dtype_of, make_index, say_complete, say_left_out, sizes
+from anon_dist.data.index import INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index, SplitInfo
 from anon_dist.data.journal import JOURNAL_FILE, Journal, Progress, refuse_differences
 from anon_dist.data.meter import Meter, say
-from anon_dist.data.sample import VALIDATION_TOKENS, training_sample, validation_fraction
-from anon_dist.data.shards import TokenShards, file_checksum
-from anon_dist.data.sources import LimitedSource, Source, open_source
-from anon_dist.data.statistics import compute_statistics
+from anon_dist.data.parts import PART_FILE, Part
+from anon_dist.data.place import check_out
+from anon_dist.data.sample import training_sample, validation_fraction
+from anon_dist.data.shards import TokenShards
+from anon_dist.data.sources import LimitedSource, SeveralSources, Source, open_source
+from anon_dist.data.tally import Tally
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
 from anon_dist.data.writer import SplitState, SplitWriter
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
@@ -35,8 +38,11 @@ CHECK_BYTES = 1 << 20
 """Text that a tokenizer which is not trained here is checked on."""
 
 
-def prepare(config: PrepareConfig) -> Index:
-    """Prepare the folder `config.out`, or go on with it where an earlier run was interrupted. Returns its index.
+def prepare(config: PrepareConfig) -> Index | None:
+    """Prepare the folder `config.out`, or go on with it where an earlier run was interrupted.
+
+    Returns:
+        Its index; None for a part, or if only the tokenizer was wanted.
 
     A folder that is complete is left as it is. Memory is bounded by a few chunks of 1 MiB per worker, or the largest documents.
 
@@ -47,14 +53,16 @@ def prepare(config: PrepareConfig) -> Index:
     """
     _check(config)
     source = _source(config)
+    check_out(config.out, source)
+    mine = share(config.part, source, segments(source, config.shard_tokens))
     config.out.mkdir(parents=True, exist_ok=True)
     try:
         with exclusive(config.out):
             if config.overwrite:
                 _clear(config.out)
-            if (config.out / INDEX_FILE).exists():
+            if (config.out / (PART_FILE if config.part else INDEX_FILE)).exists():
                 return _already_complete(config, source)
-            return _Preparation(config, source).run()
+            return _Preparation(config, source, mine).run()
     except InUseError:
         raise PreparationError(
             f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
@@ -64,9 +72,9 @@ def prepare(config: PrepareConfig) -> Index:
 class _Preparation:
     """The steps of one run, in order: tokenizer, shards, statistics, index."""
 
-    def __init__(self, config: PrepareConfig, source: Source) -> None:
-        self.config, self.source, self.out = config, source, config.out
-        self.journal = Journal(self.out, config.settings(), source.describe())
+    def __init__(self, config: PrepareConfig, source: Source, mine: Share) -> None:
+        self.config, self.source, self.share, self.out = config, source, mine, config.out
+        self.journal = Journal(self.out, _identity(config), source.describe())
         earlier = self.journal.load()
         if earlier is None:
             _refuse_foreign_files(self.out)
@@ -74,22 +82,41 @@ class _Preparation:
             self.journal.commit(earlier)
         self.progress = earlier
 
-    def run(self) -> Index:
+    def run(self) -> Index | None:
         """Take the steps that are left; the index of the folder, which is complete then."""
         started = time.perf_counter()
         tokenizer = self._tokenizer()
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self._tokenise(tokenizer, dtype)
-        index = self._index(tokenizer, dtype)
+        if self.config.only_tokenizer:
+            say(f"{tokenizer.folder} is there: --tokenizer hf:{tokenizer.folder}")
+            return None
+        self._tokenise(tokenizer, dtype_of(tokenizer))
+        splits = {name: self.progress.splits[name].info() for name in SPLITS}
+        noted, source, settings = Tally.from_json(self.progress.noted), self.source.describe(), self.config.settings()
+        if self.config.part:
+            self._finish_part(tokenizer, splits, noted)
+            return None
+        index = make_index(self.out, tokenizer, splits, source, noted, settings)
         write_json(self.out / INDEX_FILE, index.to_json())
         self.journal.remove()
-        say(_summary(index, self.out, time.perf_counter() - started))
-        if 0 < (tokens := index.splits["val"].tokens if "val" in index.splits else 0) < VALIDATION_TOKENS:
-            say(
-                f"WARNING: {self.out}: the validation split has {tokens:,} tokens in {index.splits['val'].documents:,} documents; below "
-                f"{VALIDATION_TOKENS:,} its loss says little. Prepare more text, or with a larger --val-fraction"
-            )
+        say_complete(index, self.out, time.perf_counter() - started)
         return index
+
+    def _finish_part(self, tokenizer: Tokenizer, splits: Mapping[str, SplitInfo], noted: Tally) -> None:
+        part = Part(
+            self.share.number,
+            self.share.of,
+            tokenizer.hash,
+            tokenizer.behaviour(),
+            self.progress.val_fraction,
+            splits,
+            self.source.describe(),
+            noted.to_json(),
+            self.config.settings(),
+        )
+        write_json(self.out / PART_FILE, part.to_json())
+        self.journal.remove()
+        say(f"{self.out} is part {self.share.number} of {self.share.of}: {sizes(splits)}")
+        say_left_out(noted, {}, sum(split.documents for split in splits.values()))
 
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer of an earlier run, or a new one."""
@@ -130,23 +157,32 @@ class _Preparation:
             for name in SPLITS
         }
         make = partial(Encoder, tokenizer.folder, tokenizer.spec, self.progress.val_fraction, dtype)
-        encoded = encode_chunks(chunks(self.source.read(self.progress.cursor)), make, self.config.workers)
+        segment_of = segments(self.source, self.config.shard_tokens)
+        items = self.share.read(self.source, self.progress.cursor)
+        encoded = encode_chunks(chunks(items, segment_of), make, self.config.workers)
         try:
-            self._write(encoded, writers)
+            self._write(encoded, writers, segment_of)
         finally:
             for writer in writers.values():
                 writer.close()
 
-    def _write(self, encoded: Iterator[EncodedChunk], writers: Mapping[str, SplitWriter]) -> None:
+    def _write(
+        self, encoded: Iterator[EncodedChunk], writers: Mapping[str, SplitWriter], segment_of: Sequence[int]
+    ) -> None:
         """Append the chunks to the shards, with a commit after each finished shard and each COMMIT_BYTES of text."""
         uncommitted = 0
-        with Meter(self.source.parts) as meter:
+        noted, part = Tally.from_json(self.progress.noted), max(self.progress.cursor.part, self.share.first)
+        with Meter(self.source, self.share, part) as meter:
             for chunk in encoded:
+                begins = chunk.segment != segment_of[part]
+                if begins:
+                    for writer in writers.values():
+                        writer.finish_shard()
                 finished = sum(writers[name].append(documents) for name, documents in chunk.splits.items())
-                skipped = Counter(self.progress.skipped) + chunk.skipped
-                self.progress = replace(self.progress, cursor=chunk.after, skipped=dict(sorted(skipped.items())))
+                noted, part = noted + chunk.noted, chunk.after.part
+                self.progress = replace(self.progress, cursor=chunk.after, noted=noted.to_json())
                 uncommitted += chunk.text_bytes
-                if finished or uncommitted >= COMMIT_BYTES:
+                if begins or finished or uncommitted >= COMMIT_BYTES:
                     self._commit(writers)
                     uncommitted = 0
                 meter.count(chunk)
@@ -157,37 +193,6 @@ class _Preparation:
     def _commit(self, writers: Mapping[str, SplitWriter]) -> None:
         self.progress = replace(self.progress, splits={name: writer.commit() for name, writer in writers.items()})
         self.journal.commit(self.progress)
-
-    def _index(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Index:
-        """The index of the finished shards."""
-        train, val = (self.progress.splits[name] for name in SPLITS)
-        fraction = self.config.val_fraction
-        for name, state, remedy in (
-            ("train", train, "Lower --val-fraction" if val.tokens else "Give another --source"),
-            ("val", val, "Raise --val-fraction or set it to 0, or take smaller documents with --text-unit"),
-        ):
-            if not state.tokens and (name == "train" or fraction > 0):
-                raise PreparationError(
-                    f"none of the source's {train.documents + val.documents} documents fell to the {name} split at "
-                    f"--val-fraction {fraction} (skipped: {dict(self.progress.skipped) or 'none'}). {remedy}; with --overwrite."
-                )
-        return Index(
-            format_version=FORMAT_VERSION,
-            dtype=f"uint{8 * dtype.itemsize}",
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            tokenizer=tokenizer.spec,
-            tokenizer_hash=tokenizer.hash,
-            splits={
-                name: replace(state.info(), sums=file_checksum(self.out / sums_file(name)).hexdigest())
-                for name, state in zip(SPLITS, (train, val), strict=True)
-                if state.tokens
-            },
-            statistics=compute_statistics(self.out, train.shards, val.shards, dtype, tokenizer.vocab_size),
-            source={**self.source.describe(), "skipped": dict(self.progress.skipped)},
-            settings=self.config.settings(),
-            tokenizer_behaviour=tokenizer.behaviour(),
-        )
 
 
 def _check(config: PrepareConfig) -> None:
@@ -202,37 +207,63 @@ def _check(config: PrepareConfig) -> None:
         if not ok or (value == 0 and option.startswith("max")):
             raise PreparationError(f"--{option} must be {allowed}, not {value}.")
     check_spec(config.tokenizer)
+    if repeated := [spec for spec, count in Counter(config.source).items() if count > 1]:
+        raise PreparationError(f"--source {repeated[0]} comes twice; give it once.")
+    if config.part:
+        parse_part(config.part)
+        if is_trained(config.tokenizer):
+            raise PreparationError(
+                f"--part {config.part}: a tokenizer that each machine trains may differ. Make it once, with the same options, "
+                f"--only-tokenizer in place of --part, and --out TOK; then give the parts --tokenizer hf:TOK/tokenizer."
+            )
     if config.out.exists() and not config.out.is_dir():
         raise PreparationError(f"--out {config.out} is a file. Name a folder.")
 
 
 def _source(config: PrepareConfig) -> Source:
-    source = open_source(
-        config.source,
-        text_field=config.text_field,
-        split=config.split,
-        streaming=config.streaming,
-        text_unit=config.text_unit,
-    )
+    sources = [
+        open_source(
+            spec,
+            text_field=config.text_field,
+            split=config.split,
+            streaming=config.streaming,
+            text_unit=config.text_unit,
+            on_bad_text=config.on_bad_text,
+        )
+        for spec in config.source
+    ]
+    source = sources[0] if len(sources) == 1 else SeveralSources(sources)
     if config.max_documents is None and config.max_bytes is None:
         return source
     return LimitedSource(source, config.max_documents, config.max_bytes)
 
 
-def _already_complete(config: PrepareConfig, source: Source) -> Index:
-    index = Index.load(config.out)
-    wanted = {"settings": config.settings(), "source": source.describe()}
-    refuse_differences(config.out, index.settings, index.source, wanted)
-    for split in index.splits:
-        TokenShards(config.out, split)
+def _identity(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that an unfinished folder is bound to."""
+    return {**config.settings(), **({"part": config.part} if config.part else {})}
+
+
+def _already_complete(config: PrepareConfig, source: Source) -> Index | None:
+    wanted = {"settings": _identity(config), "source": source.describe()}
+    if config.part:
+        part = Part.load(config.out)
+        settings = {**part.settings, "part": f"{part.number}/{part.of}"}
+        refuse_differences(config.out, settings, part.source, wanted)
+        index, splits = None, part.splits
+    else:
+        index = Index.load(config.out)
+        refuse_differences(config.out, index.settings, index.source, wanted)
+        splits = index.splits
+        for split in splits:
+            TokenShards(config.out, split)
     (config.out / JOURNAL_FILE).unlink(missing_ok=True)  # a run may have been killed between its last two acts
-    say(f"{config.out} is complete: {_sizes(index)}. Nothing to do.")
+    say(f"{config.out} is complete: {sizes(splits)}. Nothing to do.")
     return index
 
 
 def _clear(out: Path) -> None:
     """Remove what a preparation writes, and nothing else. The index first: without it the folder is unfinished."""
-    for path in (out / INDEX_FILE, out / JOURNAL_FILE, *_shard_files(out)):
+    for path in (out / INDEX_FILE, out / PART_FILE, out / JOURNAL_FILE, *_shard_files(out)):
         path.unlink(missing_ok=True)
     for name in (TOKENIZER_FOLDER, BUILDING):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -250,19 +281,3 @@ def _refuse_foreign_files(out: Path) -> None:
                 f"{path} is in the way, and is not from a preparation that can be continued. "
                 "Use --overwrite to remove it, or another --out."
             )
-
-
-def _sizes(index: Index) -> str:
-    return ", ".join(f"{name} {split.tokens:,} tokens" for name, split in index.splits.items())
-
-
-def _summary(index: Index, out: Path, seconds: float) -> str:
-    train, statistics = index.splits["train"], index.statistics
-    bigram = "" if statistics.bigram_val_loss is None else f", bigram loss {statistics.bigram_val_loss:.3f} (val)"
-    skipped = ", ".join(f"{count:,} {why}" for why, count in index.source.get("skipped", {}).items())
-    return (
-        f"{out} is complete after {seconds:.1f} s: {_sizes(index)}, {train.bytes_per_token:.3f} bytes/token, "
-        f"vocabulary {index.vocab_size:,}, {index.dtype}\n"
-        f"nats/token: unigram entropy {statistics.unigram_entropy:.3f}{bigram}; fingerprint {index.fingerprint}"
-        f"{f'{chr(10)}left out: {skipped}' if skipped else ''}"
-    )

@@ -12,10 +12,11 @@ import xxhash
 from anon_dist.data.encode import is_validation
 from anon_dist.data.errors import PreparationError, SourceError
 from anon_dist.data.sources import Item, Source
+from anon_dist.data.tally import Tally
 
 SMALL_BYTES = 64 << 20
 """A source of files up to this size is read once more, in a second or so, to give it validation documents."""
-VALIDATION_TOKENS = 50_000
+VALIDATION_TOKENS = 1 << 16
 """Below this a loss over a validation split says little: it is warned of."""
 VALIDATION_BYTES = 3 * VALIDATION_TOKENS
 """Text that a small source's validation split is given, if that is not more than `MOST_VALIDATION` of the documents."""
@@ -36,10 +37,11 @@ def training_sample(source: Source, limit: int, val_fraction: float) -> list[str
     """
     heap: list[tuple[int, int, str]] = []  # the negative hash, a tie-break, the text
     size = read = number = 0
-    skipped: Counter[str] = Counter()
+    noted = Tally()
     for item in _scattered(source):
         if item.skipped is not None:
-            skipped[item.skipped] += 1
+            if item.note is not None:
+                noted.add(item.note.reason, item.note.place)
             continue
         number += 1
         data = item.text.encode()
@@ -52,7 +54,7 @@ def training_sample(source: Source, limit: int, val_fraction: float) -> list[str
         if read >= REACH * limit:
             break
     if not number:
-        raise SourceError(f"the source has no documents (skipped: {dict(skipped) or 'none'}). Give another --source.")
+        raise SourceError(f"the source has no documents (left out: {noted}). Give another --source.")
     return [text[:limit] for _, _, text in sorted(heap, reverse=True)]
 
 

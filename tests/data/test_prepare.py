@@ -22,6 +22,7 @@ from anon_dist.data import (
     TokenizerError,
     TokenShards,
     encode,
+    finish,
     prepare,
 )
 from anon_dist.data.encode import is_validation
@@ -31,6 +32,7 @@ from anon_dist.files import exclusive
 SPM = "spm-bpe:600"
 # The package has a function of that name.
 prepare_module = importlib.import_module("anon_dist.data.preparation")
+STEPS = {"compute_statistics": finish, "write_json": prepare_module, "build_tokenizer": prepare_module}
 
 
 def config(corpus, out, **options):
@@ -64,6 +66,15 @@ def texts_of(folder, split):
     return [tokenizer.decode(document[:-1]) for document in np.split(tokens, ends[:-1] + 1)]
 
 
+def segments_of(corpus):
+    """Counted here: files fill up 16 bytes for each of a shard's 1,000 tokens, and then a segment ends."""
+    count, size = 1, 0
+    for path in sorted(corpus.iterdir()):
+        count, size = (count + 1, 0) if size >= 16_000 else (count, size)
+        size += path.stat().st_size
+    return count
+
+
 def test_every_document_once_with_its_end(corpus, reference):
     expected = {"train": [], "val": []}
     for path in sorted(corpus.iterdir()):
@@ -74,7 +85,9 @@ def test_every_document_once_with_its_end(corpus, reference):
         assert texts_of(reference, split) == texts
         assert index.splits[split].documents == len(texts)
         assert index.splits[split].text_bytes == sum(len(t.encode()) for t in texts)
-    assert all(s.tokens == 1000 for s in index.splits["train"].shards[:-1])
+    sizes = [s.tokens for s in index.splits["train"].shards]
+    assert max(sizes) == 1000
+    assert len([size for size in sizes if size < 1000]) == segments_of(corpus)  # where a segment of the source ends
     assert index.dtype == "uint16"
     assert index.tokenizer == SPM
     assert sorted(p.name for p in reference.iterdir() if p.suffix != ".bin") == [
@@ -221,7 +234,7 @@ def test_an_error_anywhere_can_be_gone_on_from(corpus, reference, tmp_path, smal
     assert contents(tmp_path / "data") == contents(reference)
 
 
-@pytest.mark.parametrize("step", ["compute_statistics", "write_json", "build_tokenizer"])
+@pytest.mark.parametrize("step", STEPS)
 def test_the_index_is_whole_or_absent(corpus, reference, tmp_path, monkeypatch, step):
     """A crash in training, before the index, or between its temporary file and its name."""
 
@@ -231,7 +244,7 @@ def test_the_index_is_whole_or_absent(corpus, reference, tmp_path, monkeypatch, 
         raise CrashError
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, step, crash)
+        patch.setattr(STEPS[step], step, crash)
         with pytest.raises(CrashError):
             prepare(config(corpus, tmp_path / "data"))
     assert not (tmp_path / "data" / "index.json").exists()
@@ -241,7 +254,7 @@ def test_the_index_is_whole_or_absent(corpus, reference, tmp_path, monkeypatch, 
 
 def interrupt(corpus, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "compute_statistics", lambda *a: 1 / 0)
+        patch.setattr(finish, "compute_statistics", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config(corpus, out))
 
@@ -324,7 +337,7 @@ def test_copies_of_a_document_stay_together(tmp_path):
 
 
 def test_a_small_source_gives_more_to_validation_and_what_is_still_too_little_is_said(tmp_path, capsys):
-    for documents, least in ((2500, 150_000), (300, 20_000)):
+    for documents, least in ((2500, 196_608), (300, 20_000)):
         lines = [json.dumps({"text": f"{i} " * 250}) for i in range(documents)]
         (tmp_path / f"{documents}.jsonl").write_text("\n".join(lines))
         out = tmp_path / str(documents)
@@ -335,7 +348,7 @@ def test_a_small_source_gives_more_to_validation_and_what_is_still_too_little_is
         assert least <= val.text_bytes < least + 25_000
         assert val.documents <= 0.15 * of_all
         warned = (
-            f"WARNING: {out}: the validation split has {val.tokens:,} tokens in {val.documents} documents; below 50,000"
+            f"WARNING: {out}: the validation split has {val.tokens:,} tokens in {val.documents} documents; below 65,536"
         )
         assert (warned in capsys.readouterr().out) == (documents == 300)
 
@@ -401,7 +414,7 @@ def test_out_is_a_file(corpus, tmp_path):
 
 def test_a_source_without_documents(tmp_path):
     (tmp_path / "x.png").write_bytes(b"\0")
-    with pytest.raises(SourceError, match=r"no documents \(skipped: {'binary': 1}\)"):
+    with pytest.raises(SourceError, match=r"no documents \(left out: 1 binary\)"):
         prepare(config(tmp_path / "x.png", tmp_path / "data"))
 
 

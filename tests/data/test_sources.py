@@ -159,9 +159,15 @@ def test_limits(tmp_path, documents, size, expected):
     assert_resumes_anywhere(source)
 
 
-def test_lone_surrogates_become_replacement_characters(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n')
-    assert read(tmp_path) == ["a\ufffdb 😀"]
+def test_lone_surrogates(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "a\\ud800b \\ud83d\\ude00"}\n')
+    assert read(tmp_path) == ["whole 😀"]
+    assert skipped(tmp_path) == ["lone surrogates"]
+    assert read(tmp_path, on_bad_text="replace") == ["whole 😀", "a\ufffdb 😀"]
+    with pytest.raises(
+        SourceError, match=r"a\.jsonl, line 2: character 1 is half of a surrogate pair.*--on-bad-text skip"
+    ):
+        read(tmp_path, on_bad_text="fail")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_lone_surrogates_become_replacement_characters(tmp_path):
 def test_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
-        read(tmp_path)
+        read(tmp_path, on_bad_text="fail")
 
 
 def test_parquet_without_the_column(tmp_path):

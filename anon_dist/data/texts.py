@@ -1,0 +1,240 @@
+"""The texts of one file: plain, JSON Lines or parquet, as it is or packed; and what to do with text that is none."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from anon_dist.data.config import OnBadText, TextUnit
+from anon_dist.data.errors import SourceError
+from anon_dist.data.tally import REPLACED
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+COMPRESSIONS = (".gz", ".zst")
+NO_TEXT = (
+    *(".warc", ".wet", ".arc", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".pptx", ".rtf"),
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".arrow", ".npy", ".pkl", ".safetensors"),
+)
+"""Formats whose text has to be extracted first, though they may begin like text."""
+BINARY_PROBE = 8192
+PARQUET_ROWS = 256
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class Noted(NamedTuple):
+    """A document to be counted under a reason: left out, or with characters in place of what could not be read."""
+
+    reason: str
+    place: str
+    text: str | None = None
+
+
+Found = str | Noted
+
+
+class TextReader:
+    """Reads files one after the other.
+
+    Args:
+        field: of JSON Lines and parquet, that holds the text.
+        unit: what of a plain-text file is one document.
+        on_bad_text: see `PrepareConfig`.
+    """
+
+    def __init__(self, field: str, unit: TextUnit, on_bad_text: OnBadText) -> None:
+        self._field, self._unit, self._bad = field, unit, on_bad_text
+        self._raw: BinaryIO | None = None
+        self._share = 0.0
+
+    def position(self, size: int) -> int:
+        """Bytes of the present file, which has `size`, that have been read, as far as that is known."""
+        if self._raw is None or self._raw.closed:
+            return int(self._share * size)
+        return self._raw.tell()
+
+    def read(self, path: Path, shown: str, first: bool = False) -> Iterator[Found]:
+        """The texts of a file.
+
+        Args:
+            shown: its name among what was left out.
+            first: it is the source's first: if its first record has no text, the settings are wrong, and not the record.
+
+        Raises:
+            SourceError: that, or the system does not give its content, or with `fail` anything at all is wrong with it.
+        """
+        suffix = (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower()
+        self._raw, self._share = None, 0.0
+        try:
+            if suffix in NO_TEXT or path.suffix.lower() in NO_TEXT:
+                yield Noted("no text format", shown)
+            elif suffix == ".parquet":
+                yield from self._parquet_rows(path, shown, first)
+            elif suffix in JSON_LINES:
+                yield from self._json_lines(path, shown, first)
+            else:
+                yield from self._plain_text(path, shown)
+        except (OSError, EOFError, zlib.error) as error:
+            what = f"{path}: cannot be read ({error})"
+            if isinstance(error, PermissionError):
+                yield self.bad("unreadable", shown, f"{what}. Give yourself the right to read it.")
+            elif getattr(error, "errno", None) is None:  # not the system's: of what unpacks it
+                yield self.bad("damaged", f"{shown}: {error}", f"{what}. Repair or remove the file.")
+            else:
+                raise SourceError(f"{what}. The same command goes on when it can be.") from error
+
+    def text_of(self, row: dict[str, Any], shown: str, path: str, place: str, first: bool) -> Found:
+        """The text of a record. `place` in the file `path`, which is called `shown` among what was left out."""
+        where = f"{path}, {place}"
+        if self._field not in row:
+            names = ", ".join(map(str, row))
+            said = f"{where}: no field {self._field!r}; there are {names}. Set --text-field."
+            return self.bad(f"no field {self._field!r}", f"{shown}, {place}", said, wrong=first)
+        text = row[self._field]
+        if text is None:
+            return Noted("null", f"{shown}, {place}")
+        if not isinstance(text, str):
+            said = (
+                f"{where}: field {self._field!r} is {type(text).__name__}, not text. Set --text-field to a text column."
+            )
+            return self.bad("not text", f"{shown}, {place}: {type(text).__name__}", said, wrong=first)
+        return self._whole(text, f"{shown}, {place}", where)
+
+    def bad(self, reason: str, place: str, said: str, *, wrong: bool = False) -> Noted:
+        """A record that cannot be taken.
+
+        Args:
+            said: what to say if it may not be left out.
+            wrong: it cannot be, since it is the settings that are wrong.
+        """
+        if wrong or self._bad == "fail":
+            leave = "" if wrong else " Or leave such out, with --on-bad-text skip: the same command then goes on."
+            raise SourceError(said + leave)
+        return Noted(reason, place)
+
+    def _whole(self, text: str, place: str, where: str) -> Found:
+        """A text of JSON, which can spell lone surrogates, that UTF-8 cannot hold."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if self._bad == "replace":
+                whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                return Noted("lone surrogates" + REPLACED, place, whole)
+            detail = f"character {error.start:,} is half of a surrogate pair"
+            return self.bad("lone surrogates", f"{place}: {detail}", f"{where}: {detail}, which no text can hold.")
+        return text or Noted("empty", place)
+
+    def _decode(self, data: bytes, place: str, where: str) -> Found:
+        try:
+            return data.decode() or Noted("empty", place)
+        except UnicodeDecodeError as error:
+            if data.startswith(UTF16):
+                return self.bad("UTF-16", place, f"{where}: is UTF-16. Convert it (iconv -f UTF-16 -t UTF-8).")
+            if self._bad == "replace":
+                return Noted("not UTF-8" + REPLACED, place, data.decode(errors="replace"))
+            detail = f"byte {error.start:,} is 0x{data[error.start]:02x}"
+            said = f"{where}: not UTF-8 ({detail}). Convert it (such as iconv -f LATIN1 -t UTF-8)."
+            return self.bad("not UTF-8", f"{place}: {detail}", said)
+
+    def _open(self, path: Path) -> io.BufferedIOBase:
+        """The unpacked content of a file, to be closed."""
+        if path.suffix == ".zst":
+            import pyarrow
+
+            # The zstandard package would take a file that breaks off for a whole one.
+            return io.BufferedReader(pyarrow.input_stream(path.open("rb"), compression="zstd"))
+        self._raw = path.open("rb")
+        return _Unpacked(self._raw) if path.suffix == ".gz" else self._raw
+
+    def _plain_text(self, path: Path, shown: str) -> Iterator[Found]:
+        with self._open(path) as file:
+            head = file.read(BINARY_PROBE)
+            if head.startswith(UTF16) and b"\0" in head:
+                yield self._decode(head, shown, str(path))
+            elif b"\0" in head:
+                yield Noted("binary", shown)
+            elif self._unit == "file":
+                yield self._decode(head + file.read(), shown, str(path))
+            else:
+                for number, text in _units(_lines(file, head), self._unit):
+                    yield self._decode(text, f"{shown}, line {number}", f"{path}, line {number}")
+
+    def _json_lines(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
+        with self._open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place, wrong, first = f"line {number}", first, False
+                try:
+                    row = json.loads(line)
+                    kind = f"a JSON {type(row).__name__}, not an object"
+                except ValueError as error:
+                    row, kind = None, f"not JSON ({error})"
+                if isinstance(row, dict):
+                    yield self.text_of(row, shown, str(path), place, wrong)
+                else:
+                    said = f"{path}, {place}: {kind}. Each line must be one JSON object."
+                    yield self.bad("not JSON", f"{shown}, {place}: {kind}", said, wrong=wrong)
+
+    def _parquet_rows(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with path.open("rb") as content, pyarrow.parquet.ParquetFile(content) as file:
+                if self._field not in file.schema_arrow.names:
+                    names = ", ".join(file.schema_arrow.names)
+                    said = f"{path}: no column {self._field!r}; there are {names}. Set --text-field."
+                    yield self.bad(f"no field {self._field!r}", shown, said, wrong=first)
+                    return
+                number = 0
+                for batch in file.iter_batches(PARQUET_ROWS, columns=[self._field]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield self.text_of(row, shown, str(path), f"row {number}", first and number == 1)
+                    self._share = number / max(1, file.metadata.num_rows)
+        except pyarrow.ArrowException as error:
+            said = f"{path}: not a readable parquet file ({error}). Repair or remove the file."
+            yield self.bad("damaged", f"{shown}: {str(error).splitlines()[0]}", said)
+
+
+class _Unpacked(gzip.GzipFile):
+    """Of a file that is closed with it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._of = file
+
+    def close(self) -> None:
+        super().close()
+        self._of.close()
+
+
+def _lines(file: io.BufferedIOBase, head: bytes) -> Iterator[bytes]:
+    """Lines without their ends, of a file whose first bytes were read already."""
+    *whole, rest = head.split(b"\n")
+    yield from whole
+    for line in file:
+        yield (rest + line).rstrip(b"\n")
+        rest = b""
+    if rest:
+        yield rest
+
+
+def _units(lines: Iterator[bytes], unit: TextUnit) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, or runs of them, each with the number of its first line."""
+    paragraph: list[bytes] = []
+    begun = 0
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            begun = begun if paragraph else number
+            paragraph.append(line)
+        if paragraph and (unit == "line" or not line.strip()):
+            yield begun, b"\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield begun, b"\n".join(paragraph)
