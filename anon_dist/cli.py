@@ -226,9 +226,9 @@ def completion(args: list[str]) -> None:
 
 COMMANDS = (
     Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
+    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
     Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
     Command(("data", "inspect"), "show what a prepared folder holds, with samples", data_inspect),
-    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
     Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(

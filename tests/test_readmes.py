@@ -144,6 +144,18 @@ def prepare(command: str) -> None:
         )
 
 
+def data_index(command: str) -> None:
+    """Of a file that is written here."""
+    folder = Path("my-tokens")
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "a.ds").write_bytes((b"a\0" * 63 + b"\0\1") * 400)
+        (folder / "a.ds.index").write_bytes(b"".join(struct.pack("<Q", 64 * i) for i in range(1, 401)))
+    filled = command.replace("SRC", str(folder)).replace("DIR", "data/indexed").replace("hf:gpt2", "bytes")
+    main(shlex.split(filled)[1:])
+    assert Path("data/indexed/index.json").is_file()
+
+
 def parts_and_merge(command: str) -> None:
     """Two parts of the tests' own files, merged as shown."""
     for i in (1, 2):
@@ -159,18 +171,6 @@ def prepare_array(command: str) -> None:
     subprocess.run(["bash", "-n", words[1]], check=True)
     assert words[2].isdigit()
     tyro.cli(PrepareConfig, args=words[3:])
-
-
-def data_index(command: str) -> None:
-    """Of a file that is written here."""
-    folder = Path("my-tokens")
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "a.ds").write_bytes((b"a\0" * 63 + b"\0\1") * 400)
-        (folder / "a.ds.index").write_bytes(b"".join(struct.pack("<Q", 64 * i) for i in range(1, 401)))
-    filled = command.replace("SRC", str(folder)).replace("DIR", "data/indexed").replace("hf:gpt2", "bytes")
-    main(shlex.split(filled)[1:])
-    assert Path("data/indexed/index.json").is_file()
 
 
 def quickstart(_: str) -> None:
@@ -329,8 +329,8 @@ def files(command: str) -> None:
 
 RULES = {
     r"(anon-dist [a-z ]+|launch/pretrain\.py) --help": help_of,
-    r"anon-dist (data (prepare( --part I/N)?|index|merge|inspect|verify)|train|sweep)|python launch/pretrain\.py": lambda command: (
-        None
+    r"anon-dist (data (prepare( --part I/N)?|merge|inspect|verify|index)|train|sweep)|python launch/pretrain\.py": (
+        lambda command: None
     ),  # as a name
     r"source \.venv/bin/activate": lambda command: None,  # as launch/setup.sh makes it
     r"bash launch/quickstart\.sh": quickstart,

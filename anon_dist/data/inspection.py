@@ -88,7 +88,10 @@ def documents(content: Content, split: str) -> Iterator[NDArray[np.int64]]:
     with tqdm(total=total, desc=f"reading {split}", unit="B", unit_scale=True, disable=hide, leave=False) as bar:
         for shard in info.shards:
             with (content.folder / shard.file).open("rb") as file:
-                while data := file.read(BLOCK_BYTES):
+                file.seek(shard.start)
+                left = shard.bytes
+                while data := file.read(min(BLOCK_BYTES, left)):
+                    left -= len(data)
                     tokens = np.frombuffer(data, content.dtype)
                     ends = np.flatnonzero(tokens == content.tokenizer.eod_id) + 1
                     if len(ends):
@@ -138,7 +141,10 @@ def _tokens(content: Content, info: SplitInfo, start: int, count: int) -> NDArra
         if start < shard.tokens and count > 0:
             size = content.dtype.itemsize
             piece = np.fromfile(
-                content.folder / shard.file, content.dtype, min(count, shard.tokens - start), offset=start * size
+                content.folder / shard.file,
+                content.dtype,
+                min(count, shard.tokens - start),
+                offset=shard.start + start * size,
             )
             pieces.append(piece)
             count -= len(piece)

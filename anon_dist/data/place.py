@@ -6,7 +6,6 @@ from pathlib import Path
 
 from anon_dist.data.errors import PreparationError
 from anon_dist.data.sources import FileSource, HubSource, LimitedSource, SeveralSources, Source
-from anon_dist.stores import is_address
 
 
 def check_out(out: Path, source: Source) -> None:
@@ -17,9 +16,7 @@ def check_out(out: Path, source: Source) -> None:
     """
     here = out.resolve()
     for each in _plain(source):
-        if isinstance(each, FileSource):
-            if is_address(str(each.root)):
-                continue
+        if isinstance(each, FileSource) and isinstance(each.root, Path):  # and not at an address
             root = each.root.resolve()
             holds = here in {path.resolve().parent for path in each.files}
             if holds or (each.recursive and (here == root or root in here.parents)):

@@ -142,12 +142,12 @@ class TextReader:
 
     def _open(self, path: Path) -> io.BufferedIOBase:
         """The unpacked content of a file, to be closed."""
-        self._raw = path.open("rb")
         if path.suffix == ".zst":
             import pyarrow
 
             # The zstandard package would take a file that breaks off for a whole one.
-            return io.BufferedReader(pyarrow.input_stream(self._raw, compression="zstd"))
+            return io.BufferedReader(pyarrow.input_stream(path.open("rb"), compression="zstd"))
+        self._raw = path.open("rb")
         return _Unpacked(self._raw) if path.suffix == ".gz" else self._raw
 
     def _plain_text(self, path: Path, shown: str) -> Iterator[Found]:

@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_named(texts, tmp_path, monkeypatch):
     (texts / "sub" / "b.jsonl").write_text('{"txt": 1}\n')
     upload(texts, address)
     with pytest.raises(SourceError, match=rf"{address}/sub/b.jsonl, line 1: no field 'text'"):
-        documents(address)
+        documents(address, on_bad_text="fail")
     upload(texts, address)
     source = source_of(address)
     monkeypatch.setattr(type(store), "cat_file", lambda *a, **k: (_ for _ in ()).throw(TimeoutError("no answer")))
