@@ -345,7 +345,7 @@ RULES = {
     # an environment that is not made here; tests/tools/test_common_crawl.py runs the script in one, if there is one
     r"python -m venv \.venv-crawl && .*": lambda command: None,
     r"\.venv-crawl/bin/python tools/.*": lambda c, monkeypatch: tool(c.removeprefix(".venv-crawl/bin/"), monkeypatch),
-    r"accelerate launch --config_file FILE|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
+    r"accelerate launch (--cpu|--config_file FILE)|launch/pretrain\.py --config NAME_OR_FILE": lambda command: None,
     r"(accelerate launch|torchrun) .* launch/pretrain\.py .*": launched,
     r"python launch/pretrain\.py .*": lambda c: pretrain(shlex.split(c.replace("DIR", "data/stdlib"))[2:]),
     r"anon-dist train .*": lambda c: pretrain(shlex.split(c)[2:]),

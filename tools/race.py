@@ -16,7 +16,8 @@ optimizer needs at most that share of AdamW's tokens.
 | nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
-| element, columns, both | Anon with Nesterov momentum, by element, or with that basis; otherwise as in the presets |
+| element | Anon with Nesterov momentum, otherwise as in the presets |
+| columns, both | the same with that basis, beta1 0.95, and a refresh every 4 steps at least |
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ CONFIG = ROOT / "configs" / "study" / "base.yaml"
 STEPS = 2000
 COMMON = "--train.precision fp32 --eval.every 250 --log.every 25"
 PRESET = "--optim.refresh-ratio 1.03 --optim.beta3 0.93 --optim.window 64 --optim.nesterov True"
+OFTEN = "--optim.betas 0.95 0.95 --optim.max-interval 4"
 BETAS = "--optim.betas 0.9 0.99"
 OPTIONS = {
     "adamw": f"--optim.name adamw {BETAS}",
@@ -59,8 +61,8 @@ OPTIONS = {
     "muon": BETAS,
     "soap": "",
     "element": PRESET,
-    "columns": f"{PRESET} --optim.basis columns",
-    "both": f"{PRESET} --optim.basis both",
+    "columns": f"{PRESET} {OFTEN} --optim.basis columns",
+    "both": f"{PRESET} {OFTEN} --optim.basis both",
 }
 LABELS = {
     "adamw": "AdamW",
@@ -98,14 +100,14 @@ class Entry:
 RATES = {
     "adamw": (4e-3, 6e-3),
     "nadamw": (4e-3, 6e-3),
-    "muon": (8e-3, 1.6e-2),
+    "muon": (4e-3, 8e-3),
     "soap": (6e-3, 1.2e-2),
     "element": (6e-3,),
     "columns": (6e-3, 1.2e-2),
-    "both": (6e-3, 1.2e-2),
+    "both": (4e-3, 8e-3),
 }
 ENTRIES = [Entry(o, lr, seed) for seed in (0, 1) for o, rates in RATES.items() for lr in rates]
-ENTRIES += [Entry(o, 1.2e-2, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
+ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
 
 
 class Several(Optimizer):
