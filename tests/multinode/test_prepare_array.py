@@ -63,6 +63,7 @@ def slurm(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_an_array_prepares_what_one_machine_does(slurm, tmp_path):
     """The tokenizer first; one part stopped before its time limit, and queued again."""
     (tmp_path / "texts").mkdir()
