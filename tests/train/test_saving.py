@@ -208,7 +208,7 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
     assert "step-00000007 could not be written: rank 0: [Errno 28] No space left on device" in caplog.text
     written = [int(n) for n in re.findall(r"Step (\d+) is being written in its place", caplog.text)]
     assert len(written) == 1
-    assert 8 <= written[0] <= 14  # as soon as it is known
+    assert 7 <= written[0] <= 14  # as soon as it is known
     assert steps(folder) == sorted({*written, 14})
     assert metrics(folder)[-1] == metrics(whole)[-1]
 
