@@ -106,23 +106,32 @@ def first_does(action: Callable[[], Any]) -> tuple[Any, str]:
     return agreed
 
 
+class _Aside:
+    """An action in a thread of its own, while its rank goes on talking to the others."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self._outcome: tuple[Any, str] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = (self._action(), "")
+        except Exception as error:
+            self._outcome = (None, describe(error))
+
+    def wait(self) -> tuple[Any, str] | None:
+        """What it returned, and the text of its error; None if it is at work still, after `PATIENCE_SECONDS`."""
+        self._thread.join(PATIENCE_SECONDS)
+        return self._outcome
+
+
 def first_does_slowly(action: Callable[[], Any]) -> tuple[Any, str]:
     """`first_does` something that may take longer than ranks wait for each other; it may raise any error."""
-    box: list[tuple[Any, str]] = []
-
-    def act() -> None:
-        try:
-            box.append((action(), ""))
-        except Exception as error:
-            box.append((None, describe(error)))
-
-    thread = threading.Thread(target=act, daemon=True)
-    if is_first():
-        thread.start()
+    aside = _Aside(action) if is_first() else None
     while True:
-        if is_first():
-            thread.join(PATIENCE_SECONDS)
-        outcome = agree(box[0] if box else None)
+        outcome = agree(aside.wait() if aside else None)
         if outcome is not None:
             return outcome[0], outcome[1]
 
@@ -136,20 +145,10 @@ def all_do_slowly(action: Callable[[], Any], group: Group = None) -> str:
     Returns:
         As of `failures`. Every rank must call it.
     """
-    box: list[str] = []
-
-    def act() -> None:
-        try:
-            action()
-            box.append("")
-        except Exception as error:
-            box.append(describe(error))
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
+    aside = _Aside(action)
     while True:
-        thread.join(PATIENCE_SECONDS)
-        found = _from_all(box[0] if box else None, group)
+        outcome = aside.wait()
+        found = _from_all(None if outcome is None else outcome[1], group)
         if None not in found:
             return _told([text or None for text in found])
 

@@ -16,8 +16,11 @@ from anon_dist.data.meter import say
 from anon_dist.data.sample import VALIDATION_TOKENS
 from anon_dist.data.shards import file_checksum
 from anon_dist.data.statistics import compute_statistics
-from anon_dist.data.tally import Tally
+from anon_dist.data.tally import UNREAD, Tally
 from anon_dist.data.tokenizer import Tokenizer
+
+MUCH = 0.25
+"""Share of the tokens from which a validation split is warned of; small sources give a tenth of their documents."""
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -99,14 +102,22 @@ def say_complete(index: Index, out: Path, seconds: float) -> None:
     say_left_out(Tally.from_json(index.source), index.source, sum(split.documents for split in index.splits.values()))
     if "val" in index.splits and (warning := small_validation(index.splits["val"])):
         say(f"WARNING: {out}: {warning}. Prepare more text, or with a larger --val-fraction")
+    if "val" in index.splits and (warning := large_validation(index.splits["val"], train)):
+        say(f"WARNING: {out}: {warning}. Divide them, with --text-unit or before")
 
 
 def say_left_out(noted: Tally, source: Mapping[str, Any], documents: int) -> None:
     """A line for each reason."""
-    for line in noted.lines(documents):
+    for line in lines_left_out(noted, source, documents):
         say(line)
-    if hidden := source.get("hidden_files"):
-        say(f"left out: {hidden:,} hidden files")
+
+
+def lines_left_out(noted: Tally, source: Mapping[str, Any], documents: int) -> list[str]:
+    """A line for each reason, and for each kind of file that was not opened."""
+    return [
+        *noted.lines(documents),
+        *(f"left out: {source[key]:,} {words}" for key, words in UNREAD.items() if source.get(key)),
+    ]
 
 
 def small_validation(split: SplitInfo) -> str:
@@ -117,3 +128,11 @@ def small_validation(split: SplitInfo) -> str:
         f"the validation split has {split.tokens:,} tokens in {split.documents:,} documents; below {VALIDATION_TOKENS:,} its loss says "
         "little"
     )
+
+
+def large_validation(split: SplitInfo, train: SplitInfo) -> str:
+    """Why this split takes more from training than was meant; "" if it does not."""
+    share = split.tokens / (split.tokens + train.tokens)
+    if share <= MUCH:
+        return ""
+    return f"the validation split has {share:.0%} of the tokens, in {split.documents:,} documents: long ones fell to it"

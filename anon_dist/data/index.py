@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -171,6 +172,10 @@ class Index:
             if (Path(directory) / "part.json").is_file():
                 raise ShardError(
                     f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
+                ) from None
+            if re.match(r"\w+:/\w", str(directory)):  # as a path, it has lost a slash
+                raise ShardError(
+                    f"{directory} is an address. Copy the folder to this machine, and name it there."
                 ) from None
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "

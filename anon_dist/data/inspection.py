@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from anon_dist.data.config import InspectConfig
-from anon_dist.data.finish import dtype_of, small_validation
+from anon_dist.data.finish import dtype_of, lines_left_out, small_validation
 from anon_dist.data.index import TOKENIZER_FOLDER, Index, SplitInfo
 from anon_dist.data.parts import PART_FILE, Part
 from anon_dist.data.tally import Tally
@@ -222,9 +222,8 @@ def _head(content: Content) -> list[str]:
         statistics = index.statistics
         bigram = "" if statistics.bigram_val_loss is None else f", bigram loss {statistics.bigram_val_loss:.3f} (val)"
         lines.append(f"nats/token  unigram entropy {statistics.unigram_entropy:.3f}{bigram}")
-    lines += content.noted.lines(sum(split.documents for split in content.splits.values()))
-    if hidden := content.source.get("hidden_files"):
-        lines.append(f"left out: {hidden:,} hidden files")
+    documents = sum(split.documents for split in content.splits.values())
+    lines += lines_left_out(content.noted, content.source, documents)
     if index is not None and "val" in content.splits and (warning := small_validation(content.splits["val"])):
         lines.append(f"WARNING: {warning}")
     return lines

@@ -86,8 +86,8 @@ class _Pieces(io.RawIOBase):
         return len(data)
 
 
-def find_at(spec: str) -> tuple[Path, list[Path], int]:
-    """Root, sorted files and the number of hidden ones left out, for the address of a file, a folder or a glob. They are `RemotePath`s.
+def find_at(spec: str) -> tuple[Path, list[Path], dict[str, int]]:
+    """Root, sorted files and how many were left out, for the address of a file, a folder or a glob. They are `RemotePath`s.
 
     Raises:
         SourceError: there is nothing, or the store does not answer.
@@ -107,7 +107,7 @@ def find_at(spec: str) -> tuple[Path, list[Path], int]:
     if not files:
         raise SourceError(f"--source {spec}: no files there ({len(found)} hidden ones left out). Give another address.")
     paths = [cast(Path, RemotePath(folder, name, inside[name])) for name in files]
-    return cast(Path, RemotePath(folder, "")), paths, len(found) - len(files)
+    return cast(Path, RemotePath(folder, "")), paths, {"hidden_files": len(found) - len(files)}
 
 
 def _sizes(folder: RemoteFolder, spec: str) -> dict[str, int]:

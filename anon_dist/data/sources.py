@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
@@ -22,6 +22,7 @@ import xxhash
 from anon_dist.data.config import OnBadText, TextUnit
 from anon_dist.data.errors import SourceError
 from anon_dist.data.remote_files import find_at
+from anon_dist.data.tally import UNREAD
 from anon_dist.data.texts import Found, Noted, TextReader
 from anon_dist.stores import is_address
 
@@ -110,7 +111,7 @@ def standard_library(on_bad_text: OnBadText = "skip") -> FileSource:
     files = [path for path in root.rglob("*.py") if installed.isdisjoint(path.relative_to(root).parts)]
     if not files:
         raise SourceError(f"--source stdlib: {root} holds no .py files (is it zipped?). Name a folder of text instead.")
-    return FileSource(root, sorted(files), 0, TextReader("text", "file", on_bad_text), origin="stdlib")
+    return FileSource(root, sorted(files), unread(0), TextReader("text", "file", on_bad_text), origin="stdlib")
 
 
 class FileSource:
@@ -121,16 +122,18 @@ class FileSource:
 
     Args:
         root, files: the files, in their order, and a folder above them.
-        hidden: how many hidden files were left out.
+        unread: how many files were left out without being opened, by kind: `hidden_files`, `special_files`.
         origin: how the source was asked for.
 
     Raises (while reading):
         SourceError: see `TextReader.read`.
     """
 
-    def __init__(self, root: Path, files: list[Path], hidden: int, reader: TextReader, *, origin: str) -> None:
+    def __init__(
+        self, root: Path, files: list[Path], unread: Mapping[str, int], reader: TextReader, *, origin: str
+    ) -> None:
         self.root, self.files, self.parts = root, files, len(files)
-        self._hidden, self._reader, self._origin = hidden, reader, origin
+        self._unread, self._reader, self._origin = unread, reader, origin
         self.recursive = Path(origin).expanduser().is_dir() or "**" in origin
         """Whether files that come to lie anywhere below `root` are taken in."""
         self._present = 0
@@ -165,7 +168,7 @@ class FileSource:
             "origin": self._origin,
             "files": len(listing),
             "bytes": sum(size or 0 for _, size in listing),
-            "hidden_files": self._hidden,
+            **self._unread,
             "listing": xxhash.xxh3_64_hexdigest(json.dumps(listing).encode()),
         }
 
@@ -228,6 +231,11 @@ class HubSource:
         return data
 
 
+def unread(hidden: int, special: int = 0) -> dict[str, int]:
+    """How many files are not opened, by kind, as `describe` says it."""
+    return {"hidden_files": hidden} | ({"special_files": special} if special else {})
+
+
 class SeveralSources:
     """Sources one after the other, as one."""
 
@@ -258,7 +266,8 @@ class SeveralSources:
         """What each says of itself, and of all what they have in common."""
         found = [source.describe() for source in self.sources]
         known = all("bytes" in each for each in found)
-        totals = {key: sum(each[key] for each in found) for key in ("files", "bytes", "hidden_files") if known}
+        keys = dict.fromkeys(key for key in ("files", "bytes", *UNREAD) for each in found if key in each)
+        totals = {key: sum(each.get(key, 0) for each in found) for key in keys if known}
         return {"kind": "several", "sources": found, **totals}
 
 
@@ -312,25 +321,37 @@ def _halves(name: str) -> tuple[str, str]:
     return path, config
 
 
-def _find_files(spec: str) -> tuple[Path, list[Path], int]:
-    """Root, sorted files and the number of hidden ones left out, for a file, a folder or a glob."""
+def _find_files(spec: str) -> tuple[Path, list[Path], dict[str, int]]:
+    """Root, sorted files and how many were left out by kind, for a file, a folder or a glob."""
     path = Path(spec).expanduser()
     if path.is_file():
-        return path.parent, [path], 0
+        return path.parent, [path], unread(0)
     if path.is_dir():
         root, found = path, _walk(path)
     else:
         pattern = str(path)
         if not glob.has_magic(pattern):
             raise SourceError(f"--source {spec}: no such file or folder. Give a path, a glob, hf:NAME or stdlib.")
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True, include_hidden=True) if os.path.isfile(p))
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(p))
         root = Path(os.path.commonpath([p.parent for p in found])) if found else Path(".")
-    files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    files = [p for p in shown if p.is_file()]
+    left = unread(len(found) - len(shown), len(shown) - len(files))
     if not files:
-        raise SourceError(f"--source {spec}: no files there ({len(found)} hidden ones left out). Give another path.")
-    return root, files, len(found) - len(files)
+        raise SourceError(
+            f"--source {spec}: no files there ({len(found) - len(shown)} hidden ones left out). Give another path."
+        )
+    return root, files, left
 
 
 def _walk(root: Path) -> list[Path]:
-    found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
-    return sorted(path for path in found if path.is_file())
+    """What is below a folder and no folder; links to folders are followed, and no folder is entered twice."""
+    found, entered = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in entered:
+            inner.clear()
+            continue
+        entered.add(real)
+        inner.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))  # type: ignore[misc]
+        found += [Path(folder, name) for name in names]
+    return sorted(found)

@@ -11,6 +11,8 @@ REPLACED = ", replaced"
 """How the reasons of documents end that are there, with characters in place of what could not be read."""
 HARMLESS = ("binary", "empty", "null", "hidden")
 """Reasons for which no text is lost."""
+UNREAD = {"hidden_files": "hidden files", "special_files": "that are no files (links to nothing, pipes, devices)"}
+"""What a source does not open: key of its description, and words."""
 REMEDIES = {
     "not UTF-8": "convert them (iconv -f LATIN1 -t UTF-8), or take them with --on-bad-text replace",
     "UTF-16": "convert them (iconv -f UTF-16 -t UTF-8)",

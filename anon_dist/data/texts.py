@@ -166,19 +166,32 @@ class TextReader:
     def _json_lines(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
         with self._open(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                place, wrong, first = f"line {number}", first, False
-                try:
-                    row = json.loads(line)
-                    kind = f"a JSON {type(row).__name__}, not an object"
-                except ValueError as error:
-                    row, kind = None, f"not JSON ({error})"
-                if isinstance(row, dict):
-                    yield self.text_of(row, shown, str(path), place, wrong)
-                else:
-                    said = f"{path}, {place}: {kind}. Each line must be one JSON object."
-                    yield self.bad("not JSON", f"{shown}, {place}: {kind}", said, wrong=wrong)
+                if line.strip():
+                    yield self._record(line, path, shown, f"line {number}", first)
+                    first = False
+
+    def _record(self, line: bytes, path: Path, shown: str, place: str, first: bool) -> Found:
+        """The text of a line of JSON."""
+        replaced = False
+        try:
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                if self._bad != "replace" and isinstance(
+                    noted := self._decode(line, f"{shown}, {place}", f"{path}, {place}"), Noted
+                ):
+                    return noted
+                row, replaced = json.loads(line.decode(errors="replace")), True
+            kind = f"a JSON {type(row).__name__}, not an object"
+        except ValueError as error:
+            row, kind = None, f"not JSON ({error})"
+        if not isinstance(row, dict):
+            said = f"{path}, {place}: {kind}. Each line must be one JSON object."
+            return self.bad("not JSON", f"{shown}, {place}: {kind}", said, wrong=first)
+        found = self.text_of(row, shown, str(path), place, first)
+        if replaced and isinstance(found, str) and "\ufffd" in found:
+            return Noted("not UTF-8" + REPLACED, f"{shown}, {place}", found)
+        return found
 
     def _parquet_rows(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
         import pyarrow

@@ -60,8 +60,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     """Pretrain, or go on with, the run that `config` describes. Every process calls it.
 
     Args:
-        make_optimizer: makes another optimizer than `optim.name` says, of `config.optim` and of the model before it is sharded. Whether it
-            is right in shards is its own affair.
+        make_optimizer: makes another optimizer than `optim.name` says, right in shards or not, of `config.optim` and of the model before it is sharded.
 
     Returns:
         The run's folder. It holds `config.yaml`, `metrics.jsonl`, `checkpoints/`; after the last step also

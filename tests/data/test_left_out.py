@@ -5,16 +5,18 @@ import importlib
 import json
 import os
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_prepare import config, texts_of
 
-from anon_dist.data import Index, PreparationError, SourceError, prepare
+from anon_dist.data import DataError, Index, PreparationError, SourceError, prepare
 from anon_dist.data.config import PrepareConfig
 from anon_dist.data.meter import Meter
 from anon_dist.data.tally import Tally
+from anon_dist.data.verify import verify
 
 GOOD = [f"document {i} " * 40 for i in range(40)]
 
@@ -229,3 +231,50 @@ def test_progress_says_documents_speed_and_what_is_left(tmp_path, capsys, monkey
     assert re.search(r"[\d,]+ documents, [\d.]+ MB to .* MB/s, .* left$", lines[0])
     assert shares == sorted(shares)
     assert shares[0] < 50 < shares[-1] <= 100
+
+
+def test_links_to_folders_are_followed_and_what_is_no_file_is_said(tmp_path, capsys):
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    for path in (folder / "sub", other):
+        path.mkdir(parents=True)
+    for i, path in enumerate((folder / "a.txt", folder / "sub" / "b.txt", other / "c.txt")):
+        path.write_text(GOOD[i])
+    (folder / "more").symlink_to(other)
+    (folder / "sub" / "again").symlink_to(folder)  # a loop
+    (folder / "twice").symlink_to(folder / "sub")
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    prepare(config(folder, tmp_path / "out", tokenizer="bytes", val_fraction=0.0))
+    assert texts_of(tmp_path / "out", "train") == [GOOD[0], GOOD[2], GOOD[1]]  # in the order of the paths
+    assert "left out: 2 that are no files (links to nothing, pipes, devices)" in capsys.readouterr().out
+    assert Index.load(tmp_path / "out").source["special_files"] == 2
+
+
+@pytest.mark.parametrize("mode", ["skip", "replace", "fail"])
+def test_lines_of_json_that_are_not_utf8(mode, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    good = json.dumps({"text": GOOD[0]}).encode()
+    (folder / "a.jsonl").write_bytes(b"\n".join([good, b'{"text": "caf\xe9"}', b'{"text": "kept", "by": "Ren\xe9"}']))
+    settings = config(folder, tmp_path / "out", tokenizer="bytes", val_fraction=0.0, on_bad_text=mode)
+    if mode == "fail":
+        with pytest.raises(SourceError, match=r"a\.jsonl, line 2: not UTF-8 .*iconv"):
+            prepare(settings)
+        return
+    prepare(settings)
+    found, tally = texts_of(tmp_path / "out", "train"), said_of(tmp_path / "out")
+    assert found == ([GOOD[0]] if mode == "skip" else [GOOD[0], "caf\ufffd", "kept"])
+    assert tally.counts == ({"not UTF-8": 2} if mode == "skip" else {"not UTF-8, replaced": 1})
+
+
+def test_a_validation_split_of_much_text_is_said(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in GOOD))
+    prepare(config(folder, tmp_path / "out", tokenizer="bytes", val_fraction=0.6))
+    assert "of the tokens, in" in capsys.readouterr().out
+
+
+def test_an_address_is_no_unfinished_folder():
+    with pytest.raises(DataError, match=r"s3:/bucket/data is an address\. Copy the folder"):
+        verify(Path("s3://bucket/data"))
