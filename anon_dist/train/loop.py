@@ -60,7 +60,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     """Pretrain, or go on with, the run that `config` describes. Every process calls it.
 
     Args:
-        make_optimizer: makes another optimizer than `optim.name` says, right in shards or not, of `config.optim` and of the model before it is sharded.
+        make_optimizer: of `config.optim` and the unsharded model, in place of `optim.name`'s; nobody checks that it is right in shards.
 
     Returns:
         The run's folder. It holds `config.yaml`, `metrics.jsonl`, `checkpoints/`; after the last step also
