@@ -105,11 +105,22 @@ def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
     with _interruptible(said), _last_word():
         if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
-            from anon_dist.train.config import ConfigError, parse_args
-
             # What it offers, or what is wrong, before torch is there. Of several ranks one says it, later.
-            _or_exit(lambda: parse_args(given, prog), ConfigError)
+            _check(given, prog)
         _train(given, prog)
+
+
+def _check(args: list[str], prog: str) -> None:
+    from anon_dist.data.errors import DataError
+    from anon_dist.train.config import ConfigError, parse_args
+
+    def check() -> None:
+        config = parse_args(args, prog)
+        from anon_dist.train.sources import check_present  # numpy, which help does not wait for
+
+        check_present(config)
+
+    _or_exit(check, ConfigError, DataError)
 
 
 def _train(args: list[str], prog: str) -> None:

@@ -58,29 +58,31 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
         "preset": ["train", "--config", "quikstart"],
         "bare": ["train", "quickstart"],
         "source": ["generate", "nowhere", "x"],
+        "data": ["train", "--config", "quickstart", "--data.path", "nowhere"],
     }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([*calls.values()])], capture_output=True, text=True, timeout=120
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line[4] for line in lines] == [[]] * 4
-    unknown, preset, bare, source = (line[1] for line in lines)
+    assert [line[4] for line in lines] == [*([[]] * 4), ["numpy"]]
+    unknown, preset, bare, source, data = (line[1] for line in lines)
     assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
     assert preset.endswith("; did you mean quickstart?")
     assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
     assert source == "error: nowhere does not exist"
+    assert data.startswith("error: data.path = nowhere is not there, or not finished. This makes it")
 
 
 def interrupt(*args):
     raise KeyboardInterrupt
 
 
-def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys):
+def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys, prepared):
     monkeypatch.setattr("anon_dist.completion.run", interrupt)
     monkeypatch.setattr("anon_dist.cli._train", interrupt)
     for words, said in (
         [["completion", "bash"], "Interrupted."],
-        [["train", "--config", "quickstart"], "Interrupted; "],
+        [["train", "--config", "quickstart", "--data.path", str(prepared)], "Interrupted; "],
     ):
         with pytest.raises(SystemExit) as ended:
             main(words)

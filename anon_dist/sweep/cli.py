@@ -30,9 +30,10 @@ from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
-from anon_dist.train.corpora import all_sources, called, use_cache
+from anon_dist.train.corpora import use_cache
 from anon_dist.train.errors import RunError, RunInUseError
 from anon_dist.train.lock import held
+from anon_dist.train.sources import all_sources, called
 from anon_dist.train.spectrum import load_spectra
 
 

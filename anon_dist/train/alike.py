@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from anon_dist.data import DataError, Index
 from anon_dist.train.config import Config, ConfigError, SourceConfig
-from anon_dist.train.corpora import all_sources
 from anon_dist.train.families import read_config
+from anon_dist.train.sources import all_sources
 
 BY_CONTENT = ("data.path", "train.deepspeed_config", "model.config", "model.from_pretrained", "optim.match")
 """Paths that may differ from node to node. Of the data the fingerprint is compared, of DeepSpeed's configuration what is in it (by

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +14,12 @@ from accelerate import Accelerator
 
 from anon_dist.agreement import all_do_slowly
 from anon_dist.data import DataError, Index, TokenShards, cache, verify_checksums
-from anon_dist.data.index import INDEX_FILE
 from anon_dist.data.remote import located
 from anon_dist.data.sample import VALIDATION_TOKENS
 from anon_dist.stores import is_address
 from anon_dist.train.config import Config, ConfigError, DataConfig, SourceConfig
-from anon_dist.train.phases import phases_from, phases_of
+from anon_dist.train.phases import phases_of
+from anon_dist.train.sources import all_sources, called, check_present
 
 log = logging.getLogger(__name__)
 Check = Literal["read", "size"]
@@ -51,29 +51,6 @@ class ValidationSet:
     """In the mean; 0 for what is no source."""
 
 
-def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
-    """Name → folder and weight of each source; data.path is one, of the name ""."""
-    return dict(data.sources) or {"": SourceConfig(data.path)}
-
-
-def all_sources(config: Config) -> dict[str, SourceConfig]:
-    """Name → folder of every source of every phase; its weight is its share of all tokens that the run plans to read."""
-    found: dict[str, SourceConfig] = {}
-    for steps, phase in phases_from(config, 0):
-        sources = sources_of(phase.data)
-        tokens = steps * phase.train.global_batch * phase.data.seq_len / sum(s.weight for s in sources.values())
-        for name, source in sources.items():
-            weight = source.weight * tokens + (found[name].weight if name in found else 0.0)
-            found[name] = replace(source, weight=weight)
-    total = sum(source.weight for source in found.values())
-    return {name: replace(source, weight=source.weight / total) for name, source in found.items()}
-
-
-def called(name: str) -> str:
-    """A source's name in messages."""
-    return f"data.sources.{name}" if name else "data.path"
-
-
 def use_cache(data: DataConfig) -> None:
     """Have this process keep copies of what lies at addresses where the configuration says."""
     cache.use(data.cache_dir, data.cache_bytes)
@@ -102,8 +79,7 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
     """
     sources = all_sources(config)
     longest = max(phase.data.seq_len for _, phase in phases_of(config))
-    for name, source in sources.items():
-        _check_present(name, source, config.data.prepare)
+    check_present(config)
     check: Check = "read" if config.data.verify == "checksum" else "size"
     if check == "read":
         _check_without_sums([*(source.path for source in sources.values()), *config.eval.sets.values()], accelerator)
@@ -153,16 +129,6 @@ def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[Validation
     far = [corpus for corpus in corpora if not corpus.train.is_here]
     read = [f"{called(c.name)} = {c.source.path}: {c.train.read_how(config.data.seq_len)}" for c in far]
     return [*read, *(f"WARNING: {line}" for line in _small_sets(sets))]
-
-
-def _check_present(name: str, source: SourceConfig, prepare: str | None) -> None:
-    if is_address(source.path) or os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
-        return
-    options = prepare if name == "" else "--source … --tokenizer …"
-    raise ConfigError(
-        f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
-        f"{options} --out {shlex.quote(source.path)}"
-    )
 
 
 def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:

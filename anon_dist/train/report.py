@@ -12,9 +12,10 @@ from rich.table import Table
 from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
 from anon_dist.train.config import Config
-from anon_dist.train.corpora import all_sources, first_folder
+from anon_dist.train.corpora import first_folder
 from anon_dist.train.metrics import PARTS, Record, read_metrics
 from anon_dist.train.plot import plot_loss
+from anon_dist.train.sources import all_sources
 
 RESULT = "result.json"
 

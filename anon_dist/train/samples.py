@@ -13,9 +13,10 @@ from typing import Any
 from anon_dist.agreement import first_does_slowly
 from anon_dist.data import BatchLoader, Packing, Source, Stream, TokenShards, is_packed, make_source, pack
 from anon_dist.train.config import Config, ConfigError, accumulation
-from anon_dist.train.corpora import Corpus, called, sources_of
+from anon_dist.train.corpora import Corpus
 from anon_dist.train.errors import RunError
 from anon_dist.train.phases import phase_at, phases_from, phases_of
+from anon_dist.train.sources import called, sources_of
 
 
 def open_loader(
