@@ -81,15 +81,18 @@ def refuse_other_versions(parts: Sequence[Path]) -> None:
     Raises:
         PreparationError: naming the first such file, its part and the remedies.
     """
-    known = [(folder, found) for folder in parts if (found := load(folder)) is not None]
-    for folder, mine in known:
-        for other, theirs in known:
-            span = range(mine.first, min(mine.end, len(theirs.files)))
-            changed = [mine.files[i].name for i in span if _is_older(mine.files[i].stamp, theirs.files[i].stamp)]
-            if changed:
+    read: dict[int, tuple[Path, Version]] = {}
+    for folder in parts:
+        if (mine := load(folder)) is not None:
+            read |= {i: (folder, mine.files[i]) for i in range(mine.first, min(mine.end, len(mine.files)))}
+    for other in parts:
+        theirs = load(other)
+        for i, version in enumerate(theirs.files if theirs else ()):
+            folder, before = read.get(i, (other, version))
+            if _is_older(before.stamp, version.stamp):
                 raise PreparationError(
-                    f"{folder} read {_listed(changed)} of the source before a change that {other} saw (the size is the "
-                    f"same, not the time). Prepare {folder} again with --overwrite; or, if only the time is another, merge with --ignore-times."
+                    f"{folder} read {version.name} of the source before a change that {other} saw (the size is the same, not the time). "
+                    f"Prepare {folder} again with --overwrite; or, if only the time is another, merge with --ignore-times."
                 )
 
 
