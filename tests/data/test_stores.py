@@ -29,6 +29,7 @@ from anon_dist.data import (
     make_source,
     remote,
 )
+from anon_dist.outages import OUTAGES
 
 SEQ_LEN = 64
 
@@ -41,6 +42,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 512)
     cache.use(tmp_path / "cache", 1 << 30)
     remote.forget_copies()
+    OUTAGES.forget()
     yield tmp_path / "cache"
     gc.collect()
     cache.use(None, None)
