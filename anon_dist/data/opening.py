@@ -30,8 +30,8 @@ def open_reader(directory: str | Path, index: Index, split: str, by_block: bool)
     info, dtype = index.split(split), index.numpy_dtype
     filled = [shard for shard in info.shards if shard.tokens]
 
-    def touch() -> FirstTouch | None:
-        return FirstTouch(located(directory), split, filled, info.sums) if by_block and info.sums else None
+    def touch(place: str | None = None) -> FirstTouch | None:
+        return FirstTouch(located(directory), split, filled, info.sums, place) if by_block and info.sums else None
 
     if not is_address(directory):
         for shard in info.shards:
@@ -41,7 +41,7 @@ def open_reader(directory: str | Path, index: Index, split: str, by_block: bool)
     _check_there(remote, info.shards)
     claim = cache.present().claim(index.fingerprint, filled)
     if claim is None:
-        return RangeReader(remote, filled, dtype)
+        return RangeReader(remote, filled, dtype, touch(remote.address))
     return CachedReader(remote, claim, filled, dtype, touch())
 
 

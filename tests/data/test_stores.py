@@ -406,6 +406,37 @@ def test_an_altered_object_is_not_taken(address, place):
     assert not list(place.glob("*/train-00001.bin*"))
 
 
+def test_ranges_are_whole_blocks_that_are_compared(s3, prepared, tmp_path, caplog):
+    """An altered one is asked for again, once; without checksums a request has the sample's bytes alone."""
+    address = upload(prepared, f"s3://bucket{tmp_path}/corpus")
+    cache.use(tmp_path / "cache", 0)
+    shards, local = TokenShards(address, verify="read"), TokenShards(prepared)
+    shard, tokens = local.info.shards[1], len(local)
+    s3.requests.clear()
+    assert np.array_equal(shards.tokens(1100, 50), local.tokens(1100, 50))
+    (asked,) = s3.fetched(shard.file)
+    assert asked == f"bytes=0-{shard.bytes - 1}"
+    assert np.array_equal(shards.tokens(0, tokens), local.tokens(0, tokens))
+    bare = TokenShards(address)
+    s3.requests.clear()
+    assert np.array_equal(bare.tokens(1100, 50), local.tokens(1100, 50))
+    assert s3.fetched(shard.file) == ["bytes=200-299"]
+    assert "compared with their checksums" in shards.read_how(64)
+    assert "no checksum" in bare.read_how(64)
+
+    fs, path = object_of(address, shard.file)
+    data = bytearray(fs.cat_file(path))
+    data[700] ^= 1
+    fs.pipe_file(path, bytes(data))
+    s3.requests.clear()
+    with pytest.raises(
+        ShardError, match=rf"{address}/{shard.file} is altered: bytes 0 to {shard.bytes:,} have checksum"
+    ):
+        shards.tokens(1100, 50)
+    assert len(s3.fetched(shard.file)) == 2
+    assert "It is asked for again." in caplog.text
+
+
 @pytest.mark.parametrize("limit", [None, 0], ids=["copies", "ranges"])
 def test_a_loader_is_closed_while_it_waits_for_a_store(limit, address, tmp_path, monkeypatch):
     cache.use(tmp_path / "cache", limit)
