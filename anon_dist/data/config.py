@@ -111,8 +111,8 @@ class MergeConfig:
 class InspectConfig:
     """Show what a prepared folder, or a part of one, holds: sizes, source, tokenizer, what was left out, and how long documents are."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Made by `anon-dist data prepare` or `merge`."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Made by `anon-dist data prepare` or `merge`; or the address of a prepared folder, all of which is read."""
     samples: int = 2
     """Documents of each split that are shown, from all over it. 0 for none."""
     plot: Path | None = None
@@ -129,8 +129,8 @@ class VerifyConfig:
     starts; here such a folder gets checksums of its blocks, after which trainings start at once.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Made by `anon-dist data prepare`."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Made by `anon-dist data prepare`; or its address, where all is read and nothing kept."""
     workers: int = field(default_factory=_cpu_count)
     """Threads that read (default: one per available core)."""
 

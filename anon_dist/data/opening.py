@@ -38,7 +38,7 @@ def open_reader(directory: str | Path, index: Index, split: str, by_block: bool)
             check_size(Path(directory), shard)
         return MappedReader(Path(directory), filled, dtype, touch())
     remote = RemoteFolder(str(directory))
-    _check_there(remote, info.shards)
+    check_there(remote, info.shards)
     claim = cache.present().claim(index.fingerprint, filled)
     if claim is None:
         return RangeReader(remote, filled, dtype, touch(remote.address))
@@ -64,7 +64,12 @@ def check_size(directory: Path, shard: ShardInfo) -> None:
         raise ShardError(f"{path} is torn: {size:,} bytes, the index says {shard.bytes:,}. {RESTORE}")
 
 
-def _check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
+def check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
+    """That shards are at an address, with the sizes that the index says.
+
+    Raises:
+        ShardError: they are not, or the store does not answer.
+    """
     there = remote.sizes()
     for shard in shards:
         place = f"{remote.address}/{shard.file}"
