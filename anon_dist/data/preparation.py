@@ -28,7 +28,7 @@ from anon_dist.data.shards import TokenShards
 from anon_dist.data.sources import LimitedSource, SeveralSources, Source, open_source
 from anon_dist.data.tally import Tally
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
-from anon_dist.data.versions import VERSIONS_FILE, record, refuse_changed, remove, warn_of_later_changes
+from anon_dist.data.versions import VERSIONS_FILE, differences, record, refuse_changed, remove, warn_of_later_changes
 from anon_dist.data.writer import SplitState, SplitWriter
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
@@ -75,7 +75,8 @@ class _Preparation:
 
     def __init__(self, config: PrepareConfig, source: Source, mine: Share) -> None:
         self.config, self.source, self.share, self.out = config, source, mine, config.out
-        self.journal = Journal(self.out, _identity(config), source.describe())
+        named = partial(differences, self.out, source)
+        self.journal = Journal(self.out, _identity(config), source.describe(), named)
         earlier = self.journal.load()
         if earlier is None:
             _refuse_foreign_files(self.out)

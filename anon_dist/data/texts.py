@@ -209,7 +209,7 @@ class TextReader:
                     return noted
                 row, replaced = json.loads(line.decode(errors="replace")), True
             kind = f"a JSON {type(row).__name__}, not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested a thousand times
             row, kind = None, f"not JSON ({error})"
         if not isinstance(row, dict):
             said = f"{path}, {place}: {kind}. Each line must be one JSON object."

@@ -59,6 +59,18 @@ def remove(folder: Path) -> None:
     (folder / VERSIONS_FILE).unlink(missing_ok=True)
 
 
+def differences(folder: Path, source: Source) -> str:
+    """Which files of a source are new, gone or of another size or time since it was recorded, in words; "" where nothing was."""
+    before = load(folder)
+    if before is None:
+        return ""
+    old, new = (dict(files) for files in (before.files, source.versions))
+    gone, come = [name for name in old if name not in new], [name for name in new if name not in old]
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    said = ((gone, "gone"), (come, "new"), (changed, "changed"))
+    return "; ".join(f"{_listed(names)} {word}" for names, word in said if names)
+
+
 def refuse_changed(folder: Path, source: Source) -> None:
     """Refuse to go on where a file of the share is another than when the preparation began.
 

@@ -112,6 +112,13 @@ def test_what_lies_before_damage_is_taken(kind, folder, tmp_path):
     assert list(left) == ["damaged"]
 
 
+def test_json_that_nests_too_deep_is_a_bad_line(folder, tmp_path):
+    (folder / "1.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + '\n{"text": "b"}\n')
+    texts, left = prepared(folder, tmp_path / "out")
+    assert texts == ["good", "a", "b"]
+    assert left["not JSON"][0].startswith("t/1.jsonl, line 2: not JSON (maximum recursion depth")
+
+
 def test_names_with_anything(folder, tmp_path, capsys):
     for name in (b"with space.txt", b"with\nline end.txt", b"latin-\xe9.txt", b"UPPER.TXT.GZ"):
         content = name.replace(b"\xe9", b"")

@@ -87,6 +87,15 @@ def test_a_file_that_changes_while_it_is_read(texts, tmp_path, monkeypatch):
         prepare(config(texts, tmp_path / "out"))
 
 
+def test_files_that_come_and_go_between_an_interruption_and_its_resume_are_named(texts, tmp_path, monkeypatch):
+    interrupted(texts, tmp_path / "out", monkeypatch, 4)
+    (texts / "3.txt").rename(texts / "33.txt")
+    (texts / "5.txt").write_text("longer " * 200)
+    words = r"the source's bytes was 6300, now 7000; .*; texts/3\.txt gone; texts/33\.txt new; texts/5\.txt changed\. Use --overwrite"
+    with pytest.raises(PreparationError, match=words):
+        prepare(config(texts, tmp_path / "out"))
+
+
 def test_a_complete_folder_says_what_changed_since(texts, tmp_path, capsys):
     prepare(config(texts, tmp_path / "out"))
     prepare(config(texts, tmp_path / "out"))
