@@ -72,7 +72,7 @@ class Source(Protocol):
 
     @property
     def versions(self) -> Sequence[Version]:
-        """Of each part that is a file, as it was when it was found."""
+        """Of each part as it was when it was found; of a limited source, of each of the whole."""
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
         """All items from `start` on."""
@@ -159,9 +159,9 @@ class FileSource:
     @cached_property
     def versions(self) -> Sequence[Version]:
         """Of each file; those of the standard library are the same everywhere, whenever they were installed."""
-        if self._origin == "stdlib":
-            return []
-        return [Version(self._shown(path), stamp(stat)) for path, stat in zip(self.files, self._stats, strict=True)]
+        known = self._origin != "stdlib"
+        pairs = zip(self.files, self._stats, strict=True)
+        return [Version(self._shown(path), stamp(stat) if known else "") for path, stat in pairs]
 
     @cached_property
     def _stats(self) -> list[Any]:
@@ -225,10 +225,11 @@ class HubSource:
         SourceError: the dataset cannot be loaded, or has no such column.
     """
 
-    parts, sizes, versions = 1, (None,), ()
+    parts, sizes = 1, (None,)
 
     def __init__(self, name: str, split: str, streaming: bool, text_field: str, reader: TextReader) -> None:
         self._path, self._config = (name, "") if Path(name).exists() else _halves(name)
+        self.versions = [Version(f"hf:{name}", "")]
         self._split, self._streaming, self._field, self._reader = split, streaming, text_field, reader
 
     def read(self, start: Cursor = START) -> Iterator[Item]:

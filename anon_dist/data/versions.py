@@ -51,7 +51,10 @@ def load(folder: Path) -> Versions | None:
 def record(folder: Path, source: Source, share: Share) -> None:
     """Write what is there now."""
     files = [list(version) for version in source.versions]
-    write_json(folder / VERSIONS_FILE, {"first": share.first, "end": share.end, "files": files})
+    first, end = (
+        (share.first, share.end) if share.of > 1 else (0, len(files))
+    )  # a limited source is of one part, not of its files
+    write_json(folder / VERSIONS_FILE, {"first": first, "end": end, "files": files})
 
 
 def remove(folder: Path) -> None:

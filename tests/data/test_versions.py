@@ -16,6 +16,8 @@ from anon_dist.data.merge import merge
 from anon_dist.data.meter import Meter
 
 encode, preparation = (importlib.import_module(f"anon_dist.data.{name}") for name in ("encode", "preparation"))
+SHARDS = {"shard_tokens": 100}
+"""So that the texts divide into three shares."""
 TIME = 1_700_000_000_000_000_000
 
 
@@ -31,7 +33,7 @@ def texts(tmp_path):
 
 
 def config(source, out, **options):
-    defaults = {"tokenizer": "bytes", "val_fraction": 0.0, "workers": 1, "shard_tokens": 100}
+    defaults = {"tokenizer": "bytes", "val_fraction": 0.0, "workers": 1}
     return PrepareConfig(source=str(source), out=Path(out), **{**defaults, **options})
 
 
@@ -58,17 +60,21 @@ def interrupted(source, out, monkeypatch, after, **options):
         prepare(config(source, out, **options))
 
 
-@pytest.mark.parametrize("number", [1, 7], ids=["read before", "not read yet"])
-def test_a_resume_refuses_a_file_that_was_edited(number, texts, tmp_path, monkeypatch):
-    interrupted(texts, tmp_path / "out", monkeypatch, 4)
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(1, {}), (7, {}), (7, {"max_documents": 8})],
+    ids=["read before", "not read yet", "of a limited source"],
+)
+def test_a_resume_refuses_a_file_that_was_edited(number, options, texts, tmp_path, monkeypatch):
+    interrupted(texts, tmp_path / "out", monkeypatch, 4, **options)
     original = (texts / f"{number}.txt").read_text()
     edit(texts / f"{number}.txt")
     words = rf"texts/{number}\.txt of the source changed since .*--overwrite; or, if only the time is another, go on with --ignore-times"
     with pytest.raises(PreparationError, match=words):
-        prepare(config(texts, tmp_path / "out"))
+        prepare(config(texts, tmp_path / "out", **options))
     (texts / f"{number}.txt").write_text(original)  # a copy that did not keep the time
-    prepare(config(texts, tmp_path / "out", ignore_times=True))
-    prepare(config(texts, tmp_path / "fresh"))
+    prepare(config(texts, tmp_path / "out", ignore_times=True, **options))
+    prepare(config(texts, tmp_path / "fresh", **options))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert not (tmp_path / "out" / "versions.json").exists()
 
@@ -121,22 +127,22 @@ def test_a_store_says_which_version_a_file_is(texts, tmp_path, monkeypatch):
 def test_merge_refuses_parts_that_read_different_versions(texts, tmp_path):
     """A file that changed before its own part read it is the same in all of the corpus."""
     for i in (1, 2, 3):
-        prepare(config(texts, tmp_path / str(i), part=f"{i}/3"))
+        prepare(config(texts, tmp_path / str(i), part=f"{i}/3", **SHARDS))
         edit(texts / "4.txt") if i == 1 else None  # the second part's
     parts = [tmp_path / str(i) for i in (1, 2, 3)]
     merge(parts, tmp_path / "data")
-    prepare(config(texts, tmp_path / "one"))
+    prepare(config(texts, tmp_path / "one", **SHARDS))
     assert contents(tmp_path / "data") == contents(tmp_path / "one")
 
     edit(texts / "0.txt")
-    prepare(config(texts, tmp_path / "3", part="3/3", overwrite=True))
+    prepare(config(texts, tmp_path / "3", part="3/3", **SHARDS, overwrite=True))
     words = r"/1 read texts/0\.txt of the source before a change that .*/3 saw .*Prepare .*/1 again .*merge with --ignore-times"
     with pytest.raises(PreparationError, match=words):
         merge(parts, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(PreparationError, match=r"texts/0\.txt of the source changed since"):
-        prepare(config(texts, tmp_path / "1", part="1/3"))  # complete, of the version before
-    prepare(config(texts, tmp_path / "1", part="1/3", overwrite=True))
+        prepare(config(texts, tmp_path / "1", part="1/3", **SHARDS))  # complete, of the version before
+    prepare(config(texts, tmp_path / "1", part="1/3", **SHARDS, overwrite=True))
     merge(parts, tmp_path / "other")
     assert texts_of(tmp_path / "other", "train")[0].startswith("next 0 ")
     merge(parts[::-1], tmp_path / "third", ignore_times=True)
@@ -146,7 +152,7 @@ def test_merge_refuses_parts_that_read_different_versions(texts, tmp_path):
 def parts(texts, tmp_path):
     folders = [tmp_path / "p1", tmp_path / "p2"]
     for i, folder in enumerate(folders, 1):
-        prepare(config(texts, folder, part=f"{i}/2", val_fraction=0.3))
+        prepare(config(texts, folder, part=f"{i}/2", **SHARDS, val_fraction=0.3))
     return folders
 
 
