@@ -46,7 +46,17 @@ def data_merge(args: list[str]) -> None:
     from anon_dist.data import DataError
     from anon_dist.data.merge import merge
 
-    _or_exit(lambda: merge(config.parts, config.out), DataError, OSError)
+    _or_exit(
+        lambda: merge(
+            config.parts,
+            config.out,
+            check=config.verify,
+            ignore_times=config.ignore_times,
+            workers=max(1, config.workers),
+        ),
+        DataError,
+        OSError,
+    )
 
 
 def data_inspect(args: list[str]) -> None:

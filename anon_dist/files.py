@@ -48,8 +48,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The same with a JSON value."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """The same with a JSON value; bytes of names that are not UTF-8 stand in it as escapes of lone surrogates."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text.encode(errors="backslashreplace").decode())
 
 
 def publish(temporary: Path, target: Path) -> None:

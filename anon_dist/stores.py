@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-log = logging.getLogger(__name__)
+from anon_dist.outages import OUTAGES
 
 BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
 """Stores that have no folders to be made."""
@@ -69,7 +68,9 @@ def tried(
     begun = time.monotonic()
     for pause in (*pauses, None):
         try:
-            return action()
+            found = action()
+            OUTAGES.answered(what)
+            return found
         except failure:
             raise
         except Exception as error:  # each store has its own
@@ -80,7 +81,7 @@ def tried(
                 raise failure(
                     f"{what}: {type(error).__name__}: {error} (attempt {attempts}, after {took:.0f} s){remedy}"
                 ) from error
-            log.warning("%s: %s: %s; trying again in %.0f s", what, type(error).__name__, error, pause)
+            OUTAGES.failed(what, error, pause)
             (sleep or time.sleep)(pause)
     raise AssertionError
 

@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage", "page", "stores"),
+    ("files", "machine", "launcher", "usage", "page", "outages"),
+    ("stores",),
     ("arguments",),
     ("agreement", "optim"),
     ("data",),

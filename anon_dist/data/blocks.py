@@ -77,12 +77,15 @@ class FirstTouch:
         folder: of the shards.
         shards: those with tokens, in their order.
         digest: of the file of checksums.
+        place: where the shards are read, for messages; None: in `folder`.
 
     Raises:
         ShardError: that file is missing or altered.
     """
 
-    def __init__(self, folder: Path, split: str, shards: Sequence[ShardInfo], digest: str) -> None:
+    def __init__(
+        self, folder: Path, split: str, shards: Sequence[ShardInfo], digest: str, place: str | None = None
+    ) -> None:
         path = folder / sums_file(split)
         try:
             content = path.read_bytes()
@@ -90,7 +93,7 @@ class FirstTouch:
             raise ShardError(f"{path} is missing. {RESTORE}") from None
         if xxhash.xxh3_64_hexdigest(content) != digest:
             raise ShardError(f"{path} is altered: its checksum is not that of the index. {RESTORE}")
-        self._folder, self._shards, self._called = folder, shards, path.name
+        self._place, self._shards, self._called = str(folder) if place is None else place, shards, path.name
         self._sums = np.frombuffer(content, "<u8")
         counts = [blocks_of(shard) for shard in shards]
         self._first = (np.cumsum(counts) - counts).tolist()
@@ -111,11 +114,19 @@ class FirstTouch:
 
     def _compare(self, shard: int, data: NDArray[Any], block: int) -> None:
         at = (block - self._first[shard]) * BLOCK_BYTES
-        found = xxhash.xxh3_64_intdigest(data[at // data.itemsize : (at + BLOCK_BYTES) // data.itemsize].data)
-        if found != self._sums[block]:
+        self.compare(shard, at, data[at // data.itemsize : (at + BLOCK_BYTES) // data.itemsize].data)
+        self._seen[block] = 1  # only now: a thread beside this one may compare it too
+
+    def compare(self, shard: int, at: int, content: memoryview) -> None:
+        """The block of a shard that begins at byte `at` with its checksum, whether it was seen before or not.
+
+        Raises:
+            ShardError: it is altered.
+        """
+        found, wanted = xxhash.xxh3_64_intdigest(content), self._sums[self._first[shard] + at // BLOCK_BYTES]
+        if found != wanted:
             info = self._shards[shard]
             raise ShardError(
-                f"{self._folder / info.file} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
-                f"{found:016x}, {self._called} says {self._sums[block]:016x}. {RESTORE}"
+                f"{self._place}/{info.file} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
+                f"{found:016x}, {self._called} says {wanted:016x}. {RESTORE}"
             )
-        self._seen[block] = 1  # only now: a thread beside this one may compare it too

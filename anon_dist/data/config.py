@@ -65,6 +65,10 @@ class PrepareConfig:
     overwrite: bool = False
     """Remove what an earlier preparation left in the folder, finished or not, and start from nothing."""
 
+    ignore_times: bool = False
+    """Go on although files of the source have other times of change than when the preparation began: copies that did not keep them, say.
+    Their sizes are compared in any case."""
+
     part: str | None = None
     """`I/N`, such as `3/16`: prepare the I-th of N shares of the source, each on a machine of its own; `anon-dist data merge` makes one
     folder of them. Every machine must see the whole source. Shares are whole files."""
@@ -77,7 +81,7 @@ class PrepareConfig:
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the result, as plain JSON values."""
-        free = ("out", "streaming", "workers", "overwrite", "part", "only_tokenizer")
+        free = ("out", "streaming", "workers", "overwrite", "ignore_times", "part", "only_tokenizer")
         settings = {name: value for name, value in vars(self).items() if name not in free}
         return {**settings, "source": self.source[0] if len(self.source) == 1 else list(self.source)}
 
@@ -94,14 +98,21 @@ class MergeConfig:
     """All the folders that `anon-dist data prepare --part I/N` made, in any order."""
     out: Path
     """Folder to write, on the parts' file system."""
+    verify: bool = True
+    """Read all shards, and compare them with the checksums that their parts noted, before anything is written. Without it an altered shard
+    is found out when a training reads it."""
+    ignore_times: bool = False
+    """Merge although parts saw other times of change of a file that one of them read: each machine had a copy of the source, say."""
+    workers: int = field(default_factory=_cpu_count)
+    """Threads that read (default: one per available core)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """Show what a prepared folder, or a part of one, holds: sizes, source, tokenizer, what was left out, and how long documents are."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Made by `anon-dist data prepare` or `merge`."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Made by `anon-dist data prepare` or `merge`; or the address of a prepared folder, all of which is read."""
     samples: int = 2
     """Documents of each split that are shown, from all over it. 0 for none."""
     plot: Path | None = None
@@ -118,8 +129,8 @@ class VerifyConfig:
     starts; here such a folder gets checksums of its blocks, after which trainings start at once.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Made by `anon-dist data prepare`."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Made by `anon-dist data prepare`; or its address, where all is read and nothing kept."""
     workers: int = field(default_factory=_cpu_count)
     """Threads that read (default: one per available core)."""
 

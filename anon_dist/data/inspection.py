@@ -17,6 +17,7 @@ from anon_dist.data.config import InspectConfig
 from anon_dist.data.finish import dtype_of, lines_left_out, small_validation
 from anon_dist.data.index import TOKENIZER_FOLDER, Index, SplitInfo
 from anon_dist.data.parts import PART_FILE, Part
+from anon_dist.data.stretches import Stretches
 from anon_dist.data.tally import Tally
 from anon_dist.data.tokenizer import Tokenizer
 
@@ -30,7 +31,9 @@ BAR = 40
 class Content:
     """What the index, or the part's file, says."""
 
-    folder: Path
+    folder: str
+    """Or address."""
+    shards: Stretches
     title: str
     tokenizer: Tokenizer
     splits: Mapping[str, SplitInfo]
@@ -61,22 +64,26 @@ class Lengths:
         return {"bins": bins, "least": self.least, "most": self.most, "median_at_most": self.median}
 
 
-def open_content(folder: Path) -> Content:
-    """Read what a folder says of itself.
+def open_content(folder: str) -> Content:
+    """Read what a folder, or an address of one, says of itself.
 
     Raises:
         DataError: it is neither a prepared folder nor a finished part, or its tokenizer is not what it was.
     """
-    if (folder / PART_FILE).is_file():
-        part = Part.load(folder)
-        tokenizer = Tokenizer(folder / TOKENIZER_FOLDER, part.settings["tokenizer"])
+    here, shards = Path(folder), Stretches(folder)
+    if shards.is_here and (here / PART_FILE).is_file():
+        part = Part.load(here)
+        tokenizer = Tokenizer(here / TOKENIZER_FOLDER, part.settings["tokenizer"])
         title = f"part {part.number} of {part.of}"
         noted = Tally.from_json(part.noted)
         splits = {name: split for name, split in part.splits.items() if split.tokens}
-        return Content(folder, title, tokenizer, splits, part.source, part.settings, noted, None)
+        return Content(folder, shards, title, tokenizer, splits, part.source, part.settings, noted, None)
     index = Index.load(folder)
     noted = Tally.from_json(index.source)
-    return Content(folder, "complete", Tokenizer.of(folder), index.splits, index.source, index.settings, noted, index)
+    shards.check_sizes(index.shards)
+    return Content(
+        folder, shards, "complete", Tokenizer.of(folder), index.splits, index.source, index.settings, noted, index
+    )
 
 
 def documents(content: Content, split: str) -> Iterator[NDArray[np.int64]]:
@@ -87,19 +94,15 @@ def documents(content: Content, split: str) -> Iterator[NDArray[np.int64]]:
     hide = not sys.stderr.isatty()
     with tqdm(total=total, desc=f"reading {split}", unit="B", unit_scale=True, disable=hide, leave=False) as bar:
         for shard in info.shards:
-            with (content.folder / shard.file).open("rb") as file:
-                file.seek(shard.start)
-                left = shard.bytes
-                while data := file.read(min(BLOCK_BYTES, left)):
-                    left -= len(data)
-                    tokens = np.frombuffer(data, content.dtype)
-                    ends = np.flatnonzero(tokens == content.tokenizer.eod_id) + 1
-                    if len(ends):
-                        lengths = np.diff(ends, prepend=0)
-                        lengths[0] += begun
-                        yield lengths
-                    begun = len(tokens) - int(ends[-1]) if len(ends) else begun + len(tokens)
-                    bar.update(len(data))
+            for data in content.shards.pieces(shard, BLOCK_BYTES):
+                tokens = np.frombuffer(data, content.dtype)
+                ends = np.flatnonzero(tokens == content.tokenizer.eod_id) + 1
+                if len(ends):
+                    lengths = np.diff(ends, prepend=0)
+                    lengths[0] += begun
+                    yield lengths
+                begun = len(tokens) - int(ends[-1]) if len(ends) else begun + len(tokens)
+                bar.update(len(data))
     if begun:
         yield np.array([begun])
 
@@ -140,12 +143,8 @@ def _tokens(content: Content, info: SplitInfo, start: int, count: int) -> NDArra
     for shard in info.shards:
         if start < shard.tokens and count > 0:
             size = content.dtype.itemsize
-            piece = np.fromfile(
-                content.folder / shard.file,
-                content.dtype,
-                min(count, shard.tokens - start),
-                offset=shard.start + start * size,
-            )
+            data = content.shards.read(shard, start * size, count * size)
+            piece = np.frombuffer(data, content.dtype)
             pieces.append(piece)
             count -= len(piece)
             start = 0
@@ -165,7 +164,7 @@ def inspect(config: InspectConfig) -> None:
     lengths = {split: lengths_of(content, split) for split in content.splits}
     shown = {split: samples(content, split, config.samples) for split in content.splits} if config.samples else {}
     if config.plot is not None:
-        plot_lengths(config.plot, lengths, str(config.folder))
+        plot_lengths(config.plot, lengths, config.folder)
     if config.json:
         print(json.dumps(_as_json(content, lengths, shown), indent=1, ensure_ascii=False))
         return
@@ -175,7 +174,7 @@ def inspect(config: InspectConfig) -> None:
 def _as_json(content: Content, lengths: Mapping[str, Lengths], shown: Mapping[str, Any]) -> dict[str, Any]:
     index = content.index
     return {
-        "folder": str(content.folder),
+        "folder": content.folder,
         "kind": content.title,
         "fingerprint": index.fingerprint if index else None,
         "dtype": f"uint{8 * content.dtype.itemsize}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,17 @@ class Journal:
         directory: the folder.
         settings: the settings that determine the result.
         source: the description of the source.
+        named: the files by which the source differs from that of the earlier run.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], source: Mapping[str, Any]) -> None:
-        self.path = directory / JOURNAL_FILE
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, Any],
+        source: Mapping[str, Any],
+        named: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.path, self._named = directory / JOURNAL_FILE, named
         self._identity = {"format_version": JOURNAL_VERSION, "settings": dict(settings), "source": dict(source)}
 
     def load(self) -> Progress | None:
@@ -58,7 +65,7 @@ class Journal:
                 raise PreparationError(
                     f"{self.path} is of another version of anon_dist. Start again with --overwrite, or end it with that version."
                 )
-            refuse_differences(self.path.parent, content["settings"], content["source"], self._identity)
+            refuse_differences(self.path.parent, content["settings"], content["source"], self._identity, self._named)
             return Progress(
                 content["val_fraction"],
                 content["tokenizer_hash"],
@@ -83,9 +90,16 @@ class Journal:
 
 
 def refuse_differences(
-    directory: Path, settings: Mapping[str, Any], source: Mapping[str, Any], wanted: Mapping[str, Any]
+    directory: Path,
+    settings: Mapping[str, Any],
+    source: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    named: Callable[[], str] = lambda: "",
 ) -> None:
     """Refuse to go on in a folder that was begun with other settings, or from a source that has changed since.
+
+    Args:
+        named: the files by which it has, if they are known.
 
     Raises:
         PreparationError: naming each difference, and the remedy.
@@ -104,6 +118,8 @@ def refuse_differences(
             for key, value in wanted["source"].items()
             if source.get(key) != value
         ]
+        if differences and (files := named()):
+            differences.append(files)
     if differences:
         raise PreparationError(
             f"--out {directory} was prepared differently: {'; '.join(differences)}. "

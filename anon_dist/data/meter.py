@@ -18,7 +18,7 @@ LOG_SECONDS = 30.0
 
 def say(message: str) -> None:
     """Tell the user one thing, above the bar if there is one."""
-    tqdm.write(message, file=sys.stdout)
+    tqdm.write(message.encode(errors="backslashreplace").decode(), file=sys.stdout)  # a path may be no UTF-8
     sys.stdout.flush()
 
 

@@ -30,18 +30,18 @@ def open_reader(directory: str | Path, index: Index, split: str, by_block: bool)
     info, dtype = index.split(split), index.numpy_dtype
     filled = [shard for shard in info.shards if shard.tokens]
 
-    def touch() -> FirstTouch | None:
-        return FirstTouch(located(directory), split, filled, info.sums) if by_block and info.sums else None
+    def touch(place: str | None = None) -> FirstTouch | None:
+        return FirstTouch(located(directory), split, filled, info.sums, place) if by_block and info.sums else None
 
     if not is_address(directory):
         for shard in info.shards:
             check_size(Path(directory), shard)
         return MappedReader(Path(directory), filled, dtype, touch())
     remote = RemoteFolder(str(directory))
-    _check_there(remote, info.shards)
+    check_there(remote, info.shards)
     claim = cache.present().claim(index.fingerprint, filled)
     if claim is None:
-        return RangeReader(remote, filled, dtype)
+        return RangeReader(remote, filled, dtype, touch(remote.address))
     return CachedReader(remote, claim, filled, dtype, touch())
 
 
@@ -64,7 +64,12 @@ def check_size(directory: Path, shard: ShardInfo) -> None:
         raise ShardError(f"{path} is torn: {size:,} bytes, the index says {shard.bytes:,}. {RESTORE}")
 
 
-def _check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
+def check_there(remote: RemoteFolder, shards: Sequence[ShardInfo]) -> None:
+    """That shards are at an address, with the sizes that the index says.
+
+    Raises:
+        ShardError: they are not, or the store does not answer.
+    """
     there = remote.sizes()
     for shard in shards:
         place = f"{remote.address}/{shard.file}"

@@ -28,6 +28,7 @@ from anon_dist.data.shards import TokenShards
 from anon_dist.data.sources import LimitedSource, SeveralSources, Source, open_source
 from anon_dist.data.tally import Tally
 from anon_dist.data.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
+from anon_dist.data.versions import VERSIONS_FILE, differences, record, refuse_changed, remove, warn_of_later_changes
 from anon_dist.data.writer import SplitState, SplitWriter
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
@@ -74,12 +75,17 @@ class _Preparation:
 
     def __init__(self, config: PrepareConfig, source: Source, mine: Share) -> None:
         self.config, self.source, self.share, self.out = config, source, mine, config.out
-        self.journal = Journal(self.out, _identity(config), source.describe())
+        named = partial(differences, self.out, source)
+        self.journal = Journal(self.out, _identity(config), source.describe(), named)
         earlier = self.journal.load()
         if earlier is None:
             _refuse_foreign_files(self.out)
             earlier = Progress(validation_fraction(source, config.val_fraction))
+            record(self.out, source, mine)
             self.journal.commit(earlier)
+        elif config.ignore_times or not (self.out / VERSIONS_FILE).exists():
+            record(self.out, source, mine)
+        refuse_changed(self.out, source)
         self.progress = earlier
 
     def run(self) -> Index | None:
@@ -98,6 +104,7 @@ class _Preparation:
         index = make_index(self.out, tokenizer, splits, source, noted, settings)
         write_json(self.out / INDEX_FILE, index.to_json())
         self.journal.remove()
+        remove(self.out)
         say_complete(index, self.out, time.perf_counter() - started)
         return index
 
@@ -249,6 +256,8 @@ def _already_complete(config: PrepareConfig, source: Source) -> Index | None:
         part = Part.load(config.out)
         settings = {**part.settings, "part": f"{part.number}/{part.of}"}
         refuse_differences(config.out, settings, part.source, wanted)
+        if not config.ignore_times:
+            refuse_changed(config.out, source)
         index, splits = None, part.splits
     else:
         index = Index.load(config.out)
@@ -256,14 +265,17 @@ def _already_complete(config: PrepareConfig, source: Source) -> Index | None:
         splits = index.splits
         for split in splits:
             TokenShards(config.out, split)
-    (config.out / JOURNAL_FILE).unlink(missing_ok=True)  # a run may have been killed between its last two acts
+        remove(config.out)  # a run may have been killed between its last acts
+    (config.out / JOURNAL_FILE).unlink(missing_ok=True)
     say(f"{config.out} is complete: {sizes(splits)}. Nothing to do.")
+    if not config.part and not config.ignore_times:
+        warn_of_later_changes(source, config.out / INDEX_FILE)
     return index
 
 
 def _clear(out: Path) -> None:
     """Remove what a preparation writes, and nothing else. The index first: without it the folder is unfinished."""
-    for path in (out / INDEX_FILE, out / PART_FILE, out / JOURNAL_FILE, *_shard_files(out)):
+    for path in (out / INDEX_FILE, out / PART_FILE, out / JOURNAL_FILE, out / VERSIONS_FILE, *_shard_files(out)):
         path.unlink(missing_ok=True)
     for name in (TOKENIZER_FOLDER, BUILDING):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -1,11 +1,12 @@
 """Samples read from a store one by one, each as a range of bytes of its shard: for corpora that are larger than the disks here.
 
-A process of any number of ranks asks for the ranges of its own samples alone, ahead of their use. What comes is checked by its length and,
-as all tokens are, against the vocabulary; the checksum of a shard, which nobody reads whole, is not.
+A process of any number of ranks asks for the ranges of its own samples alone, ahead of their use. A range is widened to the blocks that
+have checksums, and these are compared. Where they are not to be, only its length is and, as of all tokens, their place in the vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anon_dist.data.blocks import BLOCK_BYTES, FirstTouch
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import ShardInfo
 from anon_dist.data.reading import Piece
 from anon_dist.data.remote import RemoteFolder
 
+log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
 REQUESTS = 16
@@ -39,10 +42,16 @@ class _Coming:
 
 
 class RangeReader:
-    """Shards of a folder at an address, read by ranges of bytes."""
+    """Shards of a folder at an address, read by ranges of bytes.
 
-    def __init__(self, remote: RemoteFolder, shards: Sequence[ShardInfo], dtype: np.dtype[Any]) -> None:
-        self._remote, self._shards, self._dtype = remote, shards, dtype
+    Args:
+        touch: has the checksums of blocks, which then are asked for whole.
+    """
+
+    def __init__(
+        self, remote: RemoteFolder, shards: Sequence[ShardInfo], dtype: np.dtype[Any], touch: FirstTouch | None = None
+    ) -> None:
+        self._remote, self._shards, self._dtype, self._touch = remote, shards, dtype, touch
         self._lock = threading.Lock()
         self._waiting: deque[Piece] = deque()
         """To be asked for."""
@@ -128,8 +137,27 @@ class RangeReader:
             coming.error = error
         coming.done.set()
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether what comes is compared with checksums."""
+        return self._touch is not None
+
     def _fetch(self, piece: Piece) -> NDArray[Any]:
         shard, width = self._shards[piece.shard], self._dtype.itemsize
-        start = piece.start * width
-        data = self._remote.piece(shard.file, start, start + piece.length * width, shard.bytes)
-        return np.frombuffer(data, self._dtype)
+        start, end = piece.start * width, (piece.start + piece.length) * width
+        if self._touch is None:
+            return np.frombuffer(self._remote.piece(shard.file, start, end, shard.bytes), self._dtype)
+        first, last = start // BLOCK_BYTES * BLOCK_BYTES, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, shard.bytes)
+        data = self._remote.piece(shard.file, first, last, shard.bytes)
+        try:
+            self._compare(piece.shard, first, data)
+        except ShardError as error:
+            log.warning("%s It is asked for again.", error)
+            data = self._remote.piece(shard.file, first, last, shard.bytes)
+            self._compare(piece.shard, first, data)
+        return np.frombuffer(data[start - first : end - first], self._dtype)  # the rest of the blocks is let go
+
+    def _compare(self, shard: int, first: int, data: bytes) -> None:
+        assert self._touch is not None
+        for at in range(0, len(data), BLOCK_BYTES):
+            self._touch.compare(shard, first + at, memoryview(data)[at : at + BLOCK_BYTES])

@@ -13,6 +13,19 @@ from anon_dist.data.errors import SourceError
 from anon_dist.data.remote import AT_START, BLOCK, RemoteFolder
 from anon_dist.stores import tried
 
+STAMPS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "blob_id",
+    "checksum",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+)
+"""What stores say of the version of a file, the best first."""
 REMEDY = ". The same command goes on when the store answers again"
 
 
@@ -21,12 +34,14 @@ class Size:
     """As of `os.stat_result`."""
 
     st_size: int
+    stamp: str = ""
+    """What the store says of its version."""
 
 
 class RemotePath:
     """A file at an address, with what sources use of `pathlib.Path`."""
 
-    def __init__(self, folder: RemoteFolder, inside: str, size: int = 0) -> None:
+    def __init__(self, folder: RemoteFolder, inside: str, size: Size = Size(0)) -> None:
         self._folder, self._inside, self._size = folder, PurePosixPath(inside), size
 
     def __str__(self) -> str:
@@ -51,12 +66,12 @@ class RemotePath:
         return self._inside
 
     def stat(self) -> Size:
-        """Its size when it was found."""
-        return Size(self._size)
+        """Its size and version when it was found."""
+        return self._size
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Its content, to be closed."""
-        return io.BufferedReader(_Pieces(self._folder, str(self._inside), self._size), BLOCK)
+        return io.BufferedReader(_Pieces(self._folder, str(self._inside), self._size.st_size), BLOCK)
 
 
 class _Pieces(io.RawIOBase):
@@ -110,15 +125,17 @@ def find_at(spec: str) -> tuple[Path, list[Path], dict[str, int]]:
     return cast(Path, RemotePath(folder, "")), paths, {"hidden_files": len(found) - len(files)}
 
 
-def _sizes(folder: RemoteFolder, spec: str) -> dict[str, int]:
-    """Address → bytes of each file that the address means."""
+def _sizes(folder: RemoteFolder, spec: str) -> dict[str, Size]:
+    """Address → size of each file that the address means."""
     store = folder.store
     store.invalidate_cache()
     path = folder.root + spec.rstrip("/").removeprefix(folder.address)
     found = store.glob(path, detail=True) if glob.has_magic(spec) else store.find(path, detail=True)
     files = {str(name): entry for name, entry in found.items() if entry["type"] == "file"}
     return {
-        folder.address + name.removeprefix(folder.root): int(entry["size"] or 0)
+        folder.address + name.removeprefix(folder.root): Size(
+            int(entry["size"] or 0), next((str(entry[key]) for key in STAMPS if entry.get(key)), "")
+        )
         for name, entry in files.items()
         if not name.endswith("/")
     }

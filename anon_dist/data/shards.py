@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from anon_dist.data import cache
-from anon_dist.data.blocks import RESTORE
+from anon_dist.data.blocks import BLOCK_BYTES, RESTORE
 from anon_dist.data.digests import file_checksum
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import Index, ShardInfo, SplitInfo
@@ -120,11 +120,17 @@ class TokenShards:
     def read_how(self, seq_len: int) -> str:
         """How a split at an address is read, in words."""
         size, place = sum(shard.bytes for shard in self.info.shards), cache.present()
-        if self.by_ranges:
+        if isinstance(self._reader, RangeReader):
             each = (seq_len + 1) * self.index.numpy_dtype.itemsize
+            blocks = -(-each // BLOCK_BYTES) * BLOCK_BYTES
+            how = (
+                f"{blocks:,} bytes or a block more, which are compared with their checksums"
+                if self._reader.is_checked
+                else f"{each:,} bytes, which are compared with no checksum"
+            )
             return (
                 f"{size:,} bytes are more than the {place.room():,} that data.cache_bytes leaves them in {place.folder}: each sample is a "
-                f"request of {each:,} bytes, whose checksum nobody knows"
+                f"request of {how}"
             )
         return f"{size:,} bytes are copied into {place.folder}, shard by shard, as they are read"
 

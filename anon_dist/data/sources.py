@@ -37,6 +37,15 @@ class Cursor(NamedTuple):
 START = Cursor()
 
 
+class Version(NamedTuple):
+    """Which of its versions a file is."""
+
+    name: str
+    """As it is called among what was left out."""
+    stamp: str
+    """Nanoseconds of its last change, or what a store says of its content. Empty: not known."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One document, or a note of something skipped."""
@@ -60,6 +69,10 @@ class Source(Protocol):
     @property
     def sizes(self) -> Sequence[int | None]:
         """Bytes of each part, None where that is not known."""
+
+    @property
+    def versions(self) -> Sequence[Version]:
+        """Of each part as it was when it was found; of a limited source, of each of the whole."""
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
         """All items from `start` on."""
@@ -141,7 +154,25 @@ class FileSource:
     @cached_property
     def sizes(self) -> Sequence[int | None]:
         """Bytes of each file."""
-        return [path.stat().st_size for path in self.files]
+        return [stat.st_size for stat in self._stats]
+
+    @cached_property
+    def versions(self) -> Sequence[Version]:
+        """Of each file; those of the standard library are the same everywhere, whenever they were installed."""
+        known = self._origin != "stdlib"
+        pairs = zip(self.files, self._stats, strict=True)
+        return [Version(self._shown(path), stamp(stat) if known else "") for path, stat in pairs]
+
+    @cached_property
+    def _stats(self) -> list[Any]:
+        return [path.stat() for path in self.files]
+
+    def _shown(self, path: Path) -> str:
+        name = (Path(self.root.name) / path.relative_to(self.root)).as_posix()
+        if name.isprintable():
+            return name
+        # Line ends, and bytes that are not UTF-8, of which JSON can hold nothing.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
         """All items from `start` on."""
@@ -151,9 +182,23 @@ class FileSource:
     def read_part(self, part: int, item: int = 0) -> Iterator[Item]:
         """The items of one part, from its `item`-th on."""
         path, self._present = self.files[part], part
-        shown = (Path(self.root.name) / path.relative_to(self.root)).as_posix()
-        for number, text in enumerate(islice(self._reader.read(path, shown, part == 0), item, None), item + 1):
+        found = self._reader.read(path, self._shown(path), part == 0)
+        for number, text in enumerate(islice(found, item, None), item + 1):
             yield _item(text, Cursor(part, number))
+        self._refuse_changed(part)
+
+    def _refuse_changed(self, part: int) -> None:
+        path, before = self.files[part], self._stats[part]
+        try:
+            now = path.stat()
+        except OSError as error:
+            raise SourceError(
+                f"{path} is gone while it was read ({error}). Put it back; the same command goes on."
+            ) from error
+        if (now.st_size, stamp(now)) != (before.st_size, stamp(before)):
+            raise SourceError(
+                f"{path} was changed while the source was read. Start again with --overwrite, when nothing writes there."
+            )
 
     def position(self) -> int:
         """Bytes of the file that is being read that have been read, as far as that is known."""
@@ -184,6 +229,7 @@ class HubSource:
 
     def __init__(self, name: str, split: str, streaming: bool, text_field: str, reader: TextReader) -> None:
         self._path, self._config = (name, "") if Path(name).exists() else _halves(name)
+        self.versions = [Version(f"hf:{name}", "")]
         self._split, self._streaming, self._field, self._reader = split, streaming, text_field, reader
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
@@ -244,6 +290,7 @@ class SeveralSources:
         self._firsts = list(accumulate((source.parts for source in sources), initial=0))
         self.parts = self._firsts.pop()
         self.sizes: Sequence[int | None] = [size for source in sources for size in source.sizes]
+        self.versions = [version for source in sources for version in source.versions]
         self._present = sources[0]
 
     def read(self, start: Cursor = START) -> Iterator[Item]:
@@ -279,6 +326,11 @@ class LimitedSource:
 
     parts, sizes = 1, (None,)
 
+    @property
+    def versions(self) -> Sequence[Version]:
+        """Of the whole source."""
+        return self.source.versions
+
     def __init__(self, source: Source, max_documents: int | None, max_bytes: int | None) -> None:
         self.source, self._documents, self._bytes = source, max_documents, max_bytes
 
@@ -308,6 +360,11 @@ class LimitedSource:
             documents += item.skipped is None
             size += len(item.text.encode())
             yield replace(item, after=Cursor(0, number))
+
+
+def stamp(stat: Any) -> str:
+    """What tells a version of a file from others, of what `os.stat` or a store says."""
+    return str(getattr(stat, "stamp", "") if hasattr(stat, "stamp") else stat.st_mtime_ns)
 
 
 def _item(text: Found, after: Cursor) -> Item:

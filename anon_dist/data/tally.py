@@ -16,6 +16,9 @@ UNREAD = {"hidden_files": "hidden files", "special_files": "that are no files (l
 REMEDIES = {
     "not UTF-8": "convert them (iconv -f LATIN1 -t UTF-8), or take them with --on-bad-text replace",
     "UTF-16": "convert them (iconv -f UTF-16 -t UTF-8)",
+    "UTF-32": "convert them (iconv -f UTF-32 -t UTF-8)",
+    "NUL characters": "remove them (tr -d '\\000'), or take the text with --on-bad-text replace",
+    "rubbish behind packed text": "the text was taken",
     "lone surrogates": "take them with --on-bad-text replace",
     "damaged": "what lies before the damage was read; fetch them again",
     "unreadable": "give yourself the right to read them",

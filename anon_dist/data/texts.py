@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from anon_dist.data.config import OnBadText, TextUnit
+from anon_dist.data.encodings import PROBE, UTF8_MARK, wide_encoding
 from anon_dist.data.errors import SourceError
 from anon_dist.data.tally import REPLACED
+from anon_dist.data.unpacking import COMPRESSIONS, RubbishError, Unpacked, lines
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-COMPRESSIONS = (".gz", ".zst")
 NO_TEXT = (
     *(".warc", ".wet", ".arc", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".pptx", ".rtf"),
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".arrow", ".npy", ".pkl", ".safetensors"),
 )
 """Formats whose text has to be extracted first, though they may begin like text."""
-BINARY_PROBE = 8192
 PARQUET_ROWS = 256
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Noted(NamedTuple):
@@ -67,7 +65,7 @@ class TextReader:
         Raises:
             SourceError: that, or the system does not give its content, or with `fail` anything at all is wrong with it.
         """
-        suffix = (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower()
+        suffix = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
         self._raw, self._share = None, 0.0
         try:
             if suffix in NO_TEXT or path.suffix.lower() in NO_TEXT:
@@ -78,6 +76,9 @@ class TextReader:
                 yield from self._json_lines(path, shown, first)
             else:
                 yield from self._plain_text(path, shown)
+        except RubbishError as error:
+            said = f"{path}: {error}. Cut it off, or pack the file again."
+            yield self.bad("rubbish behind packed text", f"{shown}: {error}", said)
         except (OSError, EOFError, zlib.error) as error:
             what = f"{path}: cannot be read ({error})"
             if isinstance(error, PermissionError):
@@ -126,47 +127,72 @@ class TextReader:
                 return Noted("lone surrogates" + REPLACED, place, whole)
             detail = f"character {error.start:,} is half of a surrogate pair"
             return self.bad("lone surrogates", f"{place}: {detail}", f"{where}: {detail}, which no text can hold.")
-        return text or Noted("empty", place)
+        return Noted("empty", place) if not text or text.isspace() else text
 
     def _decode(self, data: bytes, place: str, where: str) -> Found:
+        """The text of a document of plain text, or of a line of JSON that is not UTF-8."""
+        reason = detail = remedy = ""
         try:
-            return data.decode() or Noted("empty", place)
+            text = data.decode()
+            if "\0" in text:
+                reason, detail = "NUL characters", f"byte {data.index(0):,} is 0"
+                remedy = "Remove them (tr -d '\\000')."
         except UnicodeDecodeError as error:
-            if data.startswith(UTF16):
-                return self.bad("UTF-16", place, f"{where}: is UTF-16. Convert it (iconv -f UTF-16 -t UTF-8).")
-            if self._bad == "replace":
-                return Noted("not UTF-8" + REPLACED, place, data.decode(errors="replace"))
-            detail = f"byte {error.start:,} is 0x{data[error.start]:02x}"
-            said = f"{where}: not UTF-8 ({detail}). Convert it (such as iconv -f LATIN1 -t UTF-8)."
-            return self.bad("not UTF-8", f"{place}: {detail}", said)
+            text = data.decode(errors="replace") if self._bad == "replace" else ""
+            reason, detail = "not UTF-8", f"byte {error.start:,} is 0x{data[error.start]:02x}"
+            remedy = "Convert it (such as iconv -f LATIN1 -t UTF-8)."
+        if reason and self._bad != "replace":
+            return self.bad(reason, f"{place}: {detail}", f"{where}: {reason} ({detail}). {remedy}")
+        text = text.replace("\0", "\ufffd") if reason else text
+        if not text or text.isspace():
+            return Noted("empty", place)
+        return Noted(reason + REPLACED, place, text) if reason else text
 
-    def _open(self, path: Path) -> io.BufferedIOBase:
-        """The unpacked content of a file, to be closed."""
-        if path.suffix == ".zst":
-            import pyarrow
+    def _open(self, path: Path) -> Unpacked:
+        """The content of a file, to be closed."""
+        file = Unpacked(path)
+        self._raw = file.raw
+        return file
 
-            # The zstandard package would take a file that breaks off for a whole one.
-            return io.BufferedReader(pyarrow.input_stream(path.open("rb"), compression="zstd"))
-        self._raw = path.open("rb")
-        return _Unpacked(self._raw) if path.suffix == ".gz" else self._raw
+    def _beginning(
+        self, pieces: Iterator[bytes], path: Path, shown: str
+    ) -> tuple[Iterator[bytes], bytes, Noted | None]:
+        """All pieces, without the mark that some put before UTF-8; the first bytes; and why the file cannot be read as text, if so."""
+        head = b""
+        try:
+            while len(head) < PROBE and (piece := next(pieces, b"")):
+                head += piece
+        except Exception as error:  # after what was read before it
+            pieces = _raising(error)
+        noted = None
+        if name := wide_encoding(head[:PROBE]):
+            noted = self.bad(name[:6], shown, f"{path}: is {name}. Convert it (iconv -f {name} -t UTF-8).")
+        return chain((head.removeprefix(UTF8_MARK),), pieces), head[:PROBE], noted
 
     def _plain_text(self, path: Path, shown: str) -> Iterator[Found]:
         with self._open(path) as file:
-            head = file.read(BINARY_PROBE)
-            if head.startswith(UTF16) and b"\0" in head:
-                yield self._decode(head, shown, str(path))
+            pieces, head, noted = self._beginning(file.pieces(), path, shown)
+            if noted is not None:
+                yield noted
             elif b"\0" in head:
                 yield Noted("binary", shown)
             elif self._unit == "file":
-                yield self._decode(head + file.read(), shown, str(path))
+                data, rubbish = _joined(pieces)
+                yield self._decode(data, shown, str(path))
+                if rubbish is not None:
+                    raise rubbish
             else:
-                for number, text in _units(_lines(file, head), self._unit):
+                for number, text in _units(lines(pieces), self._unit):
                     yield self._decode(text, f"{shown}, line {number}", f"{path}, line {number}")
 
     def _json_lines(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
         with self._open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
+            pieces, _, noted = self._beginning(file.pieces(), path, shown)
+            if noted is not None:
+                yield noted
+                return
+            for number, line in enumerate(lines(pieces), 1):
+                if line and not line.isspace():
                     yield self._record(line, path, shown, f"line {number}", first)
                     first = False
 
@@ -183,7 +209,7 @@ class TextReader:
                     return noted
                 row, replaced = json.loads(line.decode(errors="replace")), True
             kind = f"a JSON {type(row).__name__}, not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested a thousand times
             row, kind = None, f"not JSON ({error})"
         if not isinstance(row, dict):
             said = f"{path}, {place}: {kind}. Each line must be one JSON object."
@@ -215,34 +241,26 @@ class TextReader:
             yield self.bad("damaged", f"{shown}: {str(error).splitlines()[0]}", said)
 
 
-class _Unpacked(gzip.GzipFile):
-    """Of a file that is closed with it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._of = file
-
-    def close(self) -> None:
-        super().close()
-        self._of.close()
+def _joined(pieces: Iterator[bytes]) -> tuple[bytes, RubbishError | None]:
+    """All of them, and what follows them that does not belong there."""
+    found: list[bytes] = []
+    try:
+        found.extend(pieces)
+    except RubbishError as error:
+        return b"".join(found), error
+    return b"".join(found), None
 
 
-def _lines(file: io.BufferedIOBase, head: bytes) -> Iterator[bytes]:
-    """Lines without their ends, of a file whose first bytes were read already."""
-    *whole, rest = head.split(b"\n")
-    yield from whole
-    for line in file:
-        yield (rest + line).rstrip(b"\n")
-        rest = b""
-    if rest:
-        yield rest
+def _raising(error: Exception) -> Iterator[bytes]:
+    yield from ()
+    raise error
 
 
-def _units(lines: Iterator[bytes], unit: TextUnit) -> Iterator[tuple[int, bytes]]:
+def _units(every: Iterator[bytes], unit: TextUnit) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, or runs of them, each with the number of its first line."""
     paragraph: list[bytes] = []
     begun = 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(every, 1):
         if line.strip():
             begun = begun if paragraph else number
             paragraph.append(line)

@@ -12,28 +12,31 @@ from typing import NoReturn
 import xxhash
 from tqdm import tqdm
 
-from anon_dist.data.blocks import RESTORE, BlockDigests, sums_file
+from anon_dist.data.blocks import RESTORE, BlockDigests, FirstTouch, sums_file
 from anon_dist.data.errors import ShardError
 from anon_dist.data.index import INDEX_FILE, Index, ShardInfo
 from anon_dist.data.meter import say
-from anon_dist.data.shards import TokenShards, file_checksum
+from anon_dist.data.remote import located
+from anon_dist.data.stretches import Stretches
 from anon_dist.files import sync, write_json
 
 
-def verify(folder: Path, workers: int = 1) -> Index:
+def verify(folder: str | Path, workers: int = 1) -> Index:
     """Compare every shard of every split with the index; returns the index. A folder of an earlier version gets checksums of its blocks.
 
     Args:
+        folder: or an address. There all shards are read, a piece at a time, and none is kept.
         workers: threads that read and hash.
 
     Raises:
         ShardError: naming the first file that is missing, torn or altered.
     """
     index = Index.load(folder)
+    shards = Stretches(folder)
+    shards.check_sizes(index.shards)  # before hours of reading; and the checksums themselves
     for split, info in index.splits.items():
-        TokenShards(
-            folder, split, "read" if info.sums else "size"
-        )  # before hours of reading: sizes, and the checksums themselves
+        if info.sums:
+            FirstTouch(located(folder), split, info.shards, info.sums)
     total = sum(shard.bytes for shard in index.shards)
     found = {}
     with (
@@ -41,14 +44,17 @@ def verify(folder: Path, workers: int = 1) -> Index:
         ThreadPoolExecutor(workers) as pool,
     ):
         for split, info in index.splits.items():
-            hashed = pool.map(lambda shard: _hashed(folder, shard, bar), info.shards)
+            hashed = pool.map(lambda shard: _hashed(shards, shard, bar), info.shards)
             found[split] = b"".join(hashed)
     said = f"{folder}: {len(index.shards)} shards, {total / 1e9:.3f} GB, are as they were written"
     digests = {split: xxhash.xxh3_64_hexdigest(sums) for split, sums in found.items()}
     for split, info in index.splits.items():
         if info.sums not in ("", digests[split]):
-            raise ShardError(f"{folder / sums_file(split)} does not belong to the shards. {RESTORE}")
-    if not index.has_sums:
+            raise ShardError(f"{folder}/{sums_file(split)} does not belong to the shards. {RESTORE}")
+    if not index.has_sums and isinstance(folder, str) and not shards.is_here:
+        said += "; checksums of blocks are missing: verify the folder where it came from, and copy it there again"
+    elif not index.has_sums:
+        folder = Path(folder)
         for split, sums in found.items():
             _replace(folder / sums_file(split), sums)
         splits = {split: replace(info, sums=digests[split]) for split, info in index.splits.items()}
@@ -59,15 +65,17 @@ def verify(folder: Path, workers: int = 1) -> Index:
     return index
 
 
-def _hashed(folder: Path, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
+def _hashed(shards: Stretches, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
     """The checksums of a shard's blocks."""
-    blocks = BlockDigests()
-    found = file_checksum(folder / shard.file, blocks.update, shard.start, shard.bytes).hexdigest()
-    if found != shard.xxh3_64:
+    blocks, digest = BlockDigests(), xxhash.xxh3_64()
+    for piece in shards.pieces(shard):
+        digest.update(piece)
+        blocks.update(memoryview(piece))
+        bar.update(len(piece))
+    if digest.hexdigest() != shard.xxh3_64:
         raise ShardError(
-            f"{folder / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"
+            f"{shards.place(shard)} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {RESTORE}"
         )
-    bar.update(shard.bytes)
     return blocks.sums()
 
 

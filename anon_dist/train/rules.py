@@ -89,7 +89,8 @@ def train_rules(config: Config) -> None:
     t, s, trackers = config.train, config.schedule, config.log.trackers
     if s.warmup_steps >= t.steps:
         raise ConfigError(
-            f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; shorten the warm-up"
+            f"schedule.warmup_steps = {s.warmup_steps} leaves nothing of train.steps = {t.steps}; set it to "
+            f"{t.steps // 10}, say"
         )
     if t.activation_checkpointing == "budget" and t.compile == "none":
         raise ConfigError(

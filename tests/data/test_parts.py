@@ -221,7 +221,8 @@ def test_parts_that_do_not_belong_together(copied, tmp_path):
         assert not out.exists()
 
     refused(PreparationError, "of 3 parts, 2 are not given: 1, 3. Name them too; --part 1/3", copied[1:2])
-    refused(PreparationError, "is part 1 of 3, as .*part0 is. Leave one out", [*copied, copied[0]])
+    again = shutil.copytree(copied[0], tmp_path / "again")
+    refused(PreparationError, "again is part 1 of 3, as .*part0 is. Leave one out", [*copied, again])
     refused(PreparationError, "no parts are given", [])
     (tmp_path / "none").mkdir()
     refused(ShardError, "none is no finished part.*it goes on where it was", [*copied[:2], tmp_path / "none"])

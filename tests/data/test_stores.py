@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from anon_dist.cli import main
 from anon_dist.data import (
     BatchLoader,
     DataError,
@@ -29,6 +30,8 @@ from anon_dist.data import (
     make_source,
     remote,
 )
+from anon_dist.data.preparation import PrepareConfig, prepare
+from anon_dist.outages import OUTAGES
 
 SEQ_LEN = 64
 
@@ -41,6 +44,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 512)
     cache.use(tmp_path / "cache", 1 << 30)
     remote.forget_copies()
+    OUTAGES.forget()
     yield tmp_path / "cache"
     gc.collect()
     cache.use(None, None)
@@ -404,6 +408,37 @@ def test_an_altered_object_is_not_taken(address, place):
     assert not list(place.glob("*/train-00001.bin*"))
 
 
+def test_ranges_are_whole_blocks_that_are_compared(s3, prepared, tmp_path, caplog):
+    """An altered one is asked for again, once; without checksums a request has the sample's bytes alone."""
+    address = upload(prepared, f"s3://bucket{tmp_path}/corpus")
+    cache.use(tmp_path / "cache", 0)
+    shards, local = TokenShards(address, verify="read"), TokenShards(prepared)
+    shard, tokens = local.info.shards[1], len(local)
+    s3.requests.clear()
+    assert np.array_equal(shards.tokens(1100, 50), local.tokens(1100, 50))
+    (asked,) = s3.fetched(shard.file)
+    assert asked == f"bytes=0-{shard.bytes - 1}"
+    assert np.array_equal(shards.tokens(0, tokens), local.tokens(0, tokens))
+    bare = TokenShards(address)
+    s3.requests.clear()
+    assert np.array_equal(bare.tokens(1100, 50), local.tokens(1100, 50))
+    assert s3.fetched(shard.file) == ["bytes=200-299"]
+    assert "compared with their checksums" in shards.read_how(64)
+    assert "no checksum" in bare.read_how(64)
+
+    fs, path = object_of(address, shard.file)
+    data = bytearray(fs.cat_file(path))
+    data[700] ^= 1
+    fs.pipe_file(path, bytes(data))
+    s3.requests.clear()
+    with pytest.raises(
+        ShardError, match=rf"{address}/{shard.file} is altered: bytes 0 to {shard.bytes:,} have checksum"
+    ):
+        shards.tokens(1100, 50)
+    assert len(s3.fetched(shard.file)) == 2
+    assert "It is asked for again." in caplog.text
+
+
 @pytest.mark.parametrize("limit", [None, 0], ids=["copies", "ranges"])
 def test_a_loader_is_closed_while_it_waits_for_a_store(limit, address, tmp_path, monkeypatch):
     cache.use(tmp_path / "cache", limit)
@@ -443,3 +478,42 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     assert int(found.stdout) >= 2256
     found = subprocess.run([sys.executable, "-c", code, "1000"], capture_output=True, text=True, check=False)
     assert "2,000 shards, and this process may open 1,000 files: raise the limit (ulimit -n)" in found.stderr
+
+
+# -- the commands -------------------------------------------------------------------------------------------------------
+
+
+def test_verify_and_inspect_read_an_address_and_keep_nothing(s3, prepared, place, tmp_path, capsys):
+    address = upload(prepared, f"s3://bucket{tmp_path}/corpus")
+    cache.use(None, None)  # as a command does
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANON_DIST_CACHE", str(place))
+        main(["data", "verify", address])
+        assert "are as they were written" in capsys.readouterr().out
+        for folder in (address, str(prepared)):
+            main(["data", "inspect", folder, "--json"])
+        far, here = (json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
+        assert {**far, "folder": ""} == {**here, "folder": ""}
+        assert not list(place.rglob("*.bin"))
+        fs, path = object_of(address, "train-00001.bin")
+        data = fs.cat_file(path)
+        fs.pipe_file(path, bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(SystemExit, match=rf"{address}/train-00001.bin is altered: checksum"):
+            main(["data", "verify", address])
+        fs.pipe_file(path, data[:-2])
+        for command in ("verify", "inspect"):
+            with pytest.raises(SystemExit, match=rf"{address}/train-00001.bin is torn"):
+                main(["data", command, address])
+
+
+def test_ranges_over_the_borders_of_blocks(tmp_path):
+    """A corpus of more than one block: its tokens are its bytes."""
+    text = "".join(f"{i:07d} " for i in range(50_000))
+    (tmp_path / "a.txt").write_text(text)
+    options = {"tokenizer": "bytes", "val_fraction": 0.0, "workers": 1}
+    prepare(PrepareConfig(source=str(tmp_path / "a.txt"), out=tmp_path / "data", **options))
+    address = upload(tmp_path / "data", f"memory://{tmp_path}/data")
+    cache.use(tmp_path / "cache", 0)
+    shards = TokenShards(address, verify="read")
+    for start, count in ((0, 1), (65_530, 12), (65_536, 65_536), (100, 200_000), (399_990, 11)):
+        assert shards.tokens(start, count).tolist() == [*text.encode(), 256][start : start + count]
