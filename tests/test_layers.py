@@ -34,6 +34,7 @@ OPTIM = (
     ("backends.gpu",),
     ("backends.choice", "gather"),
     ("members", "turned"),
+    ("hidden",),
     ("stepper", "rebase"),
     ("anon",),
     ("monitor",),

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from anon_dist.optim.hyper import normalise, validate, warn_of_replaced, warn_of_silence
-from anon_dist.optim.members import absent, allocate, checked, complete, steps_taken
-from anon_dist.optim.rebase import UNSET, change, given
+from anon_dist.optim.members import absent, allocate, checked, complete
+from anon_dist.optim.rebase import UNSET, change, chosen, given
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import LazyState, decoded, in_own_dtypes
-from anon_dist.optim.stepper import Stepper, Told
+from anon_dist.optim.stepper import GradScaling, Stepper
 
 
 class Anon(Optimizer):
@@ -190,8 +190,11 @@ class Anon(Optimizer):
         """
         values = given(locals())
         self.settle()
-        change(self.param_groups, self.state, values, range(len(self.param_groups)) if group is None else [group])
+        indices = chosen(self.param_groups, group)
+        change(self.param_groups, self.state, self._stepper.hidden, values, indices)
         self._stepper.known = ()
+        for index in indices if gamma is not None else ():
+            warn_of_silence(self.param_groups[index])
 
     def next_gammas(self) -> list[float]:
         """For each group, the γ in force in the next step's update.
@@ -202,7 +205,8 @@ class Anon(Optimizer):
         at first; the step refuses to convert others. What has a unit that depends on γ (lr, update_clip, weight_decay) is to follow it.
         """
         self.settle()
-        return [Regime(group).next_gamma(steps_taken(group, self.state)) for group in self.param_groups]
+        taken, groups = self._stepper.hidden.taken, self.param_groups
+        return [Regime(group).next_gamma(taken(group, groups, self.state)) for group in groups]
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -213,6 +217,7 @@ class Anon(Optimizer):
         makes missing states with a step on zero gradients, which would count as Anon's first refresh.
         """
         allocate(self.param_groups, self.state)
+        self._stepper.hidden.meet(self.param_groups)
         for p in absent(self.param_groups, self.state):
             del self.state[p]
 
@@ -222,6 +227,7 @@ class Anon(Optimizer):
         An 8-bit exp_avg is in it as bfloat16 (a copy, 2 bytes per parameter), so that any checkpoint library can reshard it.
         """
         self.settle()
+        self._stepper.hidden.convert(self.state)
         allocate(self.param_groups, self.state)
         for group in self.param_groups:
             normalise(group)  # numbers that were set since the last step
@@ -246,6 +252,7 @@ class Anon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
+        self._stepper.hidden.convert(self.state)
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -259,6 +266,7 @@ class Anon(Optimizer):
         super().__setstate__({**state, "param_groups": groups, "state": checked(groups, known.get("state", {}))})
         if "_stepper" not in self.__dict__:  # copied, or from a pickle
             self._stepper = Stepper()
+        self._stepper.hidden.start_from(self.param_groups, self.state)
         self.defaults.pop("differentiable", None)  # torch adds it; here it would be an option without effect
 
     # -- step --------------------------------------------------------------------------------------
@@ -288,7 +296,7 @@ class Anon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for run in self._stepper.ready(self.param_groups, self.state, Told.of(self), ()):
+        for run in self._stepper.ready(self.param_groups, self.state, GradScaling.of(self), ()):
             run()
         self._stepper.start_renewals()
         return loss
@@ -317,5 +325,5 @@ class Anon(Optimizer):
         Raises:
             RuntimeError, ValueError: as `step`.
         """
-        runs = self._stepper.ready(self.param_groups, self.state, Told.of(self), parts)
+        runs = self._stepper.ready(self.param_groups, self.state, GradScaling.of(self), parts)
         return [torch.no_grad()(run) for run in runs]
