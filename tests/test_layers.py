@@ -36,6 +36,7 @@ OPTIM = (
     ("members", "turned"),
     ("hidden",),
     ("stepper", "rebase"),
+    ("saving",),
     ("anon",),
     ("monitor",),
 )
