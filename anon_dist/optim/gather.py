@@ -113,7 +113,7 @@ class _Kind:
         self.positions = positions
         self._references = [_references(members) for members in zip(*map(_values, states), strict=True)]
         self._exponents = _references(s[EXPONENTS] for s in states if EXPONENTS in s)
-        theta, grad, *kept = lists
+        theta, grad, *kept = lists  # kept: m, s and v
         counters = [s["step"] for s in states]
         # An object that is the same, at the same address, has the dtype, device, size and strides that it had.
         self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *kept, counters)]

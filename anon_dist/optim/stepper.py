@@ -197,11 +197,7 @@ class Stepper:
             stuck += self.hidden.stuck(regime, gamma, state)
         if stuck:
             changes = gamma != regime.gamma_in_force
-            back = (
-                f"set {stuck[0]!r} again"
-                if changes
-                else f"call optimizer.rebase(gamma={stuck[0]!r}) with all parameters shown"
-            )
+            back = f"set {stuck[0]!r} again" if changes else f"go back with optimizer.rebase(gamma={stuck[0]!r})"
             raise RuntimeError(
                 f"Anon: gamma of param group {index} was changed from {stuck[0]!r} to {gamma!r}, and {len(stuck)} of its parameters have "
                 "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
@@ -306,7 +302,11 @@ def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Back
 
 
 def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradScaling, later: bool) -> list[StepPlan]:
-    """The plan of each parameter; `later`: when `lr` may have changed."""
+    """The plan of each parameter.
+
+    Args:
+        later: the updates are run after other code, which may write to a learning rate that is a tensor.
+    """
     lr, device = regime.group["lr"], bucket.lists[0][0].device
     if isinstance(lr, Tensor):
         on_gpu = device.type != "cpu" and lr.device.type != "cpu"
