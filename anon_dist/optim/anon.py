@@ -147,7 +147,7 @@ class Anon(Saved):
         basis_block: int | None = None,
         group: int | None = None,
     ) -> None:
-        """Change, in the middle of a run, hyperparameters that the state depends on. The README says which others may be edited.
+        """Change, in the middle of a run, hyperparameters that the state depends on. optim/README.md says what may be edited instead.
 
         - gamma: at once; the preconditioner is converted, d ← d^(γ'/γ).
         - beta3: from the next refresh on.

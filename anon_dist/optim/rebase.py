@@ -87,7 +87,9 @@ def _changed(
             power = regime.power(before, gamma) if int(state[p]["step"]) else 1.0
             if power is None:
                 raise ValueError(
-                    f"Anon: parameters of group {index} are at gamma {before!r} still: {regime.why_not(before)}"
+                    f"Anon: preconditioners of param group {index} are at gamma {before!r} still, since their parameters were not shown "
+                    f"when it changed, and cannot be converted to {gamma!r}: {regime.why_not(before)}. Give gamma={before!r}, or step "
+                    "them first"
                 )
             powers[p] = power
     return old, new, powers
