@@ -35,7 +35,9 @@ OPTIM = (
     ("backends.gpu",),
     ("backends.choice", "gather"),
     ("members", "turned"),
+    ("hidden",),
     ("stepper", "rebase"),
+    ("saving",),
     ("anon",),
     ("monitor",),
 )

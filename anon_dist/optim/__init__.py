@@ -8,7 +8,9 @@ The words, each with one meaning:
 - *age*: how many steps s holds. *Window*: the last steps before a refresh, in which alone s is read and written.
 - *schedule*: at which steps refreshes lie (`schedule.py`). A *phase* of it: a stretch of steps with the same ρ, β2 and window.
 - *regime*: what a param group's state was made with, and what follows for the next step (`regime.py`); its *history* lies in the group.
-- *γ in force*: the one that made v. A *pending* γ was set in the group and waits for a refresh, the *change of γ*.
+- *γ in force*: the one that a group's preconditioners are of. A *pending* γ was set in the group and waits for a refresh, in which it comes
+  into force. *γ°*: the one that a preconditioner was made with. To *convert* it is to bring it from γ° to another γ: d^(γ/γ°).
+- *hidden*: a parameter that its group does not show at the moment (`hidden.py`). *Foremost*: those of a group with the most steps.
 - *basis*: an orthogonal matrix, in blocks, into which a *side* of a matrix parameter (its columns or its rows) is turned (`basis.py`).
   *Frame*: the bases of a parameter; a *turned* one is stepped there (`frame.py`, `turned.py`). Of bases, a block is b neighbours of a side.
 - *plan*: what one step does to the elements of a tensor (`plan.py`): a *variant* (plain, accumulating, refreshing) and its numbers.

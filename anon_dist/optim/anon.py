@@ -1,6 +1,7 @@
 """Anon as a `torch.optim.Optimizer`: torch's contract of param groups, state and `step`.
 
-A `Stepper` makes each step ready: what it does is said by the group's `Regime`, to which tensors by `gather`; a backend does it.
+A step goes through `Stepper.ready`: the group's `Regime` says what is done (a `StepPlan` for each parameter), `gather` to which tensors (a
+`Bucket`), and a backend does it. How state is saved, copied and loaded: `saving.py`.
 """
 
 from __future__ import annotations
@@ -10,35 +11,26 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim.hyper import normalise, validate, warn_of_replaced, warn_of_silence
-from anon_dist.optim.members import absent, allocate, checked, complete, steps_taken
-from anon_dist.optim.rebase import UNSET, change, given
+from anon_dist.optim.hyper import normalise, validate, warn_of_silence
+from anon_dist.optim.members import absent, allocate
+from anon_dist.optim.rebase import UNSET, change, chosen, given
 from anon_dist.optim.regime import HISTORY, Regime
+from anon_dist.optim.saving import Saved
 from anon_dist.optim.schedule import Window
-from anon_dist.optim.state import LazyState, decoded, in_own_dtypes
-from anon_dist.optim.stepper import Stepper, Told
+from anon_dist.optim.state import LazyState
+from anon_dist.optim.stepper import GradScaling, Stepper
 
 
-class Anon(Optimizer):
-    """Anon: adaptivity as a dial γ, made safe by the incremental delayed update (IDU) of the preconditioner.
+class Anon(Saved):
+    """Anon: adaptivity as a dial γ, made safe by the incremental delayed update (IDU) of the preconditioner (arXiv 2605.02317).
 
-    arXiv 2605.02317, "Anon: Extrapolating Adaptivity Beyond SGD and Adam"; the recurrence is written out in `anon_dist.optim.update`.
     γ = 1 adapts like Adam, γ = 0 is debiased momentum SGD exactly, γ > 1 goes beyond Adam, and γ < 0 slows quiet coordinates down. The
-    defaults are the paper's; every extension is off.
+    recurrence and its symbols are written out in `anon_dist.optim.update`. The defaults are the paper's; every extension is off.
 
-    State of each parameter, made by `init_state()` and never at construction (engines swap the parameters after it):
-
-    | key | | dtype |
-    |---|---|---|
-    | `step` | steps taken, 0-dim, on the CPU | float32 |
-    | `exp_avg` | m, the debiasable mean of the gradient | `state_dtype` |
-    | `exp_avg_sq` | s, the mean of the squared gradient since the last refresh | `state_dtype` |
-    | `precond` | v = d^(−1/2), the preconditioner, constant between refreshes | `state_dtype` |
-    | `column_basis`, `row_basis` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | float32 |
-    | `column_cov`, `row_cov` | the covariance of the momentum in it, of the same shape | float32 |
+    State is made by `init_state()` or the first step and never at construction (engines swap the parameters after it); `state` lists its
+    keys.
 
     Parameters may be DTensors (FSDP2, tensor parallelism): each rank updates its local shard, without communication.
 
@@ -47,56 +39,45 @@ class Anon(Optimizer):
         lr: learning rate η ≥ 0; a float, or a tensor of one element. The step is η · v · m̂, and v's unit depends on γ: rescale η with γ.
         betas: decay of the gradient's mean and of the squared gradient's, each in [0, 1).
         eps: ε > 0, added to the second moment before it is raised to γ.
-        gamma: adaptivity γ, any real number (tested for |γ| ≤ 4). Edited in `param_groups` between steps, as a scheduler edits lr, it
-            takes effect at a refresh; see `next_gammas`.
+        gamma: adaptivity γ, any real number (tested for |γ| ≤ 4). An edit in `param_groups` acts from a refresh on; see `next_gammas`.
         weight_decay: decoupled weight decay λ ≥ 0.
         refresh_ratio: ρ > 1; refreshes are at a_0 = 1, a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉). 2 is the paper's.
         beta3: weight in [0, 1) of the old preconditioner at a refresh. 0.5 is the paper's.
-        update_clip: c > 0: each element of v · m̂ is kept in [−c, c]. Like lr it depends on γ: 1 does next to nothing at γ = 0. A clip
-            that cuts off rare large gradients loses Anon's convergence where those alone say where to go (tools/claims).
-        window: the second moment is read and written only in the last so many steps before a refresh; "auto" is the shortest window
-            that leaves out less than 2^-24 of the weight. None: always, as in the paper. A coordinate that was active before a
-            window and silent inside it gets a larger step than the paper's.
-        hold_silent: an element whose squared gradients since the last refresh are all 0 keeps its preconditioner (1 at first)
-            instead of being refreshed from ε alone; meant for γ < 0, where ε^γ would turn such elements off for a long time.
-        max_interval: no two refreshes are further apart than so many steps, whatever ρ says. None: no limit, as in the paper. Of use with a
-            basis, which is out of date long before the preconditioner is.
-        nesterov: move by the mean that the present gradient would make once more, (β1 m + (1 − β1) g) / (1 − β1^(t+1)), in place of m̂
-            (Dozat 2016, "Incorporating Nesterov Momentum into Adam").
+        update_clip: c > 0: each element of v · m̂ is kept in [−c, c]. Its unit depends on γ as lr's does: 1 does next to nothing at γ = 0.
+            A clip that cuts off rare large gradients loses Anon's convergence where those alone say where to go (tools/claims).
+        window: the second moment is read and written only in the last so many steps before a refresh. "auto": the fewest that leave out
+            less than 2^-24 of the weight. None: always, as in the paper. A coordinate that was active before a window and silent inside
+            it gets a larger step than the paper's.
+        hold_silent: for γ < 0: an element whose gradients since the last refresh are all 0 keeps its preconditioner (1 at first), instead
+            of being refreshed from ε alone, which would turn it off for a long time.
+        max_interval: the most steps between two refreshes, whatever ρ says; None: no limit. Of use with a basis, which ages sooner than v.
+        nesterov: move by (β1 m + (1 − β1) g) / (1 − β1^(t+1)) in place of m̂ (Dozat 2016).
         cautious_decay: decay an element only where that moves it as the update does (arXiv 2510.12402).
-        basis: turn the gradients of matrices into a basis in which their columns, their rows, or both are uncorrelated, and be Anon there:
-            adaptivity for directions, not only for elements, as Shampoo, SOAP and Muon have it. The basis is renewed at refreshes, the only
-            steps after which ranks talk: those that hold other rows of a matrix add up the covariances of its columns. Parameters of more
-            dimensions are matrices of their first against the others; vectors are as without. The rows of embeddings stand for tokens and
-            should not be turned: `param_groups` sees to it; a matrix with more than 16 rows to a column is taken for one. It needs whole
-            rows or whole blocks of them on each rank: DDP, FSDP2, HSDP, tensor parallelism, `ZeroRedundancyOptimizer`; engines that flatten
-            parameters are refused. See `basis` and `turned` for the method.
-        basis_block: the basis is made of blocks of so many neighbours. State and time grow with it: 8 bytes a block's element for each
-            column, or row, of a matrix.
+        basis: turn the gradients of matrices into a basis in which their "columns", their "rows" or "both" are uncorrelated, and be Anon
+            there. Parameters of more dimensions are matrices of their first against the others; vectors are as without. Matrices with
+            more than 16 rows to a column are taken for embeddings, whose rows are not turned. Each rank needs whole rows, or whole blocks
+            of them: engines that flatten parameters are refused. See `basis` and `turned` for the method.
+        basis_block: the basis is made of blocks of so many neighbours: 8 bytes of state for each of them and each column or row.
         maximize: ascend instead of descend.
-        foreach: update all tensors at once (True) or one after the other (False). None: at once on accelerators only, since one after
-            the other is kinder to a CPU's caches. The results are the same bits.
-        fused: update in one pass over memory, by a kernel that is compiled for this machine at the first step (True; an error where it
-            is not possible) or never (False): C on the CPU, Triton on NVIDIA GPUs. None: if `foreach` is None and all ranks can: at
-            its first step the optimizer waits up to a minute for the other ranks' (see `backends.choice`). Within the same bounds of
-            rounding as the other path, but not the same bits.
+        foreach: update all tensors at once (True) or one after the other (False): the same bits. None: at once on accelerators only.
+        fused: one pass over memory, by a kernel that is compiled at the first step: C on the CPU, Triton on NVIDIA GPUs. True: always, or
+            an error. False: never. None: if `foreach` is None and all ranks can, for which the first step waits up to a minute (see
+            `backends.choice`). The kernels' bits are not those of `foreach`; both keep the same bounds of rounding.
         state_dtype: dtype of exp_avg, exp_avg_sq and precond: float32 (None), float64 or bfloat16; or by state, as in
-            `{"exp_avg": "int8", "exp_avg_sq": "bfloat16", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg
-            alone: blocks of 32 elements of the local shard share a power of two (5.03 bytes per parameter in all, here); state dicts
-            have it in bfloat16, exactly. They are rounded stochastically (see `rounding`). All bits but
-            int8's are independent of the sharding.
-        stochastic_rounding: round bfloat16 parameters stochastically, instead of to nearest, which loses updates smaller than about
-            1/500 of a parameter: for training without a float32 master copy. Parameters of other dtypes are rounded to nearest.
+            `{"exp_avg": "int8", "precond": "bfloat16"}`, float32 where nothing is said. int8 is for exp_avg alone: blocks of 32 elements
+            of the local shard share a power of two. Fewer bits are rounded stochastically (see `rounding`).
+        stochastic_rounding: round bfloat16 parameters stochastically: for training without a float32 master copy. To nearest, updates
+            smaller than about 1/500 of a parameter are lost.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
     grad_scale: Tensor
-    """If it is set: gradients are divided by this number in the next step, inside its one pass over memory. A loss scale, or
-    max(norm / limit, 1) to clip gradients by their norm; on the parameters' device. torch's GradScaler sets it, as for fused optimizers."""
+    """If set: the next step divides gradients by this number, inside its one pass over memory. A loss scale, or max(norm / limit, 1) to
+    clip gradients by their norm; on the parameters' device. torch's GradScaler sets it, as for fused optimizers."""
     found_inf: Tensor
-    """If it is set and not 0, the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
+    """If set and not 0: the next step writes nothing, and no step count moves. It may live on a GPU, which is not waited for."""
     _step_supports_amp_scaling = True  # tells torch's GradScaler of the two
 
     def __init__(
@@ -166,15 +147,12 @@ class Anon(Optimizer):
         basis_block: int | None = None,
         group: int | None = None,
     ) -> None:
-        """Change, in the middle of a run, hyperparameters that the state depends on.
+        """Change, in the middle of a run, hyperparameters that the state depends on. optim/README.md says what may be edited instead.
 
-        The others (lr, weight_decay, eps, update_clip, β1, maximize, hold_silent, nesterov, cautious_decay) can be set in `param_groups` at
-        any time and act at once; so can gamma, which acts from a refresh on (see `next_gammas`). Here:
-
-        - gamma: the preconditioner is converted, d ← d^(γ'/γ), at once;
-        - beta3: from the next refresh on;
+        - gamma: at once; the preconditioner is converted, d ← d^(γ'/γ).
+        - beta3: from the next refresh on.
         - basis, basis_block: at once. A new basis starts at I, so that the next step is as it would have been. From one that is left the
-          momentum is turned back exactly, the preconditioner approximately (see `frame.change`);
+          momentum is turned back exactly, the preconditioner approximately (see `frame.change`).
         - refresh_ratio, beta2, window, max_interval: after the largest step count in the group, keeping the age of the second moment (see
           `schedule.Schedule`). A parameter that is behind, for want of gradients, keeps the old values until its own count is there.
 
@@ -184,82 +162,42 @@ class Anon(Optimizer):
             group: index of the param group; None for all.
 
         Raises:
-            ValueError: a value is out of range, or γ is left from 0, where v = 1 says nothing about the gradient's scale.
-            RuntimeError: another of these hyperparameters was edited in `param_groups`, or the engine shows the optimizer only some of
-                its parameters at a time (DeepSpeed), so that not all state could be converted.
+            ValueError: a value is out of range, there is no such group, or the preconditioner cannot be converted (from γ = 0, say).
+            RuntimeError: another hyperparameter that the state depends on was edited in `param_groups`, or not all parameters with state
+                are in there (as DeepSpeed has it in a step).
         """
         values = given(locals())
         self.settle()
-        change(self.param_groups, self.state, values, range(len(self.param_groups)) if group is None else [group])
+        indices = chosen(self.param_groups, group)
+        change(self.param_groups, self.state, self._stepper.hidden, values, indices)
         self._stepper.known = ()
+        for index in indices if gamma is not None else ():
+            warn_of_silence(self.param_groups[index])
 
     def next_gammas(self) -> list[float]:
-        """For each group, the γ in force in the next step's update.
+        """For each group, the γ in force in the next step's update; what has a unit that depends on γ (lr, update_clip) is to follow it.
 
-        It is `group["gamma"]`, but where that has been edited: then the γ before stays until a step refreshes the group's foremost
-        parameters, those with the most steps (which are taken to get gradients). In that step the preconditioners are converted,
-        d ← d^(γ'/γ); of parameters that are behind, alongside. From γ = 0, where v = 1 says nothing, a refreshed one is d = σ^γ' alone, as
-        at first; the step refuses to convert others. What has a unit that depends on γ (lr, update_clip, weight_decay) is to follow it.
+        An edited `group["gamma"]` waits until a step refreshes the group's foremost parameters, those with the most steps (which are taken
+        to get gradients). In that step it comes into force, and the preconditioners are converted, d ← d^(γ'/γ): of parameters that are
+        behind, too. Where that cannot be done (from γ = 0, say), a refresh is as the first, d = σ^γ'; a step that would have to convert
+        without a refresh is refused.
         """
         self.settle()
-        return [Regime(group).next_gamma(steps_taken(group, self.state)) for group in self.param_groups]
+        taken, groups = self._stepper.hidden.taken, self.param_groups
+        return [Regime(group).next_gamma(taken(group, groups, self.state)) for group in groups]
 
     # -- state -------------------------------------------------------------------------------------
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that has none, at step 0, and drop the state of tensors that are no parameters any more.
 
-        Idempotent. Call it when the engine has wrapped the parameters, and before a checkpoint library looks at the optimizer: torch's
-        makes missing states with a step on zero gradients, which would count as Anon's first refresh.
+        Call it when the engine has wrapped the parameters, and before a checkpoint library looks at the optimizer: torch's makes missing
+        states with a step on zero gradients, which would count as Anon's first refresh.
         """
         allocate(self.param_groups, self.state)
+        self._stepper.hidden.meet(self.param_groups)
         for p in absent(self.param_groups, self.state):
             del self.state[p]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as torch has it, with the state of every trainable parameter in it, also before the first step.
-
-        An 8-bit exp_avg is in it as bfloat16 (a copy, 2 bytes per parameter), so that any checkpoint library can reshard it.
-        """
-        self.settle()
-        allocate(self.param_groups, self.state)
-        for group in self.param_groups:
-            normalise(group)  # numbers that were set since the last step
-        found = super().state_dict()
-        return {**found, "state": {index: decoded(state) for index, state in found["state"].items() if state}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave: states in this optimizer's own `state_dtype` whatever they come in, `step` on the CPU.
-
-        As with all of torch's optimizers, the other hyperparameters are the loaded ones from then on; a warning names those that are not
-        the same (learning rates aside). Parameters that have no state in it start afresh, with a warning if others have some.
-
-        Raises:
-            ValueError: another optimizer's state, a state of another shape or sharding, or hyperparameters out of range.
-        """
-        self.settle()
-        before = [dict(group) for group in self.param_groups]
-        with in_own_dtypes(self):
-            super().load_state_dict(state_dict)
-        warn_of_replaced(before, self.param_groups)
-        complete(self.param_groups, self.state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.settle()
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
-        known = {**self.__dict__, **state}
-        groups = [{**known.get("defaults", {}), **group} for group in known.get("param_groups", [])]
-        for group in groups:
-            normalise(group)
-            validate(group)
-            group.setdefault(HISTORY, Regime(group).fresh())
-        super().__setstate__({**state, "param_groups": groups, "state": checked(groups, known.get("state", {}))})
-        if "_stepper" not in self.__dict__:  # copied, or from a pickle
-            self._stepper = Stepper()
-        self.defaults.pop("differentiable", None)  # torch adds it; here it would be an option without effect
 
     # -- step --------------------------------------------------------------------------------------
 
@@ -273,32 +211,21 @@ class Anon(Optimizer):
         """One step of every parameter that has a gradient, or no elements; the others' step counts stay.
 
         Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, if there is one.
+            closure: re-evaluates the model and returns the loss, which is returned then.
 
         Raises:
-            RuntimeError: sparse gradients, a gradient sharded otherwise than its parameter, a hyperparameter that the state depends on
-                was changed without `rebase`, γ leaves 0 (see `next_gammas`), or `fused=True` where it is not possible. Nothing has been
-                updated then.
+            RuntimeError: a gradient is sparse or sharded otherwise than its parameter, a hyperparameter that the state depends on was
+                changed without `rebase`, γ leaves 0 (see `next_gammas`), or `fused=True` is not possible. Nothing has been updated then.
             ValueError: a hyperparameter was set out of its range.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for run in self._stepper.ready(self.param_groups, self.state, Told.of(self), ()):
+        for run in self._stepper.ready(self.param_groups, self.state, GradScaling.of(self), ()):
             run()
         self._stepper.start_renewals()
         return loss
-
-    def settle(self) -> None:
-        """Know whether the last step was taken, where `found_inf` is on a GPU; until then it counts as taken.
-
-        Everything here that needs to know calls it. What reads `state[p]["step"]` itself should, before.
-        """
-        self._stepper.settle()
 
     @torch.no_grad()
     def split_step(self, parts: Sequence[Iterable[Tensor]]) -> list[Callable[[], None]]:
@@ -313,9 +240,6 @@ class Anon(Optimizer):
 
         Returns:
             What to call for each part, and last for the parameters that are in none.
-
-        Raises:
-            RuntimeError, ValueError: as `step`.
         """
-        runs = self._stepper.ready(self.param_groups, self.state, Told.of(self), parts)
+        runs = self._stepper.ready(self.param_groups, self.state, GradScaling.of(self), parts)
         return [torch.no_grad()(run) for run in runs]

@@ -113,10 +113,10 @@ class _Kind:
         self.positions = positions
         self._references = [_references(members) for members in zip(*map(_values, states), strict=True)]
         self._exponents = _references(s[EXPONENTS] for s in states if EXPONENTS in s)
-        theta, grad, *means = lists
+        theta, grad, *kept = lists  # kept: m, s and v
         counters = [s["step"] for s in states]
         # An object that is the same, at the same address, has the dtype, device, size and strides that it had.
-        self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *means, counters)]
+        self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *kept, counters)]
         self._grad_kind = _kind(grad[:1])
         self._numels = list(map(Tensor.numel, theta))
         countable = all(type(c) is Tensor and c.device.type == "cpu" for c in counters)
@@ -125,7 +125,7 @@ class _Kind:
             nn.Parameter,
             Tensor,
         }
-        found = (addresses_of(members) for members in (theta, *means)) if self._is_plain else ()
+        found = (addresses_of(members) for members in (theta, *kept)) if self._is_plain else ()
         known = [addresses for addresses in found if addresses is not None]
         self._table = table([known[0], *known], theta) if len(known) == 4 else None
         """Addresses, with a place for the gradients', which are others at each step."""
@@ -145,11 +145,11 @@ class _Kind:
         owners, grad = pick(own), pick(found)
         try:
             states = [state[p] for p in owners]
-            counters, *means = map(list, zip(*map(_values, states), strict=True))
+            counters, *kept = map(list, zip(*map(_values, states), strict=True))
             exponents = [s[EXPONENTS] for s in states] if self._exponents else None
         except KeyError:
             return None
-        if not all(map(_are, (counters, *means), map(pick, self._references))):
+        if not all(map(_are, (counters, *kept), map(pick, self._references))):
             return None
         if exponents is not None and not _are(exponents, pick(self._exponents)):
             return None
@@ -157,8 +157,8 @@ class _Kind:
         theta = owners
         if not plain:
             theta, grad = list(map(local, owners)), list(map(local_gradient, owners))
-            means = [list(map(local, members)) for members in means]
-        lists = cast(Lists, (theta, grad, *means))
+            kept = [list(map(local, members)) for members in kept]
+        lists = cast(Lists, (theta, grad, *kept))
         if not self._is_as_it_was(lists, counters, pick):
             return None
         counts = pick(self._counts)
@@ -169,8 +169,8 @@ class _Kind:
         return Bucket(owners, lists, exponents, steps, counters, counts, addresses, self._choices if plain else None)
 
     def _is_as_it_was(self, lists: Lists, counters: list[Tensor], pick: _Pick) -> bool:
-        theta, grad, *means = lists
-        for members, addresses in zip((theta, *means, counters), map(pick, self._addresses), strict=True):
+        theta, grad, *kept = lists
+        for members, addresses in zip((theta, *kept, counters), map(pick, self._addresses), strict=True):
             if list(map(Tensor.data_ptr, members)) != addresses:
                 return False
         return list(map(Tensor.numel, grad)) == pick(self._numels) and _kind(grad) == self._grad_kind

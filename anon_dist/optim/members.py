@@ -78,12 +78,35 @@ def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> b
     """Whether a state is on the parameter's device and has its bases."""
     wanted = {KEYS[side][0]: min(group["basis_block"], length(p, side)) for side in sides(p, group)}
     found = {key: known[key].shape[1] for key in (keys[0] for keys in KEYS.values()) if key in known}
-    return known["exp_avg"].device == p.device and wanted == found
+    dtypes = state_dtypes(group)
+    return (
+        known["exp_avg"].device == p.device
+        and wanted == found
+        and all(known[key].dtype == dtypes[key] for key in dtypes)
+    )
 
 
-def convert_preconds(states: Iterable[Mapping[str, Tensor]], ratio: float) -> None:
-    """Convert preconditioners to another γ, `ratio` times theirs."""
-    update.convert_exponent([local(s["precond"]) for s in states], ratio)
+def check_dtypes(index: int, group: Mapping[str, Any], state: States) -> None:
+    """Refuse a `state_dtype` that is not the state's: one that was edited after steps were taken.
+
+    Raises:
+        RuntimeError: naming the remedy.
+    """
+    dtypes = state_dtypes(group)
+    for own in (state[p] for p in group["params"] if state.get(p) and int(state[p]["step"])):
+        for key, dtype in dtypes.items():
+            if own[key].dtype != dtype:
+                held = str(own[key].dtype).removeprefix("torch.")
+                raise RuntimeError(
+                    f"Anon: state_dtype of param group {index} was changed to {group['state_dtype']!r} after steps were taken, and its "
+                    f"{key} is in {held}. optimizer.load_state_dict(optimizer.state_dict()) brings the state to it; or set it back"
+                )
+
+
+def convert_preconds(states: Iterable[Mapping[str, Tensor]], power: float) -> None:
+    """Convert preconditioners to another γ; `power` as `update.conversion_power`."""
+    if power != 1.0:
+        update.convert_exponent([local(s["precond"]) for s in states], power)
 
 
 def absent(groups: Groups, state: States) -> list[Tensor]:

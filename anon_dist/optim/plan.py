@@ -9,7 +9,8 @@ from torch import Tensor
 
 ROLES = ("theta", "grad", "m", "s", "v")
 """What an element consists of, in the order of a backend's lists: θ, g, m, s, v."""
-MEANS = frozenset({"m", "s"})
+STORED = ("theta", "m", "s", "v")
+"""What a step writes."""
 
 
 class Variant(IntEnum):
@@ -22,7 +23,7 @@ class Variant(IntEnum):
     """g² enters s; then v is made anew from s, and s starts from 0."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class StepPlan:
     """Everything that the elements of a tensor share in one step; not to be changed once it is made."""
 
@@ -44,10 +45,10 @@ class StepPlan:
     gamma: float = 1.0
     """At a refresh: the γ of the new preconditioner."""
     gamma_ratio: float = 1.0
-    """At a refresh: `gamma` over the γ of the old preconditioner, which is raised to this power."""
+    """At a refresh: γ/γ°, the power to which the old preconditioner is raised; γ° is the γ that it was made with."""
     eps: float = 1e-16
     hold_silent: bool = False
-    """At a refresh: elements with s = 0 keep their v."""
+    """At a refresh: elements with s = 0 keep their v, raised to `gamma_ratio`."""
     nesterov: bool = False
     """θ moves by the mean that the same gradient would make of m once more: β1 m + (1 − β1) g in place of m."""
     cautious: bool = False

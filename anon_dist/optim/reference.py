@@ -128,7 +128,7 @@ class ReferenceAnon:
         if self.gamma != self.v_gamma:
             if self.v_gamma == 0 or abs(self.gamma / self.v_gamma) > 256:
                 old_says_something = False
-            elif self.k > 0:
+            if self.v_gamma != 0 and self.k > 0:  # beyond 256 only what is held goes on from it
                 self.v = (self.v ** (self.gamma / self.v_gamma)).clamp(2.0**-63.5, 2.0**63)
             self.v_gamma = self.gamma
         d = self.beta3 * self.v**-2 + (1 - self.beta3) * fresh if old_says_something else fresh

@@ -5,13 +5,19 @@ therefore carries its *history* under the key `HISTORY`: a record for each stret
 JSON string, one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2,
 β3 or the window in the middle of a run goes through it:
 
-- `rebase`: new values act at once, and the preconditioner is converted to the new γ, d ← d^(γ'/γ).
-- an edit of `group["gamma"]`: the γ *in force*, which made the group's preconditioners, stays. The new one is *pending* until a step
-  refreshes the group's foremost parameters, those with the most steps: the *change of γ*. Preconditioners that are refreshed in it are
-  converted as a part of the refresh, the others alongside, since a group has one γ.
+- `rebase`: the new values act at once.
+- an edit of `group["gamma"]`: the γ *in force* stays for now. The new one is *pending* until a step refreshes the group's foremost
+  parameters, those with the most steps: in that step it comes into force, for the whole group, since a group has one γ and one lr.
 - an edit of ρ, β2, β3, the window, the longest interval or the basis: refused by the next step.
 
-What can be converted is decided in one place, `update.gamma_ratio`, by the two γ and the dtype of the preconditioner.
+A preconditioner that was made with γ° is *converted* to another γ in force: d ← d^(γ/γ°). There are three places where that happens:
+
+1. in a refresh, as a part of its arithmetic (`plan`; `update.refresh` and the kernels carry it out);
+2. beside a step: parameters that do not refresh in the step in which the γ comes into force (`stepper`);
+3. in `rebase`.
+
+A parameter that its group does not show in that step (see `hidden`) is converted when it is shown again, as in 1 or 2. Each preconditioner
+is converted exactly once for a γ. What can be converted is decided in one place, `update.conversion_power`.
 """
 
 from __future__ import annotations
@@ -27,15 +33,15 @@ from torch import Tensor
 
 from anon_dist.optim import update
 from anon_dist.optim.hyper import state_dtypes
-from anon_dist.optim.plan import MEANS, StepPlan, Variant
+from anon_dist.optim.plan import STORED, StepPlan, Variant
 from anon_dist.optim.schedule import Phase, Schedule, Window, schedule
 
 HISTORY = "history"
 """The key of a group's history among its hyperparameters."""
 
-ROUNDED = MEANS | {"v"}
-ROUNDED_WITH_THETA = ROUNDED | {"theta"}
-
+ALL_ROUNDED = frozenset(STORED)
+STATES_ROUNDED = ALL_ROUNDED - {"theta"}
+"""What is rounded stochastically: the state always, θ too with `stochastic_rounding`."""
 
 RECORDED = ("gamma", "refresh_ratio", "beta2", "beta3", "window", "max_interval", "basis", "basis_block")
 """The hyperparameters that a state depends on."""
@@ -56,9 +62,8 @@ class Record:
     basis_block: int = 0
     """0: no basis."""
     turned_at: int = 0
-    """The step of the last change of γ, if some parameters of the group could not be seen then (DeepSpeed's stage 3 steps a group
-    in parts): until they take that step, their preconditioners are of `gamma_before`. No basis has to do with it: checkpoints that
-    are older than bases have the name."""
+    """In checkpoints of earlier versions alone: the preconditioners of parameters that had taken fewer steps than this are of
+    `gamma_before`. It was written where a group did not show all of its parameters (see `hidden`)."""
     gamma_before: float = 1.0
 
     @classmethod
@@ -71,18 +76,6 @@ class Record:
     def values(self) -> dict[str, Any]:
         """The hyperparameters in it."""
         return {name: getattr(self, name) for name in RECORDED}
-
-
-@dataclass(frozen=True)
-class GammaChange:
-    """The step in which a pending γ comes into force."""
-
-    step: int
-    """Of the parameters that are refreshed in it, among which are the foremost."""
-    old: float
-    new: float
-    ratio: float | None
-    """The power that converts a preconditioner; None where the old one says too little about the new."""
 
 
 class Regime:
@@ -100,7 +93,7 @@ class Regime:
 
     @cached_property
     def gamma_in_force(self) -> float:
-        """The γ that made the group's preconditioners."""
+        """The γ that the group's preconditioners are of."""
         return float(self.history[-1].gamma if HISTORY in self.group else self.group["gamma"])
 
     @cached_property
@@ -147,21 +140,23 @@ class Regime:
         changes = taken == 0 or (self.is_pending and self.schedule.at(taken + 1).refresh)
         return float(self.group["gamma"]) if changes else self.gamma_in_force
 
-    def gamma_change(self, steps: Collection[int], taken: int) -> GammaChange | None:
-        """The change of γ, if the pending γ comes into force in the step that is about to be taken.
+    def gamma_of_step(self, steps: Collection[int], taken: int) -> float:
+        """The γ in force in the step that is about to be taken: the pending one, if it comes into force in it.
 
         Args:
             steps: what the counts of the parameters that step now will be.
             taken: the foremost parameters' step count.
         """
-        if not self.is_pending or taken + 1 not in steps or not self.schedule.at(taken + 1).refresh:
-            return None
-        old, new = self.gamma_in_force, float(self.group["gamma"])
-        return GammaChange(taken + 1, old, new, update.gamma_ratio(old, new, self.precond_dtype))
+        changes = self.is_pending and taken + 1 in steps and self.schedule.at(taken + 1).refresh
+        return float(self.group["gamma"]) if changes else self.gamma_in_force
 
-    def why_not(self, change: GammaChange) -> str:
-        """Why preconditioners cannot be converted in a change whose `ratio` is None."""
-        if change.old == 0.0:
+    def power(self, made_with: float, gamma: float) -> float | None:
+        """The power that converts a preconditioner of this group; None: it cannot be converted (see `why_not`)."""
+        return update.conversion_power(made_with, gamma, self.precond_dtype)
+
+    def why_not(self, made_with: float) -> str:
+        """Why a preconditioner whose `power` is None cannot be converted."""
+        if made_with == 0.0:
             return "v = 1 says nothing about the gradient's scale"
         name = str(self.precond_dtype).removeprefix("torch.")
         most = f"{update.MOST_RATIO[self.precond_dtype]:g}"
@@ -170,8 +165,9 @@ class Regime:
     def plan(
         self,
         step: int,
-        change: GammaChange | None = None,
+        gamma: float | None = None,
         *,
+        made_with: float | None = None,
         lr: float | Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -179,39 +175,42 @@ class Regime:
         """What `step` does to a parameter that takes it.
 
         Args:
-            change: of the same step of the optimizer.
+            gamma: the γ in force in it (`gamma_of_step`), if that comes into force only now.
+            made_with: γ°, the γ of the parameter's preconditioner, if it is not the one that was in force before the step.
             lr: if it is another object than the group's.
             grad_scale, found_inf: see `StepPlan`.
         """
         group, due = self.group, self.schedule.at(step)
-        keep, ratio, gamma = 0.0, 1.0, self.gamma_in_force
-        if due.refresh:
-            last = self.history[-1]
-            old = last.gamma_before if step <= last.turned_at else last.gamma
-            gamma = change.new if change else last.gamma
-            known = update.gamma_ratio(old, gamma, self.precond_dtype)
-            if not due.first and known is not None:  # else the refresh is as the first
-                keep, ratio = group["beta3"], known
+        gamma = self.gamma_in_force if gamma is None else gamma
+        holds = bool(group["hold_silent"]) and gamma < 0.0
+        keep, ratio = 0.0, 1.0
+        if due.refresh and not due.first:
+            made_with = self.gamma_in_force if made_with is None else made_with
+            power = self.power(made_with, gamma)
+            if power is not None:
+                keep, ratio = group["beta3"], power
+            elif holds:  # the others are refreshed as at first
+                ratio = update.power_of_held(made_with, gamma)
         return StepPlan(
-            step,
-            Variant.REFRESH if due.refresh else Variant.ACCUMULATE if due.accumulate else Variant.PLAIN,
-            lr if lr is not None else group["lr"],
-            group["weight_decay"],
-            group["betas"][0],
-            due.beta2,
-            group["update_clip"],
-            group["maximize"],
-            due.debias,
-            keep,
-            gamma,
-            ratio,
-            group["eps"],
-            group["hold_silent"] and gamma < 0.0,
-            group["nesterov"],
-            group["cautious_decay"],
-            ROUNDED_WITH_THETA if group["stochastic_rounding"] else ROUNDED,
-            grad_scale,
-            found_inf,
+            step=step,
+            variant=Variant.REFRESH if due.refresh else Variant.ACCUMULATE if due.accumulate else Variant.PLAIN,
+            lr=lr if lr is not None else group["lr"],
+            weight_decay=group["weight_decay"],
+            beta1=group["betas"][0],
+            beta2=due.beta2,
+            clip=group["update_clip"],
+            maximize=group["maximize"],
+            debias_s=due.debias,
+            keep_d=keep,
+            gamma=gamma,
+            gamma_ratio=ratio,
+            eps=group["eps"],
+            hold_silent=holds,
+            nesterov=group["nesterov"],
+            cautious=group["cautious_decay"],
+            stochastic=ALL_ROUNDED if group["stochastic_rounding"] else STATES_ROUNDED,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
 
     # -- changes: each gives a new history ---------------------------------------------------------
@@ -220,16 +219,9 @@ class Regime:
         """The history of a group that has taken no step: its present values."""
         return _text((Record.of(self.group),))
 
-    def after_change(self, change: GammaChange, others: bool) -> str:
-        """The history after a change of γ.
-
-        Args:
-            others: whether the group has parameters that cannot be seen now, and which take the same step next.
-        """
-        last = replace(self.history[-1], gamma=change.new, turned_at=0, gamma_before=1.0)
-        if others:
-            last = replace(last, turned_at=change.step, gamma_before=change.old)
-        return _text((*self.history[:-1], last))
+    def with_gamma(self, gamma: float) -> str:
+        """The history after a step in which a pending γ has come into force."""
+        return _text((*self.history[:-1], replace(self.history[-1], gamma=gamma)))
 
     def rebased(self, index: int, changed: Mapping[str, Any], taken: int, names: Collection[str]) -> tuple[str, float]:
         """Go over to the values of `changed`, this group's with some replaced, after `taken` steps of its foremost parameters.
@@ -238,33 +230,38 @@ class Regime:
             names: what is replaced. An edited γ that is not among them goes on waiting for a refresh.
 
         Returns:
-            The new history, and the power that converts the preconditioners (1: as they are).
+            The new history, and the γ in force.
 
         Raises:
             RuntimeError: another value was edited.
             ValueError: the preconditioners cannot be converted to the new γ.
         """
         if not taken:
-            return _text((Record.of(changed),)), 1.0
+            return _text((Record.of(changed),)), float(changed["gamma"])
         self.check_drift(index, {*names, "gamma"})
         present = self.gamma_in_force
         wanted = float(changed["gamma"]) if "gamma" in names else present
-        ratio = update.gamma_ratio(present, wanted, self.precond_dtype)
-        if ratio is None:
-            why = self.why_not(GammaChange(taken, present, wanted, None))
+        if self.power(present, wanted) is None:
             raise ValueError(
-                f"Anon: gamma cannot be changed from {present!r} to {wanted!r} at once after steps were taken, since {why}. Set it in "
-                "param_groups: it takes effect at the next refresh"
+                f"Anon: gamma cannot be changed from {present!r} to {wanted!r} at once after steps were taken, since "
+                f"{self.why_not(present)}. Set it in param_groups: it takes effect at the next refresh"
             )
         earlier = tuple(record for record in self.history if record.since < taken)
-        return _text((*earlier, Record.of({**changed, "gamma": wanted}, taken))), ratio
+        return _text((*earlier, Record.of({**changed, "gamma": wanted}, taken))), wanted
+
+
+def from_earlier_version(history: str) -> tuple[str, int, float]:
+    """A loaded history in the present form; and, of the record as it was, `turned_at` (0: nothing to be done) and `gamma_before`."""
+    records = _parsed(history)
+    last = replace(records[-1], turned_at=0, gamma_before=1.0)
+    return _text((*records[:-1], last)), records[-1].turned_at, records[-1].gamma_before
 
 
 def _text(history: tuple[Record, ...]) -> str:
     kept = [asdict(record) for record in history]
     for entry in kept:
-        unused = ("turned_at", "gamma_before") if not entry["turned_at"] else ()
-        for key in (*unused, *(key for key in ("max_interval", "basis", "basis_block") if not entry[key])):
+        unused = [key for key in ("max_interval", "basis", "basis_block") if not entry[key]]
+        for key in ("turned_at", "gamma_before", *unused):
             del entry[key]
     return json.dumps(kept)
 

@@ -154,6 +154,8 @@ class Schedule:
         return [s.target for s in self._stretches if s.last == s.target <= until]
 
     def _extend(self) -> None:
+        """Make the stretch that follows the last one: on to the next refresh, or, if a new phase has cut the last one short, on to the
+        target that the new phase gives the same refresh."""
         done = self._stretches[-1]
         index = self._phases.index(done.phase)
         if index + 1 < len(self._phases) and self._phases[index + 1].since == done.last:
@@ -165,7 +167,7 @@ class Schedule:
         else:
             target = max(done.last + 1, phase.refresh_after(done.previous) if done.previous else 1)
             accumulated = done.accumulated_after
-            if accumulated < done.last - done.previous:
+            if accumulated < done.last - done.previous:  # a window has left steps out: the new one is to be filled
                 length = window_length(phase.window, phase.beta2) or window_length("auto", phase.beta2) or 1
                 target = max(target, done.last + length - accumulated)
             stretch = self._stretch(done.last + 1, done.previous, target, index, done.log_decay_after, accumulated)
@@ -175,6 +177,7 @@ class Schedule:
     def _stretch(
         self, first: int, previous: int, target: int, index: int, log_decay: float, accumulated: int
     ) -> _Stretch:
+        """A stretch from `first` on under the phase of this index, which ends at the target or where the next phase begins."""
         changes = self._phases[index + 1].since if index + 1 < len(self._phases) else target
         return _Stretch(first, min(target, changes), previous, target, self._phases[index], log_decay, accumulated)
 

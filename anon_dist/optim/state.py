@@ -1,4 +1,20 @@
-"""The state of a parameter: made, checked when it is loaded, and the mapping that holds it."""
+"""The state of a parameter: made, checked when it is loaded, and the mapping that holds it.
+
+| key | what it is | who writes it, after `fresh_state` | dtype |
+|---|---|---|---|
+| `step` | t, steps taken; 0-dim, on the CPU | `gather.Bucket.count`, when a step has been taken | float32 |
+| `exp_avg` | m, the mean of the gradient, still to be debiased | the backend, in each step | `state_dtype` |
+| `exp_avg_sq` | s, the mean of the squared gradient since the last refresh | the backend: it adds g² in the accumulating steps, and sets \
+0 in a refresh, when v has been made from it | `state_dtype` |
+| `precond` | v = d^(−1/2), the preconditioner | the backend, in a refresh; and conversions of γ (see `regime`) | `state_dtype` |
+| `column_basis`, `row_basis` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | `turned`, after \
+a refresh | float32 |
+| `column_cov`, `row_cov` | the covariance of the momentum in it, of the same shape | `turned`, after a refresh | float32 |
+| `exp_avg_exponents` | beside an 8-bit exp_avg alone, and in no state dict | the backend, with exp_avg | uint8 |
+
+The backends are `backends/foreach.py`, `anon.c` (by way of `cpu.py`) and `gpu_step.py` (by way of `gpu.py`). A turned matrix's exp_avg,
+exp_avg_sq and precond are of the turned matrix, and a new basis turns exp_avg and precond too. Loading writes all of them.
+"""
 
 from __future__ import annotations
 

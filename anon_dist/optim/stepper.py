@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import is_
@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from anon_dist.optim import frame
 from anon_dist.optim.backends import choice
 from anon_dist.optim.gather import Bucket, Gathered, gather
+from anon_dist.optim.hidden import Hidden
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.optim.hyper import normalise, validate, validate_lr
-from anon_dist.optim.members import Groups, States, allocate, convert_preconds, has_absent, steps_taken
+from anon_dist.optim.members import Groups, States, allocate, check_dtypes, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
-from anon_dist.optim.regime import HISTORY, GammaChange, Regime
+from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.turned import Renewal, TurnedWork
 
 LONGEST_VECTOR = 1 << 13
@@ -42,21 +43,26 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a step takes from the device; see `Anon.grad_scale` and `Anon.found_inf`."""
+class GradScaling:
+    """What torch's GradScaler, or the user, has set for a step: see `Anon.grad_scale` and `Anon.found_inf`."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
     @classmethod
-    def of(cls, optimizer: Optimizer) -> Told:
+    def of(cls, optimizer: Optimizer) -> GradScaling:
         """What has been set on the optimizer."""
         return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
     @property
     def skips(self) -> bool:
-        """Whether the host knows at once that the step is none."""
+        """Whether the host knows at once that nothing is to be stepped."""
         return self.found_inf is not None and known_to_the_host(self.found_inf) and bool(self.found_inf)
+
+    @property
+    def is_known_late(self) -> bool:
+        """Whether only the device knows it yet."""
+        return self.found_inf is not None and not known_to_the_host(self.found_inf)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The two on a device."""
@@ -66,11 +72,40 @@ class Told:
         return scale, flag
 
 
+@dataclass
+class NewGamma:
+    """What a step does about γ in a param group: preconditioners that were made with another γ than the one in force in it."""
+
+    gamma: float
+    """In force in this step."""
+    made_with: dict[Tensor, float]
+    """γ° of parameters whose preconditioners are not even of the γ that was in force before (see `hidden`)."""
+    beside: list[tuple[Mapping[str, Tensor], float]]
+    """States that are not refreshed in this step, and the powers that convert their preconditioners."""
+
+
+@dataclass
+class Due:
+    """A param group's part in a step."""
+
+    group: dict[str, Any]
+    regime: Regime
+    buckets: list[Bucket]
+    new_gamma: NewGamma | None = None
+
+    @property
+    def renews(self) -> bool:
+        """Whether a basis is renewed after the step."""
+        at, buckets = self.regime.schedule.at, self.buckets if self.group["basis"] else []
+        return any(at(step).refresh for bucket in buckets for step in set(bucket.steps))
+
+
 class Stepper:
     """Makes an optimizer's steps ready. From one to the next it remembers what the groups' tensors were, what the ranks agreed on, and
     what it has counted before it knew."""
 
     def __init__(self) -> None:
+        self.hidden = Hidden()
         self.known: Sequence[Gathered] = ()
         """What each group's tensors were when they were last gathered."""
         self.kernel_agreed: bool | None = None
@@ -91,58 +126,107 @@ class Stepper:
                     bucket.count(-1.0)
 
     def ready(
-        self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
+        self, groups: Groups, state: States, scaling: GradScaling, parts: Sequence[Iterable[Tensor]]
     ) -> list[Callable[[], None]]:
         """The updates of a step, checked and to be run without autograd, of each part and of the parameters that are in none.
 
         Raises:
             RuntimeError, ValueError: see `Anon.step`.
         """
-        return [partial(_run, work) for work in self._work_of_parts(groups, state, told, parts)]
+        work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
+        due = self._due(groups, state, scaling)
+        late = scaling.is_known_late
+        if late and any(one.new_gamma or one.renews for one in due):  # rare enough to wait for a GPU
+            due, late = ([], False) if bool(scaling.found_inf) else (due, False)
+        part_of = {p: i for i, part in enumerate(parts) for p in part}
+        for one in due:
+            for part, found in self._work(one, state, scaling, part_of, later=bool(parts)):
+                work[part].append(found)
+        for one in due:
+            if one.new_gamma:
+                self._go_over(one, one.new_gamma, groups, state)
+        if due and late and scaling.found_inf is not None:
+            self._unsettled = HostCopy(scaling.found_inf), [one.bucket for some in work for one in some]
+        return [partial(_run, some) for some in work]
 
-    def _work_of_parts(
-        self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
-    ) -> list[list[Work | TurnedWork]]:
+    def _due(self, groups: Groups, state: States, scaling: GradScaling) -> list[Due]:
+        """What each group does in this step; nothing if the host knows that there is none. Nothing has been changed yet."""
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
             self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
-        work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
         regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
-        found = self._buckets(groups, state)
-        if not any(found) and _has_no_gradient(groups):
+        due = [Due(*one) for one in zip(groups, regimes, self._buckets(groups, state), strict=True)]
+        if not any(one.buckets for one in due) and _has_no_gradient(groups):
             warnings.warn(
                 "Anon: step() found no gradient in any parameter and did nothing. If the model was sharded after the optimizer was made "
                 "(torch's fully_shard), the optimizer holds parameters that are not trained: make it afterwards",
                 stacklevel=4,
             )
-            return work
-        if told.skips:
-            return work
-        absent = any(regime.is_pending for regime in regimes) and has_absent(groups, state)  # it takes time
-        changes = [_gamma_change(i, r, b, state, absent) for i, (r, b) in enumerate(zip(regimes, found, strict=True))]
-        late = told.found_inf is not None and not known_to_the_host(told.found_inf)
-        if late and (any(changes) or _renews(regimes, found)):  # rare enough to wait for a GPU
-            if bool(told.found_inf):
-                return work
-            late = False
-        part_of = {p: i for i, part in enumerate(parts) for p in part}
-        for regime, group, buckets, change in zip(regimes, groups, found, changes, strict=True):
-            for bucket in buckets:
-                backend = _backend(bucket, group, bool(self.kernel_agreed))
-                plans = _plans(regime, bucket, change[0] if change else None, told, later=bool(parts))
-                for part, indices in _by_part(bucket, part_of).items():
-                    chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
-                    work[part].append(self._work(chosen, [plans[i] for i in indices], backend, group, state))
-        for regime, group, change in zip(regimes, groups, changes, strict=True):
-            if change:
-                convert_preconds(change[1], 1.0 if change[0].ratio is None else change[0].ratio)
-                group[HISTORY] = regime.after_change(change[0], absent)
-        if late and told.found_inf is not None:
-            self._unsettled = HostCopy(told.found_inf), [one.bucket for some in work for one in some]
-        return work
+            return []
+        if scaling.skips:
+            return []
+        for index, one in enumerate(due):
+            one.new_gamma = self._new_gamma(index, one, groups, state)
+        return due
+
+    def _new_gamma(self, index: int, due: Due, groups: Groups, state: States) -> NewGamma | None:
+        """What a group's step does about γ; None if its preconditioners all are of the γ in force.
+
+        Raises:
+            RuntimeError: a preconditioner that is not refreshed in this step cannot be converted.
+        """
+        group, regime, made_with = due.group, due.regime, self.hidden.made_with(due.group)
+        if not regime.is_pending and not made_with:
+            return None
+        steps = {step for bucket in due.buckets for step in bucket.steps}
+        gamma = regime.gamma_of_step(steps, self.hidden.taken(group, groups, state))
+        if gamma == regime.gamma_in_force and not made_with:
+            return None
+        refreshed = {
+            p
+            for bucket in due.buckets
+            for p, step in zip(bucket.params, bucket.steps, strict=True)
+            if regime.schedule.at(step).refresh
+        }
+        left = [p for p in group["params"] if p not in refreshed and state.get(p) and int(state[p]["step"])]
+        before = {p: made_with.get(p, regime.gamma_in_force) for p in left}
+        powers = {p: regime.power(old, gamma) for p, old in before.items()}
+        stuck = [before[p] for p, power in powers.items() if power is None]
+        if gamma != regime.gamma_in_force and has_absent(groups, state):
+            stuck += self.hidden.stuck(regime, gamma, state)
+        if stuck:
+            changes = gamma != regime.gamma_in_force
+            back = f"set {stuck[0]!r} again" if changes else f"go back with optimizer.rebase(gamma={stuck[0]!r})"
+            raise RuntimeError(
+                f"Anon: gamma of param group {index} was changed from {stuck[0]!r} to {gamma!r}, and {len(stuck)} of its parameters have "
+                "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
+                f"{regime.why_not(stuck[0])}. Put them in a param group of their own, or {back}"
+            )
+        return NewGamma(gamma, made_with, [(state[p], power) for p, power in powers.items() if power is not None])
+
+    def _go_over(self, due: Due, new: NewGamma, groups: Groups, state: States) -> None:
+        """Do what a step does about γ beside the updates."""
+        for own, power in new.beside:
+            convert_preconds([own], power)
+        self.hidden.converted(due.group)
+        if new.gamma != due.regime.gamma_in_force:
+            if has_absent(groups, state):
+                self.hidden.leave_behind(due.group, state, due.regime.gamma_in_force)
+            due.group[HISTORY] = due.regime.with_gamma(new.gamma)
 
     def _work(
+        self, due: Due, state: States, scaling: GradScaling, part_of: Mapping[Tensor, int], later: bool
+    ) -> Iterator[tuple[int, Work | TurnedWork]]:
+        """The updates of a group's buckets, each with the part of the step that it is in; -1 for none."""
+        for bucket in due.buckets:
+            backend = _backend(bucket, due.group, bool(self.kernel_agreed))
+            plans = _plans(due.regime, bucket, due.new_gamma, scaling, later)
+            for part, indices in _by_part(bucket, part_of).items():
+                chosen = bucket if len(indices) == len(bucket.params) else bucket.of(indices)
+                yield part, self._update(chosen, [plans[i] for i in indices], backend, due.group, state)
+
+    def _update(
         self, bucket: Bucket, plans: list[StepPlan], backend: choice.Backend, group: dict[str, Any], state: States
     ) -> Work | TurnedWork:
         turned = [frame.sides(p, group) for p in bucket.params] if group["basis"] else []
@@ -166,6 +250,8 @@ class Stepper:
             return regime
         normalise(group)
         validate(group)
+        if regime is None or regime.group is not group or not any(value is group["state_dtype"] for value in values):
+            check_dtypes(index, group, state)
         regime = Regime(group)
         if regime.drift():
             if steps_taken(group, state) or has_absent(groups, state):
@@ -187,6 +273,7 @@ class Stepper:
             return renewed
         _check_matrices(groups)
         allocate(groups, state)
+        self.hidden.meet(groups)
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
         return [buckets for buckets, _ in gathered]
@@ -214,43 +301,24 @@ def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Back
     return chosen
 
 
-def _plans(regime: Regime, bucket: Bucket, change: GammaChange | None, told: Told, later: bool) -> list[StepPlan]:
-    """The plan of each parameter; `later`: when `lr` may have changed."""
+def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradScaling, later: bool) -> list[StepPlan]:
+    """The plan of each parameter.
+
+    Args:
+        later: the updates are run after other code, which may write to a learning rate that is a tensor.
+    """
     lr, device = regime.group["lr"], bucket.lists[0][0].device
     if isinstance(lr, Tensor):
         on_gpu = device.type != "cpu" and lr.device.type != "cpu"
         lr = (lr.detach().clone() if later else lr.detach()).to(device) if on_gpu else float(lr)
-    scale, flag = told.on(device)
-    made = {step: regime.plan(step, change, lr=lr, grad_scale=scale, found_inf=flag) for step in set(bucket.steps)}
-    return [made[step] for step in bucket.steps]
-
-
-def _gamma_change(
-    index: int, regime: Regime, buckets: list[Bucket], state: States, absent: bool
-) -> tuple[GammaChange, list[dict[str, Tensor]]] | None:
-    """If a pending γ comes into force in this step: the change, and the states that are converted alongside, not being refreshed."""
-    if not regime.is_pending:
-        return None
-    group, steps = regime.group, {step for bucket in buckets for step in bucket.steps}
-    change = regime.gamma_change(steps, steps_taken(group, state))
-    if change is None:
-        return None
-    refreshed = {
-        id(counter)
-        for bucket in buckets
-        for counter, step in zip(bucket.counters, bucket.steps, strict=True)
-        if regime.schedule.at(step).refresh
-    }
-    states = [state[p] for p in group["params"] if state.get(p)]
-    left = [s for s in states if int(s["step"]) and id(s["step"]) not in refreshed]
-    if left and (change.ratio is None or absent):
-        raise RuntimeError(
-            f"Anon: gamma of param group {index} was changed from {change.old!r} to {change.new!r}, and {len(left)} of its parameters have "
-            "taken fewer steps than the others, for want of gradients: they cannot be converted, since "
-            f"{'not all parameters are in it' if absent else regime.why_not(change)}. Put them in a param group of their own, or set "
-            f"{change.old!r} again"
-        )
-    return change, left
+    scale, flag = scaling.on(device)
+    plan = partial(regime.plan, gamma=new.gamma if new else None, lr=lr, grad_scale=scale, found_inf=flag)
+    if not new or not new.made_with:
+        made = {step: plan(step) for step in set(bucket.steps)}
+        return [made[step] for step in bucket.steps]
+    keys = [(step, new.made_with.get(p)) for step, p in zip(bucket.steps, bucket.params, strict=True)]
+    plans = {key: plan(key[0], made_with=key[1]) for key in set(keys)}
+    return [plans[key] for key in keys]
 
 
 def _check_matrices(groups: Groups) -> None:
@@ -267,17 +335,6 @@ def _check_matrices(groups: Groups) -> None:
         )
     if longest:
         warnings.warn(words, stacklevel=5)
-
-
-def _renews(regimes: list[Regime], found: list[list[Bucket]]) -> bool:
-    """Whether a basis is renewed after this step."""
-    return any(
-        regime.schedule.at(step).refresh
-        for regime, buckets in zip(regimes, found, strict=True)
-        if regime.group["basis"]
-        for bucket in buckets
-        for step in set(bucket.steps)
-    )
 
 
 def _has_no_gradient(groups: Groups) -> bool:

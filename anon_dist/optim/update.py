@@ -1,15 +1,24 @@
 """Anon's arithmetic (arXiv 2605.02317), elementwise, over lists of local tensors.
 
-For t = 1, 2, …, gradient g and learning rate η:
+The symbols, for one element of a parameter:
+
+    θ, g    the element, and its gradient
+    m       mean of the gradient                                        state `exp_avg`
+    s       mean of the squared gradient since the last refresh         state `exp_avg_sq`
+    v       preconditioner, constant between refreshes; d = v^(−2)      state `precond`
+    γ       adaptivity
+    γ°      the γ that v was made with; another than γ only where γ has been changed since
+
+In step t = 1, 2, …, with learning rate η and weight decay λ:
 
     m ← β1 m + (1 − β1) g                            update_momentum
     s ← β2 s + (1 − β2) g²                           accumulate; with a window, in its steps alone
-    if t = a_k:                                      refresh
-        σ = s / (1 − β2^age) + ε
-        d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ       γ° = γ at the last refresh
+    if t = a_k:                                      refresh; k = 0, 1, … counts the refreshes (see `schedule.py`)
+        σ = s / (1 − β2^age) + ε                     age: how many steps s holds
+        d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ
         v ← d^(−1/2);  s ← 0
-    u = clip(v · m / (1 − β1^t))                     updates
-    θ ← (1 − η λ) θ − η u                            apply_update
+    u = clip(v · m / (1 − β1^t))                     apply_update
+    θ ← (1 − η λ) θ − η u
 
 With Nesterov momentum (Dozat 2016, "Incorporating Nesterov Momentum into Adam") u is made of (β1 m + (1 − β1) g) / (1 − β1^(t+1)), whose
 weights sum to 1 too. Cautious decay (arXiv 2510.12402) takes λ = 0 where u θ < 0.
@@ -20,6 +29,7 @@ tensor is the plain case. An element's result does not depend on its position, s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -31,8 +41,8 @@ D_MIN, D_MAX = 2.0**-126, 2.0**127
 """d = σ^γ is kept in float32's normal range: at ε = 1e-16, γ = 3 a silent coordinate would otherwise have v = ∞."""
 
 MOST_RATIO = {torch.float64: 2.0**8, torch.float32: 2.0**8, torch.bfloat16: 2.0**2}
-"""A preconditioner of this dtype is taken from γ to γ' where |γ'/γ| is no larger. The power multiplies its rounding: to 2^-16 in float32,
-to 2^-5 in bfloat16."""
+"""The largest |γ'/γ°| by which a preconditioner of this dtype is converted from γ° to γ'. The power multiplies the rounding of v: to 2^-16
+in float32, to 2^-5 in bfloat16."""
 
 V_MIN, V_MAX = D_MAX**-0.5, D_MIN**-0.5
 """The same range, of v."""
@@ -69,7 +79,7 @@ def refresh(
     debias: float,
     hold_silent: bool,
 ) -> None:
-    """v ← (keep · v^(−2 γ/γ°) + (1 − keep) σ^γ)^(−1/2) with σ = s / debias + ε, then s ← 0; both in place, computed in float64.
+    """v ← (keep · d^(γ/γ°) + (1 − keep) σ^γ)^(−1/2) with d = v^(−2) and σ = s / debias + ε; then s ← 0. In place, computed in float64.
 
     float32 would not do: for σ = 1e-16 and γ = 2 its rounding of ln σ alone moves σ^γ by 40 units. σ^γ is exp(γ ln σ) because torch's
     vectorised `exp` and `log` treat the end of a tensor as they do its middle; its `pow` and `exp2` do not.
@@ -77,10 +87,10 @@ def refresh(
     Args:
         v: preconditioners; 1 before the first refresh.
         s: second moments since the last refresh.
-        gamma_ratio: γ/γ°, γ° having made v. 1: v is taken as it is.
+        gamma_ratio: γ/γ°. 1: v is taken as it is.
         keep: β3; or 0 where there is no older preconditioner, k = 0.
         debias: summed weight of what s holds, 1 − β2^age.
-        hold_silent: elements with s = 0 keep their v, at the new γ: v^(γ/γ°).
+        hold_silent: elements with s = 0 keep what their v says of σ, at the new γ: v ← v^(γ/γ°).
     """
     for whole_v, whole_s in zip(v, s, strict=True):
         for v_i, s_i in pieces(whole_v, whole_s):
@@ -148,18 +158,25 @@ def move(theta: Tensors, update: Tensors, *, scale: float | Tensor, decay: float
         torch._foreach_sub_(theta, update)
 
 
-def gamma_ratio(old: float, new: float, dtype: torch.dtype) -> float | None:
-    """γ'/γ, the power that takes a preconditioner of γ = `old`, stored in `dtype`, to γ' = `new`; None where it says too little.
+def conversion_power(old: float, new: float, dtype: torch.dtype) -> float | None:
+    """γ'/γ°, the power that converts a preconditioner made with γ° = `old` and stored in `dtype` to γ' = `new`.
 
-    That is where γ is 0, and v = 1 says nothing about the gradient's scale, or where γ'/γ is beyond `MOST_RATIO`.
+    None where the old preconditioner says too little: γ° is 0, so that v = 1 says nothing about σ, or |γ'/γ°| is beyond `MOST_RATIO`.
     """
     if old == new:
         return 1.0
     return new / old if old != 0.0 and abs(new) <= MOST_RATIO[dtype] * abs(old) else None
 
 
+def power_of_held(old: float, new: float) -> float:
+    """γ'/γ° for an element that `hold_silent` holds where `conversion_power` is None. Nothing else is known of its σ than what v says, so
+    v^(γ'/γ°) with its multiplied rounding is taken; v itself would be of another unit. From γ° = 0 it is 1: v stays 1, neutral.
+    """
+    return max(-sys.float_info.max, min(sys.float_info.max, new / old)) if old != 0.0 else 1.0
+
+
 def convert_exponent(v: Tensors, ratio: float) -> None:
-    """v ← v^ratio in place, in float64: d^(γ'/γ), with d = v^(−2) clamped to `D_MIN` and `D_MAX`."""
+    """v ← v^ratio in place, in float64, with ratio = γ'/γ°: of d = v^(−2), d ← d^(γ'/γ°), kept in [`D_MIN`, `D_MAX`]."""
     for whole in v:
         for (v_i,) in pieces(whole):
             v_i.copy_(_power(v_i, ratio))

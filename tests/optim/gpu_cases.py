@@ -113,6 +113,7 @@ def test_the_bits_are_those_of_the_cpu_kernel(variant):
         (1.0, -2.0, 0.5, True, False, 0.5),
         (0.0, 0.0, None, True, False, 0.0),
         (-2.0, 200.0, None, True, False, 0.3),
+        (-2.0, -2000.0, None, True, False, 0.0),
     ):
         options = {**STEP, "gamma": gamma, "clip": clip, "hold_silent": hold, "maximize": maximize, "keep_d": keep}
         options["gamma_ratio"] = ratio

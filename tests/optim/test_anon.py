@@ -469,6 +469,57 @@ def test_rebase_refuses_what_is_not_defined():
     run(p, optimizer, range(3, 6))
 
 
+def test_rebase_names_the_groups_that_there_are():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = Anon([{"params": [p]}, {"params": [q]}])
+    for group in (7, -3, "0"):
+        with pytest.raises(
+            ValueError, match=r"rebase\(group=.*the number of param groups is 2; give an index from 0 to 1"
+        ):
+            optimizer.rebase(gamma=0.5, group=group)
+    assert [group["gamma"] for group in optimizer.param_groups] == [1.0, 1.0]
+    optimizer.rebase(gamma=0.5, group=1)
+    assert [group["gamma"] for group in optimizer.param_groups] == [1.0, 0.5]
+
+
+def test_rebase_warns_about_silent_coordinates():
+    _, optimizer = make(gamma=1.0)
+    with pytest.warns(UserWarning, match="hold_silent=True or a larger eps") as found:
+        optimizer.rebase(gamma=-1.0)
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.rebase(beta3=0.9)
+        optimizer.param_groups[0]["hold_silent"] = True
+        optimizer.rebase(gamma=-0.5)
+
+
+@pytest.mark.parametrize("edited", ["float32", {"precond": "bfloat16"}, {"exp_avg": "int8", "precond": "bfloat16"}])
+def test_state_dtypes_are_those_of_the_state(edited):
+    """Before the first step a group's may be edited; later the state would not follow, so that is refused, until it is loaded again. What
+    a change of γ may be goes by the dtype of the preconditioner."""
+    p, optimizer = make(state_dtype="bfloat16", gamma=0.1)
+    optimizer.init_state()
+    optimizer.param_groups[0]["state_dtype"] = "float64"
+    run(p, optimizer, range(1))
+    assert optimizer.state[p]["precond"].dtype == torch.float64
+    p, optimizer = make(state_dtype="bfloat16", gamma=0.1)
+    run(p, optimizer, range(3))
+    optimizer.param_groups[0]["state_dtype"] = edited
+    before = p.detach().clone()
+    for act in (lambda: run(p, optimizer, [3]), lambda: optimizer.rebase(gamma=1.0)):
+        with pytest.raises(RuntimeError, match=r"state_dtype of param group 0 was changed to .* is in bfloat16"):
+            act()
+    assert torch.equal(p, before)
+    optimizer.load_state_dict(optimizer.state_dict())
+    if edited == "float32":
+        optimizer.rebase(gamma=1.0)
+    else:
+        with pytest.raises(ValueError, match="bfloat16 carries a change of gamma by a factor of 4"):
+            optimizer.rebase(gamma=1.0)
+    run(p, optimizer, range(3, 9))
+
+
 def test_learning_rate_as_a_tensor_and_schedulers():
     p, optimizer = make(lr=torch.tensor(0.01))
     q, other = make(lr=float(torch.tensor(0.01)))

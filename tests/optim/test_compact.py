@@ -49,7 +49,8 @@ def taken(x, dtype, step=7, stochastic=True):
     """What the kernel makes of x on its way to an exp_avg of this dtype: (exp_avg, exponents)."""
     m, ones = torch.zeros(len(x), dtype=dtype), torch.ones(len(x))
     exponents = [exponents_for(x)] if dtype == torch.int8 else None
-    plan = StepPlan(step, Variant.PLAIN, 0.0, 0.0, 0.0, 0.0, None, stochastic=frozenset({"m"} if stochastic else ()))
+    values = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0, "clip": None}
+    plan = StepPlan(step=step, variant=Variant.PLAIN, stochastic=frozenset({"m"} if stochastic else ()), **values)
     cpu.run(([ones.clone()], [x], [m], [ones.clone()], [ones]), [plan], exponents)
     return m, *(exponents or [])
 

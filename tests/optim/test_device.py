@@ -113,11 +113,13 @@ def test_the_update_is_handed_back(variant, dtype):
     generator = torch.Generator().manual_seed(0)
     g, m, s, v = (torch.randn(3, 700, generator=generator) for _ in range(4))
     states = [[m.to(dtype)], [s.abs().to(dtype)], [v.abs().add(0.1).to(dtype)]]
-    plan = StepPlan(5, variant, 0.3, 0.1, 0.9, 0.95, 0.8, debias_s=0.3, keep_d=0.5, gamma=0.7)
+    values = {"step": 5, "variant": variant, "beta1": 0.9, "beta2": 0.95, "clip": 0.8}
+    values |= {"debias_s": 0.3, "keep_d": 0.5, "gamma": 0.7}
+    plan = StepPlan(lr=0.3, weight_decay=0.1, **values)
     for run in (cpu.run, foreach.run):
         applied = [[torch.zeros(3, 700)], [g.clone()], *([t.clone() for t in x] for x in states)]
         handed = [[torch.full((3, 700), 9.0)], [g.clone()], *([t.clone() for t in x] for x in states)]
-        run(tuple(applied), [StepPlan(5, variant, 1.0, 0.0, 0.9, 0.95, 0.8, debias_s=0.3, keep_d=0.5, gamma=0.7)])
+        run(tuple(applied), [StepPlan(lr=1.0, weight_decay=0.0, **values)])
         run(tuple(handed), [plan.handing_back()])
         torch.testing.assert_close(handed[0][0], -applied[0][0], rtol=1e-6, atol=1e-7)
         assert float(handed[0][0].abs().max()) <= 0.8 * (1 + 1e-6)

@@ -78,10 +78,13 @@ def test_next_gammas_is_what_the_next_update_is_made_with():
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("old", "new"), [(-1.0, -0.5), (0.5, -1.0), (-1.0, 0.0), (0.0, -1.0)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(-1.0, -0.5), (0.5, -1.0), (-1.0, 0.0), (0.0, -1.0), (-0.1, -1.0), (0.1, -1.0)]
+)
 def test_silent_coordinates_that_are_held_are_at_the_new_gamma(old, new, state_dtype, fused):
     """One that was never active stays neutral, v = 1, from γ > 0 at σ = ε; one that was keeps its σ: v = σ^(−γ'/2). From γ = 0 nothing is
-    known: neutral."""
+    known: neutral. From γ = ±0.1 bfloat16 carries too little for the others, which start from their gradients: the held have nothing
+    else."""
     p, optimizer = make(gamma=old, hold_silent=True, state_dtype=state_dtype, fused=fused, beta3=0.0)
     for t in range(16):
         p.grad = gradient(p, t)
@@ -90,9 +93,40 @@ def test_silent_coordinates_that_are_held_are_at_the_new_gamma(old, new, state_d
         optimizer.param_groups[0]["gamma"] = new if t >= 8 else old
         optimizer.step()
     v = optimizer.state[p]["precond"].double()
-    rounding = {"float32": 1e-6, "bfloat16": 2.0**-7 * (1.0 + abs(new / old) if old else 1.0)}[state_dtype]
+    rounding = {"float32": 1e-6, "bfloat16": 2.0**-7}[state_dtype] * (1.0 + abs(new / old) if old else 1.0)
     assert float(v[0]) == pytest.approx(1e-16 ** (-new / 2) if old > 0.0 else 1.0, rel=rounding)
     assert float(v[1]) == pytest.approx(1e-4 ** (-new / 2) if old else 1.0, rel=rounding)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_held_coordinates_go_on_beyond_what_float32_carries_for_the_others(fused):
+    """|γ'/γ| = 500. The others' d is σ^γ' alone, as if β3 were 0 there."""
+    p, optimizer = make(gamma=-0.002, hold_silent=True, fused=fused)
+    q, other = make(gamma=-1.0, hold_silent=True, fused=fused, beta3=0.0)
+    reference = ReferenceAnon(p, **LM, gamma=-0.002, hold_silent=True)
+    for t in range(16):
+        g = gradient(p, t)
+        g[1] = 1e-2 if t < 8 else 0.0
+        optimizer.param_groups[0]["gamma"] = reference.gamma = -1.0 if t >= 8 else -0.002
+        for x, o in ((p, optimizer), (q, other)):
+            x.grad = g.clone()
+            o.step()
+        reference.step(g)
+    v = optimizer.state[p]["precond"]
+    torch.testing.assert_close(v.double(), reference.v, rtol=500 * 2.0**-23, atol=0.0)
+    assert float(v[1]) == pytest.approx(1e-2, rel=500 * 2.0**-23)
+    torch.testing.assert_close(v[2:], other.state[q]["precond"][2:], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("gamma", [5e-324, -5e-324])
+def test_held_coordinates_at_a_gamma_that_is_next_to_zero_are_neutral(gamma):
+    p, optimizer = make(gamma=gamma, hold_silent=True)
+    p.grad = torch.ones(LEN)
+    optimizer.step()
+    optimizer.param_groups[0]["gamma"] = -4.0
+    p.grad = torch.zeros(LEN)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["precond"], torch.ones(LEN))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -179,6 +213,82 @@ def test_parameters_that_are_behind_turn_with_the_group(fused, foreach):
             if references[name].t:
                 v = optimizer.state[p]["precond"].double()
                 torch.testing.assert_close(v, references[name].v, rtol=tolerance, atol=0.0)
+
+
+def in_parts(optimizer, parts):
+    """A step of a group that is shown in parts."""
+    (group,) = optimizer.param_groups
+    whole = group["params"]
+    for part in parts:
+        group["params"] = part
+        optimizer.step()
+    group["params"] = whole
+
+
+@pytest.mark.parametrize("late_comes", ["after", "before"])
+def test_a_late_parameter_is_converted_as_often_as_gamma_changes_while_it_is_hidden(late_comes):
+    """ρ = 2. γ changes with step 8 of the foremost, while the late one is hidden. If it starts afterwards, its preconditioner is of the
+    new γ at its own step 8 too; if it has started before, it is converted when it is shown, though that is its step 5."""
+    hyper = {**LM, "gamma": 0.5}
+    late, often = (nn.Parameter(torch.linspace(-1, 1, LEN).double()) for _ in range(2))
+    optimizer = Anon([late, often], **hyper, state_dtype="float64", fused=False)
+    reference = ReferenceAnon(late, **hyper)
+    starts = {"after": 9, "before": 4}[late_comes]
+    for t in range(30):
+        if t == 7:
+            optimizer.param_groups[0]["gamma"] = 1.5
+        often.grad, late.grad = gradient(often, t).double(), None
+        if t >= starts:
+            late.grad = gradient(late, 100 + t).double()
+            if t == 8 and late_comes == "before":  # its step 5 is no refresh: beside it
+                reference.v = reference.v**3.0
+            reference.gamma = 1.5 if t >= 8 else 0.5
+            if t >= 8:
+                reference.v_gamma = 1.5
+            reference.step(late.grad)
+        in_parts(optimizer, ([late], [often]))
+        if t >= starts:
+            torch.testing.assert_close(optimizer.state[late]["precond"], reference.v, rtol=1e-10, atol=0.0)
+            torch.testing.assert_close(late.detach(), reference.theta, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("how", ["saved", "copied"])
+def test_what_is_hidden_is_converted_before_the_state_goes_elsewhere(how):
+    p, q = (nn.Parameter(torch.linspace(-1, 1, LEN)) for _ in range(2))
+    optimizer = Anon([p, q], **LM, gamma=0.5)
+    for t in range(8):
+        optimizer.param_groups[0]["gamma"] = 1.0 if t == 7 else 0.5
+        p.grad, q.grad = gradient(p, t), gradient(q, t) if t < 5 else None
+        in_parts(optimizer, ([q], [p]))
+    v = optimizer.state[q]["precond"].clone()
+    copied = copy.deepcopy(optimizer) if how == "copied" else None
+    state = copied.state[copied.param_groups[0]["params"][1]] if copied else optimizer.state_dict()["state"][1]
+    torch.testing.assert_close(state["precond"], v**2.0)
+
+
+def test_what_is_hidden_and_cannot_be_converted_is_refused():
+    """γ = 0 is left while a parameter is hidden that had no gradient in this step and the one before."""
+    p, q = (nn.Parameter(torch.linspace(-1, 1, LEN)) for _ in range(2))
+    optimizer = Anon([p, q], **LM, gamma=0.0)
+
+    def take(t, missing=()):
+        p.grad, q.grad = gradient(p, t), None if t in missing else gradient(q, t)
+        in_parts(optimizer, ([p], [q]))
+
+    for t in range(7):
+        take(t, missing=(6,))
+    optimizer.param_groups[0]["gamma"] = 0.5
+    with pytest.raises(
+        RuntimeError, match=r"gamma of param group 0 was changed from 0\.0 to 0\.5, and 1 of its parameters"
+    ):
+        take(7)
+    optimizer.param_groups[0].update(gamma=0.0, params=[p, q])
+    take(7)  # p's step 8 and q's step 7
+    optimizer.param_groups[0]["gamma"] = 0.5
+    for t in range(8, 15):
+        take(t)
+    with pytest.raises(RuntimeError, match="1 of its parameters"):  # p's step 16
+        take(15)
 
 
 def test_parameters_that_are_behind_cannot_leave_zero():

@@ -1,7 +1,9 @@
 """Runs of random settings and events, each step of which is checked against `numpy_anon`, from the optimizer's own tensors."""
 
+import copy
 import io
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ SETTINGS = {
     "update_clip": (None, 1.0, 0.05),
     "eps": (1e-16, 1e-8, 1e-4),
     **dict.fromkeys(("hold_silent", "nesterov", "cautious_decay", "maximize"), (False, True)),
-    "gamma": (1.0, 1.0, 0.0, 0.5, 0.1, -1.0, 2.0, 1.5),
+    "gamma": (1.0, 1.0, 0.0, 0.5, 0.1, -1.0, 2.0, 1.5, 0.002, -0.1),
     "beta3": (0.0, 0.5, 0.9),
     "refresh_ratio": (2.0, 1.1, 1.5, 1.03, 3.0),
     "window": (None, None, "auto", 1, 2, 5),
@@ -49,12 +51,13 @@ def phase(group):
 
 
 class Run:
-    """A run of one seed. What is due and which γ is in force is counted here, and not read from the optimizer."""
+    """A run of one seed. What is due, which γ is in force and which made each preconditioner is counted here, and not read from the
+    optimizer. Some parameters start late; in some runs γ follows a schedule, or groups are shown in parts, as DeepSpeed's stage 3 does."""
 
     def __init__(self, seed, kernel):
         self.rng, self.kernel = np.random.default_rng(seed), kernel
         self.dtype = self.pick(torch.float32, torch.bfloat16, torch.float16, torch.float32 if kernel else torch.float64)
-        self.params, self.clocks = [], {}
+        self.params, self.clocks, self.starts, self.made_with, self.t = [], {}, {}, {}, 0
         path = {"fused": True} if kernel else self.pick({"fused": False}, {"foreach": False}, {"foreach": True})
         self.optimizer = Anon(
             [{"params": self.made(3)}, {"params": self.made(2), **self.fresh("gamma", "window")}],
@@ -69,6 +72,9 @@ class Run:
         )
         groups = self.optimizer.param_groups
         self.phases, self.in_force = [[(0, phase(group))] for group in groups], [group["gamma"] for group in groups]
+        self.members = [list(group["params"]) for group in groups]
+        self.in_parts = self.pick(False, False, True)
+        self.slope = self.pick(0.0, 0.0, 0.03, -0.2)
 
     def pick(self, *values):
         return values[self.rng.integers(len(values))]
@@ -88,7 +94,7 @@ class Run:
             if x.dim() == 2:
                 x = self.pick(x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, : x.shape[1]])
             found.append(nn.Parameter(x))
-            self.clocks[found[-1]] = Clock()
+            self.clocks[found[-1]], self.starts[found[-1]] = Clock(), self.t + self.pick(0, 0, 0, 3, 9)
         self.params += found
         return found
 
@@ -105,9 +111,13 @@ class Run:
     def go(self, steps):
         for _ in range(steps):
             if self.rng.random() < 0.35:
-                event = self.pick(*(self.edit, self.edit_gamma) * 2, self.rebase, self.rebase_gamma, self.reload)
+                event = self.pick(
+                    *(self.edit, self.edit_gamma) * 2, self.rebase, self.rebase_gamma, self.reload, self.copy
+                )
                 index = int(self.rng.integers(len(self.optimizer.param_groups)))
                 self.pick(event, event, event, self.add, self.take_on_a_basis)(index)
+            for group in self.optimizer.param_groups if self.slope else ():
+                group["gamma"] += self.slope
             self.step()
 
     # -- between steps ---------------------------------------------------------------------------------------------------
@@ -123,32 +133,86 @@ class Run:
 
     def rebase(self, index):
         group, values = self.optimizer.param_groups[index], self.fresh(self.pick("beta3", *PHASE))
-        self.optimizer.rebase(**self.pick(values, {"beta2": self.pick(*BETA2)}), group=index)
-        taken = max(self.clocks[p].t for p in group["params"])
-        self.phases[index] = [entry for entry in self.phases[index] if entry[0] < taken] + [(taken, phase(group))]
+        values = self.pick(values, {"beta2": self.pick(*BETA2)})
+        if self.rebased(index, self.in_force[index], values):
+            taken = self.taken(index)
+            self.phases[index] = [entry for entry in self.phases[index] if entry[0] < taken] + [(taken, phase(group))]
 
     def rebase_gamma(self, index):
-        group, new, before = self.optimizer.param_groups[index], self.pick(*SETTINGS["gamma"]), self.states()
-        ratio = self.ratio(group, self.in_force[index], new) if any(self.clocks[p].t for p in group["params"]) else 1.0
-        if ratio is None:
-            with pytest.raises(ValueError, match="gamma cannot be changed"):
-                self.optimizer.rebase(gamma=new, group=index)
-            return
-        self.optimizer.rebase(gamma=new, group=index)
-        self.in_force[index] = new
-        for p in group["params"]:
+        new = self.pick(*SETTINGS["gamma"])
+        self.rebased(index, new, {"gamma": new})
+
+    def take_on_a_basis(self, index):
+        if self.optimizer.param_groups[index]["basis"] is None:
+            self.rebased(index, self.in_force[index], {"basis": self.pick("columns", "both"), "basis_block": 3})
+
+    def rebased(self, index, gamma, values):
+        """Whether the values could be taken on, with this γ in force then; if so, it is."""
+        group, before, taken = self.optimizer.param_groups[index], self.states(), self.taken(index)
+        ratios = {
+            p: self.ratio(group, self.old_gamma(index, p), gamma) for p in self.members[index] if self.clocks[p].t
+        }
+        if None in ratios.values() or (taken and self.ratio(group, self.in_force[index], gamma) is None):
+            with pytest.raises(ValueError, match=r"gamma cannot be changed|are at gamma"):
+                self.optimizer.rebase(**values, group=index)
+            return False
+        self.optimizer.rebase(**values, group=index)
+        if taken or "gamma" in values:
+            self.in_force[index] = gamma
+        for p, ratio in ratios.items():
+            self.made_with[p] = gamma
             self.assert_converted(p, before, ratio)
+        return True
+
+    def left(self):
+        """Parameters that have been stepped and whose preconditioners are not of the γ in force: the index of the group, and the power
+        that converts them."""
+        found = {}
+        for index, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
+            for p in members:
+                if self.clocks[p].t and self.made_with[p] != self.in_force[index]:
+                    found[p] = index, self.ratio(group, self.made_with[p], self.in_force[index])
+        return found
+
+    def saved(self, save):
+        """What `save` gives, with all preconditioners at the γ in force; None if it is refused, since one of them cannot be."""
+        before, left = self.states(), self.left()
+        if any(ratio is None for _, ratio in left.values()):
+            with pytest.raises(RuntimeError, match="before the state is saved"):
+                save()
+            return None
+        found = save()
+        for p, (index, ratio) in left.items():
+            self.assert_converted(p, before, ratio)
+            self.made_with[p] = self.in_force[index]
+        return found
 
     def reload(self, _):
         file = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), file)
+        if (saved := self.saved(self.optimizer.state_dict)) is None:
+            return
+        torch.save(saved, file)
         file.seek(0)
         before = self.states()
         own = ("params", "state_dtype")  # all else is the file's
         groups = [{key: group[key] for key in own} for group in self.optimizer.param_groups]
         self.optimizer = Anon(groups, lr=0.01)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        for group in self.optimizer.param_groups:
+            group.update(self.pick({"fused": None, "foreach": True}, {"fused": None, "foreach": None}))
         self.assert_unchanged(before)
+
+    def copy(self, _):
+        """All of the run is copied with the optimizer, whose parameters are others then."""
+        names = ("params", "clocks", "starts", "members", "optimizer")
+        copied = self.pick(copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))
+        found = self.saved(lambda: copied({name: getattr(self, name) for name in names}))
+        if found is not None:
+            states, pairs = self.states(), list(zip(self.params, found["params"], strict=True))
+            before = {new: states[old] for old, new in pairs if old in states}
+            found["made_with"] = {new: self.made_with[old] for old, new in pairs if old in self.made_with}
+            self.__dict__.update(found)
+            self.assert_unchanged(before)
 
     def add(self, _):
         if len(self.params) < 8:
@@ -156,26 +220,40 @@ class Run:
             group = self.optimizer.param_groups[-1]
             self.phases.append([(0, phase(group))])
             self.in_force.append(group["gamma"])
-
-    def take_on_a_basis(self, index):
-        if self.optimizer.param_groups[index]["basis"] is None:
-            self.optimizer.rebase(basis=self.pick("columns", "both"), basis_block=3, group=index)
+            self.members.append(list(group["params"]))
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
     def step(self):
+        self.t += 1
         scale = self.pick(None, None, 0.5, 3.0, 1024.0)
-        skips = self.rng.random() < 0.1
         for p in self.params:
             if not p.isfinite().all():  # float16's range was left
                 nn.init.normal_(p)
-            p.grad = self.gradient(p) if self.rng.random() < 0.85 else None
+            p.grad = self.gradient(p) if self.rng.random() < 0.85 and self.t > self.starts[p] else None
         self.optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+        for shown in self.displays():
+            for group, params in zip(self.optimizer.param_groups, shown, strict=True):
+                group["params"] = params
+            self.step_of_shown(scale)
+        for group, params in zip(self.optimizer.param_groups, self.members, strict=True):
+            group["params"] = list(params)
+
+    def displays(self):
+        """What the groups show, one after the other: all, or two parts of each."""
+        if not self.in_parts:
+            return [[list(members) for members in self.members]]
+        parts = [(i, part) for i, members in enumerate(self.members) for part in (members[:2], members[2:]) if part]
+        return [[part if i == index else [] for i in range(len(self.members))] for index, part in parts]
+
+    def step_of_shown(self, scale):
+        skips = self.rng.random() < 0.1
         self.optimizer.found_inf = self.pick(None, torch.tensor(0.0)) if not skips else torch.tensor(1.0)
         self.optimizer.settle()
         before, thetas = self.states(), {p: array(p) for p in self.params}
         plans, clocks, in_force, refused = self.planned()
-        none = all(p.grad is None or not p.numel() for p in self.params) and any(p.numel() for p in self.params)
+        shown = [p for group in self.optimizer.param_groups for p in group["params"]]
+        none = all(p.grad is None or not p.numel() for p in shown) and any(p.numel() for p in shown)
         if refused and not skips and not none:
             with pytest.raises(RuntimeError, match="cannot be converted"):
                 self.optimizer.step()
@@ -193,7 +271,11 @@ class Run:
         self.optimizer.settle()
         after = self.states()
         for plan in plans:
+            self.made_with[plan[0]] = in_force[plan[5]]
             self.check(plan, scale or 1.0, before, thetas, stepped, after)
+        seen = {plan[0] for plan in plans}
+        others = {p: state for p, state in before.items() if p not in seen}
+        self.assert_unchanged(others, {p: thetas[p] for p in self.params if p not in seen})
 
     def take(self):
         if self.pick(True, False):
@@ -210,29 +292,42 @@ class Run:
             return 1.0
         return None if old == 0.0 or abs(new) > LARGEST_CHANGE[dtype] * abs(old) else new / old
 
+    def taken(self, index):
+        return max(self.clocks[p].t for p in self.members[index])
+
+    def old_gamma(self, index, p):
+        """γ°; a parameter without a step has no preconditioner yet."""
+        return self.made_with[p] if self.clocks[p].t else self.in_force[index]
+
+    def ticked(self, p, phases):
+        clock = Clock(**vars(self.clocks[p]))
+        return clock, clock.tick(phases)
+
     def planned(self):
-        """What each parameter does: (parameter, group, Due or None, Refresh, the power that converts v); the clocks and the γ in force
-        after it; and whether the step is refused."""
+        """What each parameter does: (parameter, group, Due or None, Refresh, the power that converts v, the group's index); the clocks and
+        the γ in force after it; and whether the step is refused."""
         plans, clocks, in_force, refused = [], {}, [], False
-        for group, phases, old in zip(self.optimizer.param_groups, self.phases, self.in_force, strict=True):
-            taken, new, dues = max(self.clocks[p].t for p in group["params"]), group["gamma"], {}
-            old = new if taken == 0 else old
+        for index, (group, phases) in enumerate(zip(self.optimizer.param_groups, self.phases, strict=True)):
+            taken, new, dues = self.taken(index), group["gamma"], {}
+            old = new if taken == 0 and group["params"] else self.in_force[index]
             for p in group["params"]:
                 if p.grad is not None or not p.numel():
-                    clocks[p] = Clock(**vars(self.clocks[p]))
-                    dues[p] = clocks[p].tick(phases)
+                    clocks[p], dues[p] = self.ticked(p, phases)
             changes = old != new and any(due.refreshes and due.t == taken + 1 for due in dues.values())
-            ratio = self.ratio(group, old, new) if changes else 1.0
             in_force.append(new if changes else old)
-            for p in group["params"]:
-                due = dues.get(p)
-                if due is not None and due.refreshes:
+            for p in self.members[index]:
+                due, moves, old_gamma = dues.get(p), self.clocks[p].t > 0, self.old_gamma(index, p)
+                ratio = self.ratio(group, old_gamma, in_force[-1]) if moves else 1.0
+                if not any(p is q for q in group["params"]):  # to be converted when it is shown, if not by a refresh
+                    refused |= changes and moves and ratio is None and not self.ticked(p, phases)[1].refreshes
+                elif due is not None and due.refreshes:
+                    held = in_force[-1] / old_gamma if ratio is None and old_gamma else 1.0
                     keep = 0.0 if due.first or ratio is None else group["beta3"]
-                    refresh = Refresh(in_force[-1], 1.0 if due.first or ratio is None else ratio, keep)
-                    plans.append((p, group, due, refresh, 1.0))
-                elif due is not None or self.clocks[p].t:
-                    refused |= ratio is None and self.clocks[p].t > 0
-                    plans.append((p, group, due, None, ratio if self.clocks[p].t else 1.0))
+                    refresh = Refresh(in_force[-1], 1.0 if due.first else held if ratio is None else ratio, keep)
+                    plans.append((p, group, due, refresh, 1.0, index))
+                elif due is not None or moves:
+                    refused |= ratio is None
+                    plans.append((p, group, due, None, ratio, index))
         return plans, clocks, in_force, refused
 
     # -- checks ----------------------------------------------------------------------------------------------------------
@@ -240,6 +335,8 @@ class Run:
     def assert_unchanged(self, before, thetas=None):
         after = self.states()
         for p, state in before.items():
+            if not self.clocks[p].t and p not in after:
+                continue  # without a step, it may be dropped while its parameter is not shown
             assert all(torch.equal(x, after[p][key]) for key, x in state.items())
         for p, theta in (thetas or {}).items():
             close("theta", array(p), theta, np.zeros_like(theta))
@@ -253,7 +350,7 @@ class Run:
         close("converted precond", found, wanted, error * (ratio != 1.0))
 
     def check(self, plan, scale, before, thetas, stepped, after):
-        p, group, due, refresh, ratio = plan
+        p, group, due, refresh, ratio, _ = plan
         if due is None:
             self.assert_converted(p, before, ratio)
             return

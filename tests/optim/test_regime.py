@@ -1,5 +1,6 @@
 """A group's regime: one conversion of γ for rebase, edits and loads, which knows what the preconditioner's dtype can carry."""
 
+import copy
 import json
 
 import numpy as np
@@ -93,16 +94,24 @@ def test_a_plan_says_all_of_a_step():
     assert last.debias_m == 1 - 0.9**8
 
 
-def test_histories_of_earlier_versions_are_read():
-    """Written before there was a `Regime`; with a turn of which a part was still to come."""
-    _, optimizer = stepped(4, gamma=0.5)
-    state = optimizer.state_dict()
+@pytest.mark.parametrize(("turned_at", "made_with"), [(5, 0.25), (4, 0.5)])
+def test_histories_of_earlier_versions_are_read(turned_at, made_with):
+    """Where a group had been shown in parts, they name the step that a change of γ had come with, and the γ before it: that of the
+    parameters that had not taken this step yet. β3 = 0.5 mixes the old preconditioner in, as it is at the new γ."""
+    p, optimizer = stepped(4, gamma=0.5, state_dtype="float64", fused=False)
+    state = copy.deepcopy(optimizer.state_dict())
     (record,) = json.loads(state["param_groups"][0][HISTORY])
     assert record == {"since": 0, "gamma": 0.5, "refresh_ratio": 1.5, "beta2": 0.95, "beta3": 0.5, "window": None}
-    state["param_groups"][0][HISTORY] = json.dumps([{**record, "turned_at": 5, "gamma_before": 0.25}])
+    state["param_groups"][0][HISTORY] = json.dumps([{**record, "turned_at": turned_at, "gamma_before": 0.25}])
     optimizer.load_state_dict(state)
-    plan = Regime(optimizer.param_groups[0]).plan(5)
-    assert (plan.variant, plan.gamma, plan.gamma_ratio) == (Variant.REFRESH, 0.5, 2.0)
+    assert Regime(optimizer.param_groups[0]).plan(5).variant == Variant.REFRESH
+    old = optimizer.state[p]["precond"] ** (0.5 / made_with)
+    p.grad = torch.ones(400, dtype=torch.float32)
+    s = 0.95 * optimizer.state[p]["exp_avg_sq"] + 0.05
+    optimizer.step()
+    sigma = s / (1 - 0.95 ** (5 - 3)) + 1e-16
+    torch.testing.assert_close(optimizer.state[p]["precond"], (0.5 * old**-2 + 0.5 * sigma**0.5) ** -0.5)
+    assert json.loads(optimizer.param_groups[0][HISTORY]) == [record]
 
 
 def test_numpy_scalars_in_param_groups_are_numbers():

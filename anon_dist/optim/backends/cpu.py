@@ -116,6 +116,7 @@ def _table(plans: list[StepPlan]) -> tuple[bytes, array[int]]:
 
 
 def _row(plan: StepPlan) -> tuple[float, ...]:
+    """A plan as the fields of `struct step`, in their order."""
     lr, inverse = float(plan.lr), 1.0 if plan.grad_scale is None else 1.0 / float(plan.grad_scale)
     add_m, debias_m = (1.0 - plan.beta1) * inverse, plan.debias_m
     add_m, decay = -add_m if plan.maximize else add_m, 1.0 - lr * plan.weight_decay

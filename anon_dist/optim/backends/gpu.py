@@ -19,10 +19,7 @@ from anon_dist.optim.backends import layout
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.backends.gpu_layout import ALIGNMENT, ROW, TILE, WARPS
 from anon_dist.optim.backends.layout import ADDRESSES, Addresses, Copies, Lists, laid_out, unfit, write_back
-from anon_dist.optim.plan import ROLES, StepPlan, Variant
-
-ROUNDED = ("theta", "m", "s", "v")
-"""What can be rounded stochastically."""
+from anon_dist.optim.plan import ROLES, STORED, StepPlan, Variant
 
 _WIDE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STATE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -68,7 +65,18 @@ def agrees(variant: Variant, device: torch.device) -> bool:
     theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
     mine = tuple([x.clone()] for x in (theta, g, m, s, v))
     plan = StepPlan(
-        3, variant, 0.1, 0.1, 0.9, 0.95, 1.0, debias_s=0.3, keep_d=0.5, gamma=0.5, gamma_ratio=-0.5, nesterov=True
+        step=3,
+        variant=variant,
+        lr=0.1,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip=1.0,
+        debias_s=0.3,
+        keep_d=0.5,
+        gamma=0.5,
+        gamma_ratio=-0.5,
+        nesterov=True,
     )
     run(mine, [plan])
     update.update_momentum([m], [g], 0.9)
@@ -140,7 +148,7 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None,
             zero if first.found_inf is None else first.found_inf,
             VARIANT=int(first.variant),
             TYPES=tuple(getattr(tl, DTYPES[role][x[0].dtype]) for role, x in zip(ROLES, lists, strict=True)),
-            STOCHASTIC=tuple(role in first.stochastic for role in ROUNDED),
+            STOCHASTIC=tuple(role in first.stochastic for role in STORED),
             LR_APART=isinstance(first.lr, Tensor),
             num_warps=WARPS,
             enable_fp_fusion=False,
