@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anon_dist.optim import frame
+from anon_dist.optim import flat
 from anon_dist.optim.hyper import normalise, validate
 from anon_dist.optim.members import Groups, States, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.regime import HISTORY, Regime
@@ -46,12 +46,12 @@ def change(groups: Groups, state: States, given: Mapping[str, Any], indices: Ite
         validate(new)
         new[HISTORY], ratio = Regime(old).rebased(index, new, steps_taken(old, state), set(given))
         for p in old["params"]:
-            frame.check(p, new)
+            flat.check(p, new)
         changed.append((old, new, ratio))
     for old, new, ratio in changed:
         states = [(p, state[p]) for p in old["params"] if state.get(p)]
         if ratio != 1.0:
             convert_preconds((own for _, own in states), ratio)
         for p, own in states:
-            frame.change(p, own, new, Regime(new).gamma_in_force, EXPONENTS)
+            flat.change(p, own, new, Regime(new).gamma_in_force, EXPONENTS)
         old.update(new)

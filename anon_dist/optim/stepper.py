@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anon_dist.optim import frame
+from anon_dist.optim import flat, frame
 from anon_dist.optim.backends import choice
+from anon_dist.optim.flat_step import FlatWork
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.optim.hyper import normalise, validate, validate_lr
@@ -39,6 +40,9 @@ class Work:
         """Update the tensors in place, and count the step."""
         self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
         self.bucket.count()
+
+
+AnyWork = Work | TurnedWork | FlatWork
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,12 @@ class Stepper:
 
     def _work_of_parts(
         self, groups: Groups, state: States, told: Told, parts: Sequence[Iterable[Tensor]]
-    ) -> list[list[Work | TurnedWork]]:
+    ) -> list[list[AnyWork]]:
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
             self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
-        work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
+        work: list[list[AnyWork]] = [[] for _ in range(len(parts) + 1)]
         regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         found = self._buckets(groups, state)
         if not any(found) and _has_no_gradient(groups):
@@ -144,11 +148,14 @@ class Stepper:
 
     def _work(
         self, bucket: Bucket, plans: list[StepPlan], backend: choice.Backend, group: dict[str, Any], state: States
-    ) -> Work | TurnedWork:
-        turned = [frame.sides(p, group) for p in bucket.params] if group["basis"] else []
-        if not any(turned):
+    ) -> AnyWork:
+        if (kind := flat.kind(bucket.params[0], group)) is None:
             return Work(bucket, plans, backend)
-        return TurnedWork(bucket, plans, backend, [state[p] for p in bucket.params], turned, self._renewals)
+        states: list[Mapping[str, Tensor]] = [state[p] for p in bucket.params]
+        if kind == "flat":
+            return FlatWork(bucket, plans, backend, group, states, self._renewals)
+        sides = [frame.sides(p, group) for p in bucket.params]
+        return TurnedWork(bucket, plans, backend, states, sides, self._renewals)
 
     def start_renewals(self) -> None:
         """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
@@ -192,7 +199,7 @@ class Stepper:
         return [buckets for buckets, _ in gathered]
 
 
-def _run(work: Iterable[Work | TurnedWork]) -> None:
+def _run(work: Iterable[AnyWork]) -> None:
     for one in work:
         one.run()
 
@@ -256,7 +263,7 @@ def _gamma_change(
 def _check_matrices(groups: Groups) -> None:
     """Refuse a basis where an engine has flattened the matrices; a rank that was left only vectors (ZeroRedundancyOptimizer) is told."""
     asked = next((group["basis"] for group in groups if group["basis"]), None)
-    if asked is None or any(frame.sides(p, group) for group in groups for p in group["params"]):
+    if asked is None or any(flat.kind(p, group) for group in groups for p in group["params"]):
         return
     longest = max((p.numel() for group in groups for p in group["params"]), default=0)
     words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
