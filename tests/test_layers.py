@@ -26,6 +26,7 @@ FOLDERS = (
 OPTIM = (
     ("schedule", "rounding", "update", "plan", "groups", "host_copy", "reference", "basis"),
     ("frame",),
+    ("flat",),
     ("state", "matching"),
     ("hyper",),
     ("regime",),
@@ -34,6 +35,7 @@ OPTIM = (
     ("backends.gpu",),
     ("backends.choice", "gather"),
     ("members", "turned"),
+    ("flat_step",),
     ("stepper", "rebase"),
     ("anon",),
     ("monitor",),

@@ -54,7 +54,12 @@ def sides_of(shape: Sequence[int], group: Group) -> tuple[Side, ...]:
 
 def length(p: Tensor, side: Side) -> int:
     """Elements of a side."""
-    return p.shape[0] if side == "rows" else p.numel() // p.shape[0]
+    return length_of(p.shape, side)
+
+
+def length_of(shape: Sequence[int], side: Side) -> int:
+    """The same, by the parameter's whole shape."""
+    return shape[0] if side == "rows" else math.prod(shape[1:])
 
 
 def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -131,8 +136,7 @@ def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block: int) ->
     Raises:
         RuntimeError: naming the block that fits.
     """
-    n = shape[0] if side == "rows" else math.prod(shape[1:])
-    ranks = math.prod(cuts)
+    n, ranks = length_of(shape, side), math.prod(cuts)
     share = -(-n // ranks)
     if ranks == 1 or (share % block == 0 and (len(cuts) == 1 or n % ranks == 0)):
         return
