@@ -69,8 +69,9 @@ class Anon(Optimizer):
             steps after which ranks talk: those that hold other rows of a matrix add up the covariances of its columns. Parameters of more
             dimensions are matrices of their first against the others; vectors are as without. The rows of embeddings stand for tokens and
             should not be turned: `param_groups` sees to it; a matrix with more than 16 rows to a column is taken for one. It needs whole
-            rows or whole blocks of them on each rank: DDP, FSDP2, HSDP, tensor parallelism, `ZeroRedundancyOptimizer`; engines that flatten
-            parameters are refused. See `basis` and `turned` for the method.
+            rows or whole blocks of them on each rank: DDP, FSDP2, HSDP, tensor parallelism, `ZeroRedundancyOptimizer`, and DeepSpeed's
+            stage 3 where the ranks divide the rows; engines that cut within rows are refused. See `basis` and `turned` for the method,
+            `flat` for stage 3.
         basis_block: the basis is made of blocks of so many neighbours. State and time grow with it: 8 bytes a block's element for each
             column, or row, of a matrix.
         maximize: ascend instead of descend.

@@ -269,8 +269,8 @@ def _check_matrices(groups: Groups) -> None:
     words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
     if longest > LONGEST_VECTOR:
         raise RuntimeError(
-            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP or "
-            "ZeroRedundancyOptimizer, or basis=None"
+            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP, "
+            "ZeroRedundancyOptimizer or, after anon_dist.register(), DeepSpeed's stage 3, or basis=None"
         )
     if longest:
         warnings.warn(words, stacklevel=5)

@@ -4,7 +4,9 @@
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,17 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
 from basis_cases import LM, gradient
+from deepspeed.checkpoint import ds_to_universal
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from anon_dist import Anon
+from anon_dist.bench.bases import cost
+from anon_dist.bench.memory import Bases, Job
+from anon_dist.bench.shapes import Parameter
+from anon_dist.bench.traffic import bytes_sent
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
@@ -126,7 +133,8 @@ def assert_same_bases_of_columns(optimizer):
 
 
 def case_ranks_talk_only_after_a_refresh():
-    """Of a sub-group once, and so many bytes as its covariances have; while the optimizer steps, nothing else is sent."""
+    """Of a sub-group once, and so many bytes as its covariances have; while the optimizer steps, nothing else is sent. `bench plan` says as
+    much."""
     engine, sizes, patch = started(COLUMNS), [], Patch()
     optimizer, reduce = engine.basic_optimizer, dist.all_reduce
     step = optimizer.step
@@ -146,6 +154,10 @@ def case_ranks_talk_only_after_a_refresh():
         for p in engine.optimizer.fp32_partitioned_groups_flat
         if (layout := flat.layout_of(p))
     ]
+    parameters = [Parameter(shape, "block") for shape in SHAPES.values()]
+    job = Job(SimpleNamespace(parameters=lambda: parameters), dist.get_world_size())
+    planned = cost("zero3", job, Bases("columns", 16))
+    assert planned.refresh_bytes == bytes_sent("all-reduce", 4 * sum(matrices), dist.get_world_size())
     for t in range(1, STEPS):
         counts: list[int] = []
         sizes.clear()
@@ -153,6 +165,8 @@ def case_ranks_talk_only_after_a_refresh():
         expected = sorted(size for size in matrices if size) if t in REFRESHES and dist.get_world_size() > 1 else []
         assert sorted(sizes) == expected, (t, sizes, expected)
         assert sum(counts) == len(expected), (t, counts)
+    kept = (state[key] for state in optimizer.state.values() for key in BASIS_KEYS if key in state)
+    assert planned.bytes == sum(x.numel() * x.element_size() for x in kept)
 
 
 def case_rows_that_do_not_divide_are_refused():
@@ -236,6 +250,16 @@ def check_conversions(source, folder, checkpoint):
     ):
         options = WriteOptions(world_size=ranks)
         raises(CheckpointError, words, lambda to=to, o=options: convert(source, folder / "refused", to, o))
+    if dist.get_world_size() == 2:
+        arguments = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+        arguments |= {
+            "input_folder": str(next(source.glob("global_step*"))),
+            "output_folder": str(folder / "universal"),
+        }
+        ds_to_universal.main(Namespace(**arguments, inject_missing_state=True))
+        raises(
+            CheckpointError, "has dropped column_basis, column_cov, row", lambda: open_checkpoint(folder / "universal")
+        )
 
 
 if __name__ == "__main__":
