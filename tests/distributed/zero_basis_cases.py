@@ -3,6 +3,7 @@
 `test_bases.py` launches them on 2 to 4 ranks; each `case_…` function runs on every rank, over gloo.
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -263,4 +264,12 @@ def check_conversions(source, folder, checkpoint):
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:  # one rank, which the launcher starts without peers
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
     run_cases(globals())
