@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.frames import check_whole
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
@@ -260,6 +261,8 @@ def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = F
     """The states of one of the optimizer's tensors; in the tensors and dtypes that it has already, where it has."""
     stored = [source.stored(name) for name in part.names]
     scalars, tensors = source.checkpoint.manifest.scalars, source.checkpoint.tensors
+    for name in stored if part.layout not in (None, rank_local.SHARDS) else ():
+        check_whole(source.states.get(name, []), name, "an engine that lays parameters into flat buffers")
     own = {name: sorted(set(source.states.get(name, [])).difference(BASIS_KEYS)) for name in stored}
     keys, numbers = own[stored[0]], scalars.get(stored[0], {})
     for name in stored[1:]:

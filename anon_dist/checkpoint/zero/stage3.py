@@ -151,7 +151,7 @@ def _add_bases(
                 for cut in cuts:
                     pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
             for name, own in pieces.items():
-                found.add(Key(name, key), TensorInfo(bases[name], own[0].values.dtype), own)
+                found.add(Key(name, key), TensorInfo(bases[name], states[0][key].dtype), own)
 
 
 def _add_flat(
