@@ -167,7 +167,7 @@ def change(p: Tensor, state: State, after: Group, gamma: float, exponents: str) 
     every = [one for one in _sides(layout, {"basis": "both"}) if layout.keeps_rows(one[0])]
     lengths = _lengths(every)
     blocks = {s: _block(n, state[KEYS[s][0]].numel()) for s, n in lengths.items() if KEYS[s][0] in state}
-    states = [own for _, own in _split(every, state, blocks)]
+    states = [{**own, "step": state["step"]} for _, own in _split(every, state, blocks)]
     for (share, _), own in zip(every, states, strict=True):
         frame.change(share.of(p.detach()), own, after, gamma, exponents, new.get(share, ()))
     for side in blocks:
@@ -176,8 +176,8 @@ def change(p: Tensor, state: State, after: Group, gamma: float, exponents: str) 
     state.update(_joined({k: v for k, v in own.items() if k in frame.BASIS_KEYS} for own in states))
 
 
-def matrices(p: Tensor, state: Mapping[str, Tensor], group: Group) -> Iterator[tuple[Turned, dict[str, Tensor]]]:
-    """The matrices in a tensor that are turned, and the state of each: views."""
+def matrices(p: Tensor, state: Mapping[str, Tensor], group: Group) -> Iterator[tuple[Turned, Mapping[str, Tensor]]]:
+    """The matrices in a tensor that are turned, and the state of each but its step: views."""
     layout = layout_of(p)
     assert layout is not None
     return _split(turned(layout, group), state, dict.fromkeys(KEYS, int(group["basis_block"])))
@@ -217,18 +217,35 @@ def _block(lengths: list[int], numel: int) -> int:
 
 def _split(
     matrices: list[Turned], state: Mapping[str, Tensor], blocks: Mapping[Side, int]
-) -> Iterator[tuple[Turned, dict[str, Tensor]]]:
-    """The state of each matrix, with the bases of the sides that are in `blocks`: views."""
+) -> Iterator[tuple[Turned, Mapping[str, Tensor]]]:
+    """The state of each matrix, with the bases of the sides that are in `blocks`."""
     reached = dict.fromkeys(KEYS, 0)
     for share, sides in matrices:
-        own = {key: share.of(state[key]) for key in ("exp_avg", "exp_avg_sq", "precond")} | {"step": state["step"]}
+        end = share.offset + share.numel
+        places = dict.fromkeys(("exp_avg", "exp_avg_sq", "precond"), (share.offset, end, share.columns))
         for side in (side for side in sides if side in blocks):
             n = share.length(side)
-            block = min(blocks[side], n)
-            end = reached[side] + n * block
-            own |= {key: state[key][reached[side] : end].view(n, block) for key in KEYS[side]}
-            reached[side] = end
-        yield (share, sides), own
+            start, block = reached[side], min(blocks[side], n)
+            reached[side] += n * block
+            places |= dict.fromkeys(KEYS[side], (start, reached[side], block))
+        yield (share, sides), _State(state, places)
+
+
+class _State(Mapping[str, Tensor]):
+    """The state of a matrix in a tensor. Views are made when they are asked for: an engine may move the tensor's state in between."""
+
+    def __init__(self, state: Mapping[str, Tensor], places: dict[str, tuple[int, int, int]]) -> None:
+        self._state, self._places = state, places
+
+    def __getitem__(self, key: str) -> Tensor:
+        start, end, columns = self._places[key]
+        return self._state[key][start:end].view(-1, columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _joined(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -94,6 +94,16 @@ def test_bases_begin_change_and_end_in_the_middle_of_a_run():
         assert_same(own, separate, whole, together, exact=t < 8)
 
 
+def test_an_engine_may_move_the_state_after_a_step():
+    """As DeepSpeed's `offload_states` does, while bases wait to be renewed."""
+    (own, separate), (whole, together) = both(basis="columns", basis_block=16)
+    for t in range(6):
+        step(own, separate, whole, together, t)
+        for value in together.state[whole].values():
+            value.data = value.data.clone()
+    assert_same(own, separate, whole, together)
+
+
 def test_a_state_dict_goes_on_to_the_bit():
     (own, separate), (whole, together) = both(basis="columns", basis_block=16)
     for t in range(7):
