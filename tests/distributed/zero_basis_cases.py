@@ -64,12 +64,13 @@ def groups(model):
     return [*found, {"params": [named[name] for name in apart], "gamma": 0.9}] if apart else found
 
 
-def started(hyper, shapes=None, **zero):
+def started(hyper, shapes=None, bf16=False, **zero):
     """An engine, several sub-groups in a group."""
     model = Bag(shapes)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": 3, "sub_group_size": 200, **zero},
     }
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=Anon(groups(model), **{**LM, **hyper}))
@@ -189,8 +190,10 @@ def case_rows_that_do_not_divide_are_refused():
 
 
 def case_deepspeeds_own_checkpoint_goes_on_to_the_bit():
+    """With weights in bfloat16, and states as the presets have them."""
     folder = shared_folder(sys.argv[1])
-    engine, other = started(BOTH), started(BOTH)
+    hyper = {**BOTH, "state_dtype": {"exp_avg_sq": "bfloat16", "precond": "bfloat16"}}
+    engine, other = started(hyper, bf16=True), started(hyper, bf16=True)
     train(engine, range(SAVED))
     engine.save_checkpoint(folder)
     train(engine, range(SAVED, STEPS))
@@ -198,6 +201,7 @@ def case_deepspeeds_own_checkpoint_goes_on_to_the_bit():
     train(other, range(SAVED, STEPS))
     for p, q in zip(*(e.optimizer.fp32_partitioned_groups_flat for e in (engine, other)), strict=True):
         assert torch.equal(p, q)
+        assert p.dtype == torch.float32
         mine, theirs = engine.basic_optimizer.state[p], other.basic_optimizer.state[q]
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(x, theirs[key]) for key, x in mine.items())
