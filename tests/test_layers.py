@@ -27,6 +27,7 @@ FOLDERS = (
 OPTIM = (
     ("schedule", "rounding", "update", "plan", "groups", "host_copy", "reference", "basis"),
     ("frame",),
+    ("flat",),
     ("state", "matching"),
     ("hyper",),
     ("regime",),
@@ -35,7 +36,7 @@ OPTIM = (
     ("backends.gpu",),
     ("backends.choice", "gather"),
     ("members", "turned"),
-    ("hidden",),
+    ("hidden", "flat_step"),
     ("stepper", "rebase"),
     ("saving",),
     ("anon",),

@@ -44,7 +44,7 @@ class Cost:
 
 
 def cost(engine: EngineName, job: Job, bases: Bases) -> Cost:
-    """What bases cost under one of torch's engines; those that cut matrices into flat parts have none."""
+    """What bases cost under an engine that can have them (`why_not`)."""
     parameters = job.shape.parameters()
     if engine == "zero1":
         by_rank = [_cost(engine, job, bases, own) for own in assigned(parameters, job.ranks)]
@@ -52,8 +52,16 @@ def cost(engine: EngineName, job: Job, bases: Bases) -> Cost:
     return _cost(engine, job, bases, parameters)
 
 
+def why_not(engine: EngineName, job: Job) -> str | None:
+    """Why columns cannot be turned under an engine that shows the optimizer rows of matrices."""
+    if engine != "zero3":
+        return None
+    odd = sum(len(p.shape) > 1 and p.shape[0] % job.ranks > 0 for p in job.shape.parameters())
+    return f"rows of {odd} matrices do not divide" if odd else None
+
+
 def _cost(engine: EngineName, job: Job, bases: Bases, parameters: list[Parameter]) -> Cost:
-    ranks, tensor = (1, 1) if engine in ("ddp", "zero1") else sharding(engine, job)
+    ranks, tensor = (1, 1) if engine in ("ddp", "zero1", "zero0") else sharding(engine, job)
     kept = flops = refresh = sent = turned = 0.0
     for p in (p for p in parameters if len(p.shape) > 1):
         local = p.local(ranks, tensor)
@@ -80,7 +88,9 @@ def bases_table(job: Job, bases: Bases, flops: float, link: Callable[[int], floa
         flops: float32 operations per second.
         link: bytes per second that a rank of so many sends.
     """
-    made = Table(title=f"fsdp2 with {bases.sides} of matrices in bases of their own, blocks of {bases.block}; per rank")
+    made = Table(
+        title=f"fsdp2 (zero3 is alike) with {bases.sides} of matrices in bases of their own, blocks of {bases.block}; per rank"
+    )
     whole = sum(p.numel for p in job.shape.parameters())
     for name in (
         "ranks",

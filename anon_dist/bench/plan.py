@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.bench.bases import MOVED, bases_table, cost
+from anon_dist.bench.bases import MOVED, bases_table, cost, why_not
 from anon_dist.bench.memory import (
     NAMED,
     Bases,
@@ -135,7 +135,9 @@ def predict(
     sent = {c: sum(m.sent for m in messages if m.collective == c) for c in COLLECTIVES}
     communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(*shares(steps))
     optimizer = optimizer_seconds(engine, job, stepping, hardware)
+    trouble = None
     if (bases := NAMED[name].bases) is not None:
+        trouble = why_not(engine, job)
         found, refreshing = cost(engine, job, replace(bases, block=block)), shares(steps)[1]
         needed = replace(needed, state=needed.state + found.bytes)
         sent["all-reduce"] += refreshing * found.refresh_bytes
@@ -152,7 +154,7 @@ def predict(
         communication,
         optimizer,
         offload_seconds(engine, job, hardware.pcie),
-        trouble_of(engine, job, needed, hardware),
+        trouble or trouble_of(engine, job, needed, hardware),
     )
 
 
@@ -249,9 +251,9 @@ def as_json(options: PlanOptions, job: Job, rows: list[Row]) -> dict[str, Any]:
 
 
 def is_possible(engine: EngineName, optimizer: OptimizerName) -> bool:
-    """ZeRO takes no 8-bit states, and a basis needs matrices that are not flattened."""
+    """ZeRO takes no 8-bit states, and a basis needs whole rows of matrices; what it costs on the host is not modelled."""
     if NAMED[optimizer].bases is not None:
-        return not is_deepspeed(engine) and engine != "fsdp1"
+        return engine in ("zero0", "zero3") or (not is_deepspeed(engine) and engine != "fsdp1")
     return optimizer != "anon-8bit-m" or not is_deepspeed(engine) or engine == "zero0"
 
 

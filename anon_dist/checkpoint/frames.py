@@ -7,9 +7,10 @@ state has beside exp_avg, exp_avg_sq and precond, which are then those of G' = Q
   may be smaller, and its rows are 0 behind it.
 - `row_basis`, `row_cov`: the same of Q_L, (m, b).
 
-Formats that hold a parameter's states whole carry them as any other; they mean nothing where an engine cuts the rows of a matrix off
-(DeepSpeed's ZeRO 1 to 3, FSDP1). To leave a basis, m is turned back, exactly. σ = d^(1/γ) and s are the diagonals, in the basis, of what
-is a full matrix elsewhere: σ_ij = Σ_kl Q_L,ik² Q_R,jl² σ'_kl is its diagonal, an approximation of it.
+Formats that hold a parameter's states whole carry them as any other, and so does DeepSpeed's stage 3, where it cuts between rows; they
+mean nothing where an engine cuts within rows (DeepSpeed's stages 1 and 2, FSDP1). To leave a basis, m is turned back, exactly. σ = d^(1/γ)
+and s are the diagonals, in the basis, of what is a full matrix elsewhere: σ_ij = Σ_kl Q_L,ik² Q_R,jl² σ'_kl is its diagonal, an
+approximation of it.
 """
 
 from __future__ import annotations

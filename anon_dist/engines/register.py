@@ -13,7 +13,9 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | with offload, accelerate replaces the optimizer by DeepSpeedCPUAdam, without a word | not Anon |
 | stage 0 with bf16 or fp16 makes the state by a step on zero gradients, Anon's first refresh | by `init_state()` instead |
 | partial offload (ratio < 1) steps the rest with AdamW | refused |
-| ZeRO's stages 1 to 3 and BF16_Optimizer cut matrices into flat parts, which have no basis | refused with `basis` |
+| ZeRO's stages 1 and 2 and BF16_Optimizer cut matrices within rows, which have no basis then | refused with `basis` |
+| stage 3 hides the matrices in flat tensors | Anon is told where they lie, for its `basis` (see `bases`) |
+| DeepSpeed's loader of universal checkpoints takes exp_avg and exp_avg_sq alone | refused with `basis` |
 | SuperOffload and ZenFlow step an Adam of their own, with the optimizer's param groups | refused |
 | an optimizer swapped to NVMe does not resume where it was (seen by the loss) | loading a checkpoint is refused |
 | stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from anon_dist.engines.bases import refuse_flattened
+from anon_dist.engines.bases import place, refuse_universal
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.imports import when_imported
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
@@ -73,8 +75,8 @@ def _watch_engine(engine_module: ModuleType) -> None:
             _refuse_partial_offload(self)
             refuse_other_steppers(self._config.zero_config.model_dump(), "the DeepSpeed configuration")
         configure(self, client_optimizer, model_parameters)
-        if asked and isinstance(self.basic_optimizer, Anon) and not _has_matrices(self.basic_optimizer):
-            refuse_flattened("DeepSpeed", self.basic_optimizer)
+        if asked and isinstance(self.basic_optimizer, Anon):
+            place(self)
         if asked and keeps_old_gradients(self):
             self._anon_dist_watch = GradientWatch(self.module)
         if asked and not isinstance(self.basic_optimizer, Anon):
@@ -91,9 +93,11 @@ def _watch_engine(engine_module: ModuleType) -> None:
         return result
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's; refused where an Anon's state is swapped to NVMe."""
+        """DeepSpeed's; refused where an Anon's state is swapped to NVMe, or would lose its bases."""
         if isinstance(self.basic_optimizer, Anon) and self.zero_nvme_offload_optimizer():
             raise EngineError(f"Anon: {NVME}")
+        if isinstance(self.basic_optimizer, Anon) and self.load_universal_checkpoint():
+            refuse_universal(self.basic_optimizer)
         return run_load_checkpoint(self, *args, **kwargs)
 
     engine_class.backward, engine_class.load_checkpoint = backward, load_checkpoint
@@ -137,11 +141,6 @@ def refuse_other_steppers(zero: Mapping[str, Any], where: str) -> None:
                 f"{where}: zero_optimization.{key}: DeepSpeed's {name} steps an Adam of its own in place of the optimizer. Remove the "
                 "key: offload_optimizer with device cpu alone steps the optimizer itself"
             )
-
-
-def _has_matrices(optimizer: Anon) -> bool:
-    """Whether parameters have kept their shapes, as they do without ZeRO."""
-    return any(p.dim() > 1 for group in optimizer.param_groups for p in group["params"])
 
 
 def _refuse_eight_bits(optimizer: Anon) -> None:

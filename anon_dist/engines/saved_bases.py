@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.dcp_read import DcpFiles
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.schema import Checkpoint
+from anon_dist.checkpoint.schema import Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
-from anon_dist.engines.bases import FLATTENING, allocate
+from anon_dist.checkpoint.zero.flat import Cut
+from anon_dist.engines.bases import allocate
 from anon_dist.optim import Anon
-from anon_dist.optim.frame import BASIS_KEYS
+from anon_dist.optim.frame import BASIS_KEYS, KEYS
 from anon_dist.optim.regime import HISTORY, Regime
 
 
@@ -73,7 +76,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         return True
     own = [{names[p] for p in group["params"]} for group in optimizer.param_groups]
     turned = any(group.basis for group in saved)
-    if turned and engine in FLATTENING:
+    if turned and engine == "fsdp1":
         raise CheckpointError(
             f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: go on under fsdp2, ddp or zero1 with "
             f"optim.basis none, which turns them back, to the next checkpoint, and under {engine} from there"
@@ -100,6 +103,39 @@ def refuse_saved(engine: str, checkpoint: Checkpoint) -> None:
     key = next((key for key in checkpoint.tensors if key.state in BASIS_KEYS), None)
     if key is not None:
         raise CheckpointError(
-            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: under FSDP2, DDP or "
-            "ZeroRedundancyOptimizer Anon.rebase(basis=None) turns the state back"
+            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: under FSDP2, DDP, "
+            "ZeroRedundancyOptimizer or DeepSpeed's stage 3 Anon.rebase(basis=None) turns the state back"
         )
+
+
+def laid(
+    checkpoint: Checkpoint, names: Sequence[str], sizes: Sequence[int], cuts: Iterable[Cut], *, whole: bool
+) -> dict[str, Tensor]:
+    """A checkpoint's bases of the matrices in a tensor that the optimizer steps, as `optim.flat` has them.
+
+    Args:
+        names: the members of the tensor, as the checkpoint calls them.
+        sizes: elements of each, unsharded.
+        cuts: what of them lies in the tensor here. Of columns a rank has all of the basis, of rows that of its rows.
+        whole: the tensor is one parameter, in its own shape.
+    """
+    found: dict[str, Tensor] = {}
+    for key in BASIS_KEYS:
+        pieces = []
+        for cut in cuts:
+            if (info := checkpoint.tensors.get(Key(names[cut.member], key))) is None:
+                continue
+            start, stop = 0, info.numel
+            if key in KEYS["rows"]:
+                columns = sizes[cut.member] // info.shape[0]
+                start, stop = (info.shape[1] * (end // columns) for end in (cut.start, cut.stop))
+            values = checkpoint.read(Key(names[cut.member], key), start, stop)
+            pieces.append(values.view(info.shape) if whole else values)
+        if pieces:
+            found[key] = torch.cat(pieces).clone()
+    return found
+
+
+def without_basis(group: dict[str, Any]) -> dict[str, Any]:
+    """A present group's hyperparameters, for what a checkpoint lacks: one that is older than bases has none."""
+    return {k: v for k, v in group.items() if k != HISTORY} | ({"basis": None} if "basis" in group else {})

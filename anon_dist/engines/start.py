@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines import cpu, peers
 from anon_dist.engines.base import Engine
-from anon_dist.engines.bases import FLATTENING, refuse_flattened
+from anon_dist.engines.bases import refuse_flattened
 from anon_dist.engines.builds import spare_inference_operator, warn_of_waiting
 from anon_dist.engines.check import check_launcher, check_same_start, check_world
 from anon_dist.engines.comparison import check_alike, surroundings
@@ -190,7 +190,7 @@ def wrap(
         )
     rounded = any(p.dtype == torch.bfloat16 for p in model.parameters())
     sharded_sums = name in FSDP and (accumulate or ("whole" if rounded else "sharded")) == "sharded"
-    if name in FLATTENING:
+    if name == "fsdp1":
         refuse_flattened(f"engine {name}", optimizer)
     if is_meta(model):
         assert weights is not None

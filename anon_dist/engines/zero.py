@@ -23,7 +23,8 @@ from anon_dist.checkpoint.linking import Links
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.checkpoint.staging import Storages, uncopied
 from anon_dist.engines import zero_restore
-from anon_dist.engines.base import Veto, Write, never, set_learning_rates
+from anon_dist.engines.base import Veto, Write, never, set_learning_rates, settle
+from anon_dist.engines.bases import is_stage3
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.grads import square_sum
@@ -32,6 +33,8 @@ from anon_dist.engines.register import NVME, refuse_other_steppers
 from anon_dist.engines.replicas import Copy, copies_of, states_of
 from anon_dist.engines.restore import DEEPSPEED, opened, parameter_order
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
+from anon_dist.optim import flat
+from anon_dist.optim.frame import KEYS
 
 
 def zero_config(
@@ -229,7 +232,7 @@ class ZeroEngine:
     @contextlib.contextmanager
     def whole_optimizer(self) -> Iterator[Optimizer]:
         """See `base.Engine`. Stage 3 shows the optimizer its sub-groups one by one, and between steps none."""
-        staged = hasattr(self._wrapper, "fp32_partitioned_groups_flat")
+        staged = is_stage3(self._wrapper)
         if staged:
             self._wrapper._set_fp32_optimizer_param_groups()
         try:
@@ -243,7 +246,7 @@ class ZeroEngine:
         return state_bytes_of_ranks(self.optimizer, self._engine.device)
 
     def copies(self) -> Iterator[Copy]:
-        """See `base.Engine`. Up to stage 2 the weights, in stage 0 the optimizer's masters and state too."""
+        """See `base.Engine`. Up to stage 2 the weights, in stage 0 the optimizer's masters and state too; in stage 3 bases."""
         module, stage = self._engine.module, self._engine.zero_optimization_stage()
         buffers = {id(buffer) for buffer in module.buffers()}
         found = [copy for copy in copies_of(module) if stage < 3 or id(copy.tensor) in buffers]
@@ -255,6 +258,19 @@ class ZeroEngine:
             masters = {p: f"the float32 master of parameter {i}" for i, p in enumerate(held) if p not in names}
             yield from (Copy(name, p, p) for p, name in masters.items())
             yield from states_of(self.optimizer, names | masters)
+        if is_stage3(self._wrapper):
+            yield from self._bases()
+
+    def _bases(self) -> Iterator[Copy]:
+        """Of the columns of matrices, which all ranks have alike."""
+        settle(self.optimizer)
+        for i, master in enumerate(self._wrapper.fp32_partitioned_groups_flat):
+            group = self.optimizer.param_groups[self._wrapper.sub_group_to_group_id[i]]
+            if group.get("basis") is None:
+                continue
+            for (share, _), state in flat.matrices(master, self.optimizer.state[master], group):
+                for key in (key for key in KEYS["columns"] if key in state):
+                    yield Copy(f"{key} of {share.name}", state[key], state[key])
 
     def capture(self, copied: bool) -> Write:
         """See `base.Engine`. DeepSpeed's own files, byte for byte as it would write them.

@@ -18,7 +18,8 @@ from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import check_same_optimizer, copy_range
-from anon_dist.engines.saved_bases import refuse_saved
+from anon_dist.engines.saved_bases import laid, refuse_saved, without_basis
+from anon_dist.optim.frame import BASIS_KEYS
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def restore(engine: Any, checkpoint: Checkpoint, strict: bool = True, allow_loss
     with torch.no_grad():
         with on_every_rank():
             check_same_optimizer(optimizer, checkpoint)
-            refuse_saved("DeepSpeed", checkpoint)
             source = _Source(checkpoint, engine.module)
             held = list(_held(wrapper, optimizer, source.names))
+            if any(part.layout not in (None, rank_local.SHARDS) for part in held):
+                refuse_saved(f"DeepSpeed's stage {engine.zero_optimization_stage()}", checkpoint)
             local = _local(held, source, allow_loss)
             for part in held:
                 _fill(part.master, part, source, MASTER)
@@ -227,12 +229,16 @@ def _load_optimizer(
             if values := {**_state(optimizer.state.get(part.master, {}), part, source, whole), **own}:
                 state[order[id(part.master)]] = values
         groups = [
-            {**group, **_hyperparameters(names, source), "params": [order[id(p)] for p in group["params"]]}
+            {
+                **without_basis(group),
+                **_hyperparameters(names, source),
+                "params": [order[id(p)] for p in group["params"]],
+            }
             for group, names in zip(optimizer.param_groups, members, strict=True)
         ]
         try:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{type(optimizer).__name__} does not take the checkpoint's state: {error}") from None
     finally:
         if staged:
@@ -255,15 +261,13 @@ def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = F
     """The states of one of the optimizer's tensors; in the tensors and dtypes that it has already, where it has."""
     stored = [source.stored(name) for name in part.names]
     scalars, tensors = source.checkpoint.manifest.scalars, source.checkpoint.tensors
-    if part.layout is not None:
-        for name in stored:
-            check_whole(source.states.get(name, []), name, "an engine that lays parameters into flat buffers")
-    keys, numbers = sorted(source.states.get(stored[0], [])), scalars.get(stored[0], {})
+    for name in stored if part.layout not in (None, rank_local.SHARDS) else ():
+        check_whole(source.states.get(name, []), name, "an engine that lays parameters into flat buffers")
+    own = {name: sorted(set(source.states.get(name, [])).difference(BASIS_KEYS)) for name in stored}
+    keys, numbers = own[stored[0]], scalars.get(stored[0], {})
     for name in stored[1:]:
         mine = scalars.get(name, {})
-        if sorted(source.states.get(name, [])) != keys or any(
-            k not in mine or float(mine[k]) != float(v) for k, v in numbers.items()
-        ):
+        if own[name] != keys or any(k not in mine or float(mine[k]) != float(v) for k, v in numbers.items()):
             raise CheckpointError(
                 f"{name} and {stored[0]} share a buffer here, and have other states or steps in the checkpoint; use stage 0"
             )
@@ -285,7 +289,7 @@ def _state(present: dict[str, Any], part: Held, source: _Source, whole: bool = F
             target = torch.empty(shape, dtype=info.dtype, device=part.master.device)
         _fill(target, part, source, key, cuts)
         found[key] = target
-    return found
+    return found | laid(source.checkpoint, stored, part.sizes, part.cuts, whole=part.layout is None)
 
 
 def _hyperparameters(members: list[str], source: _Source) -> dict[str, Any]:

@@ -13,6 +13,7 @@ The words, each with one meaning:
 - *hidden*: a parameter that its group does not show at the moment (`hidden.py`). *Foremost*: those of a group with the most steps.
 - *basis*: an orthogonal matrix, in blocks, into which a *side* of a matrix parameter (its columns or its rows) is turned (`basis.py`).
   *Frame*: the bases of a parameter; a *turned* one is stepped there (`frame.py`, `turned.py`). Of bases, a block is b neighbours of a side.
+- *share*: what an engine has put of a parameter into a flat tensor of many parameters (`flat.py`).
 - *plan*: what one step does to the elements of a tensor (`plan.py`): a *variant* (plain, accumulating, refreshing) and its numbers.
 - *bucket*: local tensors of one kind, which a backend takes together (`gather.py`). *Backend*: what carries plans out (`backends/`).
 - *block*: 32 elements that share a scale in 8 bits (`rounding.py`). *Tile*: the elements that a kernel works on at once.

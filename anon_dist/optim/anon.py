@@ -56,7 +56,8 @@ class Anon(Saved):
         basis: turn the gradients of matrices into a basis in which their "columns", their "rows" or "both" are uncorrelated, and be Anon
             there. Parameters of more dimensions are matrices of their first against the others; vectors are as without. Matrices with
             more than 16 rows to a column are taken for embeddings, whose rows are not turned. Each rank needs whole rows, or whole blocks
-            of them: engines that flatten parameters are refused. See `basis` and `turned` for the method.
+            of them: engines that cut within rows are refused. See `basis` and `turned` for
+            the method, `flat` for DeepSpeed's stage 3.
         basis_block: the basis is made of blocks of so many neighbours: 8 bytes of state for each of them and each column or row.
         maximize: ascend instead of descend.
         foreach: update all tensors at once (True) or one after the other (False): the same bits. None: at once on accelerators only.

@@ -8,7 +8,7 @@ rows of a matrix have the same basis of its columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,15 @@ Group = Mapping[str, Any]
 
 def sides(p: Tensor, group: Group) -> tuple[Side, ...]:
     """The sides of a parameter that are turned."""
+    return sides_of(p.shape, group)
+
+
+def sides_of(shape: Sequence[int], group: Group) -> tuple[Side, ...]:
+    """The same, by the parameter's whole shape."""
     wanted = group["basis"]
-    if wanted is None or p.dim() < 2 or p.numel() == 0:
+    if wanted is None or len(shape) < 2 or math.prod(shape) == 0:
         return ()
-    rows, columns = p.shape[0], p.numel() // p.shape[0]
+    rows, columns = shape[0], math.prod(shape[1:])
     found: list[Side] = []
     if wanted in ("columns", "both") and columns > 1:
         found.append("columns")
@@ -49,7 +54,12 @@ def sides(p: Tensor, group: Group) -> tuple[Side, ...]:
 
 def length(p: Tensor, side: Side) -> int:
     """Elements of a side."""
-    return p.shape[0] if side == "rows" else p.numel() // p.shape[0]
+    return length_of(p.shape, side)
+
+
+def length_of(shape: Sequence[int], side: Side) -> int:
+    """The same, by the parameter's whole shape."""
+    return shape[0] if side == "rows" else math.prod(shape[1:])
 
 
 def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -64,11 +74,11 @@ def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, 
     n = length(p, side)
     block = min(group["basis_block"], n)
     if not isinstance(p, DTensor):
-        return dict(zip(KEYS[side], _start(n, block, dtype, p.device), strict=True))
+        return dict(zip(KEYS[side], start(n, block, dtype, p.device), strict=True))
     placements = _placements(p, side, n, block)
     own = p.to_local()
     here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
-    own_bases = _start(here, block, dtype, own.device)
+    own_bases = start(here, block, dtype, own.device)
     whole = torch.Size((n, block))
     return {
         key: DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=whole, stride=(block, 1))
@@ -76,8 +86,8 @@ def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The basis and the covariance of a side that is not turned yet."""
+def start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The basis and the covariance of a side that is not turned yet, of a preconditioner's dtype or float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return basis.identity(n, block, device).to(wide), torch.zeros(n, block, dtype=wide, device=device)
 
@@ -96,7 +106,8 @@ def check(p: Tensor, group: Group) -> None:
 def _placements(p: DTensor, side: Side, n: int, block: int) -> list[Placement]:
     """Of a side's state."""
     placements = [_placement(p, x, side) for x in p.placements]
-    _check_blocks(p, side, placements, n, block)
+    cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
+    check_cuts(p.shape, side, cuts, block)
     return placements
 
 
@@ -115,10 +126,17 @@ def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
     )
 
 
-def _check_blocks(p: DTensor, side: Side, placements: list[Placement], n: int, block: int) -> None:
-    """Refuse blocks across shards; on every rank alike."""
-    cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
-    ranks = math.prod(cuts)
+def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block: int) -> None:
+    """Refuse blocks of a side across shards; on every rank alike.
+
+    Args:
+        shape: of the whole parameter.
+        cuts: numbers of ranks that cut the side, one within the other.
+
+    Raises:
+        RuntimeError: naming the block that fits.
+    """
+    n, ranks = length_of(shape, side), math.prod(cuts)
     share = -(-n // ranks)
     if ranks == 1 or (share % block == 0 and (len(cuts) == 1 or n % ranks == 0)):
         return
@@ -126,24 +144,33 @@ def _check_blocks(p: DTensor, side: Side, placements: list[Placement], n: int, b
     remedy = f"basis_block={fitting} would fit" if n % ranks == 0 else "no block fits: give it basis=None"
     other = "'columns'" if side == "rows" else "'rows'"
     raise RuntimeError(
-        f"Anon: the {side} of a parameter of shape {tuple(p.shape)} are cut into {ranks} shards of {share}, across the basis's blocks of "
+        f"Anon: the {side} of a parameter of shape {tuple(shape)} are cut into {ranks} shards of {share}, across the basis's blocks of "
         f"{block}: {remedy}, or basis={other} for its param group"
     )
 
 
-def change(p: Tensor, state: MutableMapping[str, Tensor], after: Group, gamma: float, exponents: str) -> None:
+def change(
+    p: Tensor,
+    state: MutableMapping[str, Tensor],
+    after: Group,
+    gamma: float,
+    exponents: str,
+    wanted: tuple[Side, ...] | None = None,
+) -> None:
     """Bring a state to the sides and blocks of a group. A side that is left is turned back: m exactly, d and s as the diagonal of
     the matrix that they are the diagonal of in the basis. A new one starts at I, which changes nothing.
 
     Args:
         gamma: of the preconditioner.
         exponents: the key of an 8-bit exp_avg's.
+        wanted: the sides that are turned then, where p's shape does not tell.
 
     Raises:
         RuntimeError: as `fresh`; nothing has been changed then.
     """
     old = {side: state[keys[0]].shape[1] for side, keys in KEYS.items() if keys[0] in state}
-    new = {side: min(after["basis_block"], length(p, side)) for side in sides(p, after)}
+    wanted = sides(p, after) if wanted is None else wanted
+    new = {side: min(after["basis_block"], length(p, side)) for side in wanted}
     left = [side for side in old if new.get(side) != old[side]]
     added: dict[str, Tensor] = {}
     for side in new:
@@ -172,6 +199,11 @@ def cut_over(p: Tensor, side: Side) -> tuple[dist.ProcessGroup, ...]:
         for i, (size, x) in enumerate(zip(p.device_mesh.shape, p.placements, strict=True))
         if size > 1 and not x.is_replicate() and getattr(x, "dim", None) == across
     )
+
+
+def device_of(p: Tensor) -> torch.device:
+    """Of this rank's part of it."""
+    return _local(p).device
 
 
 # -- of local tensors ----------------------------------------------------------------------------------------------------------

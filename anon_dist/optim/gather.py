@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from anon_dist.optim import flat
 from anon_dist.optim.backends.layout import ADDRESSES, Addresses, Lists, addresses_of, chosen, table
-from anon_dist.optim.frame import sides
 from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
 
 LAST_STEP = 1 << 24
@@ -36,8 +36,8 @@ _values = itemgetter(*STATE_KEYS)
 
 @dataclass
 class Bucket:
-    """Local tensors of one param group and one device, whose dtypes agree role by role, and all of which are turned or none. All lists have
-    a member for each parameter."""
+    """Local tensors of one param group and one device, whose dtypes agree role by role, and which are of one `flat.kind`. All lists have a
+    member for each parameter."""
 
     params: list[Tensor]
     lists: Lists
@@ -46,7 +46,7 @@ class Bucket:
     steps: list[int]
     """The step that each parameter takes."""
     counters: list[Tensor]
-    """Step counts, which go up when the step has been taken."""
+    """Step counts, which go up when the step has been taken; none where someone else counts."""
     counts: list[Any] = field(default_factory=list)
     """The counters' memory (memoryview), if it is known: torch's operations on 0-dimensional tensors take a microsecond each."""
     addresses: Addresses | None = None
@@ -59,7 +59,7 @@ class Bucket:
         if self.counts and not torch.compiler.is_compiling():
             for count in self.counts:
                 count[()] += by
-        else:
+        elif self.counters:
             torch._foreach_add_(self.counters, by)
 
     def of(self, indices: Sequence[int]) -> Bucket:
@@ -201,7 +201,7 @@ def gather(index: int, group: Group, state: States) -> tuple[list[Bucket], Gathe
             _check(index, position, p, state[p], tensors)
         elif tensors[0].numel() != tensors[2].numel():
             continue
-        key = (tensors[0].device, *(t.dtype for t in tensors), bool(sides(p, group)))
+        key = (tensors[0].device, *(t.dtype for t in tensors), flat.kind(p, group))
         positions, params, lists = kinds.setdefault(key, ([], [], tuple([] for _ in tensors)))
         positions.append(position)
         params.append(p)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anon_dist.optim import update
-from anon_dist.optim.frame import KEYS, length, sides
+from anon_dist.optim import flat, update
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.state import LazyState, checked_state, fresh_state, local, named_parameters
 
@@ -76,12 +76,11 @@ def complete(groups: Groups, states: States) -> None:
 
 def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a state is on the parameter's device and has its bases."""
-    wanted = {KEYS[side][0]: min(group["basis_block"], length(p, side)) for side in sides(p, group)}
-    found = {key: known[key].shape[1] for key in (keys[0] for keys in KEYS.values()) if key in known}
+    found = {key: tuple(known[key].shape) for key in BASIS_KEYS if key in known}
     dtypes = state_dtypes(group)
     return (
         known["exp_avg"].device == p.device
-        and wanted == found
+        and flat.shapes(p, group) == found
         and all(known[key].dtype == dtypes[key] for key in dtypes)
     )
 

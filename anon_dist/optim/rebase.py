@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anon_dist.optim import frame
+from anon_dist.optim import flat
 from anon_dist.optim.hidden import Hidden
 from anon_dist.optim.hyper import normalise, validate
 from anon_dist.optim.members import Groups, States, check_dtypes, convert_preconds, has_absent, steps_taken
@@ -61,7 +61,7 @@ def change(groups: Groups, state: States, hidden: Hidden, given: Mapping[str, An
     for old, new, powers in changed:
         for p, power in powers.items():
             convert_preconds([state[p]], power)
-            frame.change(p, state[p], new, Regime(new).gamma_in_force, EXPONENTS)
+            flat.change(p, state[p], new, Regime(new).gamma_in_force, EXPONENTS)
         hidden.converted(old)
         old.update(new)
 
@@ -81,7 +81,7 @@ def _changed(
     made_with = hidden.made_with(old)
     powers: dict[Tensor, float] = {}
     for p in old["params"]:
-        frame.check(p, new)
+        flat.check(p, new)
         if state.get(p):
             before = made_with.get(p, regime.gamma_in_force)
             power = regime.power(before, gamma) if int(state[p]["step"]) else 1.0

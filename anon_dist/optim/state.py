@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from anon_dist.optim import frame
+from anon_dist.optim import flat, frame
 from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
@@ -90,16 +90,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def fresh_state(p: Tensor, dtypes: Dtypes, group: frame.Group) -> dict[str, Tensor]:
     """The state before the first step: sharded as the parameter is, and neutral (v = 1, nothing turned)."""
-    p, sides = p.detach(), frame.sides(p, group)
-    layout = torch.contiguous_format if sides and p.dim() > 2 else torch.preserve_format  # to be seen as a matrix
+    p, bases = p.detach(), flat.fresh(p, group, dtypes["precond"])
+    layout = torch.contiguous_format if bases and p.dim() > 2 else torch.preserve_format  # to be seen as a matrix
     state = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.zeros_like(p, dtype=dtypes["exp_avg"], memory_format=layout),
         "exp_avg_sq": torch.zeros_like(p, dtype=dtypes["exp_avg_sq"], memory_format=layout),
         "precond": torch.ones_like(p, dtype=dtypes["precond"], memory_format=layout),
     }
-    for side in sides:
-        state |= frame.fresh(p, side, group, dtypes["precond"])
+    state |= bases
     if dtypes["exp_avg"] == torch.int8:
         state[EXPONENTS] = exponents_for(local(p))
     return state
@@ -154,9 +153,7 @@ def checked_state(
         ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
     """
     values = decoded({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
-    bases: dict[str, Tensor] = {}
-    for side in frame.sides(p, group):
-        bases |= frame.fresh(p, side, group, dtypes["precond"])
+    bases = flat.fresh(p, group, dtypes["precond"])
     keys = {*STATE_KEYS, *bases}
     if not values:
         raise ValueError(

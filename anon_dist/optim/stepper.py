@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anon_dist.optim import frame
+from anon_dist.optim import flat, frame
 from anon_dist.optim.backends import choice
+from anon_dist.optim.flat_step import FlatWork
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.hidden import Hidden
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
@@ -40,6 +41,9 @@ class Work:
         """Update the tensors in place, and count the step."""
         self.backend(self.bucket.lists, self.plans, self.bucket.exponents, self.bucket.addresses)
         self.bucket.count()
+
+
+AnyWork = Work | TurnedWork | FlatWork
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Stepper:
         Raises:
             RuntimeError, ValueError: see `Anon.step`.
         """
-        work: list[list[Work | TurnedWork]] = [[] for _ in range(len(parts) + 1)]
+        work: list[list[AnyWork]] = [[] for _ in range(len(parts) + 1)]
         due = self._due(groups, state, scaling)
         late = scaling.is_known_late
         if late and any(one.new_gamma or one.renews for one in due):  # rare enough to wait for a GPU
@@ -217,7 +221,7 @@ class Stepper:
 
     def _work(
         self, due: Due, state: States, scaling: GradScaling, part_of: Mapping[Tensor, int], later: bool
-    ) -> Iterator[tuple[int, Work | TurnedWork]]:
+    ) -> Iterator[tuple[int, AnyWork]]:
         """The updates of a group's buckets, each with the part of the step that it is in; -1 for none."""
         for bucket in due.buckets:
             backend = _backend(bucket, due.group, bool(self.kernel_agreed))
@@ -228,11 +232,14 @@ class Stepper:
 
     def _update(
         self, bucket: Bucket, plans: list[StepPlan], backend: choice.Backend, group: dict[str, Any], state: States
-    ) -> Work | TurnedWork:
-        turned = [frame.sides(p, group) for p in bucket.params] if group["basis"] else []
-        if not any(turned):
+    ) -> AnyWork:
+        if (kind := flat.kind(bucket.params[0], group)) is None:
             return Work(bucket, plans, backend)
-        return TurnedWork(bucket, plans, backend, [state[p] for p in bucket.params], turned, self._renewals)
+        states: list[Mapping[str, Tensor]] = [state[p] for p in bucket.params]
+        if kind == "flat":
+            return FlatWork(bucket, plans, backend, group, states, self._renewals)
+        sides = [frame.sides(p, group) for p in bucket.params]
+        return TurnedWork(bucket, plans, backend, states, sides, self._renewals)
 
     def start_renewals(self) -> None:
         """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
@@ -279,7 +286,7 @@ class Stepper:
         return [buckets for buckets, _ in gathered]
 
 
-def _run(work: Iterable[Work | TurnedWork]) -> None:
+def _run(work: Iterable[AnyWork]) -> None:
     for one in work:
         one.run()
 
@@ -324,14 +331,14 @@ def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradSc
 def _check_matrices(groups: Groups) -> None:
     """Refuse a basis where an engine has flattened the matrices; a rank that was left only vectors (ZeroRedundancyOptimizer) is told."""
     asked = next((group["basis"] for group in groups if group["basis"]), None)
-    if asked is None or any(frame.sides(p, group) for group in groups for p in group["params"]):
+    if asked is None or any(flat.kind(p, group) for group in groups for p in group["params"]):
         return
     longest = max((p.numel() for group in groups for p in group["params"]), default=0)
     words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
     if longest > LONGEST_VECTOR:
         raise RuntimeError(
-            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP or "
-            "ZeroRedundancyOptimizer, or basis=None"
+            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP, "
+            "ZeroRedundancyOptimizer or, after anon_dist.register(), DeepSpeed's stage 3, or basis=None"
         )
     if longest:
         warnings.warn(words, stacklevel=5)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anon_dist.optim import basis, frame, update
+from anon_dist.optim import basis, flat, frame, update
 from anon_dist.optim.backends.choice import Backend
 from anon_dist.optim.basis import Side
 from anon_dist.optim.frame import KEYS, Moved
@@ -25,6 +25,8 @@ from anon_dist.optim.host_copy import known_to_the_host
 from anon_dist.optim.plan import StepPlan, Variant
 from anon_dist.optim.rounding import THETA, decode_blocks, salt_of, to_bfloat16_stochastically
 from anon_dist.optim.state import EXPONENTS, local
+
+_Ranks = tuple[tuple[dist.ProcessGroup, ...], torch.device]
 
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Elements that are turned at once: a gradient and an update are temporaries, in float32."""
@@ -103,9 +105,10 @@ def _move(theta: Tensor, u: Tensor, plan: StepPlan) -> None:
 
 @dataclass
 class Member:
-    """A parameter whose bases are renewed."""
+    """A matrix whose bases are renewed."""
 
     p: Tensor
+    """The parameter that it is, or lies in."""
     state: Mapping[str, Tensor]
     sides: tuple[Side, ...]
     plan: StepPlan
@@ -132,26 +135,28 @@ class Renewal:
         if self._is_started:
             return
         self._is_started = True
-        together: dict[tuple[str, ...], tuple[tuple[dist.ProcessGroup, ...], list[tuple[Member, Side]]]] = {}
+        together: dict[tuple[str, ...], tuple[_Ranks, list[tuple[Member, Side]]]] = {}
         with basis.true_float32(self._device):
             for member in self._members:
                 m = _momentum(member.state)
                 for side in member.sides:
                     block = member.state[KEYS[side][0]].shape[1]
                     member.fresh[side] = basis.covariance(m, block, side)
-                    groups = frame.cut_over(member.p, side)
+                    groups, device = flat.summed_over(member.p, side)
                     key = (*(group.group_name for group in groups), str(m.device))
-                    together.setdefault(key, (groups, []))[1].append((member, side))
-        for groups, those in together.values():
+                    together.setdefault(key, ((groups, device), []))[1].append((member, side))
+        for (groups, device), those in together.values():
             if groups:
-                self._add_up(groups, those)
+                self._add_up(groups, device, those)
 
-    def _add_up(self, groups: tuple[dist.ProcessGroup, ...], those: list[tuple[Member, Side]]) -> None:
-        flat = torch.cat([member.fresh[side].reshape(-1) for member, side in those])
+    def _add_up(
+        self, groups: tuple[dist.ProcessGroup, ...], device: torch.device, those: list[tuple[Member, Side]]
+    ) -> None:
+        sums = torch.cat([member.fresh[side].reshape(-1) for member, side in those]).to(device)
         for group in groups[:-1]:
-            dist.all_reduce(flat, group=group)
-        self._waited_for.append(dist.all_reduce(flat, group=groups[-1], async_op=True))
-        self._sums.append((flat, those))
+            dist.all_reduce(sums, group=group)
+        self._waited_for.append(dist.all_reduce(sums, group=groups[-1], async_op=True))
+        self._sums.append((sums, those))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -159,8 +164,8 @@ class Renewal:
         self.start()
         for handle in self._waited_for:
             handle.wait()
-        for flat, those in self._sums:
-            parts = flat.split([member.fresh[side].numel() for member, side in those])
+        for sums, those in self._sums:
+            parts = sums.to(self._device).split([member.fresh[side].numel() for member, side in those])
             for (member, side), part in zip(those, parts, strict=True):
                 member.fresh[side] = part.view_as(member.fresh[side])
         with basis.true_float32(self._device):

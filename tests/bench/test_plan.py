@@ -111,6 +111,19 @@ def test_bases_by_hand():
     assert (found.turned, found.step_flops) == (matrices, 4 * 8 * matrices)
 
 
+def test_bases_in_stage_3_where_rows_divide():
+    """As under FSDP2. TINY has matrices of 8, 4, 24 and 10 rows, of which two divide among 4 ranks not, those of the vocabulary."""
+    bases = Bases("columns", 8)
+    two, four = (Job(TINY, ranks, seq_len=16) for ranks in (2, 4))
+    assert cost("zero3", two, bases) == cost("fsdp2", two, bases)
+    row = predict("zero3", "anon-columns", two, Hardware(), 0.4, 1000)
+    assert row.trouble is None
+    plain = predict("zero3", "anon", two, Hardware(), 0.4, 1000)
+    assert row.memory.state - plain.memory.state == cost("zero3", two, Bases("columns")).bytes
+    assert 0 < row.sent["all-reduce"] == shares(1000)[1] * cost("zero3", two, Bases("columns")).refresh_bytes
+    assert predict("zero3", "anon-columns", four, Hardware(), 0.4, 1000).trouble == "rows of 2 matrices do not divide"
+
+
 def test_bases_are_small_beside_a_large_model(capsys):
     """Width 4,096, 32 layers, blocks of 128: on every rank, at most 0.25 bytes for each parameter of the whole model."""
     gpt2 = Shape("gpt2", 32, 4096, 32, 32, 4 * 4096, 50304, 4096, tied=True)

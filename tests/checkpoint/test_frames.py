@@ -176,16 +176,22 @@ def test_into_a_live_optimizer(tmp_path):
 
 
 def test_into_an_engines_flat_buffers(tmp_path):
-    """What ZeRO's stages step is refused before anything is filled; stage 0 has each parameter whole."""
+    """What ZeRO's stages 1 and 2 step is refused; stage 0 has each parameter whole, stage 3 whole rows, and bases one after the other."""
     model, optimizer, _ = made("columns")
     source = zero_restore._Source(open_checkpoint(saved(tmp_path / "a.pt", model, optimizer)), model)
-    for layout in (rank_local.FLAT, rank_local.SHARDS, rank_local.WHOLE, rank_local.ALIGNED):
+    for layout in (rank_local.FLAT, rank_local.WHOLE, rank_local.ALIGNED):
         part = zero_restore.Held(torch.zeros(16), ["square"], [16], [Cut(0, 0, 16, 0)], 0, layout)
         with pytest.raises(CheckpointError, match=r"square has column_basis, .* flat buffers .*--anon.drop-basis"):
             zero_restore._state({}, part, source)
     alone = zero_restore.Held(model.wide.detach(), ["wide"], [60], [Cut(0, 0, 60, 0)], 0)
     filled, expected = zero_restore._state({}, alone, source), optimizer.state[model.wide]
     assert all(torch.equal(filled[key], value) for key, value in expected.items())
+    cuts = [Cut(0, 0, 16, 0), Cut(1, 0, 60, 16)]
+    shares = zero_restore.Held(torch.zeros(76), ["square", "wide"], [16, 60], cuts, 0, rank_local.SHARDS)
+    filled = zero_restore._state({}, shares, source)
+    for key, value in filled.items():
+        both = [optimizer.state[p][key].reshape(-1) for p in (model.square, model.wide)]
+        assert torch.equal(value.view(-1), both[0] if key == "step" else torch.cat(both)), key
 
 
 # -- left --------------------------------------------------------------------------------------------------------------

@@ -37,12 +37,15 @@ from torch import nn
 
 from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.engines import cpu, zero_restore
 from anon_dist.engines.errors import EngineError
+from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import start
 from anon_dist.optim import STATE_KEYS
 from anon_dist.optim.backends import cpu as on_cpu
 from anon_dist.optim.backends import foreach
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.train import loop
 from anon_dist.train.config import Config, load_config
 from anon_dist.train.run import set_up, wanted_engine
@@ -255,13 +258,16 @@ def case_adams_in_place_of_the_optimizer_are_refused():
 
 
 def case_a_basis_is_refused_where_matrices_are_cut():
-    """However Anon comes in; stage 0 leaves matrices as they are, and trains as one process."""
+    """However Anon comes in; stage 0 leaves matrices as they are, and trains as one process. Stage 3: see `zero_basis_cases.py`."""
     PARAMS["basis"] = "columns"
     try:
-        for stage in (1, 2, 3):
+        for stage, words in (
+            (1, "basis is 'columns' in param group 0, and DeepSpeed's stage 1 cuts matrices into flat parts"),
+            (2, "basis is 'columns' in param group 0, and DeepSpeed's stage 2 cuts matrices into flat parts"),
+            (3, "the 63 rows of a.weight and 2 more do not divide among 2 ranks"),
+        ):
             config = {"zero_optimization": {"stage": stage}}
             for client in (True, False):
-                words = "basis is 'columns' in param group 0, and DeepSpeed cuts matrices into flat parts"
                 raises(EngineError, words, lambda c=config, client=client: user_training(c, client, steps=1))
         engine, (expected, _) = user_training({"zero_optimization": {"stage": 0}}, client=True), reference(12)
         for name, p in expected.named_parameters():
@@ -269,16 +275,70 @@ def case_a_basis_is_refused_where_matrices_are_cut():
                 torch.testing.assert_close(weights(engine)[name], p.detach(), rtol=1e-4, atol=1e-4)
     finally:
         del PARAMS["basis"]
-    config = run_config("zero2", shared_folder(OUT))
-    config.optim.basis = "columns"
-    raises(EngineError, "engine deepspeed cuts matrices into flat parts", lambda: run(config))
-    config.train.engine, config.train.deepspeed_config = "ddp", None
+    config = with_a_basis("zero2")
+    raises(EngineError, "DeepSpeed's stage 2 cuts matrices into flat parts", lambda: run(config))
+    stop(torch_alone(config, "ddp"))
+    config.optim.basis = None
+    raises(CheckpointError, "which DeepSpeed's stage 2 cannot hold", lambda: run(configured(config, "zero2")))
+
+
+def with_a_basis(name):
+    config = run_config(name, shared_folder(OUT))
+    config.optim.basis, config.optim.basis_block, config.optim.refresh_ratio = "columns", 24, 1.3
+    return config
+
+
+def torch_alone(config, engine):
+    """The same without DeepSpeed."""
+    config.train.engine, config.train.deepspeed_config = engine, None
+    return config
+
+
+def stop(config):
+    """Run until step 6, or 7."""
     patch = Patch()
-    at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     run(config)
     patch.close()
+
+
+def losses(folder):
+    return [r["loss"] for r in metrics(Path(folder)) if "loss" in r]
+
+
+def case_runs_with_a_basis_in_stage_3():
+    """As under DDP. Stopped and resumed to the bit; begun under FSDP2, ended there, and without the basis too."""
+    expected = losses(run(torch_alone(with_a_basis("zero3"), "ddp")))
+    config = with_a_basis("zero3")
+    stop(config)
+    goes_on_to_the_bit(config, run(config))
+    other = with_a_basis("zero3")
+    stop(torch_alone(other, "fsdp2"))
+    found = [losses(config.run_dir), losses(run(configured(other, "zero3")))]
+    step_back(Path(other.run_dir))
+    found.append(losses(run(torch_alone(other, "fsdp2"))))
+    if dist.get_rank() == 0:
+        assert len(expected) == 12
+        assert all(abs(x / y - 1) <= 1e-4 for own in found for x, y in zip(own, expected, strict=True)), (
+            found,
+            expected,
+        )
+    step_back(Path(config.run_dir))
     config.optim.basis = None
-    raises(CheckpointError, "which DeepSpeed cannot hold", lambda: run(configured(config, "zero2")))
+    run(config)
+    left = open_checkpoint(Checkpoints(Path(config.run_dir) / "checkpoints", 1).complete()[-1] / "deepspeed")
+    assert not {key.state for key in left.tensors} & set(BASIS_KEYS)
+
+
+def case_bases_in_stage_3_are_compared():
+    """Those of columns, which all ranks have alike."""
+    config = with_a_basis("zero3")
+    config.train.steps, config.resume = 4, "never"
+    engine = resumed(config).engine
+    check_replicas(engine.copies(), torch.device("cpu"))
+    next(s for s in engine.optimizer.state.values() if "column_basis" in s)["column_basis"][3] = 1.0 + dist.get_rank()
+    words = "differs between rank 0 and rank 1"
+    raises(ReplicasDifferError, words, lambda: check_replicas(engine.copies(), torch.device("cpu")))
 
 
 def accelerated(config, optimizer_of):

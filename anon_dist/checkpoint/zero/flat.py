@@ -78,6 +78,22 @@ def shard(size: int, world_size: int) -> int:
     return -(-size // world_size)
 
 
+def basis_cuts(sizes: Sequence[int], world_size: int, rank: int, *, sharded: bool) -> list[Cut]:
+    """What one rank holds of one side's bases of the matrices in a sub-group of stage 3, one after the other; see `optim.flat`.
+
+    Args:
+        sizes: elements of each member's basis, 0 where it has none.
+        sharded: each rank has an equal part, as of rows; else all of each, as of columns.
+    """
+    ranks, rank = (world_size, rank) if sharded else (1, 0)
+    cuts, offset = [], 0
+    for member, size in enumerate(sizes):
+        if share := size // ranks:
+            cuts.append(Cut(member, rank * share, (rank + 1) * share, offset))
+        offset += share
+    return cuts
+
+
 def sub_groups(sizes: Sequence[int], world_size: int, limit: int) -> list[list[int]]:
     """The members of each sub-group that stage 3 makes of a group: each is closed once its share reaches `limit` elements.
 

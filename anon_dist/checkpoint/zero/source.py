@@ -12,10 +12,12 @@ import torch
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import refs, stub, with_stubs
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.frames import check_whole
+from anon_dist.checkpoint.frames import REMEDY, check_whole
+from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Stub, TensorInfo
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.checkpoint.zero.header import fresh, is_number, same_number
+from anon_dist.optim.frame import KEYS
 
 
 @dataclass
@@ -229,10 +231,16 @@ class Source:
             )
         return self.groups(muon=muon or "size")
 
-    def flat_groups(self) -> list[Group]:
-        """The groups of stages 1 and 2, whose engines have none without trained members."""
+    def flat_groups(self, where: str = "the flat buffers of DeepSpeed's stages 1 and 2") -> list[Group]:
+        """The groups of stages 1 and 2, whose engines have none without trained members.
+
+        Raises:
+            CheckpointError: a matrix has a basis, which `where` has no place for.
+        """
         found = []
         for members, hyperparameters in self.groups(muon="size"):
+            for name in members:
+                check_whole(self._states.get(name, {}), name, where)
             if members:
                 found.append(self.common(members, hyperparameters))
             else:
@@ -281,8 +289,9 @@ class Source:
         """Members that are stored together, with states of one dtype and numbers that are equal."""
         group = Group(members, hyperparameters)
         for name in members:
-            check_whole(self._states.get(name, {}), name, "the flat buffers of DeepSpeed's stages 1 to 3")
             for key, info in self._states.get(name, {}).items():
+                if key in BASIS_STATES:
+                    continue
                 if info.shape != self.shape(name):
                     self._lose(f"{name}: {key} has shape {info.shape}, the parameter {self.shape(name)}")
                 elif group.states.setdefault(key, info.dtype) != info.dtype:
@@ -298,3 +307,24 @@ class Source:
             if missing := [key for key in group.states if key not in self._states.get(name, {})]:
                 self._lose(f"{name}: no {missing[0]}, which others in its group have; zeros in its place")
         return group
+
+    def bases(self, members: list[str], world_size: int) -> dict[str, list[int]]:
+        """Of members of a sub-group of stage 3, for each state of a basis that some have, its elements; 0: none.
+
+        Raises:
+            CheckpointError: rows, or their blocks, do not divide among so many ranks; naming the remedy.
+        """
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(members):
+            for key, info in self._states.get(name, {}).items():
+                if key not in BASIS_STATES:
+                    continue
+                block = info.shape[1] if key in KEYS["rows"] and world_size > 1 else 1
+                if self.shape(name)[0] % (world_size * block):
+                    blocks = f" in blocks of {block}" if block > 1 else ""
+                    raise CheckpointError(
+                        f"{name} has {key}, and its {self.shape(name)[0]} rows{blocks} do not divide among {world_size} ranks, as stage 3 "
+                        f"would cut them: take another --world-size, or {REMEDY}"
+                    )
+                found.setdefault(key, [0] * len(members))[i] = info.numel
+        return found

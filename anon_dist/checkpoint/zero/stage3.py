@@ -10,6 +10,7 @@ Source: deepspeed/runtime/zero/stage3.py, `_rigid_state_dict` and `_rigid_load_s
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
-from anon_dist.checkpoint.zero.flat import numel, shard, shard_cuts
+from anon_dist.checkpoint.zero.flat import basis_cuts, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
 from anon_dist.checkpoint.zero.pieces import Piece, Pieces
 from anon_dist.checkpoint.zero.stage12 import agreed
+from anon_dist.optim.frame import KEYS, length_of, sides_of
 
 
 def read(files: Files, name: str) -> Pieces:
@@ -42,8 +45,11 @@ def read(files: Files, name: str) -> Pieces:
     found = opened(header, name, groups_of(header, inner["param_groups"]), scalars)
     add_scaler(found, ranks[0].get("loss_scaler"))
     add_weights(found, headers)
+    groups = [group for group in inner["param_groups"] for _ in group["params"]]
     for i in range(len(header.shapes)):
         _add_sub_group(found, header, scalars, i, ranks, files)
+        states = [_state(rank, i, file) for rank, file in zip(ranks, files.optimizers, strict=True)]
+        _add_bases(found, header.shapes[i], groups[i], states, files)
     return found
 
 
@@ -93,9 +99,7 @@ def _add_sub_group(
         masters = need(rank, "fp32_flat_groups", file, list)
         if index >= len(masters):
             raise DamagedCheckpoint(f"{file}: {len(masters)} sub-groups, and the model states have more")
-        states.append(
-            {MASTER: masters[index], **need(rank, "optimizer_state_dict", file, dict)["state"].get(index, {})}
-        )
+        states.append({MASTER: masters[index], **_state(rank, index, file)})
         if set(states[-1]) != set(states[0]):
             raise DamagedCheckpoint(
                 f"{file}: sub-group {index} has states {sorted(states[-1])}; {files.optimizers[0].name} "
@@ -103,7 +107,7 @@ def _add_sub_group(
             )
     sizes = [numel(shape) for shape in shapes.values()]
     length, local = sum(shard(size, len(states)) for size in sizes), dict[str, list[Any]]()
-    for key in states[0]:
+    for key in (key for key in states[0] if key not in BASIS_STATES):
         values = [state[key] for state in states]
         if all(map(is_number, values)) and rank_local.is_common(key, values):
             number = agreed(key, values, files.optimizers)
@@ -119,6 +123,35 @@ def _add_sub_group(
                 for rank, (value, file) in enumerate(zip(values, files.optimizers, strict=True))
             ]
     rank_local.keep(found.manifest, rank_local.SHARDS, len(states), list(shapes), local)
+
+
+def _state(rank: dict[str, Any], index: int, file: Path) -> dict[str, Any]:
+    """A sub-group's, of a rank."""
+    found: dict[str, Any] = need(rank, "optimizer_state_dict", file, dict)["state"].get(index, {})
+    return found
+
+
+def _add_bases(
+    found: Pieces, shapes: dict[str, tuple[int, ...]], group: dict[str, Any], states: list[dict[str, Any]], files: Files
+) -> None:
+    """The bases of a sub-group's matrices, which lie one after the other (`optim.flat`): of columns every rank has all, of rows its own."""
+    names, block = list(shapes), int(group.get("basis_block") or 0)
+    for side, keys in KEYS.items():
+        turned = [side in sides_of(shape, {"basis": None, **group}) for shape in shapes.values()]
+        lengths = [length_of(shape, side) if t else 0 for shape, t in zip(shapes.values(), turned, strict=True)]
+        bases = {name: (n, min(block, n)) for name, n in zip(names, lengths, strict=True)}
+        for key in (key for key in keys if any(key in state for state in states) or any(lengths)):
+            pieces: dict[str, list[Piece]] = {name: [] for name, n in zip(names, lengths, strict=True) if n}
+            for rank, file in enumerate(files.optimizers if side == "rows" else files.optimizers[:1]):
+                cuts = basis_cuts([numel(bases[name]) for name in names], len(states), rank, sharded=side == "rows")
+                length, value = sum(cut.stop - cut.start for cut in cuts), states[rank].get(key)
+                if not isinstance(value, Tensor) or value.numel() != length:
+                    held = f"{value.numel()} elements" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise DamagedCheckpoint(f"{file}: {key} of {names[0]} …: {held}, its matrices' have {length}")
+                for cut in cuts:
+                    pieces[names[cut.member]].append(Piece(cut.start, cut.stop, value, cut.offset, file))
+            for name, own in pieces.items():
+                found.add(Key(name, key), TensorInfo(bases[name], states[0][key].dtype), own)
 
 
 def _add_flat(

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from anon_dist.checkpoint import rank_local
-from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
+from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, TensorInfo
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import numel
@@ -35,7 +36,7 @@ def read(files: Files, name: str) -> Pieces:
     """A universal checkpoint.
 
     Raises:
-        CheckpointError: files are missing, damaged, or of other shapes; naming file and parameter.
+        CheckpointError: files are missing, damaged, or of other shapes, naming file and parameter; or DeepSpeed has dropped bases.
     """
     headers = [read_header(files, file) for file in files.models]
     header, folder = headers[0], files.folder / "zero"
@@ -71,6 +72,11 @@ def _add_numbers(found: Pieces, header: Header, saved: dict[str, Any], scalars: 
                 dropped.add(key)
     for name, numbers in (saved.get("numbers") or {}).items():
         scalars.setdefault(name, {}).update(numbers)
+    if bases := sorted(dropped.intersection(BASIS_STATES)):
+        raise CheckpointError(
+            f"{header.file.parent}: DeepSpeed's converter has dropped {', '.join(bases)}, without which exp_avg and exp_avg_sq mean "
+            "nothing: take the checkpoint of stage 3 that it was made of, as it is"
+        )
     if dropped:
         found.manifest.notes.append(
             f"DeepSpeed's converter has dropped {', '.join(sorted(dropped))}: only rank 0's part is left."

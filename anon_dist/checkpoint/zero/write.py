@@ -13,6 +13,7 @@ import torch
 from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.schema import MASTER
 from anon_dist.checkpoint.zero.flat import (
+    basis_cuts,
     group_cuts,
     group_partition,
     round_robin,
@@ -24,6 +25,7 @@ from anon_dist.checkpoint.zero.flat import (
 from anon_dist.checkpoint.zero.header import fresh
 from anon_dist.checkpoint.zero.model_states import VERSION, config, loss_scaler, model_states, slice_mapping
 from anon_dist.checkpoint.zero.source import Group, MuonOrder, Source
+from anon_dist.optim.frame import KEYS
 
 MODEL = "mp_rank_00_model_states.pt"
 
@@ -138,6 +140,9 @@ def stage3(source: Source, world_size: int, sub_group_size: int, muon_order: Muo
             cuts, length = shard_cuts(sizes, world_size, rank), sum(shard(size, world_size) for size in sizes)
             masters.append(source.laid(part.members, MASTER, torch.float32, cuts, length))
             flat = {k: source.laid(part.members, k, dtype, cuts, length) for k, dtype in part.states.items()}
+            for key, elements in source.bases(part.members, world_size).items():
+                cuts = basis_cuts(elements, world_size, rank, sharded=key in KEYS["rows"])
+                flat[key] = source.laid(part.members, key, torch.float32, cuts, sum(c.stop - c.start for c in cuts))
             states[i] = {**part.numbers, **flat, **{k: v[rank] for k, v in local[i].items()}}
         optimizer = {
             "zero_stage": 3,
@@ -156,8 +161,8 @@ def stage3(source: Source, world_size: int, sub_group_size: int, muon_order: Muo
 
 def universal(source: Source) -> dict[str, Any]:
     """File name → object. It has model states for stages 0 to 2 and for stage 3, and so loads into either."""
-    groups, scaler = source.flat_groups(), loss_scaler(source)
-    orders = [group.members for group in groups]
+    groups = source.flat_groups("DeepSpeed's loader of universal checkpoints")
+    scaler, orders = loss_scaler(source), [group.members for group in groups]
     files: dict[str, Any] = {
         MODEL: model_states(source, 1, orders, zero={"round_robin_gradients": False}),
         f"zero_pp_rank_0_{MODEL}": model_states(source, 1, orders, rank=0, zero={}),
