@@ -127,13 +127,23 @@ class _Aside:
         return self._outcome
 
 
-def first_does_slowly(action: Callable[[], Any]) -> tuple[Any, str]:
-    """`first_does` something that may take longer than ranks wait for each other; it may raise any error."""
-    aside = _Aside(action) if is_first() else None
+def first_does_slowly(
+    action: Callable[[], Any], done: Callable[[], int] = int, beat: Callable[[], None] = lambda: None
+) -> tuple[Any, str]:
+    """`first_does` something that may take longer than ranks wait for each other; it may raise any error.
+
+    Args:
+        done: on rank 0, how much it has done; more than a second before is progress.
+        beat: called on every rank when there was progress.
+    """
+    aside, before = _Aside(action) if is_first() else None, 0
     while True:
-        outcome = agree(aside.wait() if aside else None)
+        outcome, now = agree((aside.wait(), done()) if aside else None)
         if outcome is not None:
             return outcome[0], outcome[1]
+        if now > before:
+            before = now
+            beat()
 
 
 def all_do_slowly(action: Callable[[], Any], group: Group = None) -> str:

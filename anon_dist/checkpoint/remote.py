@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from fsspec.callbacks import Callback
+
 from anon_dist.checkpoint.checksums import NAME, PROGRESS, Checksums, checksums
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.folder import UNFINISHED, Checkpoints, name_of, step_of
@@ -31,6 +33,18 @@ _SMALL = 1 << 16
 _T = TypeVar("_T")
 
 
+class _Counting(Callback):
+    """Told by fsspec of each piece of a file that has been sent."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def relative_update(self, inc: int = 1) -> None:
+        """See `fsspec.callbacks.Callback`."""
+        self._count(inc)
+
+
 class Remote:
     """The checkpoints at an address.
 
@@ -44,6 +58,8 @@ class Remote:
         self._in_bucket = scheme_of(address) in BUCKETS
         self._copied: list[tuple[str, dict[tuple[int, str], str]]] = []
         """Of the last two checkpoints that were copied: what is in their files, and where these are."""
+        self.sent = 0
+        """Bytes that have been sent there, and files: it grows while a copy makes progress."""
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, from the first.
@@ -148,6 +164,9 @@ class Remote:
         there = {_key(file): self._path(checkpoint.name, name) for name, file in sums.files.items()}
         self._copied.append((checkpoint.name, there))
 
+    def _count(self, sent: int) -> None:
+        self.sent += sent
+
     def _put(self, checkpoint: Path, name: str, sums: Checksums) -> None:
         """Copy a file; within the store, where one of the last checkpoints has the same."""
         source, target = checkpoint / name, self._path(checkpoint.name, name)
@@ -162,7 +181,8 @@ class Remote:
                     self._fs.cp_file(twin, target)
                     if self._size(target) == size:
                         return
-            self._fs.put_file(str(source), target)
+            self._fs.put_file(str(source), target, callback=_Counting(self._count))
+            self._count(1)
             if (there := self._size(target)) != size:
                 raise OSError(f"{target} has {there} bytes there, and {size} here")
 

@@ -48,6 +48,11 @@ class Uploads:
         checkpoints.removable = self._is_there
         self._thread.start()
 
+    @property
+    def sent(self) -> int:
+        """Bytes that have been sent there."""
+        return self._remote.sent
+
     def look(self) -> None:
         """There may be something new to copy."""
         with self._news:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,6 +92,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
     Raises:
         EngineError: accelerate's configuration asks for something else, ranks are missing, or they were not started alike.
     """
+    _without_deprecations_of_libraries()
     check_launcher()
     register()
     alike = {**(alike or {}), **surroundings(_deepspeed_file(wanted))}
@@ -128,6 +130,11 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
 
         unset_hf_deepspeed_config()
     return accelerator, name
+
+
+def _without_deprecations_of_libraries() -> None:
+    """DeepSpeed and accelerate call collectives by names that torch 2.13 deprecates, and it says so in every step."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def splitting_ranks(wanted: Wanted) -> int:

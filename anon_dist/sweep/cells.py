@@ -13,6 +13,7 @@ from anon_dist.files import write_json
 from anon_dist.sweep.early import Curve
 from anon_dist.sweep.grid import Cell
 from anon_dist.train.config import Config, to_yaml
+from anon_dist.train.errors import DIVERGED
 from anon_dist.train.metrics import Record, read_metrics
 
 State = Literal["missing", "unfinished", "finished", "stopped", "failed"]
@@ -114,7 +115,7 @@ class CellFolder:
                 return Outcome("finished", result["step"], loss=loss, bits_per_byte=result["final_bits_per_byte"])
             return Outcome("failed", step, f"diverged: the final loss is {loss}", log_tail=tail)
         last = self.last_line()
-        if "FloatingPointError" in last or (records and not math.isfinite(records[-1].get("loss", 0.0))):
+        if DIVERGED in last or (records and not math.isfinite(records[-1].get("loss", 0.0))):
             return Outcome("failed", step, f"diverged: {last}", log_tail=tail)
         how = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         if exit_code == 0:

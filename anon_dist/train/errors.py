@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """The run's folder is in use, or cannot be written; raised on every rank alike, naming the folder and the remedy."""
 
 
+class SkippedError(RunError):
+    """Too many steps in a row were skipped; on every rank."""
+
+
 class RunInUseError(RunError):
     """Another process is at work in the folder."""
 
@@ -17,5 +21,7 @@ class HarnessError(ValueError):
     """lm-eval, a task or its data is missing, or a task does not go with the model; the message names it, and the remedy."""
 
 
+DIVERGED = "steps in a row had a non-finite gradient"
+"""What a `SkippedError` says of them; a sweep looks for it."""
 IN_USE = 75
 """Exit code of a run that is refused for that (EX_TEMPFAIL of sysexits.h): it may be started again later."""

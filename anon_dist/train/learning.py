@@ -6,6 +6,7 @@ import logging
 import math
 import time
 
+from anon_dist.train.errors import DIVERGED, SkippedError
 from anon_dist.train.metrics import Record
 from anon_dist.train.rewind import rewind
 from anon_dist.train.run import Run
@@ -20,7 +21,7 @@ def learn(run: Run) -> None:
     Every rank has the same norm and loss, so a step is skipped on all ranks or none, and the optimizer's step count stays.
 
     Raises:
-        FloatingPointError: too many steps in a row were none.
+        SkippedError: too many steps in a row were none.
     """
     if run.norm is None:
         return
@@ -36,9 +37,9 @@ def learn(run: Run) -> None:
         why = found if spike else f"the gradient norm is {norm}"
         log.warning("step %d %s: %s", run.step, "skipped" if none else "is a spike, and was taken", why)
     if run.spikes.pending is None and run.skipped > run.config.train.max_skipped:
-        why = "had a non-finite gradient" if not math.isfinite(norm) else f"were spikes (the last: {found})"
-        raise FloatingPointError(
-            f"{run.skipped} steps in a row {why}; the last checkpoint is {run.checkpoints.last()}. Lower optim.lr, "
+        why = DIVERGED if not math.isfinite(norm) else f"steps in a row were spikes (the last: {found})"
+        raise SkippedError(
+            f"{run.skipped} {why}; the last checkpoint is {run.checkpoints.last()}. Lower optim.lr, "
             "lengthen the warm-up, or set optim.update_clip and train.grad_clip"
         )
 

@@ -44,7 +44,7 @@ from anon_dist.train.pulse import Pulse
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.remote import checkpoints_of, claim, finish_uploads, uploads_of
-from anon_dist.train.report import RESULT, finished, report
+from anon_dist.train.report import RESULT, finished, report, taken
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
 from anon_dist.train.samples import enter
@@ -83,12 +83,10 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     folder = Path(config.run_dir)
     if agree(config.resume == "auto" and finished(folder, config)):
         if accelerator.is_main_process:
-            print(
-                f"Nothing to do: this run has taken all its {config.train.steps} steps. (Raise train.steps to go on.)\n"
-            )
+            print(f"Nothing to do: {taken(folder, config)}. (Raise train.steps to go on.)\n")
             report(folder, config)
         claim(config, checkpoints := checkpoints_of(folder, config.checkpoint))
-        finish_uploads(config, uploads_of(config, checkpoints))
+        finish_uploads(config, uploads_of(config, checkpoints), Pulse(), config.train.steps)
         return folder
     with held(folder) as lock, hangs.watched(config, folder) as pulse:
         _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
@@ -242,7 +240,7 @@ def take_step(run: Run, batches: Iterator[Tensor], watch: Stopwatch) -> Step:
     """Gradients of one global batch, clipped; one optimizer step.
 
     Raises:
-        FloatingPointError: the gradient was not finite in too many steps in a row.
+        SkippedError: the gradient was not finite in too many steps in a row.
     """
     config = run.config
     losses = _gradients(run, batches, watch)

@@ -14,6 +14,7 @@ from anon_dist.checkpoint.uploads import Uploads
 from anon_dist.train.config import CheckpointConfig, Config
 from anon_dist.train.errors import RunError
 from anon_dist.train.owner import Owner
+from anon_dist.train.pulse import Pulse
 
 
 def checkpoints_of(folder: Path, config: CheckpointConfig) -> Checkpoints:
@@ -91,16 +92,24 @@ def uploads_of(config: Config, checkpoints: Checkpoints) -> Uploads | None:
     return uploads
 
 
-def finish_uploads(config: Config, uploads: Uploads | None) -> None:
-    """Wait until all is there. Every rank must call it.
+def finish_uploads(config: Config, uploads: Uploads | None, pulse: Pulse, step: int) -> None:
+    """Wait until all is there; what arrives is a sign of progress. Every rank must call it.
 
     Raises:
         RunError: something could not be copied; on every rank.
     """
-    if config.checkpoint.remote is not None:
-        _, error = first_does_slowly(lambda: uploads.finish() if uploads is not None else None)
-        if error:
-            raise RunError(error)
+    address = config.checkpoint.remote
+    if address is None:
+        return
+    copying = f"copying to {address}"
+    with pulse.phase(copying, step, long=True):
+        _, error = first_does_slowly(
+            lambda: uploads.finish() if uploads is not None else None,
+            lambda: uploads.sent if uploads is not None else 0,
+            lambda: pulse.beat(copying),
+        )
+    if error:
+        raise RunError(error)
 
 
 def _first(config: Config, action: Callable[[Remote], Any]) -> Any:

@@ -29,6 +29,14 @@ def finished(folder: Path, config: Config) -> bool:
     return bool(result["step"] >= config.train.steps)
 
 
+def taken(folder: Path, config: Config) -> str:
+    """How many steps a finished run has taken, in words."""
+    step, asked = int(json.loads((folder / RESULT).read_text())["step"]), config.train.steps
+    if step > asked:
+        return f"this run has taken {step} steps, more than train.steps = {asked}"
+    return f"this run has taken all its {asked} steps"
+
+
 def spent_on(records: list[Record]) -> str:
     """Where the time of steps went, in words: the mean of what records say; "" if they say nothing."""
     told = [r for r in records if "forward_share" in r]

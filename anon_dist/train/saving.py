@@ -140,7 +140,7 @@ class Saver:
         Raises:
             RunError: it could not be copied; it stays here. On every rank.
         """
-        finish_uploads(self._run.config, self._uploads)
+        finish_uploads(self._run.config, self._uploads, self._run.pulse, self._run.step)
 
     def finished(self) -> Record:
         """Once after each save: how long the run stood still for it, and the rest took, in seconds; this rank's bytes. Else {}."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anon_dist.checkpoint import CheckpointError
@@ -93,7 +94,7 @@ def load_model(trained: Trained, named: Path | None = None, unsafe: bool = False
     if trained.is_model and named is None:
         try:
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(trained.path)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise CheckpointError(
                 f"{trained.path} does not load as a model: {' '.join(str(error).split())[:300]}"
             ) from None

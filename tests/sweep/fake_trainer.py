@@ -56,7 +56,7 @@ def main() -> None:
             step += 1
             loss = last + 1.0 / step
             if optim["lr"] == DIVERGE and step > steps // 2:
-                print("FloatingPointError: the gradient was not finite")
+                print("error: 3 steps in a row had a non-finite gradient")
                 sys.exit(1)
             if optim["lr"] == CRASH and step > steps // 2 and not (folder.parent / "mended").exists():
                 raise RuntimeError("the disk is full")

@@ -126,7 +126,7 @@ def test_failures_are_kept_with_their_reason_and_retried_when_asked(sweep, cells
     crashed, diverged = found["anon", CRASH, 0], found["anon", DIVERGE, 0]
     assert crashed.outcome.reason == "crashed (exit code 1): RuntimeError: the disk is full"
     assert "Traceback" in crashed.outcome.log_tail
-    assert diverged.outcome.reason == "diverged: FloatingPointError: the gradient was not finite"
+    assert diverged.outcome.reason == "diverged: error: 3 steps in a row had a non-finite gradient"
     page = (tmp_path / "sweep" / "report.md").read_text()
     assert "1 finished" in page
     assert "2 failed" in page

@@ -1,12 +1,14 @@
 """What ranks, here threads, raise together when some of them fail."""
 
+import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, local
 
 import pytest
 
 from anon_dist import agreement
-from anon_dist.agreement import failures
+from anon_dist.agreement import failures, first_does_slowly
 from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.together import on_every_rank
 
@@ -69,3 +71,29 @@ def test_one_process_raises_its_own(raised):
     assert raised(error) == [error]
     assert failures(error) == "torn"
     assert failures(None) == ""
+
+
+def test_what_one_rank_does_slowly_is_progress_while_it_gets_on(monkeypatch):
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.01)
+    beats, enough, amounts = [], threading.Event(), itertools.count(1)
+
+    def beat():
+        beats.append(True)
+        if len(beats) == 3:
+            enough.set()
+
+    assert first_does_slowly(lambda: enough.wait(60), lambda: next(amounts), beat) == (True, "")
+    assert len(beats) >= 3
+
+
+def test_what_stands_still_is_no_progress(monkeypatch):
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.01)
+    beats, enough, asked = [], threading.Event(), itertools.count(1)
+
+    def done():
+        if next(asked) == 5:
+            enough.set()
+        return 0
+
+    assert first_does_slowly(lambda: enough.wait(60), done, lambda: beats.append(True)) == (True, "")
+    assert not beats
