@@ -110,7 +110,7 @@ def bench(args: list[str]) -> None:
 
 
 def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
-    """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config` for the options."""
+    """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config.parsing` for the options."""
     given = list(sys.argv[1:] if args is None else args)
     said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
     with _interruptible(said), _last_word():
@@ -122,11 +122,11 @@ def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
 
 def _check(args: list[str], prog: str) -> None:
     from anon_dist.data.errors import DataError
-    from anon_dist.train.config import ConfigError, parse_args
+    from anon_dist.train.config.parsing import ConfigError, parse_args
 
     def check() -> None:
         config = parse_args(args, prog)
-        from anon_dist.train.sources import check_present  # numpy, which help does not wait for
+        from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
 
         check_present(config)
 
@@ -138,8 +138,8 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
-    from anon_dist.train.config import ConfigError, parse_args
-    from anon_dist.train.errors import IN_USE, RunError, RunInUseError
+    from anon_dist.train.config.errors import IN_USE, RunError, RunInUseError
+    from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
@@ -211,7 +211,7 @@ def init(args: list[str]) -> None:
     options = parse(InitOptions, args, "anon-dist init")
     from anon_dist.bench.init import init as run
     from anon_dist.data import DataError
-    from anon_dist.train.config import ConfigError
+    from anon_dist.train.config.parsing import ConfigError
 
     def write() -> None:
         print(f"{options.out} is written; start it with\n\n  {run(options)}")

@@ -45,7 +45,7 @@ def _tree() -> dict[str, Any]:
     from anon_dist.data.config import PrepareConfig
     from anon_dist.doctor.options import Doctor
     from anon_dist.sweep.options import Sweep
-    from anon_dist.train.config import options_class
+    from anon_dist.train.config.parsing import options_class
     from anon_dist.trained.options import Eval, Export, Generate, Runs
 
     return {

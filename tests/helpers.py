@@ -103,7 +103,7 @@ def assert_scored_as_by_one_process(run: Path, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from anon_dist.train.harness import find_tasks, run_tasks, scores
+    from anon_dist.train.tasks.harness import find_tasks, run_tasks, scores
 
     model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     alone = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=3)

@@ -10,7 +10,7 @@ import pytest
 
 from anon_dist.arguments import whole_number
 from anon_dist.cli import COMMANDS, main
-from anon_dist.train.config import ConfigError, parse_args
+from anon_dist.train.config.parsing import ConfigError, parse_args
 
 GROUPS = [["data"], ["ckpt"], ["bench"]]
 BARE = [list(c.words) for c in COMMANDS if c.words not in (("bench",), ("doctor",))]

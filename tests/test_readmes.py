@@ -31,7 +31,7 @@ from anon_dist.cli import main, train
 from anon_dist.data import PrepareConfig
 from anon_dist.sweep import cli as sweep_cli
 from anon_dist.sweep.cells import CellFolder
-from anon_dist.train.config import parse_args
+from anon_dist.train.config.parsing import parse_args
 
 PROGRAM = (
     r"(?:[A-Z_]+=\S+ )*(?:anon-dist|python|bash|pytest|sbatch|accelerate launch|torchrun|pip|launch/pretrain\.py) [^`]*"

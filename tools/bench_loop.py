@@ -27,9 +27,9 @@ from anon_dist.bench.clock import quartiles
 from anon_dist.bench.peak import growth, lasting_bytes
 from anon_dist.engines.start import start
 from anon_dist.train import loop
-from anon_dist.train.config import Config, find_config, load_config
-from anon_dist.train.metrics import Stopwatch
-from anon_dist.train.model import blocks, peak_flops
+from anon_dist.train.config.parsing import Config, find_config, load_config
+from anon_dist.train.model.build import blocks, peak_flops
+from anon_dist.train.reports.metrics import Stopwatch
 from anon_dist.train.run import Run, set_up, wanted_engine
 
 WARM_UP = 5

@@ -22,7 +22,8 @@ from torch.distributed import TCPStore
 
 from anon_dist import launcher
 from anon_dist.cli import train
-from anon_dist.train import loop, signals
+from anon_dist.train import loop
+from anon_dist.train.health import signals
 
 IMPORTS = (
     "transformers.models.gpt2.modeling_gpt2",

@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from rich.console import Console
 from rich.table import Table
 
-from anon_dist.train import config as c
 from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
 
 HALF = "exp_avg_sq=bfloat16, precond=bfloat16"
 WAYS = {  # name: state_dtype, precision of the parameters, bytes of state per parameter

@@ -43,10 +43,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anon_dist.optim import param_groups
-from anon_dist.train.config import OptimConfig, parse_args
+from anon_dist.train.config.parsing import OptimConfig, parse_args
 from anon_dist.train.loop import train
-from anon_dist.train.metrics import read_metrics
-from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
+from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
+from anon_dist.train.reports.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "base.yaml"

@@ -27,8 +27,8 @@ from anon_dist.checkpoint.formats import open_checkpoint, plan
 from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, Key
 from anon_dist.checkpoint.semantics import to_anon
-from anon_dist.train import config as c
 from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
 
 WAYS = {"adamw": "AdamW to the end", "converted": "Anon, state converted", "fresh": "Anon, state afresh"}
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from anon_dist.data import Index, SampleOrder, TokenShards
 from anon_dist.engines.start import start
 from anon_dist.train import loop
-from anon_dist.train.config import Config, accumulation, load_config
-from anon_dist.train.metrics import Stopwatch
-from anon_dist.train.model import build_model
+from anon_dist.train.config.parsing import Config, accumulation, load_config
+from anon_dist.train.model.build import build_model
+from anon_dist.train.reports.metrics import Stopwatch
 from anon_dist.train.run import set_up, wanted_engine
 
 

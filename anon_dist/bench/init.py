@@ -18,7 +18,7 @@ from anon_dist.bench.plan import Row, predict
 from anon_dist.bench.shapes import MODELS, Shape, config_of, shape_of
 from anon_dist.data import DataError, Index
 from anon_dist.files import write_text
-from anon_dist.train.config import ConfigError, ModelConfig, check, find_config, load_config
+from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, find_config, load_config
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 4
 """Repeating data up to four times costs little (Muennighoff et al., arXiv 2305.16264)."""

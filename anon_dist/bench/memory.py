@@ -13,8 +13,8 @@ from anon_dist.bench.options import ENGINES, EngineName, OptimizerName
 from anon_dist.bench.shapes import Parameter, Shape
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.optim.schedule import Phase, Schedule, Window
-from anon_dist.train.config import OptimConfig
-from anon_dist.train.cross_entropy import piece_rows
+from anon_dist.train.config.parsing import OptimConfig
+from anon_dist.train.loss.cross_entropy import piece_rows
 
 LIVE = 1_000_000_000
 """Elements that DeepSpeed's stage 3 leaves gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""

@@ -19,7 +19,7 @@ from anon_dist.optim import Anon
 from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.plan import Variant
 from anon_dist.optim.regime import Regime
-from anon_dist.train.config import OptimConfig, find_config, load_config
+from anon_dist.train.config.parsing import OptimConfig, find_config, load_config
 
 PRESET = "gpt2-small"
 """The shipped training configuration whose optimizer settings are taken."""

@@ -38,7 +38,7 @@ from anon_dist.bench.options import EngineName, Hardware, OptimizerName, PlanOpt
 from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
 from anon_dist.engines.tensor_parallel import SPLIT
-from anon_dist.train.config import ConfigError, OptimConfig
+from anon_dist.train.config.parsing import ConfigError, OptimConfig
 
 # -- time -------------------------------------------------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ from anon_dist.bench.traffic import Traffic, bytes_written
 from anon_dist.engines.base import Engine
 from anon_dist.engines.start import FSDP, Accumulate, Wanted, start, wrap
 from anon_dist.optim import Anon, param_groups
-from anon_dist.train.batch import mean_loss
-from anon_dist.train.config import shipped_configs
-from anon_dist.train.loss import attach
-from anon_dist.train.model import blocks, build_model
-from anon_dist.train.recompute import recompute
+from anon_dist.train.config.parsing import shipped_configs
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import mean_loss
+from anon_dist.train.model.build import blocks, build_model
+from anon_dist.train.model.recompute import recompute
 
 WARM_UP = 3
 STREAM_ELEMENTS = 1 << 23

@@ -20,7 +20,7 @@ from anon_dist.bench.memory import NAMED, Job, owned_elements
 from anon_dist.bench.messages import traffic
 from anon_dist.bench.options import EngineName, OptimizerName, ScalingOptions
 from anon_dist.bench.shapes import find_shape
-from anon_dist.train.config import ConfigError
+from anon_dist.train.config.parsing import ConfigError
 
 SENT_TOLERANCE = 0.03
 """Bytes sent may differ by this share: DDP's buffers, the gradient's norm, and what else is small."""

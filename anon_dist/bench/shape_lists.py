@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from anon_dist.train.config import find_config, load_config
-from anon_dist.train.families import model_config
+from anon_dist.train.config.families import model_config
+from anon_dist.train.config.parsing import find_config, load_config
 
 Shapes = Sequence[Sequence[int]]
 

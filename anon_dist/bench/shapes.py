@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from anon_dist.train.config import ConfigError, ModelConfig, find_config, load_config
-from anon_dist.train.families import GLOBAL_EVERY, default_hidden
+from anon_dist.train.config.families import GLOBAL_EVERY, default_hidden
+from anon_dist.train.config.parsing import ConfigError, ModelConfig, find_config, load_config
 
 Family = Literal["gpt2", "llama", "qwen3", "gemma3", "olmo2", "mixtral"]
 Where = Literal["block", "embedding", "tail", "root"]
@@ -102,7 +102,7 @@ class Shape:
         return block + [((h,), None)] * (4 if self.family == "gemma3" else 2)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """As `anon_dist.train.model.flops_per_token`."""
+        """As `anon_dist.train.model.build.flops_per_token`."""
         share = self.experts_per_token / self.experts if self.experts else 1.0
         multiplied = sum(
             p.numel * (share if len(p.shape) == 3 else 1.0)
@@ -187,7 +187,7 @@ def find_shape(name: str, vocab: int) -> Shape:
 
 
 def shape_of(config: ModelConfig, vocab: int) -> Shape:
-    """What `anon_dist.train.families.model_config` makes of a configuration."""
+    """What `anon_dist.train.config.families.model_config` makes of a configuration."""
     padded = -(-vocab // config.pad_vocab_to) * config.pad_vocab_to
     kv_heads = config.heads if config.family == "gpt2" else config.kv_heads or config.heads
     experts = (config.experts or 8, config.experts_per_token or 2) if config.family == "mixtral" else (0, 0)

@@ -34,7 +34,7 @@ from anon_dist.bench.step_report import plot, show
 from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
-from anon_dist.train.config import ConfigError
+from anon_dist.train.config.parsing import ConfigError
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
 SLOW = 3.0

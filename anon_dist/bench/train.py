@@ -27,7 +27,7 @@ from rich.table import Table
 
 from anon_dist.bench.options import TrainOptions
 from anon_dist.data import DataError, Index
-from anon_dist.train.config import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
+from anon_dist.train.config.parsing import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
 
 Kind = Literal["anon", "adamw", "trainer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

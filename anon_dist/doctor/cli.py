@@ -14,7 +14,7 @@ from anon_dist.doctor.options import Doctor
 if TYPE_CHECKING:
     from anon_dist.doctor.place import Place
     from anon_dist.doctor.report import Report
-    from anon_dist.train.config import Config
+    from anon_dist.train.config.parsing import Config
 
 
 def run(options: Doctor, rest: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def run(options: Doctor, rest: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch warns of, a finding says
     from anon_dist.doctor.over_ssh import examine_all
     from anon_dist.doctor.place import PlaceError, find
-    from anon_dist.train.config import ConfigError, parse_args
+    from anon_dist.train.config.parsing import ConfigError, parse_args
 
     try:
         config: Config | None = parse_args(rest, "anon-dist doctor", others=_own_options()) if rest else None

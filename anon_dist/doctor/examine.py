@@ -12,7 +12,7 @@ from anon_dist.doctor import local, network, storage
 from anon_dist.doctor.meeting import Meeting, NoMeetingError, meet
 from anon_dist.doctor.place import Place
 from anon_dist.doctor.report import Report
-from anon_dist.train.config import Config
+from anon_dist.train.config.parsing import Config
 
 COMPILE_SECONDS = 300.0
 STEP_SECONDS = 60.0

@@ -22,9 +22,9 @@ from anon_dist.doctor.meeting import Meeting
 from anon_dist.doctor.report import Folder
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.rounding import BLOCK
-from anon_dist.train.config import Config
-from anon_dist.train.owner import Owner
-from anon_dist.train.remote import checkpoints_of
+from anon_dist.train.config.parsing import Config
+from anon_dist.train.saves.owner import Owner
+from anon_dist.train.saves.remote import checkpoints_of
 
 WRITTEN = 1 << 26
 """Bytes, to see how fast; less where there is little room."""

@@ -13,9 +13,9 @@ from anon_dist.optim.matching import Spectra
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import Cell, Grid
 from anon_dist.sweep.run import Command, Room, Scheduler
-from anon_dist.train.config import Config, ConfigError
-from anon_dist.train.errors import RunInUseError
-from anon_dist.train.spectrum import spectra_of
+from anon_dist.train.config.errors import RunInUseError
+from anon_dist.train.config.parsing import Config, ConfigError
+from anon_dist.train.optimizer.spectrum import spectra_of
 
 SHARE, LEAST_STEPS, MOST_STEPS = 0.1, 40, 1000
 """The run takes this share of the cells' steps, within these bounds."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from anon_dist.files import write_json
 from anon_dist.sweep.early import Curve
 from anon_dist.sweep.grid import Cell
-from anon_dist.train.config import Config, to_yaml
-from anon_dist.train.errors import DIVERGED
-from anon_dist.train.metrics import Record, read_metrics
+from anon_dist.train.config.errors import DIVERGED
+from anon_dist.train.config.parsing import Config, to_yaml
+from anon_dist.train.reports.metrics import Record, read_metrics
 
 State = Literal["missing", "unfinished", "finished", "stopped", "failed"]
 LOG_TAIL = 20

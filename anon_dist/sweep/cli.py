@@ -29,12 +29,12 @@ from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
 from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
-from anon_dist.train.config import Config, ConfigError, parse_args, to_yaml
-from anon_dist.train.corpora import use_cache
-from anon_dist.train.errors import RunError, RunInUseError
-from anon_dist.train.lock import held
-from anon_dist.train.sources import all_sources, called
-from anon_dist.train.spectrum import load_spectra
+from anon_dist.train.config.errors import RunError, RunInUseError
+from anon_dist.train.config.parsing import Config, ConfigError, parse_args, to_yaml
+from anon_dist.train.config.sources import all_sources, called
+from anon_dist.train.inputs.corpora import use_cache
+from anon_dist.train.optimizer.spectrum import load_spectra
+from anon_dist.train.saves.lock import held
 
 
 def sweep(parsed: Sweep, rest: list[str], args: list[str]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from anon_dist.train import strict_yaml
-from anon_dist.train.config import Config, ConfigError, accumulation, check, field_types, with_fields
-from anon_dist.train.optimizer import build_optimizer
-from anon_dist.train.ranges import spell
+from anon_dist.train.config import strict_yaml
+from anon_dist.train.config.parsing import Config, ConfigError, accumulation, check, field_types, with_fields
+from anon_dist.train.config.ranges import spell
+from anon_dist.train.optimizer.build import build_optimizer
 
 Axis = tuple[str, list[Any]]
 """A field's dotted name, and its values."""

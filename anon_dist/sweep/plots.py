@@ -11,7 +11,7 @@ from typing import Any
 
 from anon_dist.sweep.grid import short, show
 from anon_dist.sweep.results import Results, Setting, Spread, paired
-from anon_dist.train.metrics import Record
+from anon_dist.train.reports.metrics import Record
 
 LR = "optim.lr"
 MARKERS = "oD^vP*X<>ph"

@@ -17,7 +17,7 @@ from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.grid import OWN_GAMMAS, short, show
 from anon_dist.sweep.plots import LR, draw_all
 from anon_dist.sweep.results import Results, Setting, Spread, paired
-from anon_dist.train.config import ConfigError
+from anon_dist.train.config.parsing import ConfigError
 
 NAMES = {"anon": "Anon", "adamw": "AdamW"}
 

@@ -20,8 +20,8 @@ import torch
 
 from anon_dist.sweep.cells import CellFolder, Outcome
 from anon_dist.sweep.early import Curve, Peer, hopeless
-from anon_dist.train.config import Config
-from anon_dist.train.errors import IN_USE
+from anon_dist.train.config.errors import IN_USE
+from anon_dist.train.config.parsing import Config
 
 Command = Callable[[Path], list[str]]
 """From a cell's configuration file to what trains it."""

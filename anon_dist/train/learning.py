@@ -6,8 +6,8 @@ import logging
 import math
 import time
 
-from anon_dist.train.errors import DIVERGED, SkippedError
-from anon_dist.train.metrics import Record
+from anon_dist.train.config.errors import DIVERGED, SkippedError
+from anon_dist.train.reports.metrics import Record
 from anon_dist.train.rewind import rewind
 from anon_dist.train.run import Run
 

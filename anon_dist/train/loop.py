@@ -23,37 +23,38 @@ from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
 from anon_dist.launcher import end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.train import hangs, records
-from anon_dist.train.alike import shared_settings
-from anon_dist.train.batch import Batch
-from anon_dist.train.card import model_card
-from anon_dist.train.config import Config, check
-from anon_dist.train.corpora import ValidationSet, first_folder, remarks, use_cache
-from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.evaluate import Evaluation, evaluate, mean
-from anon_dist.train.export import export_model
+from anon_dist.train import records
+from anon_dist.train.config.alike import shared_settings
+from anon_dist.train.config.errors import HarnessError, RunError
+from anon_dist.train.config.lr import lr_factor
+from anon_dist.train.config.parsing import Config, check
+from anon_dist.train.config.phases import phases_from, phases_of, resolved
+from anon_dist.train.health import hangs
+from anon_dist.train.health.pulse import Pulse
+from anon_dist.train.health.signals import StopSignal
+from anon_dist.train.health.stragglers import time_collectives
+from anon_dist.train.health.whereabouts import record_collectives
+from anon_dist.train.inputs.corpora import ValidationSet, first_folder, remarks, use_cache
+from anon_dist.train.inputs.samples import enter
 from anon_dist.train.learning import back, learn
-from anon_dist.train.lock import RunLock, held
-from anon_dist.train.loss import SUMS
-from anon_dist.train.lr import lr_factor
-from anon_dist.train.metrics import Console, MetricsFile, Record, Stopwatch
-from anon_dist.train.optimizer import MakeOptimizer, build_optimizer
-from anon_dist.train.phases import phases_from, phases_of, resolved
-from anon_dist.train.profiling import Profiler
-from anon_dist.train.pulse import Pulse
+from anon_dist.train.loss.attach import SUMS
+from anon_dist.train.loss.batch import Batch
+from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
+from anon_dist.train.model.card import model_card
+from anon_dist.train.model.export import export_model
+from anon_dist.train.model.trainable import uses_tf32
+from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
-from anon_dist.train.remote import checkpoints_of, claim, finish_uploads, uploads_of
-from anon_dist.train.report import RESULT, finished, report, taken
+from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.reports.profiling import Profiler
+from anon_dist.train.reports.report import RESULT, finished, report, taken
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import Run, set_up, wanted_engine
-from anon_dist.train.samples import enter
+from anon_dist.train.saves.lock import RunLock, held
+from anon_dist.train.saves.remote import checkpoints_of, claim, finish_uploads, uploads_of
 from anon_dist.train.saving import Saver, progress_of
-from anon_dist.train.signals import StopSignal
-from anon_dist.train.stragglers import time_collectives
-from anon_dist.train.tasks import score_tasks
-from anon_dist.train.trainable import uses_tf32
-from anon_dist.train.whereabouts import record_collectives
+from anon_dist.train.tasks.during import score_tasks
 
 
 def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Path:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 from anon_dist.agreement import describe, first_does
-from anon_dist.train.config import Config
-from anon_dist.train.errors import ConfigError, RunError
-from anon_dist.train.metrics import Console, MetricsFile, Record
+from anon_dist.train.config.errors import ConfigError, RunError
+from anon_dist.train.config.parsing import Config
+from anon_dist.train.health.signals import StopSignal
+from anon_dist.train.reports.metrics import Console, MetricsFile, Record
 from anon_dist.train.rewind import steps_repeated
 from anon_dist.train.run import Run
-from anon_dist.train.signals import StopSignal
 
 
 def trackers(config: Config) -> list[str] | None:

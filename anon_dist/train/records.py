@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anon_dist.optim.host_copy import HostCopy
-from anon_dist.train.loss import SUMS
-from anon_dist.train.metrics import PARTS, Record
-from anon_dist.train.model import peak_flops
+from anon_dist.train.loss.attach import SUMS
+from anon_dist.train.model.build import peak_flops
+from anon_dist.train.reports.metrics import PARTS, Record
 from anon_dist.train.run import Run
 
 log = logging.getLogger(__name__)

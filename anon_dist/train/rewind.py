@@ -12,10 +12,10 @@ from typing import Any
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.files import write_json
-from anon_dist.train.errors import RunError
-from anon_dist.train.metrics import Record
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.health.spikes import Judged
+from anon_dist.train.reports.metrics import Record
 from anon_dist.train.run import Run, resume_latest
-from anon_dist.train.spikes import Judged
 
 log = logging.getLogger(__name__)
 

@@ -29,35 +29,35 @@ from anon_dist.engines.context import ContextParallel
 from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
-from anon_dist.train import randomness
-from anon_dist.train.changes import changes
-from anon_dist.train.config import Config, ConfigError, accumulation, to_yaml
-from anon_dist.train.corpora import Corpus, ValidationSet, open_corpora
-from anon_dist.train.errors import RunError
-from anon_dist.train.gamma import GammaRules
-from anon_dist.train.hangs import patience
-from anon_dist.train.harness import Tasks
-from anon_dist.train.lock import RunLock
-from anon_dist.train.model import flops_per_token
-from anon_dist.train.optimizer import (
+from anon_dist.train.config.changes import changes
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.config.parsing import Config, ConfigError, accumulation, to_yaml
+from anon_dist.train.config.phases import phase_at, phases_of
+from anon_dist.train.health.hangs import patience
+from anon_dist.train.health.pulse import Pulse
+from anon_dist.train.health.spikes import SpikeDetector, detector
+from anon_dist.train.health.stragglers import Stragglers
+from anon_dist.train.health.waiting import Waiting
+from anon_dist.train.inputs import randomness
+from anon_dist.train.inputs.corpora import Corpus, ValidationSet, open_corpora
+from anon_dist.train.inputs.samples import check_repetition, enter, open_loader
+from anon_dist.train.inputs.vocabulary import tokenizer_problem
+from anon_dist.train.model.build import flops_per_token
+from anon_dist.train.model.trainable import check_causal, set_modes, shared_sequences, trainable
+from anon_dist.train.optimizer.build import (
     MakeOptimizer,
     apply_hyperparameters,
     build_optimizer,
     hyperparameters,
     optimizer_of,
 )
-from anon_dist.train.phases import phase_at, phases_of
-from anon_dist.train.pulse import Pulse
-from anon_dist.train.remote import checkpoints_of, fetch_again, fetch_newest, set_later_aside
-from anon_dist.train.report import RESULT
-from anon_dist.train.samples import check_repetition, enter, open_loader
-from anon_dist.train.spikes import SpikeDetector, detector
-from anon_dist.train.stragglers import Stragglers
-from anon_dist.train.tasks import wanted_tasks
-from anon_dist.train.trainable import check_causal, set_modes, shared_sequences, trainable
-from anon_dist.train.vocabulary import tokenizer_problem
-from anon_dist.train.waiting import Waiting
-from anon_dist.train.watch import OptimizerWatch
+from anon_dist.train.optimizer.gamma import GammaRules
+from anon_dist.train.optimizer.watch import OptimizerWatch
+from anon_dist.train.reports.report import RESULT
+from anon_dist.train.saves.lock import RunLock
+from anon_dist.train.saves.remote import checkpoints_of, fetch_again, fetch_newest, set_later_aside
+from anon_dist.train.tasks.during import wanted_tasks
+from anon_dist.train.tasks.harness import Tasks
 
 
 @dataclass

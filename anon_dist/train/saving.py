@@ -18,14 +18,14 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.linking import Links
 from anon_dist.data.remote import joined
 from anon_dist.engines import peers
-from anon_dist.train import randomness
-from anon_dist.train.changes import recorded, versions
-from anon_dist.train.corpora import first_path
-from anon_dist.train.errors import RunError
-from anon_dist.train.metrics import Record
-from anon_dist.train.remote import finish_uploads, uploads_of
+from anon_dist.train.config.changes import recorded, versions
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.health.signals import StopSignal
+from anon_dist.train.inputs import randomness
+from anon_dist.train.inputs.corpora import first_path
+from anon_dist.train.reports.metrics import Record
 from anon_dist.train.run import Run
-from anon_dist.train.signals import StopSignal
+from anon_dist.train.saves.remote import finish_uploads, uploads_of
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.data import DataError
 from anon_dist.data.sources import FileSource, open_source
 from anon_dist.files import unused, write_text
-from anon_dist.train.errors import HarnessError, RunError
-from anon_dist.train.export import context_of, generation_config
-from anon_dist.train.harness import Tasks, find_tasks, quiet, run_tasks, scores
-from anon_dist.train.lock import held
-from anon_dist.train.metrics import Record, add_metrics
+from anon_dist.train.config.errors import HarnessError, RunError
+from anon_dist.train.model.export import context_of, generation_config
+from anon_dist.train.reports.metrics import Record, add_metrics
+from anon_dist.train.saves.lock import held
+from anon_dist.train.tasks.harness import Tasks, find_tasks, quiet, run_tasks, scores
 from anon_dist.trained.device import device_of
 from anon_dist.trained.find import Trained, find, tokenizer_of
 from anon_dist.trained.model import check_tokens, load_model

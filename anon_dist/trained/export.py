@@ -10,8 +10,8 @@ from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.files import publish
-from anon_dist.train.card import model_card
-from anon_dist.train.export import complete
+from anon_dist.train.model.card import model_card
+from anon_dist.train.model.export import complete
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.model import check_tokens, model_config
 from anon_dist.trained.options import Export

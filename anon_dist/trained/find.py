@@ -17,8 +17,8 @@ from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.torchfile import is_torch_file
 from anon_dist.data import DataError, Index, Tokenizer
 from anon_dist.data.stream import fingerprints_of
-from anon_dist.train.metrics import read_metrics
-from anon_dist.train.report import RESULT
+from anon_dist.train.reports.metrics import read_metrics
+from anon_dist.train.reports.report import RESULT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.train.export import context_of, generation_config
+from anon_dist.train.model.export import context_of, generation_config
 from anon_dist.trained.device import device_of
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.model import check_tokens, load_model

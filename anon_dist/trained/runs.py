@@ -24,11 +24,11 @@ from rich.table import Table
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.files import write_text
 from anon_dist.page import page, picture
-from anon_dist.train import strict_yaml
-from anon_dist.train.config import flat
-from anon_dist.train.lock import LOCK, SILENT_SECONDS
-from anon_dist.train.metrics import TASK, WORDS, Record, read_metrics
-from anon_dist.train.report import RESULT
+from anon_dist.train.config import strict_yaml
+from anon_dist.train.config.parsing import flat
+from anon_dist.train.reports.metrics import TASK, WORDS, Record, read_metrics
+from anon_dist.train.reports.report import RESULT
+from anon_dist.train.saves.lock import LOCK, SILENT_SECONDS
 from anon_dist.trained.options import Runs
 
 INSIDE = ("checkpoints", "model", "tensorboard")

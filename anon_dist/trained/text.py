@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anon_dist.train import evaluate
+from anon_dist.train.loss import evaluate
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ is_finished() {
 import sys
 from pathlib import Path
 
-from anon_dist.train.config import parse_args
-from anon_dist.train.report import finished
+from anon_dist.train.config.parsing import parse_args
+from anon_dist.train.reports.report import finished
 
 config = parse_args(sys.argv[1:])
 sys.exit(not finished(Path(config.run_dir), config))

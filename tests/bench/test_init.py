@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from anon_dist.bench.init import duration, often
 from anon_dist.cli import main
-from anon_dist.train.config import accumulation, parse_args
-from anon_dist.train.families import model_config
+from anon_dist.train.config.families import model_config
+from anon_dist.train.config.parsing import accumulation, parse_args
 
 
 def written(tmp_path, data, model, *words):

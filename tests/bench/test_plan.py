@@ -16,11 +16,11 @@ from anon_dist.bench.shapes import MODELS, Shape, config_of, find_shape
 from anon_dist.cli import main
 from anon_dist.optim import Anon, param_groups
 from anon_dist.optim.frame import BASIS_KEYS
-from anon_dist.train.batch import mean_loss
-from anon_dist.train.config import ConfigError
-from anon_dist.train.loss import attach
-from anon_dist.train.model import blocks, build_model, flops_per_token
-from anon_dist.train.recompute import recompute
+from anon_dist.train.config.parsing import ConfigError
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import mean_loss
+from anon_dist.train.model.build import blocks, build_model, flops_per_token
+from anon_dist.train.model.recompute import recompute
 
 TINY = Shape("llama", layers=2, width=8, heads=2, kv_heads=1, hidden=24, vocab=10, context=16, tied=False)
 GPT2 = Shape("gpt2", layers=2, width=15, heads=3, kv_heads=3, hidden=60, vocab=101, context=16, tied=True)

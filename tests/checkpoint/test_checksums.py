@@ -28,7 +28,7 @@ from anon_dist.checkpoint.torchfile import LEGACY, open_torch
 from anon_dist.checkpoint.verify import differences, verify
 from anon_dist.cli import main
 from anon_dist.engines.restore import check_present
-from anon_dist.train import randomness
+from anon_dist.train.inputs import randomness
 
 
 def make(width=700):

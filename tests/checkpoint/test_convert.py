@@ -204,7 +204,7 @@ def test_accelerates_folder_is_read(tmp_path):
 
 
 def test_the_random_states_and_progress_of_a_run_arrive(tmp_path):
-    from anon_dist.train import randomness
+    from anon_dist.train.inputs import randomness
 
     model, optimizer = trained("anon")
     run = tmp_path / "step-00000003"

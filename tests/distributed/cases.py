@@ -44,12 +44,14 @@ from anon_dist.optim import STATE_KEYS, monitor, param_groups
 from anon_dist.optim.backends import choice, cpu
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.optim.state import decoded
-from anon_dist.train import config as c
-from anon_dist.train import loop, randomness, signals
-from anon_dist.train.batch import mean_loss
-from anon_dist.train.loss import attach
-from anon_dist.train.metrics import read_metrics
-from anon_dist.train.model import build_model
+from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
+from anon_dist.train.health import signals
+from anon_dist.train.inputs import randomness
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import mean_loss
+from anon_dist.train.model.build import build_model
+from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.train.run import set_up, wanted_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -47,7 +47,7 @@ from anon_dist.optim.backends import cpu as on_cpu
 from anon_dist.optim.backends import foreach
 from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.train import loop
-from anon_dist.train.config import Config, load_config
+from anon_dist.train.config.parsing import Config, load_config
 from anon_dist.train.run import set_up, wanted_engine
 
 OUT, DATA, REFERENCE = sys.argv[1:4]

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import Anon, param_groups
-from anon_dist.train.batch import mean_loss
-from anon_dist.train.config import ModelConfig
-from anon_dist.train.loss import attach
-from anon_dist.train.model import build_model, plan_model
+from anon_dist.train.config.parsing import ModelConfig
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import mean_loss
+from anon_dist.train.model.build import build_model, plan_model
 
 LENGTH, VOCABULARY = 32, 100
 SIZES = {"layers": 2, "width": 32, "heads": 4, "context": LENGTH}

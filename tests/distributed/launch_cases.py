@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from anon_dist.train import report
+from anon_dist.train.reports import report
 
 
 def run_cases(namespace: dict[str, Any], before: Callable[[], None] | None = None) -> None:

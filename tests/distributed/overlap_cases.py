@@ -28,8 +28,8 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.optim import STATE_KEYS, param_groups
 from anon_dist.optim.backends import cpu
-from anon_dist.train import config as c
 from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
 
 STEPS, WIDTH = 10, 5
 

@@ -11,8 +11,9 @@ from launch_cases import Patch
 
 from anon_dist.checkpoint.verify import verify
 from anon_dist.data import BatchLoader
-from anon_dist.train import loop, spikes, stragglers
+from anon_dist.train import loop
 from anon_dist.train import records as train_records
+from anon_dist.train.health import spikes, stragglers
 
 
 def records(folder):

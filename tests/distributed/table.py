@@ -29,11 +29,11 @@ from anon_dist import Anon
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.start import Wanted, start, wrap
 from anon_dist.optim import STATE_KEYS, param_groups
-from anon_dist.train import config as c
-from anon_dist.train import cross_entropy
-from anon_dist.train.batch import mean_loss
-from anon_dist.train.loss import attach
-from anon_dist.train.model import build_model
+from anon_dist.train.config import parsing as c
+from anon_dist.train.loss import cross_entropy
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import mean_loss
+from anon_dist.train.model.build import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 TORCH = ("ddp", "zero1", "fsdp2", "hsdp", "fsdp1")

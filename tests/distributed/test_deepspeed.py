@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import assert_passed, forget_accelerate, launch_ranks, metrics
 
-from anon_dist.train import config as c
 from anon_dist.train import loop
-from anon_dist.train.config import load_config
+from anon_dist.train.config import parsing as c
+from anon_dist.train.config.parsing import load_config
 
 pytest.importorskip("deepspeed")
 SCRIPT = Path(__file__).with_name("deepspeed_cases.py")

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from anon_dist.train import config as c
-from anon_dist.train import hang_report, hangs, whereabouts
-from anon_dist.train.pulse import Pulse
+from anon_dist.train.config import parsing as c
+from anon_dist.train.health import hang_report, hangs, whereabouts
+from anon_dist.train.health.pulse import Pulse
 
 HERE = socket.gethostname()
 FORK = multiprocessing.get_context("fork")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from two_hosts import TIMEOUT, Host, Launch, go_on
 
 from anon_dist.doctor.storage import checkpoint_bytes
-from anon_dist.train.config import load_config
+from anon_dist.train.config.parsing import load_config
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

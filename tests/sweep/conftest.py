@@ -9,7 +9,7 @@ from anon_dist.sweep import report, run
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.cli import Sweep, run_sweep
 from anon_dist.sweep.plots import draw_all
-from anon_dist.train import config as c
+from anon_dist.train.config import parsing as c
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ HELD = "held"
 """As the configuration's `log.project`."""
 
 IN_USE = 75
-"""As `anon_dist.train.errors` has it, without waiting for torch."""
+"""As `anon_dist.train.config.errors` has it, without waiting for torch."""
 
 PATIENCE = 120.0
 """Seconds; then a run that waits goes on, and the test fails."""

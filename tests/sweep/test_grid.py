@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anon_dist.sweep.grid import ANON_ONLY, Grid, parse_axes, parse_axis, parse_seeds
-from anon_dist.train import config as c
+from anon_dist.train.config import parsing as c
 
 BASE = c.Config(optim=c.OptimConfig(gamma=0.75))
 

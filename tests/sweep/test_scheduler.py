@@ -19,8 +19,8 @@ from anon_dist.sweep import run
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.results import Results
 from anon_dist.sweep.run import Room
-from anon_dist.train.config import ConfigError
-from anon_dist.train.errors import IN_USE, RunInUseError
+from anon_dist.train.config.errors import IN_USE, RunInUseError
+from anon_dist.train.config.parsing import ConfigError
 
 STEPS = list(range(1, 13))
 WAITS = {"log__project": HELD}

@@ -10,8 +10,8 @@ import yaml
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.cli import main
 from anon_dist.sweep.cells import CellFolder
-from anon_dist.train.config import to_yaml
-from anon_dist.train.spectrum import load_spectra, spectra_of
+from anon_dist.train.config.parsing import to_yaml
+from anon_dist.train.optimizer.spectrum import load_spectra, spectra_of
 
 
 def table(page, title):

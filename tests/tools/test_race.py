@@ -8,7 +8,7 @@ import race
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from anon_dist.train.config import OptimConfig
+from anon_dist.train.config.parsing import OptimConfig
 
 STUDY = Path(__file__).parents[2] / "configs" / "study"
 

@@ -3,8 +3,9 @@
 import pytest
 from helpers import forget_accelerate
 
-from anon_dist.train import config as c
-from anon_dist.train import loop, report
+from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
+from anon_dist.train.reports import report
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from anon_dist.train.config import (
+from anon_dist.train.config.parsing import (
     Config,
     ConfigError,
     SourceConfig,
@@ -14,7 +14,7 @@ from anon_dist.train.config import (
     shipped_configs,
     to_yaml,
 )
-from anon_dist.train.phases import phases_of
+from anon_dist.train.config.phases import phases_of
 
 
 def write(tmp_path, text):

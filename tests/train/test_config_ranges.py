@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from anon_dist.train.config import (
+from anon_dist.train.config.parsing import (
     Config,
     ConfigError,
     check,
@@ -16,7 +16,7 @@ from anon_dist.train.config import (
     to_yaml,
     with_fields,
 )
-from anon_dist.train.ranges import spell
+from anon_dist.train.config.ranges import spell
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBER = ["", "x", True, NAN, INF, -INF, [1], {"a": 1}]

@@ -8,10 +8,10 @@ import pytest
 
 from anon_dist.cli import main
 from anon_dist.data import ShardError, cache, remote
-from anon_dist.train.config import ConfigError, SourceConfig
-from anon_dist.train.metrics import read_metrics
-from anon_dist.train.pulse import Pulse
-from anon_dist.train.waiting import Waiting
+from anon_dist.train.config.parsing import ConfigError, SourceConfig
+from anon_dist.train.health.pulse import Pulse
+from anon_dist.train.health.waiting import Waiting
+from anon_dist.train.reports.metrics import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from helpers import Crash, at_step, crash, metrics
 
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.optim.regime import Regime
-from anon_dist.train import config as c
-from anon_dist.train.gamma import gamma_at
-from anon_dist.train.lr import lr_factor
-from anon_dist.train.spectrum import spectra_of
+from anon_dist.train.config import parsing as c
+from anon_dist.train.config.lr import lr_factor
+from anon_dist.train.optimizer.gamma import gamma_at
+from anon_dist.train.optimizer.spectrum import spectra_of
 
 SCHEDULE = {3: 0.5, 11: 1.4}
 BY_NAME = {"*wte*": 0.0, "*ln_*": -0.5}

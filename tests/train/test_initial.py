@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from anon_dist.checkpoint.schema import WEIGHT, Key
-from anon_dist.train import initial
-from anon_dist.train.config import ConfigError, ModelConfig
-from anon_dist.train.initial import BLOCK, initial_weights
-from anon_dist.train.model import build_model, plan_model
+from anon_dist.train.config.parsing import ConfigError, ModelConfig
+from anon_dist.train.model import initial
+from anon_dist.train.model.build import build_model, plan_model
+from anon_dist.train.model.initial import BLOCK, initial_weights
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma3", "olmo2", "mixtral")
 SIZES = {"layers": 2, "width": 64, "heads": 4, "context": 32}

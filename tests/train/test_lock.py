@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from anon_dist.train import lock as module
-from anon_dist.train.errors import RunError
-from anon_dist.train.lock import LOCK, RunLock, held
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.saves import lock as module
+from anon_dist.train.saves.lock import LOCK, RunLock, held
 
 FORK = multiprocessing.get_context("fork")
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anon_dist.data.packing import IGNORED
-from anon_dist.train import cross_entropy
-from anon_dist.train.config import ConfigError
-from anon_dist.train.cross_entropy import Head, summed_loss, token_losses
-from anon_dist.train.loss import attach
+from anon_dist.train.config.parsing import ConfigError
+from anon_dist.train.loss import cross_entropy
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.cross_entropy import Head, summed_loss, token_losses
 
 V, Z = 211, 1e-3
 SIZES = {

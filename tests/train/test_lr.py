@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from anon_dist.train.config import ScheduleConfig
-from anon_dist.train.lr import lr_factor
+from anon_dist.train.config.lr import lr_factor
+from anon_dist.train.config.parsing import ScheduleConfig
 
 
 def shape(**changes):

@@ -3,7 +3,7 @@
 import io
 import logging
 
-from anon_dist.train.metrics import Console, MetricsFile, add_metrics, read_metrics, table_line
+from anon_dist.train.reports.metrics import Console, MetricsFile, add_metrics, read_metrics, table_line
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
@@ -93,7 +93,7 @@ def test_a_terminal_has_a_line_of_progress(monkeypatch):
     console = Console(600, 100)
     for _ in range(3):
         console.step()
-    logging.getLogger("anon_dist.train.watch").warning("much is clipped")
+    logging.getLogger("anon_dist.train.optimizer.watch").warning("much is clipped")
     console.record({**FULL, "step": 103})
     console.close()
     text = screen.getvalue()

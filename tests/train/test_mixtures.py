@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from anon_dist.data import PrepareConfig, TokenShards, prepare
-from anon_dist.train import plot, report
-from anon_dist.train.config import ConfigError, PhaseConfig, SourceConfig
-from anon_dist.train.metrics import read_metrics
+from anon_dist.train.config.parsing import ConfigError, PhaseConfig, SourceConfig
+from anon_dist.train.reports import plot, report
+from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.trained.options import Runs
 from anon_dist.trained.runs import runs
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anon_dist.train.batch import Batch
-from anon_dist.train.config import ConfigError, ModelConfig
-from anon_dist.train.loss import attach
-from anon_dist.train.model import blocks, build_model, flops_per_token
+from anon_dist.train.config.parsing import ConfigError, ModelConfig
+from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.batch import Batch
+from anon_dist.train.model.build import blocks, build_model, flops_per_token
 
 EOD = 0
 

@@ -14,10 +14,10 @@ from anon_dist.checkpoint.uploads import TakenError, Uploads
 from anon_dist.doctor import storage
 from anon_dist.doctor.judge import Nodes, Wanted, judge
 from anon_dist.doctor.report import Report
-from anon_dist.train import config as c
 from anon_dist.train import loop
-from anon_dist.train.errors import RunError
-from anon_dist.train.owner import Owner
+from anon_dist.train.config import parsing as c
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.saves.owner import Owner
 
 
 @pytest.fixture(autouse=True)

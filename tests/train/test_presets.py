@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from anon_dist.train.config import parse_args
-from anon_dist.train.families import model_config
+from anon_dist.train.config.families import model_config
+from anon_dist.train.config.parsing import parse_args
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from anon_dist.train.config import ModelConfig
-from anon_dist.train.model import blocks, build_model
-from anon_dist.train.recompute import recompute
+from anon_dist.train.config.parsing import ModelConfig
+from anon_dist.train.model.build import blocks, build_model
+from anon_dist.train.model.recompute import recompute
 
 TOKENS = torch.arange(256).view(2, 128) % 100
 

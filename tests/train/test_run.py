@@ -18,12 +18,13 @@ from anon_dist.checkpoint.schema import WEIGHT, Key
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
-from anon_dist.train import loop, report
-from anon_dist.train.config import ConfigError
-from anon_dist.train.errors import SkippedError
-from anon_dist.train.lr import lr_factor
-from anon_dist.train.plot import plot_loss
+from anon_dist.train import loop
+from anon_dist.train.config.errors import SkippedError
+from anon_dist.train.config.lr import lr_factor
+from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.recording import trackers
+from anon_dist.train.reports import report
+from anon_dist.train.reports.plot import plot_loss
 
 # β2 = 0.95, ρ = 1.1: refreshes at 1 … 11, 13; a window of 2 is closed at step 12, and open at 4, 8 and 13.
 OPTIMIZERS = {

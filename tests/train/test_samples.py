@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from anon_dist.data import Packing, PrepareConfig, SampleOrder, TokenShards, prepare
 from anon_dist.train import loop
-from anon_dist.train.config import ConfigError
-from anon_dist.train.metrics import read_metrics
-from anon_dist.train.model import build_model
+from anon_dist.train.config.parsing import ConfigError
+from anon_dist.train.model.build import build_model
+from anon_dist.train.reports.metrics import read_metrics
 
 
 def steps_of(folder):

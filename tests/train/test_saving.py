@@ -17,7 +17,7 @@ from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.linking import LinkingWriter, Links
 from anon_dist.checkpoint.verify import verify
 from anon_dist.train import loop
-from anon_dist.train.errors import RunError
+from anon_dist.train.config.errors import RunError
 
 # Refreshes at 1, 2, 3, … 8, 16: the preconditioner stays as it is from 9 to 15, exp_avg_sq until step 14.
 QUIET = {"optim__refresh_ratio": 2.0, "optim__window": 2, "checkpoint__every": 1, "checkpoint__keep": 20}
@@ -114,7 +114,7 @@ def test_what_does_not_change_is_shared_with_the_last_but_one(run_config, train,
 
 
 def read(folder):
-    from anon_dist.train.metrics import read_metrics
+    from anon_dist.train.reports.metrics import read_metrics
 
     return read_metrics(folder / "metrics.jsonl")
 

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from helpers import Crash, at_step, crash, metrics, send
 
 from anon_dist.data import BatchLoader
-from anon_dist.train import loop, spikes
-from anon_dist.train.errors import RunError
-from anon_dist.train.spikes import SpikeDetector
+from anon_dist.train import loop
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.health import spikes
+from anon_dist.train.health.spikes import SpikeDetector
 
 
 def plainly(series, sigma=6.0, span=128, warm=64):

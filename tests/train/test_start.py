@@ -18,10 +18,10 @@ from anon_dist.data import DataError, PrepareConfig, ShardError, Tokenizer, Toke
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.peers import Ending
 from anon_dist.engines.start import _resolve
-from anon_dist.train.changes import changes, recorded, versions
-from anon_dist.train.config import ConfigError, parse_args, shipped_configs, to_yaml
+from anon_dist.train.config.changes import changes, recorded, versions
+from anon_dist.train.config.parsing import ConfigError, parse_args, shipped_configs, to_yaml
+from anon_dist.train.inputs.vocabulary import tokenizer_problem
 from anon_dist.train.run import wanted_engine
-from anon_dist.train.vocabulary import tokenizer_problem
 
 PRESETS = sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
 

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from anon_dist.cli import main
-from anon_dist.train import config as c
-from anon_dist.train import harness, loop, report, tasks
-from anon_dist.train.errors import RunError
-from anon_dist.train.lock import _BYTE, LOCK
+from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.reports import report
+from anon_dist.train.saves.lock import _BYTE, LOCK
+from anon_dist.train.tasks import during as tasks
+from anon_dist.train.tasks import harness
 from anon_dist.trained.text import windows
 
 CONTEXT = 32

@@ -14,8 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.cli import main
-from anon_dist.train import config as c
-from anon_dist.train import loop, report
+from anon_dist.train import loop
+from anon_dist.train.config import parsing as c
+from anon_dist.train.reports import report
 from anon_dist.trained import hub
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.generate import continued

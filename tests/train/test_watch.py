@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anon_dist import Anon
-from anon_dist.train.watch import SETTLED, OptimizerWatch
+from anon_dist.train.optimizer.watch import SETTLED, OptimizerWatch
 
 
 class Whole:

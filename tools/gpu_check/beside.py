@@ -9,7 +9,7 @@ from found import Found, configuration, forget_accelerate
 
 if TYPE_CHECKING:
     from anon_dist.bench.memory import Job
-    from anon_dist.train.config import Config
+    from anon_dist.train.config.parsing import Config
 
 TURNS, TURN = 6, 5
 """30 steps of each loop."""
@@ -82,7 +82,7 @@ def memory(found: Found) -> None:
     from bench_loop import Ours
 
     from anon_dist.bench.peak import growth, lasting_bytes
-    from anon_dist.train.metrics import Stopwatch
+    from anon_dist.train.reports.metrics import Stopwatch
 
     layers = 4 if found.on_gpu else 2
     for name, changes in (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from anon_dist.train.config import Config
+    from anon_dist.train.config.parsing import Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def configuration(found: Found, preset: str, **changes: Any) -> Config:
 
     `changes`: section_field = value.
     """
-    from anon_dist.train.config import find_config, load_config
+    from anon_dist.train.config.parsing import find_config, load_config
 
     config = load_config(find_config(preset))
     config.data.path, config.run_dir, config.resume = str(found.data), str(found.work / f"run-{os.getpid()}"), "never"

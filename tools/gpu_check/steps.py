@@ -97,10 +97,10 @@ def context(found: Found) -> None:
     import torch.distributed as dist
 
     from anon_dist.engines.context import ContextParallel
-    from anon_dist.train.batch import mean_loss
-    from anon_dist.train.config import ModelConfig
-    from anon_dist.train.loss import attach
-    from anon_dist.train.model import build_model
+    from anon_dist.train.config.parsing import ModelConfig
+    from anon_dist.train.loss.attach import attach
+    from anon_dist.train.loss.batch import mean_loss
+    from anon_dist.train.model.build import build_model
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("nccl" if found.on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,62 @@
+"""The prepared folders that a configuration names, and that they are there: known before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+
+from anon_dist.data.index import INDEX_FILE, Index
+from anon_dist.stores import is_address
+from anon_dist.train.config.errors import ConfigError
+from anon_dist.train.config.fields import Config, DataConfig, SourceConfig
+from anon_dist.train.config.phases import phases_from
+
+
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Name → folder and weight of each source; data.path is one, of the name ""."""
+    return dict(data.sources) or {"": SourceConfig(data.path)}
+
+
+def all_sources(config: Config) -> dict[str, SourceConfig]:
+    """Name → folder of every source of every phase; its weight is its share of all tokens that the run plans to read."""
+    found: dict[str, SourceConfig] = {}
+    for steps, phase in phases_from(config, 0):
+        sources = sources_of(phase.data)
+        tokens = steps * phase.train.global_batch * phase.data.seq_len / sum(s.weight for s in sources.values())
+        for name, source in sources.items():
+            weight = source.weight * tokens + (found[name].weight if name in found else 0.0)
+            found[name] = replace(source, weight=weight)
+    total = sum(source.weight for source in found.values())
+    return {name: replace(source, weight=source.weight / total) for name, source in found.items()}
+
+
+def called(name: str) -> str:
+    """A source's name in messages."""
+    return f"data.sources.{name}" if name else "data.path"
+
+
+def check_present(config: Config) -> None:
+    """That each folder on this machine is prepared: its shards are looked at later. What lies at an address is not asked for.
+
+    Raises:
+        ConfigError: a source is not there, or not finished; with the command that makes it.
+        ShardError: its index, or that of a set to validate on, is missing or malformed.
+    """
+    for name, source in all_sources(config).items():
+        _check_begun(name, source, config.data.prepare)
+        if not is_address(source.path):
+            Index.load(source.path)
+    for path in config.eval.sets.values():
+        if not is_address(path):
+            Index.load(path)
+
+
+def _check_begun(name: str, source: SourceConfig, prepare: str | None) -> None:
+    if is_address(source.path) or os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
+        return
+    options = prepare if name == "" else "--source … --tokenizer …"
+    raise ConfigError(
+        f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
+        f"{options} --out {shlex.quote(source.path)}"
+    )

@@ -1,0 +1,1 @@
+"""Whether a run is well: hangs, slow hosts, spikes, signals."""

@@ -1,0 +1,1 @@
+"""What a run reads: prepared folders, the order of their samples, the vocabulary, random states."""

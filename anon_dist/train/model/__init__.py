@@ -1,0 +1,1 @@
+"""The model: built, initialised in shards, made trainable, exported."""

@@ -1,0 +1,1 @@
+"""Whose a run's folder and its remote copy are."""

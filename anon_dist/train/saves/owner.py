@@ -1,0 +1,130 @@
+"""Whose an address is (`checkpoint.remote`): one run's, which writes so there at its start; that shows, too, that it can write.
+
+A run is known by an id, in its folder and at the address. One whose folder is lost is known by the folder's name and by its settings: the
+same command goes on from the address, on another machine too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anon_dist.checkpoint import CheckpointError, Checkpoints
+from anon_dist.checkpoint.remote import OWNER, Remote
+from anon_dist.checkpoint.uploads import TakenError
+from anon_dist.files import write_json
+from anon_dist.train.config.changes import recorded
+from anon_dist.train.config.parsing import Config, flat
+
+_BEGUN = time.strftime("%Y-%m-%d %H:%M:%S %z")
+"""Of this process, nearly: with host and pid no other's."""
+_OWN = ("model.", "optim.", "schedule.", "train.seed", "train.global_batch", "data.seq_len")
+"""Settings by which a run is known: the others follow the machine, or are changed on the way."""
+
+
+class Owner:
+    """This start of a run, as the owner of an address. For one process.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._folder, self._config = folder, config
+        self._record: dict[str, Any] = {
+            "run_dir": str(folder.absolute()),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "since": _BEGUN,
+            "settings": _settings(recorded(config)),
+        }
+
+    def claim(self, remote: Remote, checkpoints: Checkpoints) -> None:
+        """Make the address this run's, before anything is read from it or written to it.
+
+        Raises:
+            CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
+            OSError: the run's folder cannot be written.
+        """
+        found = self.check(remote, checkpoints)
+        self._record["id"] = (found or {}).get("id") or self._here() or secrets.token_hex(8)
+        try:
+            remote.own(self._record)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. See to the address and to the right to write there, or leave checkpoint.remote out: checkpoints then stay in "
+                "run_dir alone"
+            ) from error
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / OWNER, self._record)
+
+    def check(self, remote: Remote, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Whether the address is free, or this run's already; what its owner wrote there, if there is one.
+
+        Raises:
+            CheckpointError: it is another run's, or does not answer; with the remedy.
+        """
+        found = remote.owner()  # none, also where an older version wrote: the first to come has it
+        here = self._here()
+        if found is not None and (why := self._differs(found, here)):
+            raise CheckpointError(
+                f"{remote.address} is of the run {found.get('run_dir')}, last started on {found.get('host', 'a machine')} at "
+                f"{found.get('since', 'some time')} ({why}): each run needs an address of its own. Set another one; or, if this run is "
+                f"to go on with what is there, remove {remote.address}/{OWNER}"
+            )
+        if self._config.resume != "auto" and not checkpoints.present() and (steps := remote.steps()):
+            raise CheckpointError(
+                f"{remote.address} has checkpoints, up to step {steps[-1]}, and resume is {self._config.resume}: set another address, or "
+                "--resume auto, which goes on from them"
+            )
+        return found
+
+    def confirm(self, remote: Remote) -> None:
+        """To be called before anything is written there: that no other start has made it its own. What somebody removed is made anew.
+
+        Raises:
+            TakenError: one has.
+            CheckpointError: the store does not answer.
+        """
+        found = remote.owner()
+        if found is None:
+            remote.own(self._record)
+        elif any(found.get(key) != self._record[key] for key in ("run_dir", "host", "process", "since")):
+            raise TakenError(
+                f"{remote.address} is now that of the run {found.get('run_dir')}, process {found.get('process')} on "
+                f"{found.get('host')}, since {found.get('since')}: this one ends, and copies nothing more there"
+            )
+
+    def _here(self) -> str | None:
+        """The id in the run's folder."""
+        try:
+            found = json.loads((self._folder / OWNER).read_text())
+            copied = found["run_dir"] != self._record["run_dir"]  # from another run's folder
+            return None if copied else str(found["id"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _differs(self, found: Mapping[str, Any], here: str | None) -> str:
+        """By what the address's run is another than this; "" if it is the same."""
+        if here is not None and found.get("id") == here:
+            return ""
+        name, own = Path(str(found.get("run_dir"))).name, Path(self._record["run_dir"]).name
+        if name != own:
+            return f"this one is {self._record['run_dir']}"
+        settings = found.get("settings")
+        if not isinstance(settings, Mapping):
+            return "it does not say its settings"
+        for key, value in self._record["settings"].items():
+            if settings.get(key) != value:
+                return f"whose {key} is {settings.get(key)!r}, and this one's {value!r}"
+        return ""
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flat(config).items() if key.startswith(_OWN)}

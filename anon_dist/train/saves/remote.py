@@ -1,0 +1,145 @@
+"""A run's checkpoints at another address (`checkpoint.remote`): fetched at its start, copied there while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anon_dist.agreement import first_does_slowly, is_first
+from anon_dist.checkpoint import Checkpoints, DamagedCheckpoint
+from anon_dist.checkpoint.folder import step_of
+from anon_dist.checkpoint.remote import Remote, fetch_into
+from anon_dist.checkpoint.uploads import Uploads
+from anon_dist.train.config.errors import RunError
+from anon_dist.train.config.parsing import CheckpointConfig, Config
+from anon_dist.train.health.pulse import Pulse
+from anon_dist.train.saves.owner import Owner
+
+
+def checkpoints_of(folder: Path, config: CheckpointConfig) -> Checkpoints:
+    """Those in a run's folder."""
+    return Checkpoints(folder / "checkpoints", config.keep, config.keep_every, config.keep_steps)
+
+
+def claim(config: Config, checkpoints: Checkpoints) -> None:
+    """Make the address, if there is one, this run's. Every rank must call it, before anything else here.
+
+    Raises:
+        RunError: it is another run's, or nothing can be written there; on every rank.
+    """
+    _first(config, lambda remote: Owner(config, Path(config.run_dir)).claim(remote, checkpoints))
+
+
+def fetch_newest(config: Config, checkpoints: Checkpoints) -> None:
+    """If the address has a newer checkpoint than the folder, bring the newest that is as it was written. Every rank must call it.
+
+    Raises:
+        RunError: the address does not answer; on every rank.
+    """
+    if config.resume == "auto":
+        _first(config, lambda remote: _fetch_newest(remote, checkpoints))
+
+
+def fetch_again(config: Config, checkpoints: Checkpoints, damaged: Path, error: DamagedCheckpoint) -> bool:
+    """Whether a damaged checkpoint was set aside, and replaced by the one at the address. Every rank must call it."""
+
+    def fetch(remote: Remote) -> bool:
+        if step_of(damaged) not in remote.steps():
+            return False
+        kept = checkpoints.set_aside(damaged, "damaged")
+        _say(f"WARNING: {damaged} is damaged, and set aside as {kept.name}: {error}")
+        try:
+            fetch_into(remote, step_of(damaged), checkpoints)
+        except DamagedCheckpoint as another:
+            _say(f"WARNING: {another}")
+            kept.rename(damaged)
+            return False
+        _say(f"{damaged.name} has been copied from {remote.address}")
+        return True
+
+    return bool(_first(config, fetch))
+
+
+def set_later_aside(config: Config, step: int) -> None:
+    """Have those of later steps count no more at the address. For one process.
+
+    Raises:
+        OSError: the address does not answer.
+    """
+    if config.checkpoint.remote is None:
+        return
+    try:
+        remote = Remote(config.checkpoint.remote)
+        for later in [s for s in remote.steps() if s > step]:
+            remote.set_aside(later)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def uploads_of(config: Config, checkpoints: Checkpoints) -> Uploads | None:
+    """What copies a run's checkpoints to the address, on the first rank, if there is one; at work on what is not there yet.
+
+    Raises:
+        RunError: the address is none, or does not answer; on every rank. Every rank must call it.
+    """
+    _first(config, Remote.steps)
+    if config.checkpoint.remote is None or not is_first():
+        return None
+    owner = Owner(config, Path(config.run_dir))
+    uploads = Uploads(Remote(config.checkpoint.remote), checkpoints, owner.confirm)
+    uploads.look()
+    return uploads
+
+
+def finish_uploads(config: Config, uploads: Uploads | None, pulse: Pulse, step: int) -> None:
+    """Wait until all is there; what arrives is a sign of progress. Every rank must call it.
+
+    Raises:
+        RunError: something could not be copied; on every rank.
+    """
+    address = config.checkpoint.remote
+    if address is None:
+        return
+    copying = f"copying to {address}"
+    with pulse.phase(copying, step, long=True):
+        _, error = first_does_slowly(
+            lambda: uploads.finish() if uploads is not None else None,
+            lambda: uploads.sent if uploads is not None else 0,
+            lambda: pulse.beat(copying),
+        )
+    if error:
+        raise RunError(error)
+
+
+def _first(config: Config, action: Callable[[Remote], Any]) -> Any:
+    """Done by the first rank, if there is an address; the others wait.
+
+    Raises:
+        RunError: it failed; on every rank.
+    """
+    address = config.checkpoint.remote
+    if address is None:
+        return None
+    found, error = first_does_slowly(lambda: action(Remote(address)))
+    if error:
+        raise RunError(f"checkpoint.remote: {error}")
+    return found
+
+
+def _fetch_newest(remote: Remote, checkpoints: Checkpoints) -> None:
+    latest = checkpoints.latest()
+    for step in reversed(remote.steps()):
+        if latest is not None and step <= step_of(latest):
+            return
+        try:
+            fetched = fetch_into(remote, step, checkpoints)
+        except DamagedCheckpoint as error:
+            _say(f"WARNING: {error}")
+            continue
+        _say(f"{fetched.name} has been copied from {remote.address}")
+        return
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
