@@ -181,17 +181,7 @@ class Regime:
             grad_scale, found_inf: see `StepPlan`.
         """
         group, due = self.group, self.schedule.at(step)
-        gamma = self.gamma_in_force if gamma is None else gamma
-        holds = bool(group["hold_silent"]) and gamma < 0.0
-        keep, ratio = 0.0, 1.0
-        if due.refresh and not due.first:
-            made_with = self.gamma_in_force if made_with is None else made_with
-            power = self.power(made_with, gamma)
-            if power is not None:
-                keep, ratio = group["beta3"], power
-            elif holds:  # the others are refreshed as at first
-                ratio = update.power_of_held(made_with, gamma)
-        return StepPlan(
+        plan = StepPlan(
             step=step,
             variant=Variant.REFRESH if due.refresh else Variant.ACCUMULATE if due.accumulate else Variant.PLAIN,
             lr=lr if lr is not None else group["lr"],
@@ -200,18 +190,24 @@ class Regime:
             beta2=due.beta2,
             clip=group["update_clip"],
             maximize=group["maximize"],
-            debias_s=due.debias,
-            keep_d=keep,
-            gamma=gamma,
-            gamma_ratio=ratio,
-            eps=group["eps"],
-            hold_silent=holds,
             nesterov=group["nesterov"],
             cautious=group["cautious_decay"],
             stochastic=ALL_ROUNDED if group["stochastic_rounding"] else STATES_ROUNDED,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+        if due.refresh:  # the rest is for a refresh alone; most steps are none, and a bucket may have a plan for each step count
+            gamma = self.gamma_in_force if gamma is None else gamma
+            plan.gamma, plan.eps, plan.debias_s = gamma, group["eps"], due.debias
+            plan.hold_silent = bool(group["hold_silent"]) and gamma < 0.0
+            if not due.first:
+                made_with = self.gamma_in_force if made_with is None else made_with
+                power = self.power(made_with, gamma)
+                if power is not None:
+                    plan.keep_d, plan.gamma_ratio = group["beta3"], power
+                elif plan.hold_silent:  # the others are refreshed as at first
+                    plan.gamma_ratio = update.power_of_held(made_with, gamma)
+        return plan
 
     # -- changes: each gives a new history ---------------------------------------------------------
 
