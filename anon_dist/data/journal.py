@@ -54,7 +54,7 @@ class Journal:
         self._identity = {"format_version": JOURNAL_VERSION, "settings": dict(settings), "source": dict(source)}
 
     def load(self) -> Progress | None:
-        """The last commit, None if there was no earlier run.
+        """The last commit, None if there was no earlier run, or it came to no tokenizer.
 
         Raises:
             PreparationError: the earlier run had other settings or another source, or the file is not readable.
@@ -65,6 +65,8 @@ class Journal:
                 raise PreparationError(
                     f"{self.path} is of another version of anon_dist. Start again with --overwrite, or end it with that version."
                 )
+            if content["tokenizer_hash"] is None:  # nothing has been prepared that other settings could not begin with
+                return None
             refuse_differences(self.path.parent, content["settings"], content["source"], self._identity, self._named)
             return Progress(
                 content["val_fraction"],

@@ -79,7 +79,8 @@ class _Preparation:
         self.journal = Journal(self.out, _identity(config), source.describe(), named)
         earlier = self.journal.load()
         if earlier is None:
-            _refuse_foreign_files(self.out)
+            if not self.journal.path.exists():
+                _refuse_foreign_files(self.out)
             earlier = Progress(validation_fraction(source, config.val_fraction))
             record(self.out, source, mine)
             self.journal.commit(earlier)

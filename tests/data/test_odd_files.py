@@ -136,3 +136,14 @@ def test_names_with_anything(folder, tmp_path, capsys):
     folder.rename(odd)
     texts, _ = prepared(odd, tmp_path / "odd")
     assert len(texts) == 5
+
+
+def test_what_a_preparation_without_a_result_left_is_in_nobodys_way(folder, tmp_path):
+    """A wrong source or tokenizer; or a kill before the tokenizer was noted."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.txt").write_text(" ")
+    out = tmp_path / "out"
+    with pytest.raises(SourceError, match="no documents"):
+        prepare(config(tmp_path / "empty", out, tokenizer="bytes"))
+    (out / "tokenizer").mkdir()
+    assert prepared(folder, out)[0] == ["good"]
