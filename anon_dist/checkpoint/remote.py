@@ -290,14 +290,13 @@ def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:
         DamagedCheckpoint, CheckpointError: see `Remote.fetch`; nothing is left here.
     """
     name = name_of(step)
-    temporary = (
-        checkpoints.folder / UNFINISHED / f"{name}.copying"
-    )  # which, interrupted, is no checkpoint to be finished
+    unfinished = checkpoints.folder / UNFINISHED
+    temporary = unfinished / "copying" / name  # where it is, if interrupted, no checkpoint to be finished
     checkpoints.clean()
     try:
         remote.fetch(name, temporary)
         sync_tree(temporary)
-        return checkpoints.put_in_place(temporary.rename(temporary.with_name(name)))
+        return checkpoints.put_in_place(temporary.rename(unfinished / name))
     finally:
         checkpoints.clean()
 

@@ -196,7 +196,9 @@ class Regime:
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        if due.refresh:  # the rest is for a refresh alone; most steps are none, and a bucket may have a plan for each step count
+        if (
+            due.refresh
+        ):  # the rest is for a refresh alone; most steps are none, and a bucket may have a plan for each step count
             gamma = self.gamma_in_force if gamma is None else gamma
             plan.gamma, plan.eps, plan.debias_s = gamma, group["eps"], due.debias
             plan.hold_silent = bool(group["hold_silent"]) and gamma < 0.0

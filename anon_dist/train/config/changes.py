@@ -49,8 +49,9 @@ def changes(config: Config, engine: str, source: Path, progress: Mapping[str, An
     else:
         now |= flat(recorded(config))
         then |= {**flat(recorded(Config())), **flat(before)}
+    once = {"train.engine"} if then["engine"] != engine else set()  # what was asked for is told by what came of it
     for name, value in now.items():
-        if then[name] != value and name not in PLACES:
+        if then[name] != value and name not in PLACES and name not in once:
             lines.append(f"resuming with {name} = {value!r}; {source.name} had {then[name]!r}")
     return lines
 
