@@ -198,6 +198,9 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, monk
     assert "A sample, from the exported model" in out
     assert str(folder / "model") in out
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "loss.png"}
+    steps, config.train.steps = config.train.steps, 5
+    train(config)
+    assert f"this run has taken {steps} steps, more than train.steps = 5" in capsys.readouterr().out
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
     config.train.steps = 18  # more steps: it goes on

@@ -308,3 +308,11 @@ def test_a_file_that_is_no_checkpoint_is_said_to_be_none(words, tmp_path):
     (tmp_path / "junk.bin").write_text("junk")
     with pytest.raises(SystemExit, match=r"junk\.bin is damaged, truncated, or no file of torch\.save"):
         main([word.replace("SRC", str(tmp_path / "junk.bin")) for word in words])
+
+
+def test_damaged_weights_are_a_line(run, tmp_path):
+    model = shutil.copytree(run / "model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(bytes(range(256)) * 20)
+    for words in (["generate", str(model), "x"], ["export", str(model), str(tmp_path / "out")]):
+        with pytest.raises(SystemExit, match=r"model.*header"):
+            main(words)
