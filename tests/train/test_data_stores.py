@@ -54,7 +54,7 @@ def test_runs_there_and_here_are_the_same(run_config, train, prepared, address, 
     ranges = {"data__path": address, "data__cache_bytes": 0, "run_dir": str(tmp_path / "ranges")}
     train(run_config(**ranges))
     said = capsys.readouterr().out
-    assert "each sample is a request of 66 bytes" in said
+    assert "each sample is a request of 131,072 bytes or a block more, which are compared" in said
     assert losses(copied) == losses(here) == losses(tmp_path / "ranges")
     progress = json.loads((copied / "checkpoints" / "step-00000014" / "trainer.json").read_text())
     assert progress["tokenizer"] == f"{address}/tokenizer"
