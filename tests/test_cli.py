@@ -69,7 +69,7 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
     assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
     assert preset.endswith("; did you mean quickstart?")
     assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
-    assert source == "error: nowhere does not exist"
+    assert source == "error: nowhere does not exist; name a run, a checkpoint or an exported model"
     assert data.startswith("error: data.path = nowhere is not there, or not finished. This makes it")
 
 

@@ -66,7 +66,7 @@ def detect(path: Path, options: ReadOptions | None = None) -> str:
         CheckpointError: it is none of them; saying what was looked for.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; name a checkpoint's file or folder")
     for name, known in formats().items():
         if known.detect(path, options or ReadOptions()):
             return name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.data.errors import ShardError
-from anon_dist.data.index import SplitInfo, split_from_json
+from anon_dist.data.index import INDEX_FILE, SplitInfo, split_from_json
 
 PART_FILE = "part.json"
 PART_VERSION = 1
@@ -55,6 +55,10 @@ class Part:
             content["splits"] = {name: split_from_json(split) for name, split in content["splits"].items()}
             return cls(**content)
         except FileNotFoundError:
+            if (folder / INDEX_FILE).exists():
+                raise ShardError(
+                    f"{folder} is a whole corpus, and no part of one. There is nothing to merge."
+                ) from None
             raise ShardError(
                 f"{folder} is no finished part: {path} does not exist. Give the command that prepares it again; it goes on where it was."
             ) from None

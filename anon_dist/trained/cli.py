@@ -61,7 +61,7 @@ def _export(options: Export) -> None:
 def _there(source: Path) -> None:
     """Before seconds go into imports."""
     if not source.exists():
-        sys.exit(f"error: {source} does not exist")
+        sys.exit(f"error: {source} does not exist; name a run, a checkpoint or an exported model")
 
 
 def _quietly() -> None:

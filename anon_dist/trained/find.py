@@ -58,7 +58,7 @@ def find(path: Path, options: ReadOptions | None = None) -> Trained:
         CheckpointError: nothing is there, or what is there is none of these, or the run has no checkpoint yet.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; name a run, a checkpoint or an exported model")
     if is_model(path):
         return _model(path)
     latest = Checkpoints(path / "checkpoints", 1).latest() or Checkpoints(path, 1).latest()

@@ -161,7 +161,7 @@ def collect(folder: Path) -> tuple[list[Run], list[str]]:
         CheckpointError: there is none.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is no folder; name one with runs in it, or below it")
     found: list[Run] = []
     unreadable: list[str] = []
     for parent, folders, files in os.walk(folder):

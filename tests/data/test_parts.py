@@ -203,6 +203,8 @@ def test_an_interrupted_merge_is_gone_on_with(links, copied, one, tmp_path, monk
     assert contents(tmp_path / "data") == contents(one)
     assert bool(list(copied[0].glob("*.bin"))) == links
     merge(copied, tmp_path / "data")  # nothing to do
+    with pytest.raises(ShardError, match="data is a whole corpus, and no part of one"):
+        merge([tmp_path / "data"], tmp_path / "again")
     assert contents(tmp_path / "data") == contents(one)
 
 

@@ -138,6 +138,14 @@ def test_unknown_configuration_lists_the_shipped_ones():
         find_config("quikstart")
 
 
+def test_what_is_no_configuration_is_said_to_be_none(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xb0\x01")
+    with pytest.raises(ConfigError, match=r"is a folder; name a YAML file, .*config\.yaml say"):
+        parse_args(["--config", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"x\.yaml is no configuration: it is not text in UTF-8"):
+        parse_args(["--config", str(tmp_path / "x.yaml")])
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -114,6 +114,8 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and shipped.parent == folder:
         return shipped
+    if path.is_dir():
+        raise ConfigError(f"--config {name} is a folder; name a YAML file, {path / 'config.yaml'} say")
     names = shipped_names()
     meant = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
@@ -146,6 +148,8 @@ def load_config(path: Path) -> Config:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ConfigError(f"{path}{line}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no configuration: it is not text in UTF-8 ({error.reason})") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict | None):
