@@ -96,8 +96,6 @@ def test_fail_stops_at_the_first_and_goes_on_with_another_choice(bad, tmp_path):
     with pytest.raises(SourceError, match=r"b\.jsonl, line 2: no field 'text'; .*--on-bad-text skip: the same command"):
         prepare(config(bad, tmp_path / "out", tokenizer="bytes", on_bad_text="fail", val_fraction=0.0))
     assert (tmp_path / "out" / "progress.json").exists()
-    with pytest.raises(PreparationError, match="--shard-tokens was"):
-        prepare(config(bad, tmp_path / "out", tokenizer="bytes", val_fraction=0.0, shard_tokens=999))
     for name in ("out", "fresh"):
         prepare(config(bad, tmp_path / name, tokenizer="bytes", val_fraction=0.0))
     assert (tmp_path / "out" / "index.json").read_bytes() == (tmp_path / "fresh" / "index.json").read_bytes()

@@ -189,22 +189,26 @@ def case_rows_that_do_not_divide_are_refused():
         raises(EngineError, words, lambda stage=stage: started(COLUMNS, stage=stage))
 
 
-def case_deepspeeds_own_checkpoint_goes_on_to_the_bit():
-    """With weights in bfloat16, and states as the presets have them."""
+def case_deepspeeds_own_checkpoint_goes_on():
+    """With weights in bfloat16, and states as the presets have them: loaded to the bit, and on to rounding, since a product's last bit
+    depends on where in memory a matrix lies."""
     folder = shared_folder(sys.argv[1])
     hyper = {**BOTH, "state_dtype": {"exp_avg_sq": "bfloat16", "precond": "bfloat16"}}
     engine, other = started(hyper, bf16=True), started(hyper, bf16=True)
     train(engine, range(SAVED))
     engine.save_checkpoint(folder)
-    train(engine, range(SAVED, STEPS))
     other.load_checkpoint(folder)
-    train(other, range(SAVED, STEPS))
-    for p, q in zip(*(e.optimizer.fp32_partitioned_groups_flat for e in (engine, other)), strict=True):
+    flat = list(zip(*(e.optimizer.fp32_partitioned_groups_flat for e in (engine, other)), strict=True))
+    for p, q in flat:
         assert torch.equal(p, q)
         assert p.dtype == torch.float32
         mine, theirs = engine.basic_optimizer.state[p], other.basic_optimizer.state[q]
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(x, theirs[key]) for key, x in mine.items())
+    for one in (engine, other):
+        train(one, range(SAVED, STEPS))
+    for p, q in flat:
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
     other._config.load_universal_checkpoint = True
     raises(EngineError, "and no basis, without which they mean nothing", lambda: other.load_checkpoint(folder))
 
