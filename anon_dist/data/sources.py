@@ -364,7 +364,7 @@ class LimitedSource:
 
 def stamp(stat: Any) -> str:
     """What tells a version of a file from others, of what `os.stat` or a store says."""
-    return str(getattr(stat, "stamp", "") if hasattr(stat, "stamp") else stat.st_mtime_ns)
+    return str(stat.stamp if hasattr(stat, "stamp") else stat.st_mtime_ns)
 
 
 def _item(text: Found, after: Cursor) -> Item:

@@ -74,6 +74,7 @@ class _Views:
     def add(
         self, p: Tensor, tensors: Tensors, plan: StepPlan, sides: tuple[Side, ...], state: Mapping[str, Tensor]
     ) -> None:
+        """One part of a tensor: its five tensors by role, the sides that are turned, and their states."""
         self.params.append(p)
         self.tensors.append(tensors)
         self.plans.append(plan)
