@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim.hyper import normalise, validate, warn_of_silence
+from anon_dist.optim.hyper import normalise, validate
 from anon_dist.optim.members import absent, allocate
 from anon_dist.optim.rebase import UNSET, change, chosen, given
 from anon_dist.optim.regime import HISTORY, Regime
@@ -109,9 +109,9 @@ class Anon(Saved):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         normalise(defaults)
         validate(defaults)
+        self._stepper = Stepper()
         super().__init__(params, defaults)
         self.state = LazyState()
-        self._stepper = Stepper()
 
     # -- param groups ------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Anon(Saved):
             self.param_groups.pop()
             raise
         group[HISTORY] = Regime(group).fresh()
-        warn_of_silence(group)
+        self._stepper.silence.check(group)
 
     def rebase(
         self,
@@ -173,7 +173,7 @@ class Anon(Saved):
         change(self.param_groups, self.state, self._stepper.hidden, values, indices)
         self._stepper.known = ()
         for index in indices if gamma is not None else ():
-            warn_of_silence(self.param_groups[index])
+            self._stepper.silence.check(self.param_groups[index])
 
     def next_gammas(self) -> list[float]:
         """For each group, the γ in force in the next step's update; what has a unit that depends on γ (lr, update_clip) is to follow it.

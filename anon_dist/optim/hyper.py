@@ -154,15 +154,33 @@ def validate(group: Group) -> None:
     state_dtypes(group)
 
 
-def warn_of_silence(group: Group) -> None:
-    """Warn where γ < 0 and ε turn an element with no gradient off for a long time."""
-    if group["gamma"] < 0 and not group["hold_silent"] and group["eps"] < 1e-10:
+def turns_silence_off(group: Group) -> bool:
+    """Whether γ < 0 and ε turn an element with no gradient off for a long time."""
+    return bool(group["gamma"] < 0 and not group["hold_silent"] and group["eps"] < 1e-10)
+
+
+class SilenceWarning:
+    """Warns of a param group that `turns_silence_off`, once: a schedule may set its γ anew before each step."""
+
+    def __init__(self) -> None:
+        self._told: set[int] = set()
+        """Identities of the groups."""
+
+    def check(self, group: Group) -> None:
+        """Warn, if that has not been done for this group."""
+        if not turns_silence_off(group) or torch.compiler.is_compiling() or id(group) in self._told:
+            return
+        self._told.add(id(group))
         warnings.warn(
             f"Anon: at gamma = {group['gamma']} and eps = {group['eps']} a coordinate whose gradient is exactly zero up to a "
             "refresh (rare embedding rows, zero-initialised layers) hardly moves for a long time after; hold_silent=True or a "
             "larger eps avoids it",
             stacklevel=3,
         )
+
+    def start_from(self, groups: Sequence[Group]) -> None:
+        """Forget the earlier groups. These were loaded: whoever made them has been warned."""
+        self._told = {id(group) for group in groups if turns_silence_off(group)}
 
 
 def warn_of_replaced(before: Sequence[Group], after: Sequence[Group]) -> None:

@@ -71,4 +71,5 @@ class Saved(Optimizer):
         if "_stepper" not in self.__dict__:  # copied, or from a pickle
             self._stepper = Stepper()
         self._stepper.hidden.start_from(self.param_groups, self.state)
+        self._stepper.silence.start_from(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it; here it would be an option without effect

@@ -19,7 +19,7 @@ from anon_dist.optim.flat_step import FlatWork
 from anon_dist.optim.gather import Bucket, Gathered, gather
 from anon_dist.optim.hidden import Hidden
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
-from anon_dist.optim.hyper import normalise, validate, validate_lr
+from anon_dist.optim.hyper import SilenceWarning, normalise, validate, validate_lr
 from anon_dist.optim.members import Groups, States, allocate, check_dtypes, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.regime import HISTORY, Regime
@@ -109,7 +109,7 @@ class Stepper:
     what it has counted before it knew."""
 
     def __init__(self) -> None:
-        self.hidden = Hidden()
+        self.hidden, self.silence = Hidden(), SilenceWarning()
         self.known: Sequence[Gathered] = ()
         """What each group's tensors were when they were last gathered."""
         self.kernel_agreed: bool | None = None
@@ -257,6 +257,7 @@ class Stepper:
             return regime
         normalise(group)
         validate(group)
+        self.silence.check(group)
         if regime is None or regime.group is not group or not any(value is group["state_dtype"] for value in values):
             check_dtypes(index, group, state)
         regime = Regime(group)

@@ -6,6 +6,7 @@ The arithmetic is compared with the float64 reference, step by step, in `test_re
 import copy
 import io
 import json
+import warnings
 
 import pytest
 import torch
@@ -61,6 +62,34 @@ def test_nothing_changes_before_the_refresh():
     run(q, other, range(15, 40))
     assert_same_bits(p, optimizer, q, other)
     assert optimizer.param_groups[0][HISTORY] == other.param_groups[0][HISTORY] == untouched["param_groups"][0][HISTORY]
+
+
+def test_an_edit_below_zero_warns_once_for_each_group():
+    """As the constructor and `rebase` do; a schedule sets γ anew before each step."""
+    params = [nn.Parameter(torch.linspace(-1, 1, LEN)) for _ in range(3)]
+    optimizer = Anon([{"params": [params[0]]}, {"params": [params[1]]}, {"params": [params[2]], "hold_silent": True}])
+
+    def steps(gammas):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for t, gamma in enumerate(gammas):
+                for p in params:
+                    p.grad = gradient(p, t)
+                for group in optimizer.param_groups:
+                    group["gamma"] = gamma
+                optimizer.step()
+        return [str(w.message) for w in found]
+
+    assert steps([0.5, 0.1]) == []
+    found = steps([-0.1, -0.2, -0.2, -0.3])
+    assert len(found) == 2 and all("at gamma = -0.1 and" in text and "hold_silent=True" in text for text in found)
+    assert steps([0.5, -0.5]) == []
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer = copy.deepcopy(optimizer)
+    params = [group["params"][0] for group in optimizer.param_groups]
+    assert steps([-0.6]) == []
+    optimizer.param_groups[2]["hold_silent"] = False
+    assert len(steps([-0.7])) == 1
 
 
 def test_next_gammas_is_what_the_next_update_is_made_with():
