@@ -82,7 +82,8 @@ def test_an_edit_below_zero_warns_once_for_each_group():
 
     assert steps([0.5, 0.1]) == []
     found = steps([-0.1, -0.2, -0.2, -0.3])
-    assert len(found) == 2 and all("at gamma = -0.1 and" in text and "hold_silent=True" in text for text in found)
+    assert len(found) == 2
+    assert all("at gamma = -0.1 and" in text and "hold_silent=True" in text for text in found)
     assert steps([0.5, -0.5]) == []
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer = copy.deepcopy(optimizer)
