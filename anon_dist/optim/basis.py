@@ -1,16 +1,18 @@
 """Orthogonal bases of matrices, in blocks: to turn a matrix into one, and to renew it.
 
-A side of n elements is cut into blocks of b, the last of which may be smaller. A *basis* of it is a tensor (n, b): row j has the row of j's
-block, an orthogonal matrix Q, and zeros where a smaller block has no columns. Everything here is of one block after the other, so that a
-side may be cut between any two of them.
+A side of n elements is cut into blocks of b; the last one may be smaller. Each block has an orthogonal b × b matrix Q. The *basis* of the
+side is a tensor (n, b) of these matrices, one below the other; columns that a smaller last block does not have are 0. The covariances C
+and the rotations R are laid out in the same way. Every function here treats each block for itself, so a side may be sharded between any
+two blocks.
 
     x' = x Q                                         turn: the columns of an m × n matrix
-    C ← β3 C + (1 − β3) b x'ᵀx' / tr(x'ᵀx')          mix: the covariance of the side, in the basis
+    C ← β3 C + (1 − β3) b x'ᵀx' / tr(x'ᵀx')          rotation: mix the covariance of the side, in the basis, into the mean C
     R = qr(C + δ tr(C)/b)                            rotation: a step of orthogonal iteration; the diagonal of qr's triangle is positive
     Q ← Q R,  C ← Rᵀ C R,  x' ← x' R                 renew, in float64
 
 After some steps C is nearly diagonal, largest first, and Q holds its eigenvectors (SOAP, arXiv 2409.11321, does the same). C is kept in the
-basis, and not where x lives: then small eigenvalues are as exact as large ones. δ keeps directions in which nothing moves where they are.
+basis, and not in the coordinates of x: then small eigenvalues are as exact as large ones. δ leaves directions in which nothing moves
+as they are.
 """
 
 from __future__ import annotations
@@ -23,24 +25,26 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3
-"""δ, of the mean eigenvalue."""
-
+"""δ, as a share of the mean eigenvalue of C."""
 
 Side = Literal["columns", "rows"]
 
 NOISE = 8.0
-"""An element below so many units of rounding of its vector's norm in a block is noise: a sum of a hundred products is good to about 2."""
+"""How many units of rounding of its vector's norm, in a block, an element of a product must exceed to count as more than rounding. The
+rounding of a sum of a hundred products is about 2 units."""
 SILENCED_AT_ONCE = 1 << 14
+"""Elements, on a CPU: they stay in its caches."""
 
 
 def identity(n: int, block: int, device: torch.device | str | None = None) -> Tensor:
-    """The basis in which nothing is turned; float32 (n, block)."""
+    """The basis whose blocks are identity matrices; float32 (n, block)."""
     rows = torch.arange(n, device=device)
     return (rows.unsqueeze(1) % block == torch.arange(block, device=device)).float()
 
 
 def squares(blocked: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of an (n, b) tensor the blocks (k, b, b), and the rest (1, r, r): views, each with the rows of the side that it is of."""
+    """The blocks of an (n, b) tensor: the k whole ones as a view (k, b, b), then a smaller last one as a view (1, r, r). Each comes with
+    the part of the side that it belongs to."""
     n, block = blocked.shape
     whole = n - n % block
     if whole:
@@ -50,7 +54,7 @@ def squares(blocked: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def transposed(blocked: Tensor) -> Tensor:
-    """Each block transposed; new."""
+    """A new tensor with each block transposed."""
     found = torch.zeros_like(blocked)
     for (_, block), (_, out) in zip(squares(blocked), squares(found), strict=True):
         out.copy_(block.mT)
@@ -58,11 +62,12 @@ def transposed(blocked: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, basis: Tensor, side: Side, *, back: bool = False, denoise: bool = False) -> Tensor:
-    """Of an m × n matrix x Q, a basis of its columns, or Qᵀ x, one of its rows; back, x Qᵀ or Q x. New, in x's dtype.
+    """An m × n matrix turned: x Q if the basis is of its columns, Qᵀ x if it is of its rows. A new tensor of x's dtype.
 
     Args:
-        denoise: make 0 what is no more than the product's rounding. The optimizer would otherwise divide it by its own size, and move by
-            noise in directions in which there is no gradient (a layer norm's output has one).
+        back: the inverse, x Qᵀ or Q x.
+        denoise: make elements 0 that are no larger than the product's rounding. In a direction without gradient (a layer norm's output has
+            one) there is nothing else, and the optimizer would divide it by its own size and move by noise.
     """
     turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for where, q in squares(basis.to(x.dtype)):
@@ -77,7 +82,7 @@ def turn(x: Tensor, basis: Tensor, side: Side, *, back: bool = False, denoise: b
 
 
 def _silence(product: Tensor, side: Side) -> None:
-    """0 where an element is rounding of its vector's; in pieces that stay in a CPU's caches."""
+    """Make elements 0 that are rounding alone (see `NOISE`), in place. On a CPU it takes `SILENCED_AT_ONCE` elements at a time."""
     of_vector, others = (2, 1) if side == "columns" else (1, 2)
     unit = torch.finfo(product.dtype).eps
     length = max(1, SILENCED_AT_ONCE // max(1, product.shape[of_vector])) if product.device.type == "cpu" else 1 << 30
@@ -88,7 +93,11 @@ def _silence(product: Tensor, side: Side) -> None:
 
 
 def blocks(x: Tensor, side: Side, where: slice, count: int) -> Tensor:
-    """A view of the blocks of a matrix's side: (count, m, b) of its columns, (count, b, n) of its rows."""
+    """A part of an m × n matrix, cut into `count` blocks of a side: a view (count, m, b) of columns, (count, b, n) of rows.
+
+    Args:
+        where: the columns, or rows, of the part.
+    """
     view: Tensor = (
         x[:, where].unflatten(1, (count, -1)).transpose(0, 1)
         if side == "columns"
@@ -98,7 +107,7 @@ def blocks(x: Tensor, side: Side, where: slice, count: int) -> Tensor:
 
 
 def covariance(x: Tensor, block: int, side: Side) -> Tensor:
-    """xᵀx, or of rows x xᵀ, of an m × n matrix, in blocks: (length of the side, block), in x's dtype."""
+    """The blocks on the diagonal of xᵀx, for the columns of x, or of x xᵀ, for its rows: (length of the side, block), in x's dtype."""
     found = x.new_zeros(x.shape[1 if side == "columns" else 0], block)
     for where, c in squares(found):
         part = blocks(x, side, where, len(c))
@@ -107,13 +116,17 @@ def covariance(x: Tensor, block: int, side: Side) -> Tensor:
 
 
 def rotation(mean: Tensor, fresh: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """R, and the mean covariance with `fresh` in it, turned by R: both (n, b) float64.
+    """Mix a new covariance into C, and find the rotation R by which the basis moves.
 
-    A block of which nothing is known, or whose covariance is not finite, stays as it is.
+    Where a block's new covariance is 0 or not finite, its C stays as it is and its R is the identity.
 
     Args:
-        mean, fresh: C of the steps before, and x'ᵀx' of this one, as `covariance` has it.
-        keep: β3, the weight of the mean.
+        mean: C.
+        fresh: x'ᵀx', as `covariance` gives it.
+        keep: β3, the weight of C.
+
+    Returns:
+        R, and the new C in the basis that R makes; both (n, b) float64.
     """
     turning, turned = torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
     parts = (squares(x) for x in (mean.double(), fresh.double(), turning, turned))
@@ -131,13 +144,12 @@ def rotation(mean: Tensor, fresh: Tensor, keep: float) -> tuple[Tensor, Tensor]:
 
 
 def renewed(basis: Tensor, turning: Tensor) -> Tensor:
-    """Q R, brought back to orthogonality; float64 (n, b)."""
+    """Q R, made orthogonal again; float64 (n, b)."""
     product = torch.zeros_like(turning)
     for (_, q), (_, r), (_, out) in zip(squares(basis.double()), squares(turning), squares(product), strict=True):
         x = q @ r
-        out.copy_(
-            1.5 * x - 0.5 * x @ (x.mT @ x)
-        )  # a step of Newton's: float32's rounding was 1e-7, this leaves its square
+        # A step of Newton's: Q was rounded to float32, to 1e-7; this leaves the square of that.
+        out.copy_(1.5 * x - 0.5 * x @ (x.mT @ x))
     return product
 
 
@@ -146,7 +158,7 @@ def _mean_eigenvalue(c: Tensor) -> Tensor:
 
 
 def _orthogonal(a: Tensor) -> Tensor:
-    """Q of a = Q R with a positive diagonal of R."""
+    """Q of the QR factorisation of each block, with a positive diagonal of the triangle."""
     if a.is_cuda:
         return by_cholesky(a)
     q, r = torch.linalg.qr(a)
@@ -155,8 +167,11 @@ def _orthogonal(a: Tensor) -> Tensor:
 
 
 def by_cholesky(a: Tensor) -> Tensor:
-    """The same, of float64 blocks that δ keeps from being singular: products, which a GPU is quick at. Twice, since the first time squares
-    the condition number (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm")."""
+    """What `_orthogonal` gives, by Cholesky's factorisation of aᵀa: it is made of products, which are fast on a GPU.
+
+    The blocks are float64, and δ keeps them from being singular. aᵀa squares the condition number, so the result is only nearly orthogonal;
+    a second pass makes it so (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm").
+    """
     a = a / torch.linalg.vector_norm(a, dim=-2, keepdim=True)
     for _ in range(2):
         triangle, _info = torch.linalg.cholesky_ex(a.mT @ a)
@@ -166,9 +181,9 @@ def by_cholesky(a: Tensor) -> Tensor:
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """A block in which products of this device's float32 matrices are not rounded to TF32 or bfloat16, whatever was asked for elsewhere.
+    """A `with` block in which products of float32 matrices on this device have float32's precision, whatever precision was set elsewhere.
 
-    A basis whose products are cut off spins where gradients are large (NVIDIA's emerging-optimizers, "SOAP").
+    With TF32 or bfloat16 products, a basis keeps turning where gradients are large (NVIDIA's emerging-optimizers, "SOAP").
     """
     # Only this device's: a step on the host may run beside a forward pass on a GPU.
     matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
-"""Tensors in which an engine has put shares of several parameters, one after the other, and the bases of the matrices among them.
+"""Flat tensors, in which an engine has put parts of several parameters one after the other; and the bases of the matrices in them.
 
-DeepSpeed's stage 3 cuts each parameter, row-major, into equal shares over its ranks; those of a rank lie in one tensor, which the optimizer
-steps. Where every share of a matrix is whole rows of it, it has a frame as any other (`frame.py`). The state of the tensor then has the
-bases of all its matrices, one after the other, in one 1-D tensor for each key; the other states are laid as the tensor itself.
+DeepSpeed's stage 3 cuts each parameter, in row-major order, into equal parts, one for each rank. A rank's parts, here *shares*, lie in one
+1-D tensor, and the optimizer steps this tensor. A matrix can have bases if each of its shares is made of whole rows; it then has a frame as
+any matrix (`frame.py`). The state of the flat tensor has one 1-D tensor for each key of `frame.BASIS_KEYS`, in which those of all its
+matrices lie one after the other. Its other states are laid out as the flat tensor itself.
 
-All functions here also take a parameter that is no such tensor, and then do what `frame.py` does.
+The functions here take any parameter. For one that is no flat tensor they do what `frame.py` does.
 """
 
 from __future__ import annotations
@@ -28,48 +29,48 @@ State = MutableMapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank has of a parameter: as much as every other, the last ones' filled up with padding."""
+    """A rank's part of a parameter. All ranks' shares are of one size; those of the last ranks end with padding."""
 
     name: str
     shape: tuple[int, ...]
-    """The whole parameter's."""
+    """Of the whole parameter."""
     offset: int
-    """Where it begins in the tensor."""
+    """Where the share begins in the flat tensor."""
     numel: int
-    """Its elements, padding included."""
+    """Elements of the share, padding included."""
 
     @property
     def columns(self) -> int:
-        """Of the parameter as a matrix of its first dimension against all others."""
+        """The columns of the parameter as a matrix."""
         return prod(self.shape[1:])
 
     def length(self, side: Side) -> int:
-        """Elements of a side, on this rank."""
+        """The number of columns, or of this rank's rows."""
         return self.columns if side == "columns" else self.numel // self.columns
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its part of a tensor that is laid as the whole, as a matrix: a view."""
+        """The share in a tensor that is laid out as the flat tensor is: a view, as a matrix."""
         return tensor[self.offset : self.offset + self.numel].view(-1, self.columns)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies in a tensor."""
+    """What lies in a flat tensor."""
 
     shares: tuple[Share, ...]
     """In the order of their offsets."""
     group: dist.ProcessGroup | None = None
-    """Whose ranks have the other shares, in their order; None: there are none."""
+    """The ranks that have shares of these parameters, in the order of the shares. None: this rank has the whole parameters."""
     device: torch.device | None = None
-    """On which these ranks talk; None: the tensor's."""
+    """The device on which these ranks communicate. None: the flat tensor's."""
 
     @property
     def ranks(self) -> int:
-        """Among which each parameter is cut."""
+        """How many shares each parameter has."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def keeps_rows(self, share: Share) -> bool:
-        """Whether all ranks have whole rows of a parameter, equally many."""
+        """Whether each rank's share of this parameter is made of whole rows, without padding."""
         return share.numel % share.columns == 0 and share.numel * self.ranks == prod(share.shape)
 
 
@@ -79,20 +80,21 @@ _layouts: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
 
 
 def lay_out(p: Tensor, layout: Layout) -> None:
-    """Say what lies in a 1-D tensor that an optimizer steps, before its state is made; the same on every rank, but for group and device."""
+    """Tell what lies in a 1-D tensor that an optimizer steps. It must be told before the state is made, and be the same on every rank, but
+    for the process group and the device."""
     _layouts[p] = layout
 
 
 def layout_of(p: Tensor) -> Layout | None:
-    """What lies in it, if it has been said."""
+    """What lies in a tensor; None: nothing has been told (`lay_out`), and it is no flat tensor."""
     return _layouts.get(p)
 
 
 def turned(layout: Layout, group: Group) -> list[Turned]:
-    """The matrices that are turned, with their sides.
+    """The turned matrices, each with the sides that have a basis.
 
     Raises:
-        RuntimeError: some are cut within a row, or across the blocks of a side; naming the remedy. On every rank alike.
+        RuntimeError: a row, or a block of rows, of one of them lies on two ranks; naming the remedy. On every rank alike.
     """
     found = _sides(layout, group)
     cut = [share for share, _ in found if not layout.keeps_rows(share)]
@@ -109,7 +111,8 @@ def turned(layout: Layout, group: Group) -> list[Turned]:
 
 
 def kind(p: Tensor, group: Group) -> str | None:
-    """How a parameter is stepped: None, element by element; "matrix", turned; "flat", as matrices are in it that may be turned."""
+    """How a parameter is stepped. None: element by element. "matrix": it is a turned matrix. "flat": it is a flat tensor, with matrices in
+    it that may be turned."""
     if not group["basis"]:
         return None
     return "flat" if layout_of(p) is not None else "matrix" if frame.sides(p, group) else None
@@ -119,10 +122,10 @@ def kind(p: Tensor, group: Group) -> str | None:
 
 
 def fresh(p: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The bases and covariances of all sides that are turned, as they are at first; see `frame.fresh`.
+    """The first bases and covariances of a parameter; see `frame.fresh`.
 
     Raises:
-        RuntimeError: a matrix is cut in a way that its basis cannot follow.
+        RuntimeError: a matrix is cut in a way that allows no basis.
     """
     found: dict[str, Tensor] = {}
     if (layout := layout_of(p)) is None:
@@ -137,7 +140,7 @@ def fresh(p: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def shapes(p: Tensor, group: Group) -> dict[str, tuple[int, ...]]:
-    """Of what `fresh` makes."""
+    """The shapes of what `fresh` makes, by key."""
     if (layout := layout_of(p)) is not None:
         lengths = _lengths(turned(layout, group))
         sizes = {side: _numel(of_matrices, group["basis_block"]) for side, of_matrices in lengths.items()}
@@ -147,7 +150,7 @@ def shapes(p: Tensor, group: Group) -> dict[str, tuple[int, ...]]:
 
 
 def check(p: Tensor, group: Group) -> None:
-    """Refuse a basis of what is cut in a way that it cannot follow.
+    """Refuse a basis of a parameter that is cut in a way that allows none.
 
     Raises:
         RuntimeError: naming the remedy; on every rank alike.
@@ -159,7 +162,7 @@ def check(p: Tensor, group: Group) -> None:
 
 
 def change(p: Tensor, state: State, after: Group, gamma: float, exponents: str) -> None:
-    """Bring a state to the sides and blocks of a group; see `frame.change`."""
+    """Bring a state to the `basis` and `basis_block` of a group; see `frame.change`."""
     if (layout := layout_of(p)) is None:
         frame.change(p, state, after, gamma, exponents)
         return
@@ -177,14 +180,14 @@ def change(p: Tensor, state: State, after: Group, gamma: float, exponents: str) 
 
 
 def matrices(p: Tensor, state: Mapping[str, Tensor], group: Group) -> Iterator[tuple[Turned, Mapping[str, Tensor]]]:
-    """The matrices in a tensor that are turned, and the state of each but its step: views."""
+    """The turned matrices in a flat tensor, each with its state, without the step count: views."""
     layout = layout_of(p)
     assert layout is not None
     return _split(turned(layout, group), state, dict.fromkeys(KEYS, int(group["basis_block"])))
 
 
 def summed_over(p: Tensor, side: Side) -> tuple[tuple[dist.ProcessGroup, ...], torch.device]:
-    """The process groups over which a side's covariance is a sum (`frame.cut_over`), and the device on which they talk."""
+    """The process groups over which a side's covariance is a sum (`frame.cut_over`), and the device on which they communicate."""
     layout, here = layout_of(p), frame.device_of(p)
     if layout is None:
         return frame.cut_over(p, side), here
@@ -193,11 +196,12 @@ def summed_over(p: Tensor, side: Side) -> tuple[tuple[dist.ProcessGroup, ...], t
 
 
 def _sides(layout: Layout, group: Group) -> list[Turned]:
+    """The matrices that the group wants turned, however they are cut."""
     return [(share, sides) for share in layout.shares if (sides := frame.sides_of(share.shape, group))]
 
 
 def _lengths(matrices: list[Turned]) -> dict[Side, list[int]]:
-    """Of each side that some have, those of all that have it."""
+    """By side: the lengths of the matrices that have a basis of it."""
     found: dict[Side, list[int]] = {}
     for share, sides in matrices:
         for side in sides:
@@ -206,19 +210,19 @@ def _lengths(matrices: list[Turned]) -> dict[Side, list[int]]:
 
 
 def _numel(lengths: list[int], block: int) -> int:
-    """Elements of the bases of sides of these lengths."""
+    """The number of elements of the bases of sides of these lengths."""
     return sum(n * min(block, n) for n in lengths)
 
 
 def _block(lengths: list[int], numel: int) -> int:
-    """The size of their blocks, of so many elements."""
+    """The `basis_block` with which the bases of sides of these lengths have so many elements: the inverse of `_numel`."""
     return 1 + bisect_left(range(1, max(lengths)), numel, key=lambda block: _numel(lengths, block))
 
 
 def _split(
     matrices: list[Turned], state: Mapping[str, Tensor], blocks: Mapping[Side, int]
 ) -> Iterator[tuple[Turned, Mapping[str, Tensor]]]:
-    """The state of each matrix, with the bases of the sides that are in `blocks`."""
+    """Each matrix with its part of a flat tensor's state. Only sides that are in `blocks` (side → `basis_block`) have bases in it."""
     reached = dict.fromkeys(KEYS, 0)
     for share, sides in matrices:
         end = share.offset + share.numel
@@ -232,7 +236,8 @@ def _split(
 
 
 class _State(Mapping[str, Tensor]):
-    """The state of a matrix in a tensor. Views are made when they are asked for: an engine may move the tensor's state in between."""
+    """The state of a matrix in a flat tensor. Each look-up makes a new view, since an engine may move the flat tensor's state between two
+    steps."""
 
     def __init__(self, state: Mapping[str, Tensor], places: dict[str, tuple[int, int, int]]) -> None:
         self._state, self._places = state, places
@@ -249,7 +254,7 @@ class _State(Mapping[str, Tensor]):
 
 
 def _joined(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The bases of several matrices one after the other."""
+    """The bases and covariances of several matrices, one after the other, in one 1-D tensor for each key."""
     found: dict[str, list[Tensor]] = {}
     for own in states:
         for key, value in own.items():

@@ -1,4 +1,4 @@
-"""The step of tensors in which matrices lie (`flat.py`): these are stepped in their frames, as any matrix; all else element by element."""
+"""The step of flat tensors (`flat.py`): their turned matrices are stepped as in `turned.py`, all else element by element."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from anon_dist.optim.plan import StepPlan
 from anon_dist.optim.turned import Renewal, TurnedWork
 
 Tensors = list[Tensor]
-"""θ, g, m, s, v."""
+"""Of one matrix, or of one stretch of a flat tensor: θ, g, m, s, v (`plan.ROLES`)."""
 
 
 @dataclass
 class FlatWork:
-    """The update of a bucket of such tensors, to be run once."""
+    """The update of a bucket of flat tensors; `run` is to be called once."""
 
     bucket: Bucket
     plans: list[StepPlan]
@@ -30,10 +30,10 @@ class FlatWork:
     group: Group
     states: list[Mapping[str, Tensor]]
     renewals: list[Renewal]
-    """Where a refresh leaves what comes after the step."""
+    """To this list `run` adds the renewal of the matrices that it refreshes."""
 
     def run(self) -> None:
-        """Update the tensors in place, and count the step."""
+        """Update the tensors in place, and count the step. Where `found_inf` says so, and the host knows it, nothing is done."""
         flag = self.plans[0].found_inf
         if flag is not None and known_to_the_host(flag) and bool(flag):
             return
@@ -50,7 +50,8 @@ class FlatWork:
         self.bucket.count()
 
     def _parts(self, i: int) -> Iterator[tuple[Tensors, tuple[Side, ...], Mapping[str, Tensor]]]:
-        """Of a tensor, all of it: each turned matrix with its sides and state, and what lies between, with none."""
+        """The parts of the i-th flat tensor, which together are all of it: each turned matrix, with its sides and state; and each stretch
+        between two of them, with no sides and no state."""
         tensors, reached = [members[i].detach() for members in self.bucket.lists], 0
         for (share, sides), state in flat.matrices(self.bucket.params[i], self.states[i], self.group):
             if share.offset > reached:
@@ -63,7 +64,7 @@ class FlatWork:
 
 @dataclass
 class _Views:
-    """Parts of tensors, as a bucket has them."""
+    """Parts of flat tensors, gathered to be made a bucket."""
 
     params: list[Tensor] = field(default_factory=list)
     tensors: list[Tensors] = field(default_factory=list)
@@ -74,7 +75,7 @@ class _Views:
     def add(
         self, p: Tensor, tensors: Tensors, plan: StepPlan, sides: tuple[Side, ...], state: Mapping[str, Tensor]
     ) -> None:
-        """One part of a tensor: its five tensors by role, the sides that are turned, and their states."""
+        """Add a part of the flat tensor p: its five tensors by role, and its sides and state if it is a turned matrix."""
         self.params.append(p)
         self.tensors.append(tensors)
         self.plans.append(plan)
@@ -82,6 +83,6 @@ class _Views:
         self.states.append(state)
 
     def bucket(self) -> Bucket:
-        """Without counters: the whole tensors' are counted."""
+        """A bucket of the parts. It has no step counts, since those of the flat tensors are raised."""
         theta, grad, m, s, v = map(list, zip(*self.tensors, strict=True))
         return Bucket(self.params, (theta, grad, m, s, v), None, [plan.step for plan in self.plans], [])

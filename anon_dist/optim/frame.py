@@ -1,8 +1,8 @@
-"""The frame of a parameter: which sides of a matrix are turned into a basis of their own, and the state that belongs to that.
+"""The frame of a matrix: which of its sides have a basis, and the state that belongs to a basis.
 
-A parameter of two or more dimensions is a matrix of m rows, its first dimension, and n columns, all others. Where a side is turned, its
-state has a basis and a covariance (see `basis.py`), and exp_avg, exp_avg_sq and precond are of the turned matrix. Ranks that hold other
-rows of a matrix have the same basis of its columns.
+A parameter of two or more dimensions is a matrix. Its first dimension makes the rows, all others together make the columns. A side that has
+a basis has two states, the basis and a covariance (see `basis.py`). exp_avg, exp_avg_sq and precond are then those of the turned matrix.
+Ranks that hold different rows of a matrix all have the same basis of its columns.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from anon_dist.optim.basis import Side
 from anon_dist.optim.rounding import EXP_AVG, PRECOND, decode_blocks, encode_blocks, salt_of, to_bfloat16_stochastically
 
 KEYS: dict[Side, tuple[str, str]] = {"columns": ("column_basis", "column_cov"), "rows": ("row_basis", "row_cov")}
-"""The state of a turned side: basis and covariance, (length of the side, block)."""
+"""The states of a side that has a basis: the basis and the covariance, both (length of the side, block)."""
 BASIS_KEYS = tuple(key for keys in KEYS.values() for key in keys)
 
 MOST_ROWS = 16
-"""Rows are turned only where there are at most so many to a column: those of an embedding, which stand for tokens, are not."""
+"""A matrix with more than so many rows to a column is taken for an embedding. Its rows stand for tokens, and get no basis."""
 
 LEAST_GAMMA = 0.25
-"""|γ| from which on σ = d^(1/γ) is turned; below, where that would be beyond float64, d itself."""
+"""Where |γ| is at least this, the turn of a preconditioner turns σ = d^(1/γ). Below, σ could be out of float64's range, and d is turned."""
 
 Group = Mapping[str, Any]
 
 
 def sides(p: Tensor, group: Group) -> tuple[Side, ...]:
-    """The sides of a parameter that are turned."""
+    """The sides of a parameter that have a basis."""
     return sides_of(p.shape, group)
 
 
@@ -53,7 +53,7 @@ def sides_of(shape: Sequence[int], group: Group) -> tuple[Side, ...]:
 
 
 def length(p: Tensor, side: Side) -> int:
-    """Elements of a side."""
+    """The number of columns, or of rows."""
     return length_of(p.shape, side)
 
 
@@ -63,13 +63,13 @@ def length_of(shape: Sequence[int], side: Side) -> int:
 
 
 def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state of a side that is not turned yet: basis I, covariance 0. DTensors, if p is one.
+    """The first states of a side: the basis is the identity, the covariance 0. They are DTensors if p is one.
 
     Args:
-        dtype: of the preconditioner; of float64's the basis is float64 too.
+        dtype: the preconditioner's. If it is float64 these states are float64, else float32.
 
     Raises:
-        RuntimeError: blocks of the side would lie across shards, or p is cut in another way that a basis cannot follow.
+        RuntimeError: p is sharded in a way that allows no basis of this side: a block would lie on two ranks, say.
     """
     n = length(p, side)
     block = min(group["basis_block"], n)
@@ -87,13 +87,13 @@ def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, 
 
 
 def start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The basis and the covariance of a side that is not turned yet, of a preconditioner's dtype or float32."""
+    """The first basis and covariance of a side of n elements, for a preconditioner of this dtype (see `fresh`)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return basis.identity(n, block, device).to(wide), torch.zeros(n, block, dtype=wide, device=device)
 
 
 def check(p: Tensor, group: Group) -> None:
-    """Refuse a basis of a parameter that is cut in a way that it cannot follow.
+    """Refuse a basis of a parameter that is sharded in a way that allows none.
 
     Raises:
         RuntimeError: naming the remedy; on every rank alike.
@@ -104,7 +104,7 @@ def check(p: Tensor, group: Group) -> None:
 
 
 def _placements(p: DTensor, side: Side, n: int, block: int) -> list[Placement]:
-    """Of a side's state."""
+    """How the states of a side are placed; see `fresh` for what is refused."""
     placements = [_placement(p, x, side) for x in p.placements]
     cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
     check_cuts(p.shape, side, cuts, block)
@@ -112,7 +112,7 @@ def _placements(p: DTensor, side: Side, n: int, block: int) -> list[Placement]:
 
 
 def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
-    """How a side's state is placed where the parameter is placed so."""
+    """How the states of a side are placed in a mesh dimension in which the parameter is placed so."""
     if placement.is_replicate():
         return Replicate()
     cut = getattr(placement, "dim", None)
@@ -127,11 +127,11 @@ def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
 
 
 def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block: int) -> None:
-    """Refuse blocks of a side across shards; on every rank alike.
+    """Refuse blocks of a side that would lie on two ranks; on every rank alike.
 
     Args:
         shape: of the whole parameter.
-        cuts: numbers of ranks that cut the side, one within the other.
+        cuts: over how many ranks each mesh dimension shards the side; more than one number where shards are sharded again.
 
     Raises:
         RuntimeError: naming the block that fits.
@@ -157,13 +157,16 @@ def change(
     exponents: str,
     wanted: tuple[Side, ...] | None = None,
 ) -> None:
-    """Bring a state to the sides and blocks of a group. A side that is left is turned back: m exactly, d and s as the diagonal of
-    the matrix that they are the diagonal of in the basis. A new one starts at I, which changes nothing.
+    """Bring a state to the `basis` and `basis_block` of a group.
+
+    A side that loses its basis is turned back. m is turned back exactly. d and s are only the diagonals of matrices that are not known, and
+    are turned back as if these were diagonal. A side that gets a basis starts with the identity, which changes nothing.
 
     Args:
-        gamma: of the preconditioner.
-        exponents: the key of an 8-bit exp_avg's.
-        wanted: the sides that are turned then, where p's shape does not tell.
+        after: the group as it will be.
+        gamma: γ°, of the preconditioner.
+        exponents: the key under which the state has the exponents of an 8-bit exp_avg.
+        wanted: the sides that are to have a basis; None: those that p's shape and the group say.
 
     Raises:
         RuntimeError: as `fresh`; nothing has been changed then.
@@ -190,7 +193,10 @@ def change(
 
 
 def cut_over(p: Tensor, side: Side) -> tuple[dist.ProcessGroup, ...]:
-    """The process groups whose ranks hold other parts of each vector of the side: over them its covariance is a sum."""
+    """The process groups over which the side's covariance is a sum.
+
+    The covariance of the columns is a sum over rows, so these are the groups whose ranks hold other rows; and the other way round.
+    """
     if not isinstance(p, DTensor):
         return ()
     across = 0 if side == "columns" else 1
@@ -202,7 +208,7 @@ def cut_over(p: Tensor, side: Side) -> tuple[dist.ProcessGroup, ...]:
 
 
 def device_of(p: Tensor) -> torch.device:
-    """Of this rank's part of it."""
+    """The device of this rank's part of p."""
     return _local(p).device
 
 
@@ -210,12 +216,12 @@ def device_of(p: Tensor) -> torch.device:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """A local tensor as the matrix that is turned."""
+    """A local tensor of two or more dimensions as a matrix."""
     return x if x.dim() == 2 else x.flatten(1)
 
 
 def turn(x: Tensor, state: Mapping[str, Tensor], *, back: bool = False) -> Tensor:
-    """A local matrix in the state's frame, or back from it; new."""
+    """A local matrix turned into the state's frame, or back from it; a new tensor."""
     if (columns := state.get("column_basis")) is not None:
         x = basis.turn(x, _local(columns), "columns", back=back, denoise=not back)
     if (rows := state.get("row_basis")) is not None:
@@ -228,7 +234,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Moved:
-    """exp_avg and precond of a parameter on their way to another frame, in float32 or more; `store` rounds them as a step does."""
+    """exp_avg and precond of a matrix on their way to another frame.
+
+    `by` turns them, in float32 or more, side by side; `store` then writes them to the state, rounded as a step rounds.
+    """
 
     def __init__(self, state: MutableMapping[str, Tensor], exponents: str) -> None:
         self._m, self._v, self._exponents = _local(state["exp_avg"]), _local(state["precond"]), state.get(exponents)
@@ -236,15 +245,23 @@ class Moved:
         self.m, self.v = (matrix(x).to(torch.promote_types(x.dtype, torch.float32)) for x in (m, self._v))
 
     def by(self, side: Side, turning: Tensor, gamma: float) -> None:
-        """Turn a side by the blocks of `turning`, (length, block): m exactly, d = v^(−2) as the diagonal of a turned matrix,
-        σ'_j = Σ_i R_ij² σ_i with σ = d^(1/γ)."""
+        """Turn a side by R = `turning`, (length, block).
+
+        m is turned exactly. Of v only the diagonal is known: σ = d^(1/γ), with d = v^(−2), is turned as the diagonal of a diagonal matrix,
+        σ'_j = Σ_i R_ij² σ_i.
+        """
         for m_i, v_i in zip(_pieces(self.m, side), _pieces(self.v, side), strict=True):
             m_i.copy_(basis.turn(m_i, turning.to(m_i.dtype), side, denoise=True))
             if gamma != 0.0:
                 v_i.copy_(_spread(v_i, turning, side, gamma).clamp_(update.V_MIN, update.V_MAX))
 
     def store(self, step: int, stochastic: frozenset[str]) -> None:
-        """Write them back, in place."""
+        """Write m and v to the state, in place.
+
+        Args:
+            step: the step count, with which stochastic rounding is salted.
+            stochastic: which of "m" and "v" are rounded stochastically.
+        """
         salt_m, salt_v = (
             salt_of(step, x) if role in stochastic else None for role, x in (("m", EXP_AVG), ("v", PRECOND))
         )
@@ -258,7 +275,7 @@ class Moved:
 
 
 def _spread(v: Tensor, turning: Tensor, side: Side, gamma: float) -> Tensor:
-    """The preconditioner whose σ is the turned one's; in float64, unless it is a matter of squares and sums alone."""
+    """The preconditioner of the turned σ (see `Moved.by`). It takes float64, but for γ = 1, which needs no power."""
     if gamma == 1.0:
         return basis.turn(v.square().reciprocal_(), turning.to(v.dtype).square(), side).rsqrt_()
     power = -2.0 / gamma if abs(gamma) >= LEAST_GAMMA else -2.0
@@ -266,13 +283,13 @@ def _spread(v: Tensor, turning: Tensor, side: Side, gamma: float) -> Tensor:
 
 
 def _pieces(x: Tensor, side: Side) -> Iterator[Tensor]:
-    """Its vectors of the side, in pieces that a turn in float64 takes no more than some 100 MB for."""
+    """Views of a matrix, cut across the other side, so that turning one in float64 takes about 100 MB at most."""
     of_side, others = (1, 0) if side == "columns" else (0, 1)
     yield from x.split(max(1, update.REFRESH_ELEMENTS // max(1, x.shape[of_side])), others)
 
 
 def _put(stored: Tensor, computed: Tensor, salt: int | None) -> None:
-    """Copy, stochastically rounded where that is bfloat16 and there is a salt."""
+    """Copy to the stored tensor; stochastically rounded if that is bfloat16 and there is a salt."""
     if computed.data_ptr() == stored.data_ptr():
         return  # float32, changed in place
     if salt is not None and stored.dtype == torch.bfloat16:

@@ -1,11 +1,15 @@
-"""Parameters that a param group does not show at the moment.
+"""Hidden parameters: those that have state, and that their param group does not show at the moment.
 
 DeepSpeed shows the optimizer one param group at a time, and in stage 3 one part of a group after the other. The parameters of the other
-parts are not in `param_groups` then, but the optimizer holds their state. They belong to their group all the same: its foremost parameter
-may be among them, and a γ that comes into force is theirs too. Their preconditioners cannot be converted with the others', since it is not
-known yet whether their next step refreshes them. So what they were made with is remembered until they are shown again.
+parts are not in `param_groups` then, but the optimizer holds their state.
 
-A parameter's step count does not tell that: one that starts late has passed no change of γ, and comes to the same counts later.
+A hidden parameter belongs to its group all the same. The group's foremost parameter may be hidden. And a γ that comes into force counts for
+hidden parameters too. Their preconditioners cannot be converted together with the others', since a refresh converts in its own arithmetic,
+and nobody knows yet whether their next step will be a refresh. So γ°, with which their preconditioners were made, is remembered until the
+group shows them again.
+
+γ° does not follow from a parameter's step count. A parameter that started late has missed no change of γ, but has the step counts that
+others had before the change.
 """
 
 from __future__ import annotations
@@ -24,22 +28,22 @@ Group = Mapping[str, Any]
 
 
 class Hidden:
-    """Which parameters belong to which group, shown or not, and whose preconditioners are still to be converted."""
+    """Which parameters belong to which group, shown or hidden; and which preconditioners are still to be converted."""
 
     def __init__(self) -> None:
         self._group_of: Any = WeakTensorKeyDictionary()
         self._made_with: Any = WeakTensorKeyDictionary()
-        """γ° of the preconditioners that are not of their group's γ in force."""
+        """Parameter → γ°, where that is not the γ in force in its group."""
 
     def meet(self, groups: Groups) -> None:
-        """Note what the groups show now."""
-        if not torch.compiler.is_compiling():  # a compiled step shows all
+        """Note which parameters the groups show now."""
+        if not torch.compiler.is_compiling():  # in a compiled step nothing is hidden
             for group in groups:
                 for p in group["params"]:
                     self._group_of[p] = group
 
     def start_from(self, groups: Groups, state: States) -> None:
-        """Forget what was; go by groups and state that were loaded, in the form of whatever version."""
+        """Forget everything, and start from loaded groups and states. Their history may be of an earlier version (`regime.Record`)."""
         self._group_of.clear()
         self._made_with.clear()
         self.meet(groups)
@@ -51,18 +55,18 @@ class Hidden:
                 self._made_with.update(dict.fromkeys(behind, gamma_before))
 
     def taken(self, group: Group, groups: Groups, state: States) -> int:
-        """The step count of the group's foremost parameters, shown or not."""
+        """The step count of the group's foremost parameters, shown or hidden."""
         hidden = self._hidden(group, state) if has_absent(groups, state) else ()
         return max([steps_taken(group, state), *(int(state[p]["step"]) for p in hidden)])
 
     def made_with(self, group: Group) -> dict[Tensor, float]:
-        """γ° of the parameters that the group shows now and whose preconditioners are not of its γ in force."""
+        """γ° of those parameters that the group shows now and whose γ° is not the γ in force."""
         if not len(self._made_with):
             return {}
         return {p: self._made_with[p] for p in group["params"] if p in self._made_with}
 
     def stuck(self, regime: Regime, gamma: float, state: States) -> list[float]:
-        """γ° of the group's hidden parameters that could not be converted to `gamma` in their next step."""
+        """γ° of each hidden parameter of the group that could not be converted to `gamma` in its next step."""
         found = []
         for p in self._hidden(regime.group, state):
             made_with, step = self._made_with.get(p, regime.gamma_in_force), int(state[p]["step"]) + 1
@@ -71,17 +75,21 @@ class Hidden:
         return found
 
     def converted(self, group: Group) -> None:
-        """The preconditioners of the parameters that the group shows are of its γ in force."""
+        """Note that the parameters that the group shows have been converted to its γ in force."""
         for p in self.made_with(group):
             del self._made_with[p]
 
     def leave_behind(self, group: Group, state: States, gamma: float) -> None:
-        """The group goes over to another γ; its hidden parameters' preconditioners are of `gamma` still, if not of an earlier one."""
+        """Note that another γ comes into force in the group, and that its hidden parameters are not converted.
+
+        Args:
+            gamma: the γ that was in force. It is γ° of those hidden parameters that were not left behind before.
+        """
         for p in self._hidden(group, state):
             self._made_with.setdefault(p, gamma)
 
     def convert(self, state: States) -> None:
-        """Convert what is still to be converted, so that the state may be saved or copied.
+        """Convert all preconditioners that are still to be converted, so that the state may be saved or copied.
 
         Raises:
             RuntimeError: a preconditioner cannot be converted.
@@ -103,7 +111,7 @@ class Hidden:
         self._made_with.clear()
 
     def _hidden(self, group: Group, state: States) -> Iterator[Tensor]:
-        """The group's parameters that it does not show, and that have been stepped."""
+        """The group's hidden parameters that have taken a step."""
         shown = {id(p) for p in group["params"]}
         for p, own in state.items():
             if (

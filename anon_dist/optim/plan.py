@@ -8,15 +8,25 @@ from enum import IntEnum
 from torch import Tensor
 
 ROLES = ("theta", "grad", "m", "s", "v")
-"""What an element consists of, in the order of a backend's lists: θ, g, m, s, v."""
+"""The tensors of a step, in the order in which a backend takes them (`layout.Lists`). Code and formulas call each by one letter:
+
+| name | letter | what it is | where it is kept |
+|---|---|---|---|
+| `theta` | θ | the parameter; of a turned matrix, a tensor that its update is written to | the parameter |
+| `grad` | g | the gradient; of a turned matrix, the turned gradient | `p.grad` |
+| `m` | m | the mean of g | the state `exp_avg` |
+| `s` | s | the mean of g² since the last refresh: the second moment | the state `exp_avg_sq` |
+| `v` | v | the preconditioner | the state `precond` |
+"""
 STORED = ("theta", "m", "s", "v")
-"""What a step writes."""
+"""The roles that a step writes to."""
 
 
 class Variant(IntEnum):
     """What a step does beyond m and θ."""
 
     PLAIN = 0
+    """Nothing."""
     ACCUMULATE = 1
     """g² enters s."""
     REFRESH = 2
@@ -36,7 +46,7 @@ class StepPlan:
     beta1: float
     beta2: float
     clip: float | None
-    """|v · m̂| is kept below it."""
+    """Each element of v · m̂ is kept in [−clip, clip]."""
     maximize: bool = False
     debias_s: float = 1.0
     """At a refresh: the summed weight of what s holds, 1 − β2^age."""
@@ -50,9 +60,9 @@ class StepPlan:
     hold_silent: bool = False
     """At a refresh: elements with s = 0 keep their v, raised to `gamma_ratio`."""
     nesterov: bool = False
-    """θ moves by the mean that the same gradient would make of m once more: β1 m + (1 − β1) g in place of m."""
+    """θ moves by β1 m + (1 − β1) g in place of m."""
     cautious: bool = False
-    """θ is decayed only where that and the update go the same way, u θ ≥ 0."""
+    """θ is decayed only where decay and update have the same direction, u θ ≥ 0."""
     stochastic: frozenset[str] = frozenset()
     """Which of θ, m, s and v (as `ROLES`) are rounded stochastically where they are stored in bfloat16 or int8 (see `rounding`)."""
     grad_scale: Tensor | None = None
@@ -62,9 +72,12 @@ class StepPlan:
 
     @property
     def debias_m(self) -> float:
-        """The summed weight of what θ moves by: of m 1 − β1^t, one step more with Nesterov."""
+        """The summed weight of the gradients in what θ moves by: 1 − β1^t; with Nesterov 1 − β1^(t+1)."""
         return float(1.0 - self.beta1 ** (self.step + self.nesterov))
 
     def handing_back(self) -> StepPlan:
-        """The plan under which θ becomes the update clip(v · m̂) itself, whatever (finite) it was: (1 − η λ) θ − η u with η = λ = −1."""
+        """The plan that writes the update u = clip(v · m̂) itself to θ, in place of moving θ by it.
+
+        It has η = λ = −1: then (1 − η λ) θ − η u is u, for any finite θ.
+        """
         return replace(self, lr=-1.0, weight_decay=-1.0, cautious=False)

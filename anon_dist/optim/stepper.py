@@ -1,4 +1,4 @@
-"""A step made ready: which tensors, under which plans, by which backend."""
+"""A step made ready: which tensors it updates, by which plans, and with which backend."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.turned import Renewal, TurnedWork
 
 LONGEST_VECTOR = 1 << 13
-"""A parameter with more elements and one dimension is taken for a flattened matrix."""
+"""A parameter of one dimension with more elements than this is taken for a matrix that an engine has flattened."""
 
 
 @dataclass
 class Work:
-    """The update of a bucket, to be run once."""
+    """The update of a bucket, element by element; `run` is to be called once."""
 
     bucket: Bucket
     plans: list[StepPlan]
@@ -60,12 +60,12 @@ class GradScaling:
 
     @property
     def skips(self) -> bool:
-        """Whether the host knows at once that nothing is to be stepped."""
+        """Whether nothing is to be stepped, and the host knows it without waiting."""
         return self.found_inf is not None and known_to_the_host(self.found_inf) and bool(self.found_inf)
 
     @property
     def is_known_late(self) -> bool:
-        """Whether only the device knows it yet."""
+        """Whether only the device knows if something is to be stepped."""
         return self.found_inf is not None and not known_to_the_host(self.found_inf)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -83,9 +83,9 @@ class NewGamma:
     gamma: float
     """In force in this step."""
     made_with: dict[Tensor, float]
-    """γ° of parameters whose preconditioners are not even of the γ that was in force before (see `hidden`)."""
+    """γ° of the parameters that missed an earlier change of γ: it is not the γ that was in force before this step (see `hidden`)."""
     beside: list[tuple[Mapping[str, Tensor], float]]
-    """States that are not refreshed in this step, and the powers that convert their preconditioners."""
+    """States whose preconditioners this step does not refresh, and the power that converts each of them."""
 
 
 @dataclass
@@ -105,22 +105,27 @@ class Due:
 
 
 class Stepper:
-    """Makes an optimizer's steps ready. From one to the next it remembers what the groups' tensors were, what the ranks agreed on, and
-    what it has counted before it knew."""
+    """Makes an optimizer's steps ready.
+
+    Between two steps it remembers the groups' tensors, what the ranks agreed on, and what the last step has left to be done (`settle`).
+    """
 
     def __init__(self) -> None:
         self.hidden, self.silence = Hidden(), SilenceWarning()
         self.known: Sequence[Gathered] = ()
-        """What each group's tensors were when they were last gathered."""
+        """By group: its tensors at the last gathering."""
         self.kernel_agreed: bool | None = None
         """Whether all ranks can use the fused kernel; None before the first step."""
         self._unsettled: tuple[HostCopy, list[Bucket]] | None = None
+        """The last step's `found_inf`, and the buckets that it counted, where the host did not know whether the step was taken."""
         self._renewals: list[Renewal] = []
+        """Of the matrices that the last step has refreshed."""
         self._checked: dict[int, tuple[list[Any], Regime]] = {}
-        """What each group's hyperparameters were, without lr, when they were last found to be in order, and the regime that they make."""
+        """By group: its hyperparameters, without lr, at the last check that they passed; and the regime made of them."""
 
     def settle(self) -> None:
-        """Finish the last step: take back its counts, if it was none; renew the bases of what it has refreshed."""
+        """Finish the last step: renew the bases of the matrices that it has refreshed; and lower the step counts again if the device has
+        found that nothing was to be stepped."""
         while self._renewals:
             self._renewals.pop(0).finish()
         if self._unsettled is not None:
@@ -132,7 +137,7 @@ class Stepper:
     def ready(
         self, groups: Groups, state: States, scaling: GradScaling, parts: Sequence[Iterable[Tensor]]
     ) -> list[Callable[[], None]]:
-        """The updates of a step, checked and to be run without autograd, of each part and of the parameters that are in none.
+        """Check a step and make its updates ready, to be run without autograd: a function for each part, and one for parameters in no part.
 
         Raises:
             RuntimeError, ValueError: see `Anon.step`.
@@ -154,7 +159,7 @@ class Stepper:
         return [partial(_run, some) for some in work]
 
     def _due(self, groups: Groups, state: States, scaling: GradScaling) -> list[Due]:
-        """What each group does in this step; nothing if the host knows that there is none. Nothing has been changed yet."""
+        """What each group does in this step; an empty list if the host knows that nothing is to be stepped. It changes no tensor."""
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
@@ -175,10 +180,10 @@ class Stepper:
         return due
 
     def _new_gamma(self, index: int, due: Due, groups: Groups, state: States) -> NewGamma | None:
-        """What a group's step does about γ; None if its preconditioners all are of the γ in force.
+        """The γ that comes into force in a group's step, and what is to be converted; None if no preconditioner changes its γ.
 
         Raises:
-            RuntimeError: a preconditioner that is not refreshed in this step cannot be converted.
+            RuntimeError: a preconditioner would have to be converted that this step does not refresh, and it cannot be.
         """
         group, regime, made_with = due.group, due.regime, self.hidden.made_with(due.group)
         if not regime.is_pending and not made_with:
@@ -210,7 +215,7 @@ class Stepper:
         return NewGamma(gamma, made_with, [(state[p], power) for p, power in powers.items() if power is not None])
 
     def _go_over(self, due: Due, new: NewGamma, groups: Groups, state: States) -> None:
-        """Do what a step does about γ beside the updates."""
+        """Convert the preconditioners that the step does not refresh, and put the new γ on record."""
         for own, power in new.beside:
             convert_preconds([own], power)
         self.hidden.converted(due.group)
@@ -222,7 +227,7 @@ class Stepper:
     def _work(
         self, due: Due, state: States, scaling: GradScaling, part_of: Mapping[Tensor, int], later: bool
     ) -> Iterator[tuple[int, AnyWork]]:
-        """The updates of a group's buckets, each with the part of the step that it is in; -1 for none."""
+        """The updates of a group's buckets, each with the index of the part of the step that it is in; -1 for no part."""
         for bucket in due.buckets:
             backend = _backend(bucket, due.group, bool(self.kernel_agreed))
             plans = _plans(due.regime, bucket, due.new_gamma, scaling, later)
@@ -242,14 +247,15 @@ class Stepper:
         return TurnedWork(bucket, plans, backend, states, sides, self._renewals)
 
     def start_renewals(self) -> None:
-        """Begin what a refresh leaves to be done after the step, so that ranks talk while they go on."""
+        """Begin the renewals that the step has left, so that their all-reduces run beside the next forward pass. `settle` finishes them."""
         for renewal in self._renewals:
             renewal.start()
 
     def _regime(self, index: int, group: dict[str, Any], groups: Groups, state: States) -> Regime:
-        """A group's regime. Refused are values out of range and, once steps were taken, values that the state was not made with.
+        """A group's regime, after a check of its hyperparameters.
 
-        An edited γ waits.
+        Values out of range are refused; and once steps were taken, other values of those that the state was made with. An edited γ is not
+        refused: it is pending.
         """
         values, regime = self._checked.get(index, ([], None))
         if regime is not None and regime.group is group and _are_the_same(group, values):
@@ -271,7 +277,7 @@ class Stepper:
         return regime
 
     def _buckets(self, groups: Groups, state: States) -> list[list[Bucket]]:
-        """The buckets of each group."""
+        """The buckets of each group; those of the step before are renewed where nothing but gradients and counts has changed."""
         if _has_no_gradient(groups):
             return [[] for _ in groups]
         known = self.known if len(self.known) == len(groups) else [None] * len(groups)
@@ -293,14 +299,14 @@ def _run(work: Iterable[AnyWork]) -> None:
 
 
 def _are_the_same(group: Mapping[str, Any], values: list[Any]) -> bool:
-    """Whether a group's hyperparameters, but lr, are these objects, and `normalise` would find nothing to do."""
+    """Whether a group's hyperparameters, without lr, are these very objects. Then they need no check; `normalise` would change nothing."""
     present = [value for name, value in group.items() if name != "lr"]
     same = len(present) == len(values) and all(map(is_, present, values))
     return same and type(group["lr"]).__module__ != "numpy"
 
 
 def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Backend:
-    """`choice.choose`, which is asked once where the tensors' kinds are those of the steps before."""
+    """The backend that `choice.choose` gives; it is asked once for as long as the tensors' kinds stay."""
     asked = (group["fused"], group["foreach"], agreed, torch.compiler.is_compiling())
     choices = {} if bucket.choices is None else bucket.choices
     if asked not in choices:
@@ -310,10 +316,10 @@ def _backend(bucket: Bucket, group: dict[str, Any], agreed: bool) -> choice.Back
 
 
 def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradScaling, later: bool) -> list[StepPlan]:
-    """The plan of each parameter.
+    """The plan of each parameter; one object for all that have the same.
 
     Args:
-        later: the updates are run after other code, which may write to a learning rate that is a tensor.
+        later: other code runs between now and the updates. It may write to a learning rate that is a tensor, so that is copied.
     """
     lr, device = regime.group["lr"], bucket.lists[0][0].device
     if isinstance(lr, Tensor):
@@ -330,7 +336,8 @@ def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradSc
 
 
 def _check_matrices(groups: Groups) -> None:
-    """Refuse a basis where an engine has flattened the matrices; a rank that was left only vectors (ZeroRedundancyOptimizer) is told."""
+    """Refuse a basis where an engine has flattened the matrices. Warn where there are only vectors, which ZeroRedundancyOptimizer may leave
+    to a rank."""
     asked = next((group["basis"] for group in groups if group["basis"]), None)
     if asked is None or any(flat.kind(p, group) for group in groups for p in group["params"]):
         return
@@ -353,7 +360,7 @@ def _has_no_gradient(groups: Groups) -> bool:
 
 
 def _by_part(bucket: Bucket, part_of: Mapping[Tensor, int]) -> dict[int, Sequence[int]]:
-    """Indices of the bucket's parameters by the part of the step that they are in; -1 for those in none."""
+    """Part of the step → indices of the bucket's parameters that are in it; -1 for those in no part."""
     if not part_of:
         return {-1: range(len(bucket.params))}
     found: dict[int, list[int]] = {}

@@ -1,9 +1,14 @@
-"""The step of matrices whose sides are turned into bases of their own, and the renewal of these bases after a refresh.
+"""The step of turned matrices, and the renewal of their bases after a refresh.
 
-The gradient is turned, the backend makes the update in the turned frame, elementwise as ever, and the update is turned back. At a refresh
-the preconditioner is made of what was measured in the present basis; after that step the basis takes in the covariance of the momentum, and
-the momentum and the preconditioner follow it. Only then do ranks talk, and only those that hold other parts of the same matrices: one sum
-of their covariances. All of them compute the new basis from it, alike.
+A step turns the gradient into the frame. A backend computes the update there, element by element, as of any parameter. The update is turned
+back, and moves the parameter.
+
+A step that refreshes makes the preconditioner in the present bases. The renewal comes after that step: it makes new bases from the
+momentum's covariance, and turns the momentum and the preconditioner into them.
+
+Ranks communicate in a renewal alone. A rank that holds some rows of a matrix can compute a part of the covariance of its columns: the sum
+over these rows. The covariance is the sum of these parts, and so an all-reduce over the ranks that hold the matrix's rows. All of them then
+compute the same new basis from it. The same holds for the covariance of the rows where ranks hold some of the columns each.
 """
 
 from __future__ import annotations
@@ -27,14 +32,15 @@ from anon_dist.optim.rounding import THETA, decode_blocks, salt_of, to_bfloat16_
 from anon_dist.optim.state import EXPONENTS, local
 
 _Ranks = tuple[tuple[dist.ProcessGroup, ...], torch.device]
+"""The process groups over which a covariance is summed, one after the other, and the device on which they communicate."""
 
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Elements that are turned at once: a gradient and an update are temporaries, in float32."""
+"""Matrices of about so many elements are stepped together. Their turned gradients and updates are temporaries of this size, in float32."""
 
 
 @dataclass
 class TurnedWork:
-    """The update of a bucket of turned matrices, to be run once."""
+    """The update of a bucket of turned matrices; `run` is to be called once. All lists have a member for each matrix."""
 
     bucket: Bucket
     plans: list[StepPlan]
@@ -42,10 +48,10 @@ class TurnedWork:
     states: list[Mapping[str, Tensor]]
     sides: list[tuple[Side, ...]]
     renewals: list[Renewal]
-    """Where a refresh leaves what comes after the step."""
+    """To this list `run` adds the renewal of the matrices that it refreshes."""
 
     def run(self) -> None:
-        """Update the tensors in place, and count the step."""
+        """Update the tensors in place, and count the step. Where `found_inf` says so, and the host knows it, nothing is done."""
         flag = self.plans[0].found_inf
         if flag is not None and known_to_the_host(flag) and bool(flag):
             return
@@ -59,7 +65,7 @@ class TurnedWork:
             self.renewals.append(Renewal(members))
 
     def _portions(self) -> Iterator[list[int]]:
-        """Indices that are taken at once."""
+        """Indices of the matrices that are stepped together: one, or several of `AT_ONCE` elements at most."""
         theta = self.bucket.lists[0]
         most = AT_ONCE["cpu" if theta[0].device.type == "cpu" else "cuda"]
         portion: list[int] = []
@@ -73,12 +79,15 @@ class TurnedWork:
         yield portion
 
     def _step(self, indices: list[int]) -> None:
+        """Step some of the matrices. The letters are those of `plan.ROLES`."""
         theta, grad, m, s, v = ([members[i] for i in indices] for members in self.bucket.lists)
         plans, states = [self.plans[i] for i in indices], [self.states[i] for i in indices]
         compute = torch.promote_types(torch.promote_types(torch.float32, theta[0].dtype), grad[0].dtype)
         turned = [frame.turn(frame.matrix(g).to(compute), state) for g, state in zip(grad, states, strict=True)]
         updates = [torch.zeros_like(g) for g in turned]
-        handing_back = {id(plan): plan.handing_back() for plan in plans}
+        handing_back = {
+            id(plan): plan.handing_back() for plan in plans
+        }  # the backend writes updates, and moves no parameter
         self.backend(
             (updates, turned, *([frame.matrix(x) for x in members] for members in (m, s, v))),
             [handing_back[id(plan)] for plan in plans],
@@ -93,7 +102,8 @@ def _move(theta: Tensor, u: Tensor, plan: StepPlan) -> None:
     """θ ← (1 − η λ) θ − η u, in place, rounded as the plan says."""
     lr = plan.lr.reshape(()) if isinstance(plan.lr, Tensor) else plan.lr
     if plan.found_inf is not None and not known_to_the_host(plan.found_inf):
-        lr = lr * (plan.found_inf == 0.0).to(u.dtype).reshape(())  # u is 0 where the backend was told to write nothing
+        # Where the flag is set, the backend has left u = 0; η = 0 keeps the weight from decaying too.
+        lr = lr * (plan.found_inf == 0.0).to(u.dtype).reshape(())
     computed = theta.to(u.dtype)
     update.move([computed], [u], scale=lr, decay=1.0 - lr * plan.weight_decay, cautious=plan.cautious)
     if computed is theta:
@@ -105,21 +115,23 @@ def _move(theta: Tensor, u: Tensor, plan: StepPlan) -> None:
 
 @dataclass
 class Member:
-    """A matrix whose bases are renewed."""
+    """A turned matrix in a renewal."""
 
     p: Tensor
-    """The parameter that it is, or lies in."""
+    """The parameter that is the matrix, or the flat tensor that the matrix lies in."""
     state: Mapping[str, Tensor]
     sides: tuple[Side, ...]
+    """Those that have a basis."""
     plan: StepPlan
+    """Of the step that has refreshed it."""
     fresh: dict[Side, Tensor] = field(default_factory=dict)
-    """The covariance of the momentum: this rank's part of it, then the sum."""
+    """The covariance of the momentum, by side: first this rank's part of it, then the sum over ranks."""
 
 
 class Renewal:
-    """The renewal of some parameters' bases after the refresh that they have just made.
+    """The renewal of some matrices' bases after a step that has refreshed them.
 
-    Until `finish`, state and parameters are those of the finished step in the old bases, which is as right.
+    Until `finish`, parameters and states are those after that step, in the old bases, and consistent.
     """
 
     def __init__(self, members: list[Member]) -> None:
@@ -131,10 +143,14 @@ class Renewal:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Compute the covariances, and send them to be added up over ranks. Every rank starts the same ones in the same order."""
+        """Compute the covariances, and begin the all-reduces of those that are sums over ranks. A second call does nothing.
+
+        Every rank must start the same renewals in the same order.
+        """
         if self._is_started:
             return
         self._is_started = True
+        # One all-reduce for all covariances that are summed over the same process groups.
         together: dict[tuple[str, ...], tuple[_Ranks, list[tuple[Member, Side]]]] = {}
         with basis.true_float32(self._device):
             for member in self._members:
@@ -145,28 +161,28 @@ class Renewal:
                     groups, device = flat.summed_over(member.p, side)
                     key = (*(group.group_name for group in groups), str(m.device))
                     together.setdefault(key, ((groups, device), []))[1].append((member, side))
-        for (groups, device), those in together.values():
+        for (groups, device), summed in together.values():
             if groups:
-                self._add_up(groups, device, those)
+                self._add_up(groups, device, summed)
 
     def _add_up(
-        self, groups: tuple[dist.ProcessGroup, ...], device: torch.device, those: list[tuple[Member, Side]]
+        self, groups: tuple[dist.ProcessGroup, ...], device: torch.device, summed: list[tuple[Member, Side]]
     ) -> None:
-        sums = torch.cat([member.fresh[side].reshape(-1) for member, side in those]).to(device)
+        sums = torch.cat([member.fresh[side].reshape(-1) for member, side in summed]).to(device)
         for group in groups[:-1]:
             dist.all_reduce(sums, group=group)
         self._waited_for.append(dist.all_reduce(sums, group=groups[-1], async_op=True))
-        self._sums.append((sums, those))
+        self._sums.append((sums, summed))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Go over to the new bases."""
+        """Wait for the sums, and go over to the new bases."""
         self.start()
         for handle in self._waited_for:
             handle.wait()
-        for sums, those in self._sums:
-            parts = sums.to(self._device).split([member.fresh[side].numel() for member, side in those])
-            for (member, side), part in zip(those, parts, strict=True):
+        for sums, summed in self._sums:
+            parts = sums.to(self._device).split([member.fresh[side].numel() for member, side in summed])
+            for (member, side), part in zip(summed, parts, strict=True):
                 member.fresh[side] = part.view_as(member.fresh[side])
         with basis.true_float32(self._device):
             for member in self._members:
@@ -182,6 +198,7 @@ def _momentum(state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _renew(member: Member) -> None:
+    """Make a matrix's new bases from its covariances, and turn its momentum and preconditioner into them."""
     plan, moved = member.plan, Moved(dict(member.state), EXPONENTS)
     for side in member.sides:
         q, mean = (local(member.state[key]) for key in KEYS[side])

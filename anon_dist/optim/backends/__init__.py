@@ -1,2 +1,2 @@
-"""What carries out a step on lists of tensors: `foreach.py` (torch's operations), `cpu.py` (`anon.c`, built by `build.py`), `gpu.py`
-(`gpu_step.py`, Triton). `layout.py` says how tensors come to them, `choice.py` which one takes a step."""
+"""Backends, which carry out a step on lists of tensors: `foreach.py` (torch's operations), `cpu.py` (the C kernel `anon.c`, compiled by
+`build.py`) and `gpu.py` (the Triton kernel `gpu_step.py`). `layout.py` says how tensors come to them; `choice.py` chooses."""

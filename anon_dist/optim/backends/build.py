@@ -1,8 +1,8 @@
-"""C sources compiled once for the machine they run on, and loaded.
+"""Compiles a C source once for each kind of machine, and loads it.
 
-Libraries lie in a folder of the user's, under a name made from all that decides what is in them: source, compiler, flags, CPU. Machines
-that share a home find each their own. A library ends with the checksum of what comes before, and is moved into place whole; one that is
-damaged is built again.
+The libraries lie in a folder of the user's. A library's name is a hash of all that decides its contents: source, compiler, flags, CPU. So
+machines of different kinds that share a home directory do not take each other's. A library ends with the checksum of its other bytes, and
+is moved into place when it is complete. A damaged one is built again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class BuildError(Exception):
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """The library made from a C file, built if it is not in the cache.
+    """The library of a C file; built if it is not in the cache.
 
     Raises:
-        BuildError: it could not be built, or not be loaded.
+        BuildError: it could not be built or loaded.
     """
     try:
         compiler = find_compiler()
@@ -81,14 +81,14 @@ def _key(source: Path, compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """The CPU's description, without what changes from boot to boot: -march=native depends on it."""
     kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "isa")
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     return "\n".join([platform.machine(), *(x for x in first.splitlines() if x.split("\t")[0].split(":")[0] in kept)])
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library is there with the checksum it was written with: loading a damaged one could end the process."""
+    """Whether the library is there, and its checksum right. To load a damaged one could end the process."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _build(source: Path, compiler: str, path: Path) -> None:
             raise BuildError(f"{compiler} failed: {(done.stderr or done.stdout).strip()[:1000]}")
         with built.open("r+b") as file:
             checksum = hashlib.sha256(file.read()).digest()
-            file.write(checksum)  # a loader does not look behind the end
+            file.write(checksum)  # the loader does not read past the end of the library
             file.flush()
             os.fsync(file.fileno())
         built.replace(path)
@@ -118,7 +118,7 @@ def _build(source: Path, compiler: str, path: Path) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One builder at a time. Where the file system has no locks several build, and the last one's library stays: they are the same."""
+    """A `with` block for one builder at a time. Where the file system has no locks, several may build; they all build the same."""
     with path.open("w") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,10 +1,14 @@
 """Which backend takes a step: what the group asks for, what the tensors allow, and what all ranks can do.
 
-Replicas must not drift apart, so either all ranks take a kernel or none: its bits are not those of `foreach`. What could differ between
-ranks is only whether it can be built. At its first step each optimizer asks the others, not with a collective, which would wait for
-ever if some rank never steps, but through the key-value store that the process group was set up with: each rank says once that it is
-there and able; the last to come writes "fused"; one that is not able, or has waited too long, writes "foreach". The first word written
-stands, and all follow it. No later step asks again.
+A kernel gives other bits than `foreach`. Replicas must not drift apart, so all ranks take a kernel, or none does. Ranks can differ in one
+thing alone: whether they can build the kernel.
+
+At an optimizer's first step the ranks agree. A collective would wait for ever for a rank that never steps. So they use the key-value store
+with which the process group was set up:
+
+- Each rank that can build the kernel adds itself to a count, once. The rank that makes the count complete writes "fused".
+- A rank that cannot build it, or that has waited for `AGREEMENT_SECONDS`, writes "foreach".
+- The first word that was written stands. All ranks follow it, and no later step asks again.
 """
 
 from __future__ import annotations
@@ -33,24 +37,24 @@ AGREEMENT_SECONDS = 60.0
 Group = Mapping[str, Any]
 
 Backend = Callable[[Lists, list[StepPlan], list[Tensor] | None, "Addresses | None"], None]
-"""What takes a step of some parameters, in place: lists by role, a plan for each parameter, the exponents of an int8 m's blocks, and the
-tensors' addresses where they are known."""
+"""The function with which a backend steps some parameters, in place. Its arguments: lists by role (`layout.Lists`), a plan for each
+parameter, the exponents of an int8 m's blocks, and the tensors' addresses if they are known."""
 
 
 def is_automatic(group: Group) -> bool:
-    """Whether the choice is left to us. `foreach=True` or `False` asks for that path, as in torch."""
+    """Whether the group leaves the choice to us. As in torch, `foreach=True` or `False` asks for torch's operations."""
     return group["fused"] is None and group["foreach"] is None
 
 
 def kernel_for(device: torch.device) -> ModuleType:
-    """The kernel, `cpu` or `gpu`, that takes tensors of this device, if one does."""
+    """The module, `cpu` or `gpu`, whose kernel could take tensors of this device."""
     return gpu if device.type == "cuda" else cpu
 
 
 def kinds(groups: Iterable[Group]) -> set[str]:
-    """Types of device on which a kernel could be chosen in these groups.
+    """The types of device on which a kernel could be chosen for these groups.
 
-    A rank that has been left no parameter takes part too, since others may have some: with the kind that it would have.
+    A group without parameters on this rank counts too, since other ranks may have some of it: with the type that they would usually have.
     """
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     found = {g["params"][0].device.type if g["params"] else usual for g in groups if is_automatic(g)}
@@ -83,8 +87,10 @@ def choose(lists: Lists, group: Group, agreed: bool) -> Backend:
 
 
 def agree(kinds: set[str]) -> bool:
-    """Whether all ranks can use the kernels for their `kinds`. Waits for their first step, at most `AGREEMENT_SECONDS`; warns where the
-    answer is no."""
+    """Whether all ranks can use the kernels for their `kinds` of device.
+
+    It waits until all ranks have come to their first step, at most `AGREEMENT_SECONDS`. It warns if the answer is no.
+    """
     reason = _why_not_built(kinds)
     if reason is not None:
         _warn(f"the fused kernel is not available, the slower foreach path is used: {reason}")
@@ -110,7 +116,7 @@ def _ask_store(store: Store, rank: int, ranks: int, able: bool) -> bool:
     if store.add(f"rank{rank}", 1) == 1 and store.add("arrived", 1) == ranks:
         store.compare_set("verdict", "", "fused")
     deadline = time.monotonic() + AGREEMENT_SECONDS
-    while not store.check(["verdict"]):  # `wait` would hold the store, which other threads use
+    while not store.check(["verdict"]):  # not `wait`, which would keep other threads from using the store
         if time.monotonic() > deadline:
             store.compare_set("verdict", "", "foreach")
         time.sleep(0.002)
@@ -118,6 +124,7 @@ def _ask_store(store: Store, rank: int, ranks: int, able: bool) -> bool:
 
 
 def _why_not_built(kinds: Iterable[str]) -> str | None:
+    """Why the kernels for these types of device cannot be built here; None: they can."""
     try:
         for kind in kinds:
             (gpu if kind == "cuda" else cpu).check()
@@ -128,5 +135,5 @@ def _why_not_built(kinds: Iterable[str]) -> str | None:
 
 @lru_cache
 def _warn(message: str) -> None:
-    """Once a process."""
+    """Warn; of the same message once in a process."""
     warnings.warn(f"Anon: {message}", stacklevel=4)

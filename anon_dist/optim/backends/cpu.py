@@ -1,4 +1,4 @@
-"""The backend `anon.c`: one pass over memory on the CPU."""
+"""The backend of the C kernel `anon.c`: a step on the CPU in one pass over memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernel; built at the first call in a process.
 
     Raises:
-        BuildError: naming what is in the way, each time.
+        BuildError: naming the obstacle, at every call.
     """
     with _building:
         found = _library()
@@ -61,7 +61,7 @@ def check() -> None:
     """Build the kernel, if that has not been done.
 
     Raises:
-        BuildError: naming what is in the way.
+        BuildError: naming the obstacle.
     """
     library()
 
@@ -80,9 +80,9 @@ def run(
     """One step of each parameter, in place.
 
     Args:
-        lists: see `layout.Lists`; on the CPU, of `DTYPES`. Any strides.
-        plans: of each parameter; the same object where it is the same.
-        exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
+        lists: see `layout.Lists`; on the CPU, with dtypes of `DTYPES`, with any strides.
+        plans: one for each parameter; equal plans are the same object.
+        exponents: of each parameter's blocks, if m is int8 (see `rounding.encode_blocks`).
         addresses: of the tensors in `lists`, if they are known.
     """
     if not plans or (plans[0].found_inf is not None and bool(plans[0].found_inf)):
@@ -108,7 +108,7 @@ def run(
 
 
 def _table(plans: list[StepPlan]) -> tuple[bytes, array[int]]:
-    """The different plans as `STEP`, and which of them each parameter follows."""
+    """The different plans, packed as `STEP`; and for each parameter the index of its plan among them."""
     keys = list(map(id, plans))
     different = dict(zip(keys, plans, strict=True))
     places = {key: i for i, key in enumerate(different)}

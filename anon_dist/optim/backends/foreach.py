@@ -1,4 +1,7 @@
-"""The backend of torch's own operations: every device and dtype, several passes over memory. It reads like `update.py`, which it calls."""
+"""The backend of torch's own operations. It takes every device and dtype, and needs several passes over memory.
+
+The arithmetic is in `update.py`. Here tensors are converted to the dtype in which a step is computed, and rounded to the stored one.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from anon_dist.optim.rounding import (
 )
 
 MOST_ELEMENTS = 1 << 26
-"""Temporaries are as large as the tensors that are taken at once; no more than this many elements are."""
+"""Tensors are stepped together until they have this many elements; the temporaries are as large as all these tensors."""
 
 
 def run(
@@ -36,12 +39,12 @@ def run(
     """One step of each parameter, in place.
 
     Args:
-        lists: see `layout.Lists`; any dtypes, any strides.
-        plans: of each parameter; the same object where it is the same.
-        exponents: of an int8 m's blocks (see `rounding.encode_blocks`), of each parameter.
-        addresses: not needed here.
-        together: take all tensors at once (True), or one after the other (False); None: at once on accelerators only, since one after the
-            other is kinder to a CPU's caches. The results are the same bits.
+        lists: see `layout.Lists`; with any dtypes and strides.
+        plans: one for each parameter; equal plans are the same object.
+        exponents: of each parameter's blocks, if m is int8 (see `rounding.encode_blocks`).
+        addresses: not used.
+        together: True: step all tensors with one call of each of torch's operations. False: one tensor after the other. None: together on
+            accelerators; one after the other on the CPU, whose caches then serve better. The bits of the results are the same.
     """
     at_once = lists[0][0].device.type != "cpu" if together is None else together
     for indices in by_plan(plans).values():
@@ -51,7 +54,7 @@ def run(
 
 
 def _portions(indices: list[int], theta: list[Tensor], together: bool) -> Iterator[list[int]]:
-    """Indices that are taken at once: one, or up to a number of elements."""
+    """Indices of the tensors that are stepped together: one, or as many as come to about `MOST_ELEMENTS`."""
     portion: list[int] = []
     elements = 0
     for i in indices:
@@ -63,7 +66,11 @@ def _portions(indices: list[int], theta: list[Tensor], together: bool) -> Iterat
 
 
 def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
-    if plan.found_inf is not None and bool(plan.found_inf):  # torch's operations cannot be told on the device
+    """One step of tensors that have the same plan. The letters are those of `plan.ROLES`; the tensors `stored_…` are the lists' own, those
+    without it are in the dtype in which the step is computed."""
+    if plan.found_inf is not None and bool(
+        plan.found_inf
+    ):  # waits for a GPU: torch's operations cannot be switched off on it
         return
     compute = torch.float32
     for stored in lists:
@@ -118,12 +125,12 @@ def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _salt(plan: StepPlan, role: str, salted: int) -> int | None:
-    """What a role's stochastic rounding is salted with; None: it is rounded to the nearest."""
+    """The salt of a role's stochastic rounding (`salted`: its number in `rounding`); None: the role is rounded to the nearest."""
     return salt_of(plan.step, salted) if role in plan.stochastic else None
 
 
 def _round(computed: list[Tensor], stored: list[Tensor], salt: int | None) -> None:
-    """Copy to where it is stored; with a salt, stochastically rounded where that is bfloat16."""
+    """Copy to the stored tensors; stochastically rounded if there is a salt and they are bfloat16."""
     if stored is computed:
         return
     if salt is not None and stored[0].dtype == torch.bfloat16:
@@ -132,10 +139,12 @@ def _round(computed: list[Tensor], stored: list[Tensor], salt: int | None) -> No
 
 
 def _decoded(m: list[Tensor], exponents: list[Tensor]) -> list[Tensor]:
+    """m as numbers, if it is int8; else m itself."""
     return [decode_blocks(codes, e) for codes, e in zip(m, exponents, strict=True)] if exponents else m
 
 
 def _encode(m: list[Tensor], exponents: list[Tensor], computed: list[Tensor], salt: int | None) -> None:
+    """Store what was computed in an int8 m and its exponents."""
     for codes, stored, x in zip(m, exponents, computed, strict=True):
         for target, value in zip((codes, stored), encode_blocks(x.float(), salt), strict=True):
             target.copy_(value)

@@ -1,8 +1,12 @@
-"""The backend `gpu_step.py`: one pass over memory on an NVIDIA GPU. Nothing here waits for the GPU.
+"""The backend of the Triton kernel `gpu_step.py`: a step on an NVIDIA GPU in one pass over memory. `run` does not wait for the GPU.
 
-A launch takes all parameters whose steps are of one variant. It finds the tensors through a table of addresses in device memory, their
-steps' numbers in another table, and its share of the work through a table of chunks; the first and the last are sent again only when they
-change.
+One launch steps all parameters whose plans have the same variant. It reads three tables in device memory:
+
+- of tensors: a row (`gpu_layout.ROW`) for each parameter, with addresses;
+- of plans: a row (`gpu_layout.VALUES`) for each different plan;
+- of chunks: which parameter, and which run of elements of it, each program of the launch steps.
+
+The first and the last are sent to the device only when they change.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ def check() -> None:
     """Compile the kernel, and compare it on this GPU with torch's operations: once in this process.
 
     Raises:
-        BuildError: naming what is in the way, each time.
+        BuildError: naming the obstacle, at every call.
     """
     found = _trial()
     if found is not None:
@@ -60,7 +64,7 @@ def _trial() -> str | None:
 
 
 def agrees(variant: Variant, device: torch.device) -> bool:
-    """Whether a step of a few numbers is torch's, but for rounding. It waits for the device."""
+    """Whether the kernel's step of a few numbers equals that of torch's operations, but for rounding. It waits for the device."""
     drawn = torch.randn(5, 3 * TILE + 7, generator=torch.Generator().manual_seed(0))
     theta, g, m, s, v = (x.to(device) for x in (drawn[0], drawn[1], drawn[2], drawn[3].abs(), drawn[4].abs() + 0.1))
     mine = tuple([x.clone()] for x in (theta, g, m, s, v))
@@ -100,10 +104,10 @@ def run(
     """One step of each parameter, in place.
 
     Args:
-        lists: see `layout.Lists`; on one GPU, of `DTYPES`. Any strides.
-        plans: of each parameter; the same object where it is the same. All have the same lr, if that is a tensor on the GPU, and the same
-            `grad_scale` and `found_inf`.
-        exponents: of an int8 m, uint8, as `rounding.exponents_for` makes them, of each parameter.
+        lists: see `layout.Lists`; on one GPU, with dtypes of `DTYPES`, with any strides.
+        plans: one for each parameter; equal plans are the same object. All have the same `grad_scale` and `found_inf`, and the same `lr`
+            if that is a tensor on the GPU.
+        exponents: of each parameter's blocks, if m is int8 (uint8, see `rounding.exponents_for`).
         addresses: of the tensors in `lists`, if they are known.
     """
     for variant in Variant:
@@ -153,13 +157,13 @@ def _launch(lists: Lists, plans: list[StepPlan], exponents: list[Tensor] | None,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-    del kept_alive  # the stream's later work comes after the launch
+    del kept_alive  # their memory may be used again: what comes later in the stream runs after this launch
     write_back(copies)
     torch.autograd.graph.increment_version(lists[0])
 
 
 def _values(plan: StepPlan) -> list[float]:
-    """Of a step: `gpu_layout.VALUES`."""
+    """A plan's row: `gpu_layout.VALUES`."""
     return [
         0.0 if isinstance(plan.lr, Tensor) else plan.lr,
         plan.weight_decay,
@@ -173,7 +177,7 @@ def _values(plan: StepPlan) -> list[float]:
         plan.gamma,
         plan.eps,
         math.inf if plan.clip is None else plan.clip * plan.debias_m,
-        0.0 if plan.hold_silent else -1.0,  # a second moment up to here holds the preconditioner
+        0.0 if plan.hold_silent else -1.0,  # an element whose s is no larger than this keeps its preconditioner
         float(plan.step),
         plan.gamma_ratio,
         float(plan.nesterov),
@@ -182,13 +186,12 @@ def _values(plan: StepPlan) -> list[float]:
 
 
 def sent(numbers: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers in device memory, behind what the current stream has been given. The pinned copy is not used again before it has been read:
-    torch's allocator sees to it."""
+    """Numbers in device memory. The copy is queued in the current stream; torch's allocator keeps the pinned memory until it is done."""
     here = torch.as_tensor(numbers, dtype=dtype)
     return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
-# Tables belong to the stream that they were sent on: another could run ahead of the copy, or use the memory after it was given back.
+# A table is kept for the stream in which its copy was queued. Another stream could read it before the copy, or after its memory was freed.
 
 
 @lru_cache(maxsize=64)
@@ -198,7 +201,7 @@ def _table(rows: bytes, device: torch.device, stream: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _constants(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """1 and 0, for a scale and a flag that are not given."""
+    """1 and 0, in place of a `grad_scale` and a `found_inf` that are not given."""
     numbers = sent([1.0, 0.0], torch.float64, device)
     return numbers[:1], numbers[1:]
 

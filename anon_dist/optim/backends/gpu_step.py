@@ -1,9 +1,9 @@
 """One Anon step of many tensors on a GPU, in Triton. `gpu.py` launches it; importing this module needs triton.
 
-The arithmetic is that of `anon.c`, operation by operation: the momentum and the parameter in float32, a refresh in float64 with the same
-polynomials for its logarithm and exponential, each operation rounded as IEEE 754 says. Launched with `enable_fp_fusion=False`, which keeps
-both LLVM and ptxas from contracting a product and a sum, it gives the CPU kernel's bits. Conversions to bfloat16 are written out in
-integers: Triton's interpreter, in which the tests run this, does not round as the hardware does.
+It gives the bits of the CPU kernel `anon.c`. The arithmetic is the same, operation by operation: the momentum and the parameter are
+computed in float32; a refresh in float64, with the same polynomials for logarithm and exponential; each operation is rounded as IEEE 754
+says. It must be launched with `enable_fp_fusion=False`, which keeps LLVM and ptxas from making one operation of a product and a sum.
+Conversions to bfloat16 are written in integers, since Triton's interpreter, in which the tests run this, does not round as the hardware.
 """
 
 import triton
@@ -17,7 +17,7 @@ from anon_dist.optim.plan import Variant
 
 PLAIN, ACCUMULATE, REFRESH = (tl.constexpr(int(variant)) for variant in Variant)
 ROW, TILE, WIDTH = tl.constexpr(ROW_LENGTH), tl.constexpr(TILE_LENGTH), tl.constexpr(len(VALUES))
-# where a step's values lie
+# the columns of a plan's row
 (
     LR,
     WEIGHT_DECAY,
@@ -64,16 +64,16 @@ TO_INTEGER, TO_INTEGER_32 = tl.constexpr(1.5 * 2.0**52), tl.constexpr(1.5 * 2.0*
 def step(
     table,  # int64 [parameters, ROW]: see gpu_layout.ROW
     chunks,  # int32 [programs, 2]: the parameter, and which of its runs of TILE elements
-    steps,  # float64 [steps, WIDTH]: see gpu_layout.VALUES
-    lr,  # one number of any floating dtype, read if LR_APART
+    steps,  # float64 [different plans, WIDTH]: see gpu_layout.VALUES
+    lr,  # one number of any floating dtype; read if LR_APART, else the plan's is taken
     grad_scale,  # one number: gradients are divided by it
     found_inf,  # one number: if it is not 0, nothing is written
     VARIANT: tl.constexpr,
     TYPES: tl.constexpr,  # of θ, g, m, s, v
-    STOCHASTIC: tl.constexpr,  # whether θ, m, s, v are rounded so
+    STOCHASTIC: tl.constexpr,  # whether θ, m, s, v are rounded stochastically
     LR_APART: tl.constexpr,
 ):
-    """A program's run of TILE elements of one parameter, stepped in place."""
+    """Step a program's run of TILE elements of one parameter, in place."""
     chunk = chunks + 2 * tl.program_id(0)
     row = table + ROW * tl.load(chunk)
     start = tl.load(chunk + 1).to(tl.int64) * TILE
@@ -138,7 +138,7 @@ def _tile(
     decay_against = tl.where(tl.load(values + CAUTIOUS) != 0.0, 1.0, decay)
     theta = tl.where(update * theta < 0.0, decay_against, decay) * theta - scale * update
 
-    # Stores come last: the compiler takes no load past them.
+    # Stores come last: the compiler moves no load across a store.
     first = 4 * tl.load(values + STEP).to(tl.int64) + 1
     _close(theta_at, start, length, theta, _salt(first, THETA), TYPES[0], STOCHASTIC[0], WHOLE)
     if TYPES[2] == tl.int8:
@@ -168,18 +168,18 @@ def _clamped(x, low, high):
 
 @triton.jit
 def _refreshed(v, s, g, add_s, values):
-    """The preconditioner made from the old one, s and g; float32."""
+    """The new preconditioner, float32, of the old one v, of s and of g."""
     gamma, keep, ratio = tl.load(values + GAMMA), tl.load(values + KEEP_D), tl.load(values + GAMMA_RATIO)
     wide_g, wide_v = g.to(tl.float64), v.to(tl.float64)
     total = tl.load(values + KEEP_S) * s.to(tl.float64) + add_s * (wide_g * wide_g)
     d = total * (1.0 / tl.load(values + DEBIAS_S)) + tl.load(values + EPS)
-    if gamma != 1.0:  # sigma^1 is sigma
+    if gamma != 1.0:  # for gamma = 1, sigma^gamma is sigma itself
         log_power = tl.where(d > 0.0, gamma * _natural_log(d), NAN)
         no_power = tl.where(gamma == 0.0, 1.0, NAN).to(tl.float64)  # sigma^gamma where sigma is no positive number
         d = tl.where(log_power == log_power, _exponential(_clamped(log_power, -100.0, 100.0)), no_power)
-    no_old = tl.where(keep == 0.0, 1.0, NAN).to(tl.float64)  # in place of a preconditioner that is none
+    no_old = tl.where(keep == 0.0, 1.0, NAN).to(tl.float64)  # in place of a v that is no positive number
     old = tl.where(v > 0.0, wide_v, no_old)
-    if ratio != 1.0:  # to the new gamma; rounded only where it stays as it is
+    if ratio != 1.0:  # convert it to the new gamma; v is what a held element keeps, and so is rounded
         log_old = tl.where(old > 0.0, ratio * _natural_log(old), NAN)
         power = _clamped(_exponential(_clamped(log_old, -100.0, 100.0)), V_MIN, V_MAX)
         old = tl.where(log_old == log_old, power, NAN)
@@ -253,7 +253,7 @@ def _store(address, start, length, x, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _opened(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """TILE elements as float32; zeros past the end."""
+    """Load TILE elements as float32; past the end they are 0."""
     if TYPE == tl.bfloat16:
         x = (_loaded(address, start, length, tl.uint16, WHOLE).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -263,7 +263,7 @@ def _opened(address, start, length, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _close(address, start, length, x, salt, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):
-    """Store what `_opened` gave."""
+    """Store TILE float32 elements in a tensor of TYPE."""
     if TYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         # to the nearest, ties to even; every NaN becomes torch's
@@ -293,7 +293,7 @@ def _hashed(bits, salt):
 
 @triton.jit
 def _decoded(codes, exponents, start, length, WHOLE: tl.constexpr):
-    """`rounding.decode_blocks`, of TILE elements."""
+    """Load TILE elements of an int8 m as float32: `rounding.decode_blocks`."""
     x = tl.reshape(_loaded(codes, start, length, tl.int8, WHOLE), (TILE // SHARED, SHARED))
     block = start // SHARED + tl.arange(0, TILE // SHARED)
     stored = tl.load(exponents.to(tl.pointer_type(tl.uint8)) + block, mask=block * SHARED < length, other=0)
@@ -303,7 +303,7 @@ def _decoded(codes, exponents, start, length, WHOLE: tl.constexpr):
 
 @triton.jit
 def _encode(codes, exponents, start, length, x, salt, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):
-    """`rounding.encode_blocks`, stored."""
+    """Store TILE float32 elements in an int8 m: `rounding.encode_blocks`."""
     x = tl.reshape(x, (TILE // SHARED, SHARED))
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     finite = magnitude < 0x7F800000

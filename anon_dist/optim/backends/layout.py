@@ -1,4 +1,4 @@
-"""How tensors come to a backend: lists by role, and what a kernel that works on addresses needs of them."""
+"""How tensors come to a backend: as lists by role; and for the kernels as addresses."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from anon_dist.optim.plan import ROLES, StepPlan
 
 Lists = tuple[list[Tensor], ...]
-"""θ, g, m, s, v (`ROLES`): the i-th members belong to one parameter, or to one piece of one; all are local tensors of one device, and each
-list has one dtype. g need not be the parameter's own gradient, nor θ the parameter (see `StepPlan.handing_back`)."""
+"""Five lists: of θ, g, m, s and v, in the order of `plan.ROLES`, which says what each is. The i-th members belong together: to one
+parameter, or to one piece of it. All are local tensors on one device. Within a list they have one dtype."""
 
 Addresses: TypeAlias = "array[int]"  # of Python's own: NumPy's take the host longer, where its code is in no cache
-"""Where the tensors in `Lists` lie, each parameter's in row-major order without gaps: `ADDRESSES` 64-bit integers for each parameter, the
-addresses of θ, g, m, s, v and their number of elements."""
+"""Where the tensors in `Lists` lie. For each parameter it has `ADDRESSES` integers of 64 bits: the addresses of θ, g, m, s and v, and their
+number of elements. The elements of a tensor lie in row-major order without gaps."""
 ADDRESSES = len(ROLES) + 1
 
 Copies = list[tuple[list[Tensor], list[Tensor]]]
-"""Of some parameters, θ, g, m, s, v and what was taken in their place."""
+"""For some parameters: their tensors by role; and the tensors that a kernel takes in their place, some of them copies."""
 
 
 def by_plan(plans: list[StepPlan]) -> dict[int, list[int]]:
-    """Positions by plan: `id(plan)` → indices of the tensors that follow it."""
+    """`id(plan)` → indices of the parameters that have this plan."""
     found: dict[int, list[int]] = {}
     for i, plan in enumerate(plans):
         found.setdefault(id(plan), []).append(i)
@@ -36,7 +36,13 @@ def by_plan(plans: list[StepPlan]) -> dict[int, list[int]]:
 
 
 def unfit(lists: Lists, device_type: str, dtypes: Mapping[str, Iterable[torch.dtype]]) -> str | None:
-    """Why a kernel for these dtypes by role cannot take the lists. Nothing that differs between ranks, such as strides, counts."""
+    """Why a kernel cannot take the lists; None: it can. All ranks get the same answer, since nothing counts that may differ between them,
+    such as strides.
+
+    Args:
+        device_type: the kernel's.
+        dtypes: role → dtypes that the kernel takes.
+    """
     for role, tensors in zip(ROLES, lists, strict=True):
         if tensors[0].device.type != device_type:
             return f"a tensor is on {tensors[0].device}"
@@ -50,13 +56,13 @@ def unfit(lists: Lists, device_type: str, dtypes: Mapping[str, Iterable[torch.dt
 
 
 def addresses_of(tensors: list[Tensor]) -> list[int] | None:
-    """Their addresses, if they are plain tensors in row-major order without gaps."""
+    """The addresses of plain tensors in row-major order without gaps; None if one is not so."""
     plain = set(map(type, tensors)) <= {Tensor, nn.Parameter} and all(map(Tensor.is_contiguous, tensors))
     return list(map(Tensor.data_ptr, tensors)) if plain and not any(map(Tensor.is_neg, tensors)) else None
 
 
 def table(columns: list[list[int]], theta: list[Tensor]) -> Addresses:
-    """`Addresses` of their columns."""
+    """`Addresses` from the addresses of each role (`columns`) and the parameters' sizes."""
     return array("q", chain.from_iterable(zip(*columns, map(Tensor.numel, theta), strict=True)))
 
 
@@ -66,12 +72,15 @@ def chosen(addresses: Addresses, indices: Iterable[int]) -> Addresses:
 
 
 def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
-    """Addresses of the lists as a kernel can take them, and of which parameters these are copies.
+    """The addresses of the lists, in a layout that a kernel can take; tensors in another layout are copied.
 
-    Each parameter's tensors lie in memory in one order without gaps; in row-major order if that is asked for.
+    In this layout the elements of a parameter's five tensors lie in one common order, without gaps.
+
+    Args:
+        row_major: this order must be row-major.
 
     Returns:
-        Copies, addresses, and the tensors at these addresses, to be kept as long as they are used.
+        The copies, for `write_back`; the addresses; and the lists of the tensors at these addresses, to be kept alive during the step.
     """
     addresses = [found for members in lists if (found := addresses_of(members)) is not None]
     if len(addresses) == len(lists):
@@ -85,7 +94,7 @@ def laid_out(lists: Lists, row_major: bool) -> tuple[Copies, Addresses, Lists]:
 
 
 def write_back(copies: Copies) -> None:
-    """Copy what was computed to where it belongs."""
+    """Copy what a kernel has computed in copies to the tensors themselves."""
     for given, used in copies:
         for role, stored, computed in zip(ROLES, given, used, strict=True):
             if computed is not stored and role != "grad":
@@ -93,7 +102,7 @@ def write_back(copies: Copies) -> None:
 
 
 def same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors, and the same or copies that lie in memory in one order without gaps."""
+    """A parameter's tensors; and the same or, where they do not lie in one common order without gaps, contiguous copies."""
     tensors = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in tensors]
     plain = not any(t.is_neg() for t in tensors)
     if plain and all(t.is_contiguous() for t in tensors):
@@ -105,5 +114,5 @@ def same_layout(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, in some order: those strides `empty_like` keeps."""
+    """Whether its elements lie in memory without gaps, in some order. `empty_like` keeps the strides of such a tensor alone."""
     return torch.empty_like(t, device="meta").stride() == t.stride()
