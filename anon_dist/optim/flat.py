@@ -80,13 +80,13 @@ _layouts: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
 
 
 def lay_out(p: Tensor, layout: Layout) -> None:
-    """Tell what lies in a 1-D tensor that an optimizer steps. It must be told before the state is made, and be the same on every rank, but
-    for the process group and the device."""
+    """Say what lies in a 1-D tensor that an optimizer steps, before its state is made. It must be the same on every rank, but for the process
+    group and the device."""
     _layouts[p] = layout
 
 
 def layout_of(p: Tensor) -> Layout | None:
-    """What lies in a tensor; None: nothing has been told (`lay_out`), and it is no flat tensor."""
+    """What lies in a tensor; None: it is no flat tensor, since `lay_out` has not been called for it."""
     return _layouts.get(p)
 
 

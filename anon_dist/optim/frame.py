@@ -28,7 +28,7 @@ MOST_ROWS = 16
 """A matrix with more than so many rows to a column is taken for an embedding. Its rows stand for tokens, and get no basis."""
 
 LEAST_GAMMA = 0.25
-"""Where |γ| is at least this, the turn of a preconditioner turns σ = d^(1/γ). Below, σ could be out of float64's range, and d is turned."""
+"""To turn a preconditioner is to turn σ = d^(1/γ). Where |γ| is below this, σ could be out of float64's range, and d is turned instead."""
 
 Group = Mapping[str, Any]
 
@@ -236,7 +236,7 @@ def _local(tensor: Tensor) -> Tensor:
 class Moved:
     """exp_avg and precond of a matrix on their way to another frame.
 
-    `by` turns them, in float32 or more, side by side; `store` then writes them to the state, rounded as a step rounds.
+    `by` turns them, one side after the other, in float32 or more. `store` writes them to the state, rounded as a step rounds.
     """
 
     def __init__(self, state: MutableMapping[str, Tensor], exponents: str) -> None:

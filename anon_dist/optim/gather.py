@@ -41,6 +41,7 @@ class Bucket:
 
     params: list[Tensor]
     lists: Lists
+    """θ, g, m, s and v, by role (`plan.ROLES`)."""
     exponents: list[Tensor] | None
     """Of m's blocks, where m is in 8 bits."""
     steps: list[int]

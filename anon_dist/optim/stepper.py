@@ -69,7 +69,7 @@ class GradScaling:
         return self.found_inf is not None and not known_to_the_host(self.found_inf)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The two on a device."""
+        """Both, on a device."""
         if self.grad_scale is None and self.found_inf is None:
             return None, None
         scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
@@ -78,7 +78,7 @@ class GradScaling:
 
 @dataclass
 class NewGamma:
-    """What a step does about γ in a param group: preconditioners that were made with another γ than the one in force in it."""
+    """A change of γ in a param group's step: the γ in force in the step, and the preconditioners that were made with another one."""
 
     gamma: float
     """In force in this step."""
@@ -111,7 +111,8 @@ class Stepper:
     """
 
     def __init__(self) -> None:
-        self.hidden, self.silence = Hidden(), SilenceWarning()
+        self.hidden = Hidden()
+        self.silence = SilenceWarning()
         self.known: Sequence[Gathered] = ()
         """By group: its tensors at the last gathering."""
         self.kernel_agreed: bool | None = None
@@ -145,7 +146,7 @@ class Stepper:
         work: list[list[AnyWork]] = [[] for _ in range(len(parts) + 1)]
         due = self._due(groups, state, scaling)
         late = scaling.is_known_late
-        if late and any(one.new_gamma or one.renews for one in due):  # rare enough to wait for a GPU
+        if late and any(one.new_gamma or one.renews for one in due):  # both are rare, so the host may wait for the GPU
             due, late = ([], False) if bool(scaling.found_inf) else (due, False)
         part_of = {p: i for i, part in enumerate(parts) for p in part}
         for one in due:
@@ -159,11 +160,13 @@ class Stepper:
         return [partial(_run, some) for some in work]
 
     def _due(self, groups: Groups, state: States, scaling: GradScaling) -> list[Due]:
-        """What each group does in this step; an empty list if the host knows that nothing is to be stepped. It changes no tensor."""
+        """What each group does in this step; an empty list if the host knows that nothing is to be stepped. No parameter moves yet."""
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
-            self.kernel_agreed = choice.agree(kinds)  # before anything that could keep a rank from it
+            self.kernel_agreed = choice.agree(
+                kinds
+            )  # first, since a rank that refuses something below must not keep the others waiting
         regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         due = [Due(*one) for one in zip(groups, regimes, self._buckets(groups, state), strict=True)]
         if not any(one.buckets for one in due) and _has_no_gradient(groups):

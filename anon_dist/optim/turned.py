@@ -6,9 +6,9 @@ back, and moves the parameter.
 A step that refreshes makes the preconditioner in the present bases. The renewal comes after that step: it makes new bases from the
 momentum's covariance, and turns the momentum and the preconditioner into them.
 
-Ranks communicate in a renewal alone. A rank that holds some rows of a matrix can compute a part of the covariance of its columns: the sum
-over these rows. The covariance is the sum of these parts, and so an all-reduce over the ranks that hold the matrix's rows. All of them then
-compute the same new basis from it. The same holds for the covariance of the rows where ranks hold some of the columns each.
+Ranks communicate in a renewal alone. The covariance of a matrix's columns is a sum over its rows. A rank that holds some of the rows computes
+the sum over these, and an all-reduce adds up the sums of all ranks that hold rows of the matrix. All of them then compute the same new basis.
+Where ranks hold some of the columns each, the covariance of the rows is added up in the same way.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ class TurnedWork:
         compute = torch.promote_types(torch.promote_types(torch.float32, theta[0].dtype), grad[0].dtype)
         turned = [frame.turn(frame.matrix(g).to(compute), state) for g, state in zip(grad, states, strict=True)]
         updates = [torch.zeros_like(g) for g in turned]
-        handing_back = {
-            id(plan): plan.handing_back() for plan in plans
-        }  # the backend writes updates, and moves no parameter
+        # The backend writes the updates. The parameters, which are not turned, are moved below.
+        handing_back = {id(plan): plan.handing_back() for plan in plans}
         self.backend(
             (updates, turned, *([frame.matrix(x) for x in members] for members in (m, s, v))),
             [handing_back[id(plan)] for plan in plans],
