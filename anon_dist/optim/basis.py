@@ -30,7 +30,7 @@ RIDGE = 1e-3
 Side = Literal["columns", "rows"]
 
 NOISE = 8.0
-"""How many units of rounding of its vector's norm, in a block, an element of a product must exceed to count as more than rounding. The
+"""An element of a product is taken for rounding if it is below so many units of rounding of the norm of its vector, within a block. The
 rounding of a sum of a hundred products is about 2 units."""
 SILENCED_AT_ONCE = 1 << 14
 """Elements, on a CPU: they stay in its caches."""

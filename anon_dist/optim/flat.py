@@ -80,7 +80,7 @@ _layouts: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
 
 
 def lay_out(p: Tensor, layout: Layout) -> None:
-    """Say what lies in a 1-D tensor that an optimizer steps, before its state is made. It must be the same on every rank, but for the process
+    """Say what lies in a 1-D tensor that an optimizer steps, before its state is made. All ranks must say the same, but for the process
     group and the device."""
     _layouts[p] = layout
 

@@ -6,9 +6,9 @@ back, and moves the parameter.
 A step that refreshes makes the preconditioner in the present bases. The renewal comes after that step: it makes new bases from the
 momentum's covariance, and turns the momentum and the preconditioner into them.
 
-Ranks communicate in a renewal alone. The covariance of a matrix's columns is a sum over its rows. A rank that holds some of the rows computes
-the sum over these, and an all-reduce adds up the sums of all ranks that hold rows of the matrix. All of them then compute the same new basis.
-Where ranks hold some of the columns each, the covariance of the rows is added up in the same way.
+Ranks communicate in a renewal alone. The covariance of a matrix's columns is a sum over its rows. A rank that holds some of the rows
+computes the sum over these, and an all-reduce adds up the sums of all ranks that hold rows of the matrix. All of them then compute the same
+new basis. Where ranks hold some of the columns each, the covariance of the rows is added up in the same way.
 """
 
 from __future__ import annotations

@@ -68,9 +68,8 @@ def _portions(indices: list[int], theta: list[Tensor], together: bool) -> Iterat
 def _step(lists: Lists, plan: StepPlan, exponents: list[Tensor]) -> None:
     """One step of tensors that have the same plan. The letters are those of `plan.ROLES`; the tensors `stored_…` are the lists' own, those
     without it are in the dtype in which the step is computed."""
-    if plan.found_inf is not None and bool(
-        plan.found_inf
-    ):  # waits for a GPU: torch's operations cannot be switched off on it
+    # This waits for a GPU: torch's operations cannot be switched off from there.
+    if plan.found_inf is not None and bool(plan.found_inf):
         return
     compute = torch.float32
     for stored in lists:
