@@ -44,6 +44,7 @@ class Anon(Saved):
         refresh_ratio: ρ > 1; refreshes are at a_0 = 1, a_{k+1} = max(a_k + 1, ⌈ρ a_k⌉). 2 is the paper's.
         beta3: weight in [0, 1) of the old preconditioner at a refresh. 0.5 is the paper's.
         update_clip: c > 0: each element of v · m̂ is kept in [−c, c]. Its unit depends on γ as lr's does: 1 does next to nothing at γ = 0.
+            An element whose m is not finite, after an infinite gradient, becomes NaN, with a clip and without one.
             A clip that cuts off rare large gradients loses Anon's convergence where those alone say where to go (tools/claims).
         window: the second moment is read and written only in the last so many steps before a refresh. "auto": the fewest that leave out
             less than 2^-24 of the weight. None: always, as in the paper. A coordinate that was active before a window and silent inside

@@ -85,6 +85,7 @@ class ReferenceAnon:
         update = self.v * mean / weight
         if self.update_clip is not None:
             update = update.clamp(-self.update_clip, self.update_clip)
+        update = torch.where(self.m.isfinite(), update, torch.nan)
         update = self._turned(update, back=True)
         decayed = self.theta * (update * self.theta >= 0) if self.cautious else self.theta
         self.theta = self.theta - self.lr * (self.weight_decay * decayed + update)

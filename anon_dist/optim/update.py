@@ -20,6 +20,8 @@ In step t = 1, 2, …, with learning rate η and weight decay λ:
     u = clip(v · m / (1 − β1^t))                     apply_update
     θ ← (1 − η λ) θ − η u
 
+Where m is not finite (an infinite gradient), u is NaN, clipped or not: it would otherwise be ±clip in every step to come.
+
 With Nesterov momentum (Dozat 2016, "Incorporating Nesterov Momentum into Adam") u is made of (β1 m + (1 − β1) g) / (1 − β1^(t+1)), whose
 weights sum to 1 too. Cautious decay (arXiv 2510.12402) takes λ = 0 where u θ < 0.
 
@@ -123,7 +125,7 @@ def apply_update(
     decay: float | Tensor = 1.0,
     cautious: bool = False,
 ) -> None:
-    """θ ← decay · θ − lr · u with u = clip(v · m / debias), in place.
+    """θ ← decay · θ − lr · u with u = clip(v · m / debias), in place. Where m is not finite, u is NaN.
 
     Args:
         m: the mean that θ moves by.
@@ -135,9 +137,10 @@ def apply_update(
     scale = lr / debias
     if clip is None and isinstance(scale, float) and not cautious:
         decay_weights(theta, decay)
-        torch._foreach_addcmul_(theta, v, m, value=-scale)
+        torch._foreach_addcmul_(theta, v, torch._foreach_add(m, m, alpha=0.0), value=-scale)
         return
     update = list(torch._foreach_mul(v, m))
+    torch._foreach_add_(update, m, alpha=0.0)  # v > 0, so the sign of a zero stays
     if clip is not None:
         torch._foreach_clamp_max_(update, clip * debias)
         torch._foreach_clamp_min_(update, -clip * debias)

@@ -379,6 +379,33 @@ def test_a_scale_and_a_flag_in_memory_are_read_by_the_kernel(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's NumPy, of 0 · inf
+def test_a_scale_far_from_one_gives_the_bits_of_the_cpu_kernel(variant):
+    for number in (
+        2.0**65,
+        2.0**100,
+        1.49 * 2.0**30,
+        1.51 * 2.0**-30,
+        2.0**-100,
+        -3.0,
+        1e-310,
+        1e300,
+        torch.inf,
+        torch.nan,
+        0.0,
+    ):
+        scale = torch.tensor(number, dtype=torch.float64)
+        lists = odd_lists((7, 1025))
+        for g in lists[1]:
+            g.mul_(min(abs(number), 2.0**120)) if number else None
+        expected = clones(lists)
+        options = {**STEP, "clip": 0.5, "nesterov": number == -3.0}
+        cpu_run(expected, variant=variant, grad_scale=scale, **options)
+        run(lists, variant=variant, grad_scale=scale.to(DEVICE), **options)
+        assert_same_bits(lists, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_update_is_handed_back(variant):
     lists = odd_lists(special=False)
     plan = StepPlan(**{**STEP, "clip": 0.8}, variant=variant)

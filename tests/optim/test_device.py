@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anon_dist import Anon
-from anon_dist.optim import STATE_KEYS
+from anon_dist.optim import STATE_KEYS, ReferenceAnon
 from anon_dist.optim.backends import cpu, foreach
 from anon_dist.optim.plan import StepPlan, Variant
 
@@ -63,6 +63,92 @@ def test_an_infinite_scale_is_a_gradient_of_zero(fused):
         mine[1].step()
         theirs[1].step()
     assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("exponent", [65, 100, 123, -100])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_scale_far_from_one_is_divided_out_before_the_gradient_is_squared(fused, exponent, nesterov):
+    """Against float64, with steps of all three kinds."""
+    values = {**HYPER, "nesterov": nesterov}
+    p = nn.Parameter(torch.linspace(-1, 1, 300))
+    reference, optimizer = ReferenceAnon(p, **values), Anon([p], fused=fused, **values)
+    for t in range(20):
+        scale = (1.0, 1.3, 0.7, 1.49, 1.51)[t % 5] * 2.0**exponent
+        p.grad = torch.randn(300, generator=torch.Generator().manual_seed(t)) * scale
+        optimizer.grad_scale = torch.tensor(scale)
+        reference.step(p.grad.double() / float(optimizer.grad_scale))
+        optimizer.step()
+        state = optimizer.state[p]
+        for mine, theirs in ((p, reference.theta), (state["exp_avg_sq"], reference.s), (state["precond"], reference.v)):
+            torch.testing.assert_close(mine.detach().double(), theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_scale_of_zero_or_no_number_spoils_the_step_and_raises_nothing(fused, nesterov):
+    for scale in (0.0, -0.0, torch.nan):
+        params, optimizer = make(fused=fused, nesterov=nesterov)
+        for t in range(3):
+            give(params, t)
+            params[0].grad[0] = 0.0
+            optimizer.grad_scale = torch.tensor(scale if t == 1 else 1.0)
+            optimizer.step()
+        assert all(p.isnan().all() for p in params)
+
+
+def test_torchs_scaler_may_double_its_scale_for_long():
+    """As it does for AdamW: until float32 overflows, which halves it."""
+    ends = {}
+    for name, make_one in (("Anon", lambda params: Anon(params, **HYPER)), ("AdamW", torch.optim.AdamW)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        optimizer = make_one(model.parameters(), **({"lr": 0.01, "fused": True} if name == "AdamW" else {}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+        x = torch.randn(64, 8)
+        for _ in range(400):
+            loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends[name] = loss.item(), scaler.get_scale()
+    assert all(loss < 1e-3 for loss, _ in ends.values()), ends
+    assert all(scale > 2.0**110 for _, scale in ends.values()), ends
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("values", [{}, {"update_clip": None}, {"nesterov": True}, {"betas": (0.0, 0.95)}])
+def test_an_infinite_gradient_spoils_its_element_and_no_other(fused, values):
+    """A clip makes no step of it: an infinite m would move the element by the clip in every step to come."""
+    for t in range(5, 8):  # a plain, an accumulating and a refreshing step
+        p = nn.Parameter(torch.ones(70))
+        optimizer = Anon([p], fused=fused, **{**HYPER, "refresh_ratio": 1.6, "window": 2, **values})
+        reference = ReferenceAnon(p, **{**HYPER, "refresh_ratio": 1.6, "window": 2, **values})
+        for step in range(t + 1):
+            p.grad = torch.linspace(-1, 1, 70)
+            if step == t:
+                p.grad[3], p.grad[68] = torch.inf, -torch.inf
+            optimizer.step()
+            reference.step(p.grad)
+        assert p.isnan().nonzero().flatten().tolist() == [3, 68]
+        assert torch.equal(p.isnan(), reference.theta.isnan())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_overflows_from_a_finite_mean_is_clipped(fused):
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Anon([p], fused=fused, lr=1.0, update_clip=0.5)
+    p.grad = torch.tensor([1.0, -1.0, 0.0, 1.0])
+    optimizer.step()
+    optimizer.state[p]["exp_avg"].copy_(torch.tensor([1e30, -1e30, 0.0, 0.0]))
+    optimizer.state[p]["precond"].fill_(2.0**63)
+    optimizer.param_groups[0]["refresh_ratio"] = 2.0
+    before = p.detach().clone()
+    p.grad = torch.zeros(4)
+    optimizer.state[p]["step"].fill_(2)  # the next step is plain
+    optimizer.step()
+    assert torch.equal(before - p, torch.tensor([0.5, -0.5, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -13,7 +13,7 @@
 
 #include <omp.h>
 
-#define ABI 7
+#define ABI 8
 #define TILE 1024              /* elements of one call of an update: its converted copies stay in the first-level cache */
 #define CHUNK (64 * TILE)      /* elements that a thread takes at a time */
 #define INLINE inline __attribute__((always_inline))
@@ -40,7 +40,7 @@ struct step {
     int32_t step;        /* t, which the hashes of the rounding are salted with */
     double decay;        /* 1 - lr * weight_decay */
     double keep_m;       /* beta1 */
-    double add_m;        /* 1 - beta1, over the scale of the gradient; negative where the sum is to be maximised */
+    double add_m;        /* 1 - beta1, over the scale of pre times the gradient; negative where the sum is to be maximised */
     double keep_s;       /* beta2 */
     double add_s;        /* 1 - beta2, over the square of that scale */
     double debias_s;     /* summed weight of what s holds */
@@ -52,6 +52,7 @@ struct step {
     double scale;        /* lr over the summed weight of what theta moves by */
     double nesterov;     /* not 0: theta moves by keep_m m + add_m g of the new m, in place of m */
     double decay_against; /* in place of decay where the update and theta have different signs */
+    double pre;          /* a power of two near 1 over the gradient's scale: the gradient is multiplied by it before it is squared */
 };
 
 int anon_abi(void) { return ABI; }
@@ -232,13 +233,15 @@ static INLINE void update(long n, void *theta, int t, const void *g, int gt, voi
                           int extended, const struct step *step) {
     const float decay = step->decay, keep_m = step->keep_m, add_m = step->add_m, bound = step->bound, scale = step->scale;
     const float keep_s = step->keep_s, add_s = step->add_s, nesterov = step->nesterov, decay_against = step->decay_against;
+    const float pre = step->pre;
     const struct rounding round_theta = rounding_of(step, THETA), round_m = rounding_of(step, M), round_s = rounding_of(step, S);
     for (long i = 0; i < n; i++) {
-        const float grad = get(g, gt, i);
+        const float grad = pre * get(g, gt, i);
         if (st != NONE) put(s, st, round_s, i, keep_s * get(s, st, i) + add_s * (grad * grad));
         const float mean = keep_m * get(m, mt, i) + add_m * grad;
         put(m, mt, round_m, i, mean);
-        const float ahead = keep_m * mean + add_m * grad, wanted = get(v, vt, i) * (extended && nesterov != 0.0f ? ahead : mean);
+        const float ahead = keep_m * mean + add_m * grad, moving = extended && nesterov != 0.0f ? ahead : mean;
+        const float not_finite = mean - mean, wanted = get(v, vt, i) * moving - not_finite; /* 0, or NaN: no clip makes a step of that */
         const float below = wanted > bound ? bound : wanted, update = below < -bound ? -bound : below, old = get(theta, t, i);
         put(theta, t, round_theta, i, (extended && update * old < 0.0f ? decay_against : decay) * old - scale * update);
     }
@@ -308,13 +311,13 @@ static void convert_and_mix(long n, const double *restrict d, float *restrict s,
  */
 static void refresh(long n, float *restrict s, float *restrict v, const float *restrict g, const struct step *step) {
     const double keep_s = step->keep_s, add_s = step->add_s, weight = 1.0 / step->debias_s, eps = step->eps, gamma = step->gamma;
-    const double keep = step->keep_d, ratio = step->gamma_ratio;
+    const double keep = step->keep_d, ratio = step->gamma_ratio, pre = step->pre;
     const double no_power = step->gamma == 0.0 ? 1.0 : NAN; /* sigma^gamma where sigma is no positive number */
     const double no_old = step->keep_d == 0.0 ? 1.0 : NAN;  /* in place of a preconditioner that is none */
     const float silent = step->hold_silent ? 0.0f : -1.0f;  /* a second moment up to here holds the preconditioner */
     if (gamma == 1.0 && ratio == 1.0) { /* sigma^1 is sigma */
         for (long i = 0; i < n; i++) {
-            const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
+            const double grad = pre * (double)g[i], sum = keep_s * s[i] + add_s * (grad * grad);
             const double fresh = mixed(sum * weight + eps, v[i] > 0.0f ? v[i] : no_old, keep);
             v[i] = (float)sum <= silent ? v[i] : (float)fresh;
             s[i] = 0.0f;
@@ -323,7 +326,7 @@ static void refresh(long n, float *restrict s, float *restrict v, const float *r
     }
     double d[TILE];
     for (long i = 0; i < n; i++) {
-        const double square = (double)g[i] * (double)g[i], sum = keep_s * s[i] + add_s * square;
+        const double grad = pre * (double)g[i], sum = keep_s * s[i] + add_s * (grad * grad);
         s[i] = (float)sum;
         d[i] = sum * weight + eps;
     }

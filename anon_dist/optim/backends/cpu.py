@@ -17,13 +17,16 @@ from anon_dist.optim.backends.build import BuildError, load
 from anon_dist.optim.backends.layout import Addresses, Copies, Lists, laid_out, unfit, write_back
 from anon_dist.optim.plan import ROLES, StepPlan
 
-ABI = 7
+ABI = 8
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = dict(zip(ROLES, (_WIDE, _WIDE, tuple(CODES), _WIDE, _WIDE), strict=True))
 
-STEP = struct.Struct("@4i14d")
+STEP = struct.Struct("@4i15d")
 """`struct step` of anon.c, which says what each field is."""
+
+MOST_EXPONENT = 126
+"""Of the powers of two by which gradients are multiplied: float32 holds them."""
 
 _BITS = {role: 1 << i for i, role in enumerate(ROLES)}
 _building = threading.Lock()
@@ -117,7 +120,8 @@ def _table(plans: list[StepPlan]) -> tuple[bytes, array[int]]:
 
 def _row(plan: StepPlan) -> tuple[float, ...]:
     """A plan as the fields of `struct step`, in their order."""
-    lr, inverse = float(plan.lr), 1.0 if plan.grad_scale is None else 1.0 / float(plan.grad_scale)
+    lr = float(plan.lr)
+    pre, inverse = (1.0, 1.0) if plan.grad_scale is None else _divided(float(plan.grad_scale))
     add_m, debias_m = (1.0 - plan.beta1) * inverse, plan.debias_m
     add_m, decay = -add_m if plan.maximize else add_m, 1.0 - lr * plan.weight_decay
     return (
@@ -139,7 +143,19 @@ def _row(plan: StepPlan) -> tuple[float, ...]:
         lr / debias_m,
         plan.nesterov,
         1.0 if plan.cautious else decay,
+        pre,
     )
+
+
+def _divided(scale: float) -> tuple[float, float]:
+    """A division by `scale` as two products: with a power of two, which is exact and brings a gradient to its own size, where its square
+    does not overflow; and with a number near 1. As `_divided` of gpu_step.py."""
+    if not scale:
+        return 2.0**MOST_EXPONENT, math.copysign(math.inf, scale)
+    mantissa, exponent = math.frexp(scale) if math.isfinite(scale) else (scale, MOST_EXPONENT)
+    exponent -= abs(mantissa) < 0.75  # to the nearest
+    pre = math.ldexp(1.0, -max(-MOST_EXPONENT, min(MOST_EXPONENT, exponent)))
+    return pre, 1.0 / (scale * pre)
 
 
 @lru_cache(maxsize=16)

@@ -55,6 +55,8 @@ D_MIN, D_MAX = tl.constexpr(2.0**-126), tl.constexpr(2.0**127)  # as in update.p
 V_MIN, V_MAX = tl.constexpr(2.0**-63.5), tl.constexpr(2.0**63)
 LN2, LOG2_E = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-1")), tl.constexpr(float.fromhex("0x1.71547652b82fep0"))
 LN2_HIGH, LN2_LOW = tl.constexpr(float.fromhex("0x1.62e42feep-1")), tl.constexpr(float.fromhex("0x1.a39ef35793c76p-33"))
+MAGNITUDE_BITS, HALF_BIT = tl.constexpr((1 << 63) - 1), tl.constexpr(1 << 51)
+MOST_EXPONENT = tl.constexpr(126)  # as in cpu.py
 ONE_BITS, SQRT_HALF_BITS = tl.constexpr(0x3FF0000000000000), tl.constexpr(0x3FE6A09E667F3BCD)
 TWO_52, TWO_52_BITS = tl.constexpr(2.0**52), tl.constexpr(0x4330000000000000)
 TO_INTEGER, TO_INTEGER_32 = tl.constexpr(1.5 * 2.0**52), tl.constexpr(1.5 * 2.0**23)  # adding and taking away rounds
@@ -83,13 +85,13 @@ def step(
         rate = tl.load(lr).to(tl.float64)
     else:
         rate = tl.load(values + LR)
-    inverse = 1.0 / tl.load(grad_scale).to(tl.float64)
+    pre, inverse = _divided(tl.load(grad_scale).to(tl.float64))
     if tl.load(found_inf) == 0.0:
         # Without a mask and with known alignment a thread moves 16 bytes at once. The arithmetic is the same.
         if (aligned != 0) & (start + TILE <= length):
-            _tile(row, start, length, values, rate, inverse, VARIANT, TYPES, STOCHASTIC, True)
+            _tile(row, start, length, values, rate, pre, inverse, VARIANT, TYPES, STOCHASTIC, True)
         else:
-            _tile(row, start, length, values, rate, inverse, VARIANT, TYPES, STOCHASTIC, False)
+            _tile(row, start, length, values, rate, pre, inverse, VARIANT, TYPES, STOCHASTIC, False)
 
 
 @triton.jit
@@ -99,6 +101,7 @@ def _tile(
     length,
     values,
     rate,
+    pre,
     inverse,
     VARIANT: tl.constexpr,
     TYPES: tl.constexpr,
@@ -122,19 +125,21 @@ def _tile(
     v = _opened(v_at, start, length, TYPES[4], WHOLE)
 
     add_m, add_s = tl.load(values + ADD_M) * inverse, tl.load(values + ADD_S) * (inverse * inverse)
+    scaled = g * pre.to(tl.float32)
     if VARIANT != PLAIN:
         s = _opened(s_at, start, length, TYPES[3], WHOLE)
         if VARIANT == REFRESH:
-            v = _refreshed(v, s, g, add_s, values)
+            v = _refreshed(v, s, g.to(tl.float64) * pre, add_s, values)
             s = tl.zeros_like(s)
         else:
-            s = _float32(values + KEEP_S) * s + add_s.to(tl.float32) * (g * g)
-    m = _float32(values + KEEP_M) * m + add_m.to(tl.float32) * g
+            s = _float32(values + KEEP_S) * s + add_s.to(tl.float32) * (scaled * scaled)
+    m = _float32(values + KEEP_M) * m + add_m.to(tl.float32) * scaled
     decay = (1.0 - rate * tl.load(values + WEIGHT_DECAY)).to(tl.float32)
     scale = (rate / tl.load(values + DEBIAS_M)).to(tl.float32)
     bound = _float32(values + BOUND)
-    ahead = tl.where(tl.load(values + NESTEROV) != 0.0, _float32(values + KEEP_M) * m + add_m.to(tl.float32) * g, m)
-    update = _clamped(v * ahead, -bound, bound)
+    ahead = _float32(values + KEEP_M) * m + add_m.to(tl.float32) * scaled
+    moving = tl.where(tl.load(values + NESTEROV) != 0.0, ahead, m)
+    update = _clamped(v * tl.where(tl.abs(m) < INFINITY, moving, NAN), -bound, bound)
     decay_against = tl.where(tl.load(values + CAUTIOUS) != 0.0, 1.0, decay)
     theta = tl.where(update * theta < 0.0, decay_against, decay) * theta - scale * update
 
@@ -149,6 +154,16 @@ def _tile(
         _close(s_at, start, length, s, _salt(first, EXP_AVG_SQ), TYPES[3], STOCHASTIC[2], WHOLE)
     if VARIANT == REFRESH:
         _close(v_at, start, length, v, _salt(first, PRECOND), TYPES[4], STOCHASTIC[3], WHOLE)
+
+
+@triton.jit
+def _divided(scale):
+    """A division by a float64 as two products, with a power of two and with a number near 1: `_divided` of cpu.py."""
+    bits = scale.to(tl.int64, bitcast=True) & MAGNITUDE_BITS
+    exponent = ((bits + HALF_BIT) >> 52) - 1023  # to the nearest
+    exponent = tl.minimum(tl.maximum(exponent, -MOST_EXPONENT), MOST_EXPONENT)
+    pre = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+    return pre, 1.0 / (scale * pre)
 
 
 @triton.jit
@@ -168,10 +183,10 @@ def _clamped(x, low, high):
 
 @triton.jit
 def _refreshed(v, s, g, add_s, values):
-    """The new preconditioner, float32, of the old one v, of s and of g."""
+    """The new preconditioner, float32, of the old one v, of s and of g, which is float64."""
     gamma, keep, ratio = tl.load(values + GAMMA), tl.load(values + KEEP_D), tl.load(values + GAMMA_RATIO)
-    wide_g, wide_v = g.to(tl.float64), v.to(tl.float64)
-    total = tl.load(values + KEEP_S) * s.to(tl.float64) + add_s * (wide_g * wide_g)
+    wide_v = v.to(tl.float64)
+    total = tl.load(values + KEEP_S) * s.to(tl.float64) + add_s * (g * g)
     d = total * (1.0 / tl.load(values + DEBIAS_S)) + tl.load(values + EPS)
     if gamma != 1.0:  # for gamma = 1, sigma^gamma is sigma itself
         log_power = tl.where(d > 0.0, gamma * _natural_log(d), NAN)
