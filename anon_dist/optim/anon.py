@@ -197,9 +197,10 @@ class Anon(Saved):
         states with a step on zero gradients, which would count as Anon's first refresh.
         """
         allocate(self.param_groups, self.state)
-        self._stepper.hidden.meet(self.param_groups)
         for p in absent(self.param_groups, self.state):
             del self.state[p]
+        self._stepper.hidden.meet(self.param_groups, self.state)
+        self._stepper.known = ()
 
     # -- step --------------------------------------------------------------------------------------
 

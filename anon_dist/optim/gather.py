@@ -82,10 +82,14 @@ class Bucket:
 
 
 class Gathered:
-    """What a group's tensors were when they were last gathered one by one. It keeps no tensor alive."""
+    """What a group's tensors were when they were last gathered one by one.
+
+    It keeps the parameters alive, and no other tensor: torch's `swap_tensors` (`model.to` of DTensors) refuses those that are weakly
+    referred to.
+    """
 
     def __init__(self, group: Group, kinds: Iterable[_Kind]) -> None:
-        self._params = _references(group["params"])
+        self._params = list(group["params"])
         self._kinds = list(kinds)
         known = {position for kind in self._kinds for position in kind.positions}
         self._without_state = [i for i in range(len(self._params)) if i not in known]
@@ -96,7 +100,7 @@ class Gathered:
         That is where parameters, states, dtypes, devices or shapes have changed, or a parameter has its first gradient.
         """
         params = group["params"]
-        if len(params) != len(self._params) or not _are(params, self._params):
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
         grads = [p.grad for p in params]
         if any(grads[i] is not None for i in self._without_state):
@@ -116,7 +120,9 @@ class _Kind:
         self._exponents = _references(s[EXPONENTS] for s in states if EXPONENTS in s)
         theta, grad, *kept = lists  # kept: m, s and v
         counters = [s["step"] for s in states]
-        # An object that is the same, at the same address, has the dtype, device, size and strides that it had.
+        # An object that is the same, at the same address, has the dtype, device, size and strides that it had; but for a parameter, whose
+        # tensor may have been swapped twice (`model.to`).
+        self._theta_dtypes = set(map(_dtype, theta))
         self._addresses = [list(map(Tensor.data_ptr, members)) for members in (theta, *kept, counters)]
         self._grad_kind = _kind(grad[:1])
         self._numels = list(map(Tensor.numel, theta))
@@ -174,6 +180,8 @@ class _Kind:
         for members, addresses in zip((theta, *kept, counters), map(pick, self._addresses), strict=True):
             if list(map(Tensor.data_ptr, members)) != addresses:
                 return False
+        if set(map(_dtype, theta)) != self._theta_dtypes:
+            return False
         return list(map(Tensor.numel, grad)) == pick(self._numels) and _kind(grad) == self._grad_kind
 
     def _known_addresses(self, theta: list[Tensor], grad: list[Tensor], there: list[bool]) -> Addresses | None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from anon_dist.optim.members import Groups, States, convert_preconds, has_absent, steps_taken
 from anon_dist.optim.regime import HISTORY, Regime, from_earlier_version
@@ -31,22 +30,24 @@ class Hidden:
     """Which parameters belong to which group, shown or hidden; and which preconditioners are still to be converted."""
 
     def __init__(self) -> None:
-        self._group_of: Any = WeakTensorKeyDictionary()
-        self._made_with: Any = WeakTensorKeyDictionary()
+        # Not weakly: torch's `swap_tensors` refuses parameters that are weakly referred to.
+        self._group_of: dict[Tensor, Group] = {}
+        self._made_with: dict[Tensor, float] = {}
         """Parameter → γ°, where that is not the γ in force in its group."""
 
-    def meet(self, groups: Groups) -> None:
-        """Note which parameters the groups show now."""
-        if not torch.compiler.is_compiling():  # in a compiled step nothing is hidden
-            for group in groups:
-                for p in group["params"]:
-                    self._group_of[p] = group
+    def meet(self, groups: Groups, state: States) -> None:
+        """Note which parameters the groups show now, and forget those that neither a group nor the state has any more."""
+        if torch.compiler.is_compiling():  # in a compiled step nothing is hidden
+            return
+        shown = {p: group for group in groups for p in group["params"]}
+        self._group_of = {p: group for p, group in self._group_of.items() if p in state} | shown
+        self._made_with = {p: gamma for p, gamma in self._made_with.items() if p in self._group_of}
 
     def start_from(self, groups: Groups, state: States) -> None:
         """Forget everything, and start from loaded groups and states. Their history may be of an earlier version (`regime.Record`)."""
         self._group_of.clear()
         self._made_with.clear()
-        self.meet(groups)
+        self.meet(groups, state)
         for group in groups:
             history, turned_at, gamma_before = from_earlier_version(group[HISTORY])
             if turned_at:

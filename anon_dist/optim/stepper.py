@@ -290,7 +290,7 @@ class Stepper:
             return renewed
         _check_matrices(groups)
         allocate(groups, state)
-        self.hidden.meet(groups)
+        self.hidden.meet(groups, state)
         gathered = [gather(index, group, state) for index, group in enumerate(groups)]
         self.known = [remembered for _, remembered in gathered]
         return [buckets for buckets, _ in gathered]

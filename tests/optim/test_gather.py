@@ -7,6 +7,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS
@@ -140,8 +142,69 @@ def test_nothing_is_kept_alive():
     optimizer.state.pop(params[1])
     optimizer.param_groups[0]["params"].pop(1)
     params.pop(1)
+    give_gradients(params, 3)
+    optimizer.step()  # lets go of the parameter that has left
     gc.collect()
     assert [w() for w in watched] == [None] * 3
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_tensors_of_parameters_may_be_swapped(fused, gamma):
+    """As `model.to` swaps those of DTensors; torch refuses tensors that are weakly referred to."""
+    params, others = model(), model()
+    optimizer, other = Anon(params, fused=fused, **HYPER), Anon(others, fused=fused, **HYPER)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    for t in range(12):
+        if t % 3 == 2:
+            for p, q in zip(params, others, strict=True):
+                swapped = nn.Parameter(p.detach().to(dtypes[t // 3 % 3], copy=True))
+                torch.utils.swap_tensors(p, swapped)
+                q.data, q.grad = p.detach().clone(), None
+        if t == 7:
+            optimizer.param_groups[0]["gamma"] = other.param_groups[0]["gamma"] = gamma
+        for p, q in zip(params, others, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p.dtype)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        other = fresh(other, others, fused)  # remembers nothing
+        other.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def fresh(optimizer, params, fused):
+    """Another optimizer in the same state."""
+    new = Anon(params, fused=fused, **{**HYPER, "gamma": optimizer.param_groups[0]["gamma"]})
+    new.load_state_dict(optimizer.state_dict())
+    return new
+
+
+def test_a_sharded_model_goes_to_another_dtype_after_a_step():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = Anon(net.parameters(), **HYPER)
+        x = torch.randn(16, 8)
+        losses = []
+        for t in range(20):
+            if t == 6:
+                net.to(torch.bfloat16)  # FSDP2 cannot run it so, but there it is stepped
+                for p in net.parameters():
+                    p.grad = torch.zeros_like(p)
+                optimizer.step()
+                assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+                net.float().cpu()
+            loss = (net(x) - x[:, :1]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert {float(s["step"]) for s in optimizer.state.values()} == {21.0}
+        assert losses[19] < losses[6] < losses[0]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_error_in_a_remembered_step_changes_nothing():

@@ -147,6 +147,11 @@ def test_every_combination_of_dtypes(variant):
         assert_same_bits(stored, rounded)
 
 
+def or_nan(x):
+    """An infinite m is no update."""
+    return torch.where(x.isfinite(), x, torch.nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_conversions_are_torchs(dtype):
     """Every value there and back; and from float32 to the nearest, subnormals, ties, overflow and NaN included."""
@@ -159,10 +164,10 @@ def test_conversions_are_torchs(dtype):
     # θ = 0 − v m with v = 1 and m = g
     theta, ones = torch.zeros(len(values), dtype=dtype), torch.ones(len(values))
     cpu_run(([theta], [values.clone()], [ones.clone()], [ones], [ones]), **options)
-    assert_same_bits([[theta.nan_to_num(nan=-1.0)]], [[(0.0 - values).to(dtype).nan_to_num(nan=-1.0)]])
+    assert_same_bits([[theta.nan_to_num(nan=-1.0)]], [[(0.0 - or_nan(values)).to(dtype).nan_to_num(nan=-1.0)]])
     theta, zeros, ones = torch.zeros(len(every)), torch.zeros(len(every)), torch.ones(len(every))
     cpu_run(([theta], [every], [zeros], [ones], [ones]), **options)
-    assert torch.equal(theta.nan_to_num(nan=-1.0), (0.0 - edges).nan_to_num(nan=-1.0))
+    assert torch.equal(theta.nan_to_num(nan=-1.0), (0.0 - or_nan(edges)).nan_to_num(nan=-1.0))
 
 
 # -- bits do not depend on where an element lies --------------------------------------------------------------------------
