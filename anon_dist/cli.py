@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from anon_dist import __version__
-from anon_dist.launcher import LAUNCHER, end_launcher, leave
+from anon_dist.launcher import end_launcher, leave, on_one_node
+from anon_dist.refusal import USAGE, refuse, say_last
 
 
 @dataclass(frozen=True)
@@ -113,24 +114,33 @@ def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config.parsing` for the options."""
     given = list(sys.argv[1:] if args is None else args)
     said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
-    with _interruptible(said), _last_word():
-        if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
-            # What it offers, or what is wrong, before torch is there. Of several ranks one says it, later.
-            _check(given, prog)
+    with _interruptible(said):
+        if not {"-h", "--help"}.isdisjoint(given) or not given or on_one_node():
+            # What it offers, or what is wrong, before torch is there. Of several nodes, those that know better are told first.
+            check_training(given, prog)
         _train(given, prog)
 
 
-def _check(args: list[str], prog: str) -> None:
+def check_training(args: list[str], prog: str, data: bool = True) -> None:
+    """End with what is wrong with a training's options; the launch scripts ask before they start any rank.
+
+    Args:
+        data: whether its data are to be there already.
+
+    Raises:
+        SystemExit: something is (code 2, after a line), or help was asked for.
+    """
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
 
-    def check() -> None:
+    try:
         config = parse_args(args, prog)
-        from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
+        if data:
+            from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
 
-        check_present(config)
-
-    _or_exit(check, ConfigError, DataError)
+            check_present(config)
+    except (ConfigError, DataError) as error:
+        refuse(f"error: {error}", USAGE)
 
 
 def _train(args: list[str], prog: str) -> None:
@@ -146,18 +156,19 @@ def _train(args: list[str], prog: str) -> None:
     try:
         with who_stopped(*refusals) as ending:
             run(parse_args(args, prog))
+        return
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
-        text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}" if ending.speaks else ""
-        if isinstance(error, RunInUseError):
-            print(text, file=sys.stderr, end="\n" * bool(text))
-            sys.exit(IN_USE)
-        sys.exit(text or 1)
+        text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}"
+        code = USAGE if isinstance(error, ConfigError) else IN_USE if isinstance(error, RunInUseError) else 1
     finally:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
+    if ending.speaks:
+        say_last(text, ending.alike or "RANK" not in os.environ)
+    sys.exit(code)
 
 
 def sweep(args: list[str]) -> None:
@@ -341,20 +352,6 @@ def _piped() -> Iterator[None]:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-@contextlib.contextmanager
-def _last_word() -> Iterator[None]:
-    """An error of a process that a launcher started alone (`accelerate launch --cpu`) is the last line at a terminal. Of several ranks
-    others may have to speak yet."""
-    try:
-        yield
-    except SystemExit as ended:
-        if not isinstance(ended.code, str) or "RANK" in os.environ or LAUNCHER is None:
-            raise
-        print(ended.code, file=sys.stderr)
-        end_launcher()
-        sys.exit(1)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from anon_dist.arguments import whole_number
 from anon_dist.cli import COMMANDS, main
 from anon_dist.train.config.parsing import ConfigError, parse_args
 
+ROOT = Path(__file__).parents[1]
 GROUPS = [["data"], ["ckpt"], ["bench"]]
 BARE = [list(c.words) for c in COMMANDS if c.words not in (("bench",), ("doctor",))]
 KINDS = [*(["bench", kind] for kind in ("step", "train", "scaling", "plan")), ["doctor"]]
@@ -65,7 +67,8 @@ def test_mistakes_are_told_before_anything_heavy_is_imported():
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line[4] for line in lines] == [*([[]] * 4), ["numpy"]]
-    unknown, preset, bare, source, data = (line[1] for line in lines)
+    assert [line[1] for line in lines] == [2] * 5
+    unknown, preset, bare, source, data = (line[3].removesuffix("\n") for line in lines)
     assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
     assert preset.endswith("; did you mean quickstart?")
     assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
@@ -106,7 +109,7 @@ import os
 from anon_dist import cli
 def interrupt(*args):
     raise KeyboardInterrupt
-cli._train = interrupt
+cli.check_training = interrupt
 cli.train(["--config", "quickstart"])
 """
 LAUNCHED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -134,27 +137,63 @@ def test_a_ctrl_c_at_a_terminal_leaves_the_last_word_to_the_run(terminal):
     assert [line.split(" ")[0] for line in shown] == ["Interrupted;", "The" if terminal else "traceback"]
 
 
+LAUNCHER = """
+import os, signal, subprocess, sys
+rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
+ranks = [
+    subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": r, "LOCAL_RANK": r}, start_new_session=True)
+    for r in os.environ["RANKS"].split()
+]
+pid, status = os.wait()
+for other in ranks:
+    if other.pid != pid:
+        other.terminate()
+        other.wait()
+print("code", os.waitstatus_to_exitcode(status), file=sys.stderr)
+print("traceback", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0", "1 0"])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_an_error_under_accelerates_simple_launcher_is_the_last_line_at_a_terminal(terminal, tmp_path):
-    """As after `accelerate launch --cpu`, which raises an error of its own when the training ends with one."""
-    rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
-    (tmp_path / "accelerate").write_text(
-        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])\nprint('traceback', file=sys.stderr)"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+def test_a_mistake_under_a_launcher_is_the_last_line(terminal, ranks, tmp_path):
+    """Which ends the other ranks when the first has ended, and then prints what it likes. One rank speaks; without a terminal the line
+    comes again below."""
+    (tmp_path / "accelerate").write_text(LAUNCHER)
+    count = str(len(ranks.split()))
+    environment = os.environ | LAUNCHED | {"RANKS": ranks, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     command = [sys.executable, str(tmp_path / "accelerate")]
     screen, theirs = os.openpty()
     ended = subprocess.run(command, stderr=theirs if terminal else subprocess.PIPE, env=environment, timeout=60)
     shown = (os.read(screen, 1 << 16) if terminal else ended.stderr).decode().split("\n")
     os.close(theirs)
     os.close(screen)
-    shown = [line.strip() for line in shown if line.strip()]
-    assert shown[0].endswith("; did you mean quickstart?")
-    assert shown[1:] == (
-        ["The launcher is ended with it, code 137: it would print a traceback of its own."]
-        if terminal
-        else ["traceback"]
-    )
+    said, *rest = [line.strip() for line in shown if line.strip()]
+    assert said.startswith("error: --config quikstart: no such file")
+    assert said.endswith("; did you mean quickstart?")
+    if terminal:
+        assert rest == ["The launcher is ended with it, code 137: it would print a traceback of its own."]
+    else:
+        assert rest == ["code 2", "traceback", said]
+
+
+def test_the_launch_scripts_tell_a_mistake_before_they_start_a_rank(tmp_path):
+    """In place of the launcher stands a program that says that it was started."""
+    (tmp_path / "bin").mkdir()
+    started = dict.fromkeys(("torchrun", "accelerate", "deepspeed"), "echo started")
+    for name, line in {**started, "python": f'exec {sys.executable} "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {"VENV": str(tmp_path), "NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    for name in started:
+        script = ["bash", f"{ROOT}/launch/multinode/{name}.sh", "--config", "quickstart", "--optim.lr", "-1"]
+        done = subprocess.run(
+            script, capture_output=True, text=True, env=environment | {"HOSTFILE": str(tmp_path / "hosts")}, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.startswith("error: --optim.lr must be ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_every_command_is_listed_with_its_group(capsys):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
     ("files", "machine", "launcher", "usage", "page", "outages"),
-    ("stores",),
+    ("stores", "refusal"),
     ("arguments",),
     ("agreement", "optim"),
     ("data",),
