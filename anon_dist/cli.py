@@ -10,12 +10,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from anon_dist import __version__
 from anon_dist.launcher import end_launcher, leave, on_one_node
-from anon_dist.refusal import USAGE, refuse, say_last
+from anon_dist.refusal import refuse_alike, say_last
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
     """
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
+    from anon_dist.usage import USAGE
 
     try:
         config = parse_args(args, prog)
@@ -140,7 +141,7 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
 
             check_present(config)
     except (ConfigError, DataError) as error:
-        refuse(f"error: {error}", USAGE)
+        refuse_alike(f"error: {error}", USAGE)
 
 
 def _train(args: list[str], prog: str) -> None:
@@ -151,6 +152,7 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.train.config.errors import IN_USE, RunError, RunInUseError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
+    from anon_dist.usage import USAGE
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
@@ -177,17 +179,28 @@ def sweep(args: list[str]) -> None:
     from anon_dist.sweep.options import Sweep
 
     parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
-    from anon_dist.sweep import cli
+    from anon_dist.train.config.parsing import ConfigError, parse_args
+    from anon_dist.usage import refusing
 
-    cli.sweep(parsed, rest, args)
+    others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
+    with refusing(ConfigError):
+        base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
+        from anon_dist.sweep import cli
+
+        cli.sweep(parsed, base, args)
 
 
 def sweep_report(args: list[str]) -> None:
     """`anon-dist sweep report`"""
     from anon_dist.arguments import parse
+    from anon_dist.named import need, need_folder
     from anon_dist.sweep.options import Report
+    from anon_dist.usage import refusing
 
     parsed = parse(Report, args, "anon-dist sweep report")
+    with refusing():
+        need_folder(parsed.folder, "the --out of a sweep")
+        need(parsed.folder / "sweep.json", "the --out of a sweep")
     from anon_dist.sweep import cli
 
     cli.report(parsed)
@@ -220,14 +233,18 @@ def init(args: list[str]) -> None:
     from anon_dist.bench.options import InitOptions
 
     options = parse(InitOptions, args, "anon-dist init")
-    from anon_dist.bench.init import init as run
-    from anon_dist.data import DataError
-    from anon_dist.train.config.parsing import ConfigError
+    from anon_dist.data.errors import DataError
+    from anon_dist.train.config.errors import ConfigError
+    from anon_dist.usage import refusing
 
-    def write() -> None:
-        print(f"{options.out} is written; start it with\n\n  {run(options)}")
+    with refusing(ConfigError, DataError):
+        options.check()
+        from anon_dist.bench.asked import ask  # numpy
 
-    _or_exit(write, ConfigError, DataError, OSError)
+        asked = ask(options)
+        from anon_dist.bench.init import init as run
+
+        _or_exit(lambda: print(f"{options.out} is written; start it with\n\n  {run(options, asked)}"), OSError)
 
 
 def runs(args: list[str]) -> None:

@@ -14,13 +14,11 @@ from typing import NoReturn
 from anon_dist import launcher
 from anon_dist.launcher import end_launcher, on_one_node, tell_launcher
 
-USAGE = 2
-"""Exit code of what the command line or the configuration is to blame for; nothing was done."""
 _PATIENCE = 30.0
 """Seconds that a rank leaves to the first of its node to speak for all."""
 
 
-def refuse(line: str, code: int) -> NoReturn:
+def refuse_alike(line: str, code: int) -> NoReturn:
     """End this rank, and with it those of its node, which are all refused for the same.
 
     The first of them speaks. The others wait until their launcher ends them, as it ended the first: one that ended before would have the

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 from tyro.conf import UseAppendAction
@@ -19,8 +19,36 @@ _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text", "PATH": "
 """What tyro calls a type, and a person."""
 
 
+USAGE = 2
+"""Exit code of what the command line or the configuration is to blame for; nothing was done."""
+
+
 class UsageError(ValueError):
-    """A command line that cannot be read; the message names option, value and remedy."""
+    """A command line that cannot be read, or names what is not there; the message names option, value and remedy."""
+
+
+class _Refused(SystemExit):
+    """Of whose words a caller in Python gets to know."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = USAGE
+
+
+def refuse(text: object) -> NoReturn:
+    """End with a line on what is wrong with a command line, and exit code 2."""
+    print(f"error: {text}", file=sys.stderr)
+    raise _Refused(f"error: {text}")
+
+
+@contextlib.contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """A block that looks at what a command line says: a `UsageError`, or an error of these kinds, is its end."""
+    expected: tuple[type[Exception], ...] = (UsageError, *kinds)
+    try:
+        yield
+    except expected as error:
+        refuse(error)
 
 
 def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
@@ -33,11 +61,8 @@ def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
     Raises:
         SystemExit: after that line, or after the help.
     """
-    try:
+    with refusing():
         return parse_or_raise(kind, args, prog, **tyros)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_or_raise(

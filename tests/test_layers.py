@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "anon_dist"
 FOLDERS = (
     ("files", "machine", "launcher", "usage", "page", "outages"),
     ("stores", "refusal"),
-    ("arguments",),
+    ("arguments", "named"),
     ("agreement", "optim"),
     ("data",),
     ("checkpoint",),

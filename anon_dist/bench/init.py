@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from anon_dist.arguments import whole_number
+from anon_dist.bench.asked import Asked
 from anon_dist.bench.memory import Job
 from anon_dist.bench.options import EngineName, Hardware, InitOptions
 from anon_dist.bench.plan import Row, predict
-from anon_dist.bench.shapes import MODELS, Shape, config_of, shape_of
-from anon_dist.data import DataError, Index
+from anon_dist.bench.shapes import Shape, shape_of
 from anon_dist.files import write_text
-from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, find_config, load_config
+from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, load_config
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 4
 """Repeating data up to four times costs little (Muennighoff et al., arXiv 2305.16264)."""
@@ -27,39 +25,19 @@ STATES = "exp_avg_sq=bfloat16, precond=bfloat16"
 """As in the presets: 8 bytes a parameter."""
 
 
-def init(options: InitOptions) -> str:
+def init(options: InitOptions, asked: Asked) -> str:
     """Write the configuration, and say how to start it.
 
     Raises:
-        ConfigError: the model is unknown, an option out of its range, the file is there already, or nothing fits into memory.
-        DataError: the data folder is none, or too small.
+        ConfigError: nothing fits into memory.
     """
-    _check(options)
-    index = Index.load(options.data)
-    model = model_of(options.model, index.vocab_size, options.context)
-    seq_len = options.seq_len or model.context
-    if seq_len > model.context:
-        raise ConfigError(f"--seq-len {seq_len} is longer than the model's context, {model.context}")
-    train = index.splits["train"].tokens
-    if train <= seq_len:
-        raise DataError(f"--data {options.data} has {train:,} training tokens, too few for samples of {seq_len}")
-    chosen = choose(options, model, shape_of(model, index.vocab_size), seq_len, train)
+    model, train = asked.model, asked.train
+    chosen = choose(options, shape_of(model, asked.vocab), asked.seq_len, train)
     text = render(options, model, chosen, train)
     _check_text(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
     return _command(options, chosen)
-
-
-def _check(options: InitOptions) -> None:
-    for name in ("ranks", "per_node", "context", "seq_len", "tokens", "batch_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if not 0.1 <= options.memory <= 1e5:
-        raise ConfigError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {options.memory:g}")
-    if os.path.lexists(options.out):
-        raise ConfigError(f"--out {options.out} exists; name another file, or remove it")
 
 
 def _check_text(text: str) -> None:
@@ -71,74 +49,6 @@ def _check_text(text: str) -> None:
             check(load_config(path))
         except ConfigError as error:
             raise ConfigError(f"nothing is written, as {str(error).replace(f'{path}: ', '')}") from None
-
-
-# -- the model --------------------------------------------------------------------------------------------------------
-
-
-def model_of(name: str, vocab: int, context: int) -> ModelConfig:
-    """A shape by its number of parameters, or a known one.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if name in MODELS:
-        return dataclasses.replace(config_of(MODELS[name]), pad_vocab_to=64)
-    try:
-        wanted = whole_number(name[:-1] + name[-1:].upper() if name[-1:] in "mb" else name)
-    except ValueError:
-        return _known(name)
-    if not 10_000 <= wanted <= 10**12:
-        raise ConfigError(f"MODEL {name}: from 10k to 1000B parameters")
-    return shaped(wanted, vocab, context)
-
-
-def _known(name: str) -> ModelConfig:
-    try:
-        model = load_config(find_config(name)).model
-    except ConfigError as error:
-        raise ConfigError(
-            f"MODEL {name} is no number of parameters (124M), none of {', '.join(MODELS)}, and no configuration either: {error}"
-        ) from None
-    if model.from_pretrained is not None:
-        raise ConfigError(
-            f"MODEL {name} starts from {model.from_pretrained}; give the sizes in a configuration instead"
-        )
-    return model
-
-
-def shaped(wanted: int, vocab: int, context: int) -> ModelConfig:
-    """The Llama shape that comes nearest to a number of parameters, about as wide for its depth as published ones: 64 times at 1B, where
-    heads are 64 wide, to 128 times from 10B, where they are 128.
-
-    Raises:
-        ConfigError: the vocabulary alone has as many.
-    """
-    head = 128 if wanted >= 3e9 else 64 if wanted >= 2e7 else 32
-    usual = 64 * min(max((wanted / 1e9) ** 0.3, 0.5), 2.0)
-    best: tuple[float, ModelConfig] | None = None
-    for heads in range(1, 257):
-        width = head * heads
-        tied = wanted < 3e9
-        shape = ModelConfig("llama", 1, width, heads, context=context, tie_embeddings=tied)
-        one, two = (count(dataclasses.replace(shape, layers=n), vocab) for n in (1, 2))
-        layers = max(1, round((wanted - one) / (two - one)) + 1)
-        off = abs(math.log((one + (layers - 1) * (two - one)) / wanted))
-        score = 10 * off + abs(math.log(width / layers / usual))
-        if best is None or score < best[0]:
-            best = score, dataclasses.replace(shape, layers=layers)
-    assert best is not None
-    found = best[1]
-    if not 0.7 < count(found, vocab) / wanted < 1.4:
-        raise ConfigError(
-            f"MODEL: no shape of {wanted:,} parameters with the data's vocabulary of {vocab:,}; the nearest has {count(found, vocab):,}"
-        )
-    return found
-
-
-def count(model: ModelConfig, vocab: int) -> int:
-    """Parameters of a shape."""
-    return sum(p.numel for p in shape_of(model, vocab).parameters())
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -160,7 +70,7 @@ class Chosen:
     """What is predicted."""
 
 
-def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int, train: int) -> Chosen:
+def choose(options: InitOptions, shape: Shape, seq_len: int, train: int) -> Chosen:
     """Batch, engine, micro-batch and activation checkpointing.
 
     Raises:

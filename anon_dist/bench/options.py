@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
+
+from anon_dist.named import need
+from anon_dist.stores import is_address
+from anon_dist.usage import UsageError
 
 EngineName = Literal[
     "ddp",
@@ -217,3 +222,16 @@ class InitOptions:
     """To train on. None: 20 for each parameter (Hoffmann et al., arXiv 2203.15556), but at most four epochs of the data."""
     batch_tokens: int | None = None
     """Of a step. None: by the number of tokens to train on."""
+
+    def check(self) -> None:
+        """Raises `UsageError`: an option is out of its range, the data are not there, or the file is there already."""
+        for name in ("ranks", "per_node", "context", "seq_len", "tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not 0.1 <= self.memory <= 1e5:
+            raise UsageError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {self.memory:g}")
+        if os.path.lexists(self.out):
+            raise UsageError(f"--out {self.out} exists; name another file, or remove it")
+        if not is_address(self.data):
+            need(Path(self.data), "a folder that `anon-dist data prepare` made", "--data")

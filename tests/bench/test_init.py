@@ -113,7 +113,7 @@ def test_presets_and_published_models_keep_their_shape(tmp_path, prepared):
         ("gpt2-small --seq-len 4k", "--seq-len 4000 is longer than the model's context, 1024"),
         ("1M --out there.yaml", "--out there.yaml exists; name another file, or remove it"),
         ("1M --out there.yaml/x", "File exists: 'there.yaml'"),
-        ("1M --data gone", "gone/index.json does not exist"),
+        ("1M --data gone", "--data gone does not exist; name a folder that `anon-dist data prepare` made"),
     ],
 )
 def test_mistakes_are_named_in_a_line(words, message, tmp_path, prepared, monkeypatch):
@@ -124,7 +124,7 @@ def test_mistakes_are_named_in_a_line(words, message, tmp_path, prepared, monkey
     given += ["--data", str(prepared)] if "--data" not in given else []
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as ended:
         main(["init", *given])
-    assert "\n" not in str(ended.value.code)
+    assert "\n" not in str(ended.value)
     assert [p.name for p in tmp_path.iterdir()] == ["there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"
 

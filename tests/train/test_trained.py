@@ -302,7 +302,9 @@ def test_pushing_uploads_the_folder_and_a_refusal_leaves_it(run, tmp_path, monke
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("words", [["generate", "SRC", "x"], ["eval", "SRC", "--text", "x"], ["export", "SRC", "x"]])
+@pytest.mark.parametrize(
+    "words", [["generate", "SRC", "x"], ["eval", "SRC", "--text", __file__], ["export", "SRC", "x"]]
+)
 def test_a_file_that_is_no_checkpoint_is_said_to_be_none(words, tmp_path):
     """And not to lack a tokenizer."""
     (tmp_path / "junk.bin").write_text("junk")
