@@ -64,8 +64,12 @@ def data_inspect(args: list[str]) -> None:
     """`anon-dist data inspect`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import InspectConfig
+    from anon_dist.named import need_data
+    from anon_dist.usage import refusing
 
     config = parse(InspectConfig, args, "anon-dist data inspect")
+    with refusing():
+        need_data(config.folder)
     from anon_dist.data import DataError
     from anon_dist.data.inspection import inspect
 
@@ -76,8 +80,12 @@ def data_verify(args: list[str]) -> None:
     """`anon-dist data verify`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import VerifyConfig
+    from anon_dist.named import need_data
+    from anon_dist.usage import refusing
 
     config = parse(VerifyConfig, args, "anon-dist data verify")
+    with refusing():
+        need_data(config.folder)
     from anon_dist.data import DataError
     from anon_dist.data.verify import verify
 

@@ -5,7 +5,9 @@ A look at names: what is in them is found out by whoever reads them.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,43 @@ def need_file(path: Path | None, what: str, option: str) -> None:
             raise UsageError(f"{option} {path} is a folder; name {what}")
 
 
+def need_data(path: str | Path, option: str = "") -> None:
+    """Raises `UsageError` if it is no folder, and no address."""
+    if is_address(path):
+        return
+    need(Path(path), "a folder that `anon-dist data prepare` made", option)
+    if not Path(path).is_dir():
+        raise UsageError(f"{option}{' ' * bool(option)}{path} is a file; {named_instead(path)}")
+
+
+def named_instead(file: str | Path) -> str:
+    """What to name instead of a file, where data are wanted."""
+    folder = Path(file).parent
+    if (folder / "index.json").is_file():
+        return f"name the prepared folder, {folder}"
+    made = f"anon-dist data prepare --source {shlex.quote(str(file))} --tokenizer … --out DIR"
+    return f"name a folder that `anon-dist data prepare` made (`{made}` makes one of it)"
+
+
+def config_problem(folder: Path) -> str | None:
+    """What is wrong with the config.json of a model's folder, and the remedy; None: nothing, or there is none."""
+    path = folder / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text.strip() else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        what = f"is damaged ({error})"
+    else:
+        if isinstance(content, dict) and content:
+            return None
+        what = "is empty" if not content else "is no JSON object"
+    return (
+        f"{path} {what}; put the model's own in its place, or name the run, or a checkpoint of it, that the model is of"
+    )
+
+
 def need_no(path: Path, overwrite: bool) -> None:
     """Raises `UsageError` if there is something where a command is to write, and it is not to be replaced."""
     if os.path.lexists(path) and not overwrite:
@@ -58,13 +97,14 @@ def need_checkpoint(path: str | Path, what: str) -> None:
         return
     path = Path(path)
     need(path, what)
+    weights = ", ".join(f"*{suffix}" for suffix in _WEIGHTS)
     if path.is_dir():
         if not any(name.endswith(_WEIGHTS) or name in _MARKS for name in _names(path)):
-            raise UsageError(
-                f"{path} holds no weights ({', '.join(f'*{s}' for s in _WEIGHTS)}) and no run; name {what}"
-            )
+            raise UsageError(f"{path} holds no weights ({weights}) and no run; name {what}")
+        if problem := config_problem(path):
+            raise UsageError(problem)
     elif path.is_file() and path.suffix not in _WEIGHTS and not zipfile.is_zipfile(path) and not _is_pickle(path):
-        raise UsageError(f"{path} is no file of weights ({', '.join(f'*{s}' for s in _WEIGHTS)}); name {what}")
+        raise UsageError(f"{path} is no file of weights ({weights}); name {what}")
 
 
 def _names(folder: Path, depth: int = _DEPTH) -> Iterator[str]:

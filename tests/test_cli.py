@@ -77,6 +77,19 @@ MISTAKES = [
         "init 124M --data nowhere --out x.yaml",
         "--data nowhere does not exist; name a folder that `anon-dist data prepare`",
     ),
+    (
+        "init 124M --data notes.txt --out x.yaml",
+        "--data notes.txt is a file; name a folder that `anon-dist data prepare`",
+    ),
+    ("data inspect notes.txt", "(`anon-dist data prepare --source notes.txt --tokenizer … --out DIR` makes one of it)"),
+    ("data verify nowhere", "nowhere does not exist; name a folder that `anon-dist data prepare` made"),
+    ("data inspect data/index.json", "data/index.json is a file; name the prepared folder, data"),
+    (
+        "train --config quickstart --data.path notes.txt",
+        "data.path = notes.txt is a file; name a folder that `anon-dist ",
+    ),
+    ("generate model x", "model/config.json is empty; put the model's own in its place, or name the run"),
+    ("ckpt inspect torn", "torn/config.json is damaged (Expecting property name"),
     ("init 124M --data empty --out notes.txt", "--out notes.txt exists; name another file, or remove it"),
     ("ckpt inspect nowhere", "nowhere does not exist; name a checkpoint's file or folder"),
     ("ckpt inspect notes.txt", "notes.txt is no file of weights"),
@@ -95,6 +108,9 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
     """In a line, with exit code 2. The time is of CPU, twice what is asked of each by itself: the first pays for the imports."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
+    for name, text in (("data/index", "{}"), ("model/config", ""), ("torn/config", "{")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "w.pt").write_bytes(b"\x80")
     calls = [words.split() for words, _ in MISTAKES]
     done = subprocess.run(
@@ -108,7 +124,7 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         assert message in err, words
         assert set(heavy) <= {"numpy"}, words
         assert seconds < 1.2, words
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "notes.txt", "w.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty", "model", "notes.txt", "torn", "w.pt"]
 
 
 def interrupt(*args):

@@ -9,8 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from anon_dist.named import need
-from anon_dist.stores import is_address
+from anon_dist.named import need_data
 from anon_dist.usage import UsageError
 
 EngineName = Literal[
@@ -233,5 +232,4 @@ class InitOptions:
             raise UsageError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {self.memory:g}")
         if os.path.lexists(self.out):
             raise UsageError(f"--out {self.out} exists; name another file, or remove it")
-        if not is_address(self.data):
-            need(Path(self.data), "a folder that `anon-dist data prepare` made", "--data")
+        need_data(self.data, "--data")

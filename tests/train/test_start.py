@@ -220,16 +220,24 @@ def test_one_of_several_ranks_says_why(alike, speaks, said, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("texts.txt", "not a data folder"), ("x" * 300, "cannot be read: File name too long")]
+    ("path", "message", "said"),
+    [
+        (
+            "texts.txt",
+            "texts.txt is a file; name a folder that",
+            "data.path = texts.txt is a file; name a folder that `anon-d",
+        ),
+        ("x" * 300, "cannot be read: File name too long", "is not there, or not finished"),
+    ],
 )
-def test_what_is_no_folder_of_data(path, message, tmp_path, monkeypatch, capsys):
+def test_what_is_no_folder_of_data(path, message, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("x")
     with pytest.raises(DataError, match=message):
         TokenShards(path)
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", "quickstart", "--data.path", path])
-    assert "is not there, or not finished" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_missing_data_of_a_configuration_of_ones_own(run_config, tmp_path, capsys):

@@ -312,6 +312,16 @@ def test_a_file_that_is_no_checkpoint_is_said_to_be_none(words, tmp_path):
         main([word.replace("SRC", str(tmp_path / "junk.bin")) for word in words])
 
 
+def test_a_damaged_configuration_is_named_and_not_the_tokenizer(run, tmp_path):
+    """Of a run's exported model, which the run's name stands for."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "model" / "config.json").write_text("{")
+    with pytest.raises(
+        SystemExit, match=r"model/config\.json is damaged \(.*\); put the model's own in its place, or name"
+    ):
+        main(["generate", str(copy), "x"])
+
+
 def test_damaged_weights_are_a_line(run, tmp_path):
     model = shutil.copytree(run / "model", tmp_path / "model")
     (model / "model.safetensors").write_bytes(bytes(range(256)) * 20)
