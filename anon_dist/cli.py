@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 from anon_dist import __version__
+from anon_dist.columns import listing
 from anon_dist.launcher import end_launcher, leave, on_one_node
 from anon_dist.refusal import refuse_alike, say_last
 
@@ -345,10 +346,8 @@ def _run(args: list[str]) -> None:
 def _usage(prog: str, group: tuple[str, ...]) -> str:
     """The commands, or those of a group."""
     shown = [(" ".join(c.words[len(group) :]), c.summary) for c in COMMANDS if c.words[: len(group)] == group]
-    width = max(len(words) for words, _ in shown)
-    lines = "\n".join(f"  {words:<{width}}   {summary}" for words, summary in shown)
-    version = "" if group else "  --version" + " " * (width - 6) + "what is installed\n\n"
-    return f"usage: {prog} COMMAND [OPTIONS]\n\n{lines}\n{version or chr(10)}{prog} COMMAND --help says more."
+    shown += [] if group else [("--version", "what is installed")]
+    return f"usage: {prog} COMMAND [OPTIONS]\n\n{listing(shown)}\n\n{prog} COMMAND --help says more."
 
 
 @contextlib.contextmanager

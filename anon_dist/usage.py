@@ -14,6 +14,8 @@ from typing import Any, NoReturn, get_type_hints
 import tyro
 from tyro.conf import UseAppendAction
 
+from anon_dist.columns import filled
+
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text", "PATH": "a path"}
 """What tyro calls a type, and a person."""
@@ -91,7 +93,7 @@ def parse_or_raise(
         if what := _what_is_wrong(event, args, takes, lambda: [*_options(kind, prog, **tyros), *others]):
             raise UsageError(f"{what} (--help lists all)")
 
-    with _instead_of_a_report(refuse):
+    with _instead_of_a_report(refuse), _in_columns():
         return tyro.cli(kind, args=args, prog=prog, **tyros)
 
 
@@ -110,11 +112,20 @@ def values_of(args: Sequence[str], option: str) -> list[str]:
 
 
 def nearest(option: str, options: Sequence[str]) -> str:
-    """ "; did you mean --optim.gamma?", or nothing."""
-    own_name = option.lstrip("-").rpartition(".")[2]
-    found = [o for o in options if o.lstrip("-").rpartition(".")[2] == own_name]
-    found = found or difflib.get_close_matches(option, options, n=2)
-    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+    """ "; did you mean --optim.gamma?", or nothing where none is near."""
+    names = {known.lstrip("-"): known for known in options}
+    section, _, own_name = option.lstrip("-").rpartition(".")
+    found = [name for name in names if name.rpartition(".")[2] == own_name]
+    beside = {name.rpartition(".")[2]: name for name in names if section and name.rpartition(".")[0] == section}
+    if not found and beside:
+        found = [beside[key] for key in difflib.get_close_matches(own_name, beside, n=2)]
+    found = found or difflib.get_close_matches(option.lstrip("-"), names, n=2)
+    return f"; did you mean {' or '.join(names[name] for name in found[:3])}?" if found else ""
+
+
+def meant(near: Sequence[str]) -> str:
+    """What a message on a wrong name ends with."""
+    return f"; did you mean '{near[0]}'?" if near else " (anon-dist train --help lists all)"
 
 
 def _repeatable(kind: Any) -> set[str]:
@@ -154,6 +165,31 @@ def _instead_of_a_report(refuse: Callable[[Any], None]) -> Iterator[None]:
         return
     with on_parse_error(refuse):
         yield
+
+
+class _Held(io.StringIO):
+    """What is printed, with the colours and signs that its destination takes."""
+
+    encoding = "utf-8"
+
+    def __init__(self, destination: Any) -> None:
+        super().__init__()
+        self._destination = destination
+        self.encoding = getattr(destination, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return bool(self._destination.isatty())
+
+
+@contextlib.contextmanager
+def _in_columns() -> Iterator[None]:
+    """Break what tyro leaves as long as it is: how the command is called, and what it is for."""
+    held = _Held(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    finally:
+        sys.stdout.write(filled(held.getvalue()))
 
 
 def _options(kind: Any, prog: str, **tyros: Any) -> list[str]:

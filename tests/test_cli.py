@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,12 @@ def test_help_and_bare_calls_offer_what_there_is_at_once():
     calls = [[], ["--version"], *GROUPS, *([*g, "--help"] for g in GROUPS), *BARE]
     calls += [[*words, "--help"] for words in [*BARE, *KINDS]] + [["train", "--config", "quickstart", "--help"]]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"COLUMNS": "80"},
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == calls
@@ -50,12 +56,14 @@ def test_help_and_bare_calls_offer_what_there_is_at_once():
             continue
         assert code == (2 if words in BARE else 0), (words, err)
         prog = " ".join(["anon-dist", *(w for w in words if not w.startswith("-") and w != "quickstart")])
-        assert (err if words in BARE else out).startswith(f"usage: {prog} "), words
+        shown = err if words in BARE else out
+        assert " ".join(shown.split()).startswith(f"usage: {prog} "), words
+        assert max(map(len, shown.splitlines())) <= 80, words
         assert not (words in BARE and out)
 
 
 MISTAKES = [
-    ("train --config quickstart --train.stepz 3", "--train.stepz is no option; did you mean --train.steps or "),
+    ("train --config quickstart --train.stepz 3", "--train.stepz is no option; did you mean --train.steps? "),
     ("train --config quikstart", "; did you mean quickstart?"),
     ("train quickstart", "quickstart belongs to no option; did you mean --config quickstart?"),
     (
@@ -252,8 +260,19 @@ def test_every_command_is_listed_with_its_group(capsys):
     shown = capsys.readouterr().out
     assert all(f"  {' '.join(c.words)} " in shown for c in COMMANDS)
     main(["ckpt"])
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r"  \S", line)]
     assert listed == ["inspect", "convert", "verify"]
+
+
+def test_an_option_that_is_like_none_is_answered_without_a_guess(capsys):
+    """Neither with one that a help mentions in passing, nor with a field that merely stands beside."""
+    for words in (
+        ["train", "--config", "quickstart", "--gpu", "1"],
+        ["init", "1M", "--data", "x", "--out", "y", "--gpu"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().err == "error: --gpu is no option (--help lists all)\n"
 
 
 @pytest.mark.parametrize(
