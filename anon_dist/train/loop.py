@@ -139,9 +139,8 @@ def _introduce(run: Run, console: Console) -> None:
     config, ranks = run.config, run.accelerator.num_processes
     mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
     planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
-    epochs = planned / sum(corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
-    if run.loader.stream.packed:
-        epochs = planned / run.loader.stream.num_samples
+    each = (corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
+    epochs = planned / (run.loader.stream.num_samples if run.loader.stream.packed else sum(each))
     for line in (*remarks(config, run.corpora, run.sets), *run.plan):
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
@@ -190,6 +189,8 @@ def _steps(
             watch.read()
             logged = run.step
             continue
+        if console:
+            console.step(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()) | saver.finished())
             watch.lap("logging")
@@ -201,7 +202,7 @@ def _steps(
             watch.skip()
         run.stragglers.waited = counted  # as the watch does: what is no step counts for nothing
         if console:
-            console.step()
+            console.pause()
         ending = stop.requested(saver.failed)
         if stop.unsaved:
             saved |= saver.recover()
