@@ -253,7 +253,7 @@ def init(args: list[str]) -> None:
         asked = ask(options)
         from anon_dist.bench.init import init as run
 
-        _or_exit(lambda: print(f"{options.out} is written; start it with\n\n  {run(options, asked)}"), OSError)
+        _or_exit(lambda: print(f"{options.out} is written {run(options, asked)}"), OSError)
 
 
 def runs(args: list[str]) -> None:

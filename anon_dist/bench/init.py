@@ -9,6 +9,9 @@ import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from anon_dist.bench.asked import Asked
 from anon_dist.bench.memory import Job
@@ -16,28 +19,35 @@ from anon_dist.bench.options import EngineName, Hardware, InitOptions
 from anon_dist.bench.plan import Row, predict
 from anon_dist.bench.shapes import Shape, shape_of
 from anon_dist.files import write_text
+from anon_dist.machine import free_memory
 from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, load_config
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 4
 """Repeating data up to four times costs little (Muennighoff et al., arXiv 2305.16264)."""
+LARGE = 80.0
+"""GB of an A100 or H100."""
 MFU = 0.4
 STATES = "exp_avg_sq=bfloat16, precond=bfloat16"
 """As in the presets: 8 bytes a parameter."""
 
 
 def init(options: InitOptions, asked: Asked) -> str:
-    """Write the configuration, and say how to start it.
+    """Write the configuration.
+
+    Returns:
+        For what machine it is, and how to start it.
 
     Raises:
         ConfigError: nothing fits into memory.
     """
-    model, train = asked.model, asked.train
-    chosen = choose(options, shape_of(model, asked.vocab), asked.seq_len, train)
-    text = render(options, model, chosen, train)
+    model, train, machine = asked.model, asked.train, machine_of(options)
+    chosen = choose(options, machine, shape_of(model, asked.vocab), asked.seq_len, train)
+    text = render(options, machine, model, chosen, train)
     _check_text(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
-    return _command(options, chosen)
+    planned = f"for {options.ranks} x {machine.memory:g} GB{machine.said}"
+    return f"{planned}; start it with\n\n  {_command(options, machine, chosen)}"
 
 
 def _check_text(text: str) -> None:
@@ -52,6 +62,31 @@ def _check_text(text: str) -> None:
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for."""
+
+    memory: float
+    """GB of an accelerator, or for a process."""
+    precision: Literal["bf16", "fp32"]
+    said: str
+    """Where that comes from, in words; "" if it was given."""
+
+
+def machine_of(options: InitOptions) -> Machine:
+    """What the options say; else what is here. Several ranks without a GPU here are those of another machine."""
+    if options.memory is not None:
+        return Machine(options.memory, options.precision or "bf16", "")
+    if torch.cuda.is_available():
+        memory = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
+        return Machine(memory, options.precision or "bf16", f" ({torch.cuda.get_device_name(0)}, which is here)")
+    if options.ranks > 1 or options.precision == "bf16":
+        said = " (assumed, as no GPU is here; --memory says otherwise)"
+        return Machine(LARGE, options.precision or "bf16", said)
+    memory = round(free_memory() / 1e9, 1)
+    return Machine(memory, "fp32", " (what is free here, where no GPU is; for a GPU elsewhere give its --memory)")
 
 
 @dataclass(frozen=True)
@@ -70,7 +105,7 @@ class Chosen:
     """What is predicted."""
 
 
-def choose(options: InitOptions, shape: Shape, seq_len: int, train: int) -> Chosen:
+def choose(options: InitOptions, machine: Machine, shape: Shape, seq_len: int, train: int) -> Chosen:
     """Batch, engine, micro-batch and activation checkpointing.
 
     Raises:
@@ -80,7 +115,7 @@ def choose(options: InitOptions, shape: Shape, seq_len: int, train: int) -> Chos
     tokens = options.tokens or min(TOKENS_PER_PARAMETER * parameters, EPOCHS * train)
     share = max(1, round((options.batch_tokens or _batch_tokens(tokens)) / seq_len / options.ranks))  # a rank's
     share = 1 << max(0, round(math.log2(share)))
-    hardware = Hardware(memory=1e9 * options.memory, reserve=min(5e9, 1e8 * options.memory), per_node=options.per_node)
+    hardware = Hardware(memory=1e9 * machine.memory, reserve=min(5e9, 1e8 * machine.memory), per_node=options.per_node)
     engines: tuple[EngineName, ...] = ("ddp", "fsdp2") if options.ranks > 1 else ("ddp",)
     least: Row | None = None
     for checkpointing in ("none", "selective", "full"):
@@ -93,7 +128,7 @@ def choose(options: InitOptions, shape: Shape, seq_len: int, train: int) -> Chos
                     micro_batch=micro,
                     accumulation=share // micro,
                     seq_len=seq_len,
-                    bf16=options.precision == "bf16",
+                    bf16=machine.precision == "bf16",
                     checkpointing=checkpointing,
                 )
                 row = predict(engine, "anon-bf16", job, hardware, MFU, 10_000)
@@ -109,8 +144,8 @@ def choose(options: InitOptions, shape: Shape, seq_len: int, train: int) -> Chos
             return Chosen(name, checkpointing, micro, share * options.ranks, steps, seq_len, parameters, row)
     assert least is not None
     raise ConfigError(
-        f"{parameters / 1e9:.3g}B parameters do not fit on {options.ranks} x {options.memory:g} GB: with one sequence at a time, sharded "
-        f"and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in reserve; take more "
+        f"{parameters / 1e9:.3g}B parameters do not fit on {options.ranks} x {machine.memory:g} GB{machine.said}: with one sequence at a "
+        f"time, sharded and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in reserve; take more "
         "ranks, shorter samples (--seq-len), or a smaller model"
     )
 
@@ -141,20 +176,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:,.0f} {name}" if seconds >= 10 * unit else f"{seconds / unit:,.1f} {name}"
 
 
-def _command(options: InitOptions, chosen: Chosen) -> str:
+def _command(options: InitOptions, machine: Machine, chosen: Chosen) -> str:
     train = f"launch/pretrain.py --config {shlex.quote(str(options.out))}"
     if chosen.engine == "single":
         return f"anon-dist train --config {shlex.quote(str(options.out))}"
     if options.ranks > options.per_node:
         return f"bash launch/multinode/torchrun.sh --config {shlex.quote(str(options.out))}  # on each node: launch/multinode/README.md"
-    cpu = "-cpu" if options.precision == "fp32" else ""
+    cpu = "-cpu" if machine.precision == "fp32" else ""
     return f"accelerate launch --config_file configs/accelerate/{chosen.engine}{cpu}.yaml --num_processes {options.ranks} {train}"
 
 
 _ALWAYS = ("family", "layers", "width", "heads", "context")
 
 
-def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int) -> str:
+def render(options: InitOptions, machine: Machine, model: ModelConfig, chosen: Chosen, train: int) -> str:
     """The file, with what was predicted."""
     memory, row, per_step = chosen.row.memory, chosen.row, chosen.global_batch * chosen.seq_len
     tokens = chosen.steps * per_step
@@ -167,14 +202,14 @@ def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int)
     why = "fits without" if chosen.checkpointing == "none" else "what would not fit otherwise"
     timing = (
         f"{speed:,.0f} tokens/s on all ranks, {duration(tokens / speed)}, on H100s at {MFU:.0%} of their peak"
-        if options.precision == "bf16"
+        if machine.precision == "bf16"
         else "the plan does not know this processor's speed"
     )
     return f"""\
 # {chosen.parameters / 1e6:,.1f}M parameters on {tokens:,} tokens, {tokens / train:.2f} epochs of {options.data}.
-# Written by anon-dist init for {options.ranks} x {options.memory:g} GB; start it with
+# Written by anon-dist init for {options.ranks} x {machine.memory:g} GB{machine.said}; start it with
 #
-#   {_command(options, chosen)}
+#   {_command(options, machine, chosen)}
 #
 # Predicted, not measured (anon-dist bench plan): a rank needs {memory.device / 1e9:.2f} GB, of which weights {memory.parameters / 1e9:.2f},
 # gradients {memory.gradients / 1e9:.2f}, optimizer {memory.state / 1e9:.2f}, activations {memory.activations / 1e9:.2f};
@@ -196,9 +231,9 @@ train:
   global_batch: {chosen.global_batch}  # {per_step:,} tokens a step
   micro_batch: {chosen.micro_batch}  # of those that fit the fastest; on each rank {rounds} make a step
   engine: {chosen.engine}
-  precision: {options.precision}
+  precision: {machine.precision}
   activation_checkpointing: {_yaml(chosen.checkpointing)}  # {why}
-  compile: {"blocks" if options.precision == "bf16" else "none"}
+  compile: {"blocks" if machine.precision == "bf16" else "none"}
 eval:
   every: {every}
   sequences: 256

@@ -209,10 +209,11 @@ class InitOptions:
     """Accelerators, or processes."""
     per_node: int = 8
     """Of those, in one node."""
-    memory: float = 80.0
-    """GB (1e9 bytes) of one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation; fp32 for CPUs."""
+    memory: float | None = None
+    """GB (1e9 bytes) of one. None: of this machine's GPU. Where there is none, what memory is free, for one process on the CPU; for several
+    ranks, 80."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Of the computation. None: bf16; fp32 on a CPU."""
     seq_len: int | None = None
     """Tokens of a sample. None: the model's context."""
     context: int = 2048
@@ -228,7 +229,7 @@ class InitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if not 0.1 <= self.memory <= 1e5:
+        if self.memory is not None and not 0.1 <= self.memory <= 1e5:
             raise UsageError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {self.memory:g}")
         if os.path.lexists(self.out):
             raise UsageError(f"--out {self.out} exists; name another file, or remove it")

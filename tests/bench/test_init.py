@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from helpers import forget_accelerate
@@ -141,3 +142,36 @@ def test_of_little_data_no_more_than_four_epochs_are_read(words, tmp_path, prepa
     out = tmp_path / "little.yaml"
     main(["init", *words, "--data", str(prepared), "--out", str(out)])
     assert float(re.search(r", ([\d.]+) epochs", out.read_text()).group(1)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu", "said", "precision"),
+    [
+        (
+            "",
+            None,
+            "for 1 x 12 GB (what is free here, where no GPU is; for a GPU elsewhere give its --memory); start",
+            "fp32",
+        ),
+        ("--ranks 4", None, "for 4 x 80 GB (assumed, as no GPU is here; --memory says otherwise); start", "bf16"),
+        (
+            "--precision bf16",
+            None,
+            "for 1 x 80 GB (assumed, as no GPU is here; --memory says otherwise); start",
+            "bf16",
+        ),
+        ("--memory 24", None, "for 1 x 24 GB; start", "bf16"),
+        ("", 25.3, "for 1 x 25.3 GB (Some GPU, which is here); start", "bf16"),
+        ("--precision fp32", 25.3, "for 1 x 25.3 GB (Some GPU, which is here); start", "fp32"),
+    ],
+)
+def test_it_says_for_what_machine_it_plans(words, gpu, said, precision, tmp_path, prepared, monkeypatch, capsys):
+    """This one, if it has a GPU, or for one process on its CPU."""
+    monkeypatch.setattr("anon_dist.bench.init.free_memory", lambda: 12e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "Some GPU")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=(gpu or 0) * 1e9))
+    config, text = written(tmp_path, prepared, "1M", *words.split())
+    assert said in capsys.readouterr().out
+    assert said in text
+    assert config.train.precision == precision

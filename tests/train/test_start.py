@@ -21,6 +21,7 @@ from anon_dist.engines.start import _resolve
 from anon_dist.train.config.changes import changes, recorded, versions
 from anon_dist.train.config.parsing import ConfigError, parse_args, shipped_configs, to_yaml
 from anon_dist.train.inputs.vocabulary import tokenizer_problem
+from anon_dist.train.model.trainable import cpu_remarks
 from anon_dist.train.run import wanted_engine
 
 PRESETS = sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
@@ -256,6 +257,28 @@ def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"model: more than .* GB on this machine, do not fit into its .* GB; lower"):
         train(run_config(model__width=1 << 22, model__layers=1))
+
+
+NONE = "as torch finds no GPU here (nvidia-smi, CUDA_VISIBLE_DEVICES and torch.version.cuda say more): "
+HERE = "though a GPU is here (use_cpu or --cpu of the launcher?): "
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "device", "gpu", "said"),
+    [
+        ("fp32", 49_000_000, "cpu", False, None),
+        ("fp32", 124_400_000, "cpu", False, f"{NONE}124.4M parameters are slow here"),
+        ("bf16", 1_300_000, "cpu", False, f"{NONE}train.precision is bf16, and 1.3M parameters are slow here"),
+        ("bf16", 1_300_000, "cpu", True, f"{HERE}train.precision is bf16, and 1.3M parameters are slow here"),
+        ("bf16", 124_400_000, "cuda", True, None),
+    ],
+)
+def test_a_run_that_means_a_gpu_says_that_it_has_none(
+    precision, parameters, device, gpu, said, run_config, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    lines = cpu_remarks(run_config(train__precision=precision), torch.device(device), parameters)
+    assert lines == ([f"WARNING: this trains on the CPU, {said}"] if said else [])
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
