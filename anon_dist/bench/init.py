@@ -145,8 +145,8 @@ def choose(options: InitOptions, machine: Machine, shape: Shape, seq_len: int, t
     assert least is not None
     raise ConfigError(
         f"{parameters / 1e9:.3g}B parameters do not fit on {options.ranks} x {machine.memory:g} GB{machine.said}: with one sequence at a "
-        f"time, sharded and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in reserve; take more "
-        "ranks, shorter samples (--seq-len), or a smaller model"
+        f"time, sharded and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in "
+        "reserve; take more ranks, shorter samples (--seq-len), or a smaller model"
     )
 
 
