@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,24 +127,27 @@ def end_launcher(grace: float = _GRACE) -> None:
     something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
 
     Args:
-        grace: seconds that the other ranks have to end by themselves.
+        grace: seconds that the other ranks have to end by themselves. 0: they wait to be ended, and say nothing when the launcher is
+            gone, which would speak first if it saw one of them end.
     """
     if LAUNCHER is not None and on_one_node() and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
-            _end_others(LAUNCHER.pid, grace)
+            others = [(pid, began) for pid, began in _children(LAUNCHER.pid) if pid != os.getpid()]
+            if grace:
+                _end(others, grace)
             print("The launcher is ended with it, code 137: it would print a traceback of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
+            _end(others, 0.0)
 
 
-def _end_others(launcher: int, grace: float) -> None:
-    """Wait a moment for the launcher's other ranks, and end those that wait for this one: torch would print where, once the launcher is
-    gone, through which they talk."""
-    others = {pid: began for pid, began in _children(launcher) if pid != os.getpid()}
+def _end(others: Sequence[tuple[int, int]], grace: float) -> None:
+    """Wait a moment for other ranks, and end those that wait for this one: torch would print where, once the launcher is gone, through
+    which they talk."""
     until = time.monotonic() + grace
-    while others := {pid: began for pid, began in others.items() if (_process(pid) or (0, 0))[1] == began}:
+    while others := [(pid, began) for pid, began in others if (_process(pid) or (0, 0))[1] == began]:
         if time.monotonic() > until:
-            for pid in others:
+            for pid, _ in others:
                 os.kill(pid, signal.SIGKILL)
             return
         time.sleep(0.02)

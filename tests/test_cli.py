@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,22 +239,29 @@ def test_a_mistake_under_a_launcher_is_the_last_line(terminal, ranks, tmp_path):
 
 
 def test_the_launch_scripts_tell_a_mistake_before_they_start_a_rank(tmp_path):
-    """In place of the launcher stands a program that says that it was started."""
-    (tmp_path / "bin").mkdir()
-    started = dict.fromkeys(("torchrun", "accelerate", "deepspeed"), "echo started")
+    """Or prepare a corpus. In place of what they call stand programs that say that they were called."""
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    started = dict.fromkeys(("torchrun", "accelerate", "deepspeed", "anon-dist"), "echo started")
     for name, line in {**started, "python": f'exec {sys.executable} "$@"'}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = os.environ | {"VENV": str(tmp_path), "NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        (binaries / name).write_text(f"#!/bin/sh\n{line}\n")
+        (binaries / name).chmod(0o755)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "launch" / "setup.sh").write_text("")
     (tmp_path / "hosts").write_text("localhost slots=1\n")
-    for name in started:
-        script = ["bash", f"{ROOT}/launch/multinode/{name}.sh", "--config", "quickstart", "--optim.lr", "-1"]
-        done = subprocess.run(
-            script, capture_output=True, text=True, env=environment | {"HOSTFILE": str(tmp_path / "hosts")}, timeout=60
-        )
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert done.stderr.startswith("error: --optim.lr must be ")
-        assert done.stderr.count("\n") == 1
+    given = {"NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "HOSTFILE": str(tmp_path / "hosts")}
+    environment = os.environ | given | {"PYTHONPATH": str(ROOT), "VENV": str(tmp_path / ".venv")}
+    for name in ("multinode/torchrun", "multinode/accelerate", "multinode/deepspeed", "quickstart"):
+        script = ["bash", f"{tmp_path}/launch/{name}.sh", *(() if name == "quickstart" else ("--config", "quickstart"))]
+        run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=60)
+        done = run([*script, "--optim.lr", "-1"])
+        assert (done.returncode, done.stdout) == (2, ""), (name, done.stderr)
+        assert done.stderr.startswith("error: --optim.lr must be "), name
+        assert done.stderr.count("\n") == 1, name
+        done = run([*script, "--help"])
+        assert (done.returncode, done.stderr, "started" in done.stdout) == (0, "", False), name
+        assert done.stdout.startswith("usage: launch/"), name
 
 
 def test_every_command_is_listed_with_its_group(capsys):
