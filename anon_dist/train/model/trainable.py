@@ -130,15 +130,16 @@ def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
 
 def cpu_remarks(config: Config, device: torch.device, parameters: int) -> list[str]:
     """A line where a run that means a GPU, by its precision or its size, is on the CPU."""
-    means_gpu = config.train.precision != "fp32" or parameters > LARGE
-    if device.type != "cpu" or not means_gpu:
+    precision = config.train.precision
+    wishes = [f"train.precision is {precision}"] * (precision != "fp32")
+    wishes += [f"{parameters / 1e6:,.1f}M parameters are slow here"] * (parameters > LARGE)
+    if device.type != "cpu" or not wishes:
         return []
     if torch.cuda.is_available():
         why = "though a GPU is here (use_cpu or --cpu of the launcher?)"
     else:
         why = "as torch finds no GPU here (nvidia-smi, CUDA_VISIBLE_DEVICES and torch.version.cuda say more)"
-    asked = f"train.precision is {config.train.precision}, and " * (config.train.precision != "fp32")
-    return [f"WARNING: this trains on the CPU, {why}: {asked}{parameters / 1e6:,.1f}M parameters are slow here"]
+    return [f"WARNING: this trains on the CPU, {why}, and {', and '.join(wishes)}"]
 
 
 def check_causal(config: Config, model: nn.Module, device: torch.device) -> None:
