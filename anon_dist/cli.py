@@ -10,11 +10,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from anon_dist import __version__
-from anon_dist.launcher import LAUNCHER, end_launcher, leave
+from anon_dist.columns import listing
+from anon_dist.launcher import end_launcher, leave, on_one_node
+from anon_dist.refusal import refuse_alike, say_last
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ def data_inspect(args: list[str]) -> None:
     """`anon-dist data inspect`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import InspectConfig
+    from anon_dist.named import need_data
+    from anon_dist.usage import refusing
 
     config = parse(InspectConfig, args, "anon-dist data inspect")
+    with refusing():
+        need_data(config.folder)
     from anon_dist.data import DataError
     from anon_dist.data.inspection import inspect
 
@@ -75,8 +81,12 @@ def data_verify(args: list[str]) -> None:
     """`anon-dist data verify`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import VerifyConfig
+    from anon_dist.named import need_data
+    from anon_dist.usage import refusing
 
     config = parse(VerifyConfig, args, "anon-dist data verify")
+    with refusing():
+        need_data(config.folder)
     from anon_dist.data import DataError
     from anon_dist.data.verify import verify
 
@@ -113,24 +123,34 @@ def train(args: list[str] | None = None, prog: str = "anon-dist train") -> None:
     """`anon-dist train`, and launch/pretrain.py: see `anon_dist.train.config.parsing` for the options."""
     given = list(sys.argv[1:] if args is None else args)
     said = "Interrupted; the same command goes on from the newest checkpoint, or begins if there is none."
-    with _interruptible(said), _last_word():
-        if not {"-h", "--help"}.isdisjoint(given) or not given or "RANK" not in os.environ:
-            # What it offers, or what is wrong, before torch is there. Of several ranks one says it, later.
-            _check(given, prog)
+    with _interruptible(said):
+        if not {"-h", "--help"}.isdisjoint(given) or not given or on_one_node():
+            # What it offers, or what is wrong, before torch is there. Of several nodes, those that know better are told first.
+            check_training(given, prog)
         _train(given, prog)
 
 
-def _check(args: list[str], prog: str) -> None:
+def check_training(args: list[str], prog: str, data: bool = True) -> None:
+    """End with what is wrong with a training's options; the launch scripts ask before they start any rank.
+
+    Args:
+        data: whether its data are to be there already.
+
+    Raises:
+        SystemExit: something is (code 2, after a line), or help was asked for.
+    """
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
+    from anon_dist.usage import USAGE
 
-    def check() -> None:
+    try:
         config = parse_args(args, prog)
-        from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
+        if data:
+            from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
 
-        check_present(config)
-
-    _or_exit(check, ConfigError, DataError)
+            check_present(config)
+    except (ConfigError, DataError) as error:
+        refuse_alike(f"error: {error}", USAGE)
 
 
 def _train(args: list[str], prog: str) -> None:
@@ -141,23 +161,25 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.train.config.errors import IN_USE, RunError, RunInUseError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
+    from anon_dist.usage import USAGE
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
         with who_stopped(*refusals) as ending:
             run(parse_args(args, prog))
+        return
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
-        text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}" if ending.speaks else ""
-        if isinstance(error, RunInUseError):
-            print(text, file=sys.stderr, end="\n" * bool(text))
-            sys.exit(IN_USE)
-        sys.exit(text or 1)
+        text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}"
+        code = USAGE if isinstance(error, ConfigError) else IN_USE if isinstance(error, RunInUseError) else 1
     finally:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
+    if ending.speaks:
+        say_last(text, ending.alike or "RANK" not in os.environ)
+    sys.exit(code)
 
 
 def sweep(args: list[str]) -> None:
@@ -166,17 +188,28 @@ def sweep(args: list[str]) -> None:
     from anon_dist.sweep.options import Sweep
 
     parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
-    from anon_dist.sweep import cli
+    from anon_dist.train.config.parsing import ConfigError, parse_args
+    from anon_dist.usage import refusing
 
-    cli.sweep(parsed, rest, args)
+    others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
+    with refusing(ConfigError):
+        base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
+        from anon_dist.sweep import cli
+
+        cli.sweep(parsed, base, args)
 
 
 def sweep_report(args: list[str]) -> None:
     """`anon-dist sweep report`"""
     from anon_dist.arguments import parse
+    from anon_dist.named import need, need_folder
     from anon_dist.sweep.options import Report
+    from anon_dist.usage import refusing
 
     parsed = parse(Report, args, "anon-dist sweep report")
+    with refusing():
+        need_folder(parsed.folder, "the --out of a sweep")
+        need(parsed.folder / "sweep.json", "the --out of a sweep")
     from anon_dist.sweep import cli
 
     cli.report(parsed)
@@ -209,14 +242,18 @@ def init(args: list[str]) -> None:
     from anon_dist.bench.options import InitOptions
 
     options = parse(InitOptions, args, "anon-dist init")
-    from anon_dist.bench.init import init as run
-    from anon_dist.data import DataError
-    from anon_dist.train.config.parsing import ConfigError
+    from anon_dist.data.errors import DataError
+    from anon_dist.train.config.errors import ConfigError
+    from anon_dist.usage import refusing
 
-    def write() -> None:
-        print(f"{options.out} is written; start it with\n\n  {run(options)}")
+    with refusing(ConfigError, DataError):
+        options.check()
+        from anon_dist.bench.asked import ask  # numpy
 
-    _or_exit(write, ConfigError, DataError, OSError)
+        asked = ask(options)
+        from anon_dist.bench.init import init as run
+
+        _or_exit(lambda: print(f"{options.out} is written {run(options, asked)}"), OSError)
 
 
 def runs(args: list[str]) -> None:
@@ -309,10 +346,8 @@ def _run(args: list[str]) -> None:
 def _usage(prog: str, group: tuple[str, ...]) -> str:
     """The commands, or those of a group."""
     shown = [(" ".join(c.words[len(group) :]), c.summary) for c in COMMANDS if c.words[: len(group)] == group]
-    width = max(len(words) for words, _ in shown)
-    lines = "\n".join(f"  {words:<{width}}   {summary}" for words, summary in shown)
-    version = "" if group else "  --version" + " " * (width - 6) + "what is installed\n\n"
-    return f"usage: {prog} COMMAND [OPTIONS]\n\n{lines}\n{version or chr(10)}{prog} COMMAND --help says more."
+    shown += [] if group else [("--version", "what is installed")]
+    return f"usage: {prog} COMMAND [OPTIONS]\n\n{listing(shown)}\n\n{prog} COMMAND --help says more."
 
 
 @contextlib.contextmanager
@@ -341,20 +376,6 @@ def _piped() -> Iterator[None]:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-@contextlib.contextmanager
-def _last_word() -> Iterator[None]:
-    """An error of a process that a launcher started alone (`accelerate launch --cpu`) is the last line at a terminal. Of several ranks
-    others may have to speak yet."""
-    try:
-        yield
-    except SystemExit as ended:
-        if not isinstance(ended.code, str) or "RANK" in os.environ or LAUNCHER is None:
-            raise
-        print(ended.code, file=sys.stderr)
-        end_launcher()
-        sys.exit(1)
 
 
 def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:

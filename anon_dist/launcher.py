@@ -7,11 +7,12 @@ takes seconds in which a launcher may end. What a shell started has no launcher:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _MODULES = (
 )
 _GRACE = 2.0
 """Seconds that the other ranks have to end by themselves."""
+_LONGEST_END = 120.0
+"""Seconds within which a launcher has ended, once a rank has failed."""
 _SCRIPTS = tuple(f"/{module.replace('.', '/')}.py" for module in _MODULES)
 
 
@@ -105,29 +108,46 @@ def leave() -> None:
         os._exit(0)
 
 
-def end_launcher() -> None:
+def on_one_node() -> bool:
+    """Whether all ranks are on this machine, as far as the launcher says."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+
+
+def tell_launcher(line: str) -> None:
+    """Have torch's launchers show the line, as its handler does an error, but for the traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+
+
+def end_launcher(grace: float = _GRACE) -> None:
     """After a Ctrl-C or an error at a terminal, when all is saved and said: end the launcher, which has nothing left to do but to wait.
 
     It would end with its own traceback, of up to fifty lines, below what the run said. Left alone where its end tells somebody
     something: where nobody looks (a job's exit code), and where other nodes' ranks meet through it.
+
+    Args:
+        grace: seconds that the other ranks have to end by themselves. 0: they wait to be ended, and say nothing when the launcher is
+            gone, which would speak first if it saw one of them end.
     """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
-    if LAUNCHER is not None and one_node and sys.stderr.isatty() and not LAUNCHER.gone:
+    if LAUNCHER is not None and on_one_node() and sys.stderr.isatty() and not LAUNCHER.gone:
         with contextlib.suppress(OSError):
-            _end_others(LAUNCHER.pid)
+            others = [(pid, began) for pid, began in _children(LAUNCHER.pid) if pid != os.getpid()]
+            if grace:
+                _end(others, grace)
             print("The launcher is ended with it, code 137: it would print a traceback of its own.", file=sys.stderr)
             sys.stdout.flush()
             os.kill(LAUNCHER.pid, signal.SIGKILL)
+            _end(others, 0.0)
 
 
-def _end_others(launcher: int) -> None:
-    """Wait a moment for the launcher's other ranks, and end those that wait for this one: torch would print where, once the launcher is
-    gone, through which they talk."""
-    others = {pid: began for pid, began in _children(launcher) if pid != os.getpid()}
-    until = time.monotonic() + _GRACE
-    while others := {pid: began for pid, began in others.items() if (_process(pid) or (0, 0))[1] == began}:
+def _end(others: Sequence[tuple[int, int]], grace: float) -> None:
+    """Wait a moment for other ranks, and end those that wait for this one: torch would print where, once the launcher is gone, through
+    which they talk."""
+    until = time.monotonic() + grace
+    while others := [(pid, began) for pid, began in others if (_process(pid) or (0, 0))[1] == began]:
         if time.monotonic() > until:
-            for pid in others:
+            for pid, _ in others:
                 os.kill(pid, signal.SIGKILL)
             return
         time.sleep(0.02)
@@ -140,4 +160,17 @@ def _children(parent: int) -> Iterator[tuple[int, int]]:
             yield int(entry), found[1]
 
 
+def _say_after(found: Launcher, line: str) -> None:
+    """Print it on the standard error once that launcher has ended. Nothing, if it lives on."""
+    until = time.monotonic() + _LONGEST_END
+    while not found.gone:
+        if time.monotonic() > until:
+            return
+        time.sleep(0.02)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 LAUNCHER = find()
+if __name__ == "__main__":  # started by `refusal.say_last`
+    _say_after(Launcher(int(sys.argv[1]), int(sys.argv[2]), ""), sys.argv[3])

@@ -9,18 +9,48 @@ import io
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 from tyro.conf import UseAppendAction
+
+from anon_dist.columns import filled
 
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text", "PATH": "a path"}
 """What tyro calls a type, and a person."""
 
 
+USAGE = 2
+"""Exit code of what the command line or the configuration is to blame for; nothing was done."""
+
+
 class UsageError(ValueError):
-    """A command line that cannot be read; the message names option, value and remedy."""
+    """A command line that cannot be read, or names what is not there; the message names option, value and remedy."""
+
+
+class _Refused(SystemExit):
+    """Of whose words a caller in Python gets to know."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = USAGE
+
+
+def refuse(text: object) -> NoReturn:
+    """End with a line on what is wrong with a command line, and exit code 2."""
+    print(f"error: {text}", file=sys.stderr)
+    raise _Refused(f"error: {text}")
+
+
+@contextlib.contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """A block that looks at what a command line says: a `UsageError`, or an error of these kinds, is its end."""
+    expected: tuple[type[Exception], ...] = (UsageError, *kinds)
+    try:
+        yield
+    except expected as error:
+        refuse(error)
 
 
 def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
@@ -33,11 +63,8 @@ def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
     Raises:
         SystemExit: after that line, or after the help.
     """
-    try:
+    with refusing():
         return parse_or_raise(kind, args, prog, **tyros)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_or_raise(
@@ -66,7 +93,7 @@ def parse_or_raise(
         if what := _what_is_wrong(event, args, takes, lambda: [*_options(kind, prog, **tyros), *others]):
             raise UsageError(f"{what} (--help lists all)")
 
-    with _instead_of_a_report(refuse):
+    with _instead_of_a_report(refuse), _in_columns():
         return tyro.cli(kind, args=args, prog=prog, **tyros)
 
 
@@ -85,11 +112,20 @@ def values_of(args: Sequence[str], option: str) -> list[str]:
 
 
 def nearest(option: str, options: Sequence[str]) -> str:
-    """ "; did you mean --optim.gamma?", or nothing."""
-    own_name = option.lstrip("-").rpartition(".")[2]
-    found = [o for o in options if o.lstrip("-").rpartition(".")[2] == own_name]
-    found = found or difflib.get_close_matches(option, options, n=2)
-    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+    """ "; did you mean --optim.gamma?", or nothing where none is near."""
+    names = {known.lstrip("-"): known for known in options}
+    section, _, own_name = option.lstrip("-").rpartition(".")
+    found = [name for name in names if name.rpartition(".")[2] == own_name]
+    beside = {name.rpartition(".")[2]: name for name in names if section and name.rpartition(".")[0] == section}
+    if not found and beside:
+        found = [beside[key] for key in difflib.get_close_matches(own_name, beside, n=2)]
+    found = found or difflib.get_close_matches(option.lstrip("-"), names, n=2)
+    return f"; did you mean {' or '.join(names[name] for name in found[:3])}?" if found else ""
+
+
+def meant(near: Sequence[str]) -> str:
+    """What a message on a wrong name ends with."""
+    return f"; did you mean '{near[0]}'?" if near else " (anon-dist train --help lists all)"
 
 
 def _repeatable(kind: Any) -> set[str]:
@@ -129,6 +165,31 @@ def _instead_of_a_report(refuse: Callable[[Any], None]) -> Iterator[None]:
         return
     with on_parse_error(refuse):
         yield
+
+
+class _Held(io.StringIO):
+    """What is printed, with the colours and signs that its destination takes."""
+
+    encoding = "utf-8"
+
+    def __init__(self, destination: Any) -> None:
+        super().__init__()
+        self._destination = destination
+        self.encoding = getattr(destination, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return bool(self._destination.isatty())
+
+
+@contextlib.contextmanager
+def _in_columns() -> Iterator[None]:
+    """Break what tyro leaves as long as it is: how the command is called, and what it is for."""
+    held = _Held(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    finally:
+        sys.stdout.write(filled(held.getvalue()))
 
 
 def _options(kind: Any, prog: str, **tyros: Any) -> list[str]:

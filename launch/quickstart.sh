@@ -11,6 +11,11 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh deepspeed
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 
+# A mistake is told before minutes go into the corpus, and no launcher's traceback follows it.
+python -c 'import sys; from anon_dist.cli import check_training; check_training(sys.argv[1:], "launch/quickstart.sh", data=False)' \
+  --config configs/train/quickstart.yaml "$@"
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || exit 0 # that was it
+
 anon-dist data prepare --source stdlib --tokenizer spm-bpe:4096 --out data/stdlib
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')

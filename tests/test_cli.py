@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from anon_dist.arguments import whole_number
 from anon_dist.cli import COMMANDS, main
 from anon_dist.train.config.parsing import ConfigError, parse_args
 
+ROOT = Path(__file__).parents[1]
 GROUPS = [["data"], ["ckpt"], ["bench"]]
 BARE = [list(c.words) for c in COMMANDS if c.words not in (("bench",), ("doctor",))]
 KINDS = [*(["bench", kind] for kind in ("step", "train", "scaling", "plan")), ["doctor"]]
@@ -36,7 +41,12 @@ def test_help_and_bare_calls_offer_what_there_is_at_once():
     calls = [[], ["--version"], *GROUPS, *([*g, "--help"] for g in GROUPS), *BARE]
     calls += [[*words, "--help"] for words in [*BARE, *KINDS]] + [["train", "--config", "quickstart", "--help"]]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"COLUMNS": "80"},
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == calls
@@ -48,29 +58,83 @@ def test_help_and_bare_calls_offer_what_there_is_at_once():
             continue
         assert code == (2 if words in BARE else 0), (words, err)
         prog = " ".join(["anon-dist", *(w for w in words if not w.startswith("-") and w != "quickstart")])
-        assert (err if words in BARE else out).startswith(f"usage: {prog} "), words
+        shown = err if words in BARE else out
+        assert " ".join(shown.split()).startswith(f"usage: {prog} "), words
+        assert max(map(len, shown.splitlines())) <= 80, words
         assert not (words in BARE and out)
 
 
-def test_mistakes_are_told_before_anything_heavy_is_imported():
-    calls = {
-        "unknown": ["train", "--config", "quickstart", "--train.stepz", "3"],
-        "preset": ["train", "--config", "quikstart"],
-        "bare": ["train", "quickstart"],
-        "source": ["generate", "nowhere", "x"],
-        "data": ["train", "--config", "quickstart", "--data.path", "nowhere"],
-    }
+MISTAKES = [
+    ("train --config quickstart --train.stepz 3", "--train.stepz is no option; did you mean --train.steps? "),
+    ("train --config quikstart", "; did you mean quickstart?"),
+    ("train quickstart", "quickstart belongs to no option; did you mean --config quickstart?"),
+    (
+        "train --config quickstart --data.path nowhere",
+        "data.path = nowhere is not there, or not finished. This makes it",
+    ),
+    ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
+    ("generate empty x", "empty holds no weights (*.safetensors, "),
+    ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),
+    ("generate empty x --top-p 2", "--top-p must be a number > 0 and ≤ 1, not 2.0"),
+    ("generate empty x --device gpu", "--device gpu: it must be cpu, cuda, or one of several as in cuda:1"),
+    ("generate empty x --model-config nowhere", "--model-config nowhere does not exist; name a config.json"),
+    ("eval nowhere --text notes.txt", "nowhere does not exist; name a run, a checkpoint or an exported model"),
+    ("eval empty", "nothing to evaluate on: name --tasks of lm-eval, or a --text"),
+    ("eval empty --text nowhere", "--text nowhere does not exist; name a file or folder of text"),
+    ("export nowhere out", "nowhere does not exist; name a run, a checkpoint or an exported model"),
+    ("export w.pt empty", "empty exists; choose another target, or replace it with --overwrite"),
+    (
+        "init 124M --data nowhere --out x.yaml",
+        "--data nowhere does not exist; name a folder that `anon-dist data prepare`",
+    ),
+    (
+        "init 124M --data notes.txt --out x.yaml",
+        "--data notes.txt is a file; name a folder that `anon-dist data prepare`",
+    ),
+    ("data inspect notes.txt", "(`anon-dist data prepare --source notes.txt --tokenizer … --out DIR` makes one of it)"),
+    ("data verify nowhere", "nowhere does not exist; name a folder that `anon-dist data prepare` made"),
+    ("data inspect data/index.json", "data/index.json is a file; name the prepared folder, data"),
+    (
+        "train --config quickstart --data.path notes.txt",
+        "data.path = notes.txt is a file; name a folder that `anon-dist ",
+    ),
+    ("generate model x", "model/config.json is empty; put the model's own in its place, or name the run"),
+    ("ckpt inspect torn", "torn/config.json is damaged (Expecting property name"),
+    ("init 124M --data empty --out notes.txt", "--out notes.txt exists; name another file, or remove it"),
+    ("ckpt inspect nowhere", "nowhere does not exist; name a checkpoint's file or folder"),
+    ("ckpt inspect notes.txt", "notes.txt is no file of weights"),
+    ("ckpt verify w.pt nowhere", "nowhere does not exist; name a checkpoint's file or folder"),
+    ("ckpt convert w.pt empty --to hf", "empty exists; choose another target, or replace it with --overwrite"),
+    ("ckpt convert w.pt out --to zero4", "--to must be one of canonical, consolidated, dcp, hf, zero0, "),
+    ("ckpt convert w.pt out --to dcp --groups nowhere", "--groups nowhere is neither 'decay' nor a file"),
+    ("runs nowhere", "nowhere does not exist; name one with runs in it, or below it"),
+    ("runs empty", "there is no run in or below empty: no folder with config.yaml and metrics.jsonl"),
+    ("sweep report empty", "empty/sweep.json does not exist; name the --out of a sweep"),
+    ("sweep --config quikstart --grid optim.gamma=1 --out out", "; did you mean quickstart?"),
+]
+
+
+def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
+    """In a line, with exit code 2. The time is of CPU, twice what is asked of each by itself: the first pays for the imports."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    for name, text in (("data/index", "{}"), ("model/config", ""), ("torn/config", "{")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "w.pt").write_bytes(b"\x80")
+    calls = [words.split() for words, _ in MISTAKES]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([*calls.values()])], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line[4] for line in lines] == [*([[]] * 4), ["numpy"]]
-    unknown, preset, bare, source, data = (line[1] for line in lines)
-    assert unknown.startswith("error: --train.stepz is no option; did you mean --train.steps or ")
-    assert preset.endswith("; did you mean quickstart?")
-    assert bare == "error: quickstart belongs to no option; did you mean --config quickstart?"
-    assert source == "error: nowhere does not exist; name a run, a checkpoint or an exported model"
-    assert data.startswith("error: data.path = nowhere is not there, or not finished. This makes it")
+    assert [line[0] for line in lines] == calls
+    for (_, message), (words, code, out, err, heavy, seconds) in zip(MISTAKES, lines, strict=True):
+        assert (code, out, err.count("\n")) == (2, "", 1), words
+        assert err.startswith("error: "), words
+        assert message in err, words
+        assert set(heavy) <= {"numpy"}, words
+        assert seconds < 1.2, words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty", "model", "notes.txt", "torn", "w.pt"]
 
 
 def interrupt(*args):
@@ -106,7 +170,7 @@ import os
 from anon_dist import cli
 def interrupt(*args):
     raise KeyboardInterrupt
-cli._train = interrupt
+cli.check_training = interrupt
 cli.train(["--config", "quickstart"])
 """
 LAUNCHED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -134,27 +198,70 @@ def test_a_ctrl_c_at_a_terminal_leaves_the_last_word_to_the_run(terminal):
     assert [line.split(" ")[0] for line in shown] == ["Interrupted;", "The" if terminal else "traceback"]
 
 
+LAUNCHER = """
+import os, signal, subprocess, sys
+rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
+ranks = [
+    subprocess.Popen([sys.executable, "-c", rank], env=os.environ | {"RANK": r, "LOCAL_RANK": r}, start_new_session=True)
+    for r in os.environ["RANKS"].split()
+]
+pid, status = os.wait()
+for other in ranks:
+    if other.pid != pid:
+        other.terminate()
+        other.wait()
+print("code", os.waitstatus_to_exitcode(status), file=sys.stderr)
+print("traceback", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0", "1 0"])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_an_error_under_accelerates_simple_launcher_is_the_last_line_at_a_terminal(terminal, tmp_path):
-    """As after `accelerate launch --cpu`, which raises an error of its own when the training ends with one."""
-    rank = "from anon_dist import cli; cli.train(['--config', 'quikstart'])"
-    (tmp_path / "accelerate").write_text(
-        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {rank!r}])\nprint('traceback', file=sys.stderr)"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+def test_a_mistake_under_a_launcher_is_the_last_line(terminal, ranks, tmp_path):
+    """Which ends the other ranks when the first has ended, and then prints what it likes. One rank speaks; without a terminal the line
+    comes again below."""
+    (tmp_path / "accelerate").write_text(LAUNCHER)
+    count = str(len(ranks.split()))
+    environment = os.environ | LAUNCHED | {"RANKS": ranks, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     command = [sys.executable, str(tmp_path / "accelerate")]
     screen, theirs = os.openpty()
     ended = subprocess.run(command, stderr=theirs if terminal else subprocess.PIPE, env=environment, timeout=60)
     shown = (os.read(screen, 1 << 16) if terminal else ended.stderr).decode().split("\n")
     os.close(theirs)
     os.close(screen)
-    shown = [line.strip() for line in shown if line.strip()]
-    assert shown[0].endswith("; did you mean quickstart?")
-    assert shown[1:] == (
-        ["The launcher is ended with it, code 137: it would print a traceback of its own."]
-        if terminal
-        else ["traceback"]
-    )
+    said, *rest = [line.strip() for line in shown if line.strip()]
+    assert said.startswith("error: --config quikstart: no such file")
+    assert said.endswith("; did you mean quickstart?")
+    if terminal:
+        assert rest == ["The launcher is ended with it, code 137: it would print a traceback of its own."]
+    else:
+        assert rest == ["code 2", "traceback", said]
+
+
+def test_the_launch_scripts_tell_a_mistake_before_they_start_a_rank(tmp_path):
+    """Or prepare a corpus. In place of what they call stand programs that say that they were called."""
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    started = dict.fromkeys(("torchrun", "accelerate", "deepspeed", "anon-dist"), "echo started")
+    for name, line in {**started, "python": f'exec {sys.executable} "$@"'}.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{line}\n")
+        (binaries / name).chmod(0o755)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "launch" / "setup.sh").write_text("")
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    given = {"NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "HOSTFILE": str(tmp_path / "hosts")}
+    environment = os.environ | given | {"PYTHONPATH": str(ROOT), "VENV": str(tmp_path / ".venv")}
+    for name in ("multinode/torchrun", "multinode/accelerate", "multinode/deepspeed", "quickstart"):
+        script = ["bash", f"{tmp_path}/launch/{name}.sh", *(() if name == "quickstart" else ("--config", "quickstart"))]
+        run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=60)
+        done = run([*script, "--optim.lr", "-1"])
+        assert (done.returncode, done.stdout) == (2, ""), (name, done.stderr)
+        assert done.stderr.startswith("error: --optim.lr must be "), name
+        assert done.stderr.count("\n") == 1, name
+        done = run([*script, "--help"])
+        assert (done.returncode, done.stderr, "started" in done.stdout) == (0, "", False), name
+        assert done.stdout.startswith("usage: launch/"), name
 
 
 def test_every_command_is_listed_with_its_group(capsys):
@@ -162,8 +269,19 @@ def test_every_command_is_listed_with_its_group(capsys):
     shown = capsys.readouterr().out
     assert all(f"  {' '.join(c.words)} " in shown for c in COMMANDS)
     main(["ckpt"])
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.match(r"  \S", line)]
     assert listed == ["inspect", "convert", "verify"]
+
+
+def test_an_option_that_is_like_none_is_answered_without_a_guess(capsys):
+    """Neither with one that a help mentions in passing, nor with a field that merely stands beside."""
+    for words in (
+        ["train", "--config", "quickstart", "--gpu", "1"],
+        ["init", "1M", "--data", "x", "--out", "y", "--gpu"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().err == "error: --gpu is no option (--help lists all)\n"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "usage", "page", "outages"),
-    ("stores",),
-    ("arguments",),
+    ("files", "machine", "launcher", "columns", "page", "outages"),
+    ("stores", "refusal", "usage"),
+    ("arguments", "named"),
     ("agreement", "optim"),
     ("data",),
     ("checkpoint",),

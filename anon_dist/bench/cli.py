@@ -7,6 +7,7 @@ from typing import Any
 
 from anon_dist.arguments import parse, unknown
 from anon_dist.bench.options import PlanOptions, ScalingOptions, StepOptions, TrainOptions
+from anon_dist.columns import listing
 
 KINDS: dict[str, tuple[Any, str]] = {
     "step": (
@@ -25,7 +26,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 def main(argv: list[str]) -> None:
     """Run `anon_dist.bench.step`, `train`, `scaling` or `plan`; what begins with another option is step's. `--plan` is `plan`."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        lines = "\n".join(f"  {kind:<10} {summary}" for kind, (_, summary) in KINDS.items())
+        lines = listing([(kind, summary) for kind, (_, summary) in KINDS.items()])
         print(f"usage: anon-dist bench KIND [OPTIONS]\n\n{lines}\n\nanon-dist bench KIND --help says more.")
         return
     kind = argv[0].removeprefix("--")

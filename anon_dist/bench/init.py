@@ -5,61 +5,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from anon_dist.arguments import whole_number
+import torch
+
+from anon_dist.bench.asked import Asked
 from anon_dist.bench.memory import Job
 from anon_dist.bench.options import EngineName, Hardware, InitOptions
 from anon_dist.bench.plan import Row, predict
-from anon_dist.bench.shapes import MODELS, Shape, config_of, shape_of
-from anon_dist.data import DataError, Index
+from anon_dist.bench.shapes import Shape, shape_of
 from anon_dist.files import write_text
-from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, find_config, load_config
+from anon_dist.machine import free_memory
+from anon_dist.train.config.parsing import ConfigError, ModelConfig, check, load_config
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 4
 """Repeating data up to four times costs little (Muennighoff et al., arXiv 2305.16264)."""
+LARGE = 80.0
+"""GB of an A100 or H100."""
 MFU = 0.4
 STATES = "exp_avg_sq=bfloat16, precond=bfloat16"
 """As in the presets: 8 bytes a parameter."""
 
 
-def init(options: InitOptions) -> str:
-    """Write the configuration, and say how to start it.
+def init(options: InitOptions, asked: Asked) -> str:
+    """Write the configuration.
+
+    Returns:
+        For what machine it is, and how to start it.
 
     Raises:
-        ConfigError: the model is unknown, an option out of its range, the file is there already, or nothing fits into memory.
-        DataError: the data folder is none, or too small.
+        ConfigError: nothing fits into memory.
     """
-    _check(options)
-    index = Index.load(options.data)
-    model = model_of(options.model, index.vocab_size, options.context)
-    seq_len = options.seq_len or model.context
-    if seq_len > model.context:
-        raise ConfigError(f"--seq-len {seq_len} is longer than the model's context, {model.context}")
-    train = index.splits["train"].tokens
-    if train <= seq_len:
-        raise DataError(f"--data {options.data} has {train:,} training tokens, too few for samples of {seq_len}")
-    chosen = choose(options, model, shape_of(model, index.vocab_size), seq_len, train)
-    text = render(options, model, chosen, train)
+    model, train, machine = asked.model, asked.train, machine_of(options)
+    chosen = choose(options, machine, shape_of(model, asked.vocab), asked.seq_len, train)
+    text = render(options, machine, model, chosen, train)
     _check_text(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
-    return _command(options, chosen)
-
-
-def _check(options: InitOptions) -> None:
-    for name in ("ranks", "per_node", "context", "seq_len", "tokens", "batch_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if not 0.1 <= options.memory <= 1e5:
-        raise ConfigError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {options.memory:g}")
-    if os.path.lexists(options.out):
-        raise ConfigError(f"--out {options.out} exists; name another file, or remove it")
+    planned = f"for {options.ranks} x {machine.memory:g} GB{machine.said}"
+    return f"{planned}; start it with\n\n  {_command(options, machine, chosen)}"
 
 
 def _check_text(text: str) -> None:
@@ -73,75 +61,32 @@ def _check_text(text: str) -> None:
             raise ConfigError(f"nothing is written, as {str(error).replace(f'{path}: ', '')}") from None
 
 
-# -- the model --------------------------------------------------------------------------------------------------------
-
-
-def model_of(name: str, vocab: int, context: int) -> ModelConfig:
-    """A shape by its number of parameters, or a known one.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if name in MODELS:
-        return dataclasses.replace(config_of(MODELS[name]), pad_vocab_to=64)
-    try:
-        wanted = whole_number(name[:-1] + name[-1:].upper() if name[-1:] in "mb" else name)
-    except ValueError:
-        return _known(name)
-    if not 10_000 <= wanted <= 10**12:
-        raise ConfigError(f"MODEL {name}: from 10k to 1000B parameters")
-    return shaped(wanted, vocab, context)
-
-
-def _known(name: str) -> ModelConfig:
-    try:
-        model = load_config(find_config(name)).model
-    except ConfigError as error:
-        raise ConfigError(
-            f"MODEL {name} is no number of parameters (124M), none of {', '.join(MODELS)}, and no configuration either: {error}"
-        ) from None
-    if model.from_pretrained is not None:
-        raise ConfigError(
-            f"MODEL {name} starts from {model.from_pretrained}; give the sizes in a configuration instead"
-        )
-    return model
-
-
-def shaped(wanted: int, vocab: int, context: int) -> ModelConfig:
-    """The Llama shape that comes nearest to a number of parameters, about as wide for its depth as published ones: 64 times at 1B, where
-    heads are 64 wide, to 128 times from 10B, where they are 128.
-
-    Raises:
-        ConfigError: the vocabulary alone has as many.
-    """
-    head = 128 if wanted >= 3e9 else 64 if wanted >= 2e7 else 32
-    usual = 64 * min(max((wanted / 1e9) ** 0.3, 0.5), 2.0)
-    best: tuple[float, ModelConfig] | None = None
-    for heads in range(1, 257):
-        width = head * heads
-        tied = wanted < 3e9
-        shape = ModelConfig("llama", 1, width, heads, context=context, tie_embeddings=tied)
-        one, two = (count(dataclasses.replace(shape, layers=n), vocab) for n in (1, 2))
-        layers = max(1, round((wanted - one) / (two - one)) + 1)
-        off = abs(math.log((one + (layers - 1) * (two - one)) / wanted))
-        score = 10 * off + abs(math.log(width / layers / usual))
-        if best is None or score < best[0]:
-            best = score, dataclasses.replace(shape, layers=layers)
-    assert best is not None
-    found = best[1]
-    if not 0.7 < count(found, vocab) / wanted < 1.4:
-        raise ConfigError(
-            f"MODEL: no shape of {wanted:,} parameters with the data's vocabulary of {vocab:,}; the nearest has {count(found, vocab):,}"
-        )
-    return found
-
-
-def count(model: ModelConfig, vocab: int) -> int:
-    """Parameters of a shape."""
-    return sum(p.numel for p in shape_of(model, vocab).parameters())
-
-
 # -- the machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for."""
+
+    memory: float
+    """GB of an accelerator, or for a process."""
+    precision: Literal["bf16", "fp32"]
+    said: str
+    """Where that comes from, in words; "" if it was given."""
+
+
+def machine_of(options: InitOptions) -> Machine:
+    """What the options say; else what is here. Several ranks without a GPU here are those of another machine."""
+    if options.memory is not None:
+        return Machine(options.memory, options.precision or "bf16", "")
+    if torch.cuda.is_available():
+        memory = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
+        return Machine(memory, options.precision or "bf16", f" ({torch.cuda.get_device_name(0)}, which is here)")
+    if options.ranks > 1 or options.precision == "bf16":
+        said = " (assumed, as no GPU is here; --memory says otherwise)"
+        return Machine(LARGE, options.precision or "bf16", said)
+    memory = round(free_memory() / 1e9, 1)
+    return Machine(memory, "fp32", " (what is free here, where no GPU is; for a GPU elsewhere give its --memory)")
 
 
 @dataclass(frozen=True)
@@ -160,7 +105,7 @@ class Chosen:
     """What is predicted."""
 
 
-def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int, train: int) -> Chosen:
+def choose(options: InitOptions, machine: Machine, shape: Shape, seq_len: int, train: int) -> Chosen:
     """Batch, engine, micro-batch and activation checkpointing.
 
     Raises:
@@ -170,7 +115,7 @@ def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int,
     tokens = options.tokens or min(TOKENS_PER_PARAMETER * parameters, EPOCHS * train)
     share = max(1, round((options.batch_tokens or _batch_tokens(tokens)) / seq_len / options.ranks))  # a rank's
     share = 1 << max(0, round(math.log2(share)))
-    hardware = Hardware(memory=1e9 * options.memory, reserve=min(5e9, 1e8 * options.memory), per_node=options.per_node)
+    hardware = Hardware(memory=1e9 * machine.memory, reserve=min(5e9, 1e8 * machine.memory), per_node=options.per_node)
     engines: tuple[EngineName, ...] = ("ddp", "fsdp2") if options.ranks > 1 else ("ddp",)
     least: Row | None = None
     for checkpointing in ("none", "selective", "full"):
@@ -183,7 +128,7 @@ def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int,
                     micro_batch=micro,
                     accumulation=share // micro,
                     seq_len=seq_len,
-                    bf16=options.precision == "bf16",
+                    bf16=machine.precision == "bf16",
                     checkpointing=checkpointing,
                 )
                 row = predict(engine, "anon-bf16", job, hardware, MFU, 10_000)
@@ -199,9 +144,9 @@ def choose(options: InitOptions, model: ModelConfig, shape: Shape, seq_len: int,
             return Chosen(name, checkpointing, micro, share * options.ranks, steps, seq_len, parameters, row)
     assert least is not None
     raise ConfigError(
-        f"{parameters / 1e9:.3g}B parameters do not fit on {options.ranks} x {options.memory:g} GB: with one sequence at a time, sharded "
-        f"and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in reserve; take more "
-        "ranks, shorter samples (--seq-len), or a smaller model"
+        f"{parameters / 1e9:.3g}B parameters do not fit on {options.ranks} x {machine.memory:g} GB{machine.said}: with one sequence at a "
+        f"time, sharded and recomputed, a rank needs {least.memory.device / 1e9:,.1f} GB, and {hardware.reserve / 1e9:.2g} stay in "
+        "reserve; take more ranks, shorter samples (--seq-len), or a smaller model"
     )
 
 
@@ -231,20 +176,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:,.0f} {name}" if seconds >= 10 * unit else f"{seconds / unit:,.1f} {name}"
 
 
-def _command(options: InitOptions, chosen: Chosen) -> str:
+def _command(options: InitOptions, machine: Machine, chosen: Chosen) -> str:
     train = f"launch/pretrain.py --config {shlex.quote(str(options.out))}"
     if chosen.engine == "single":
         return f"anon-dist train --config {shlex.quote(str(options.out))}"
     if options.ranks > options.per_node:
         return f"bash launch/multinode/torchrun.sh --config {shlex.quote(str(options.out))}  # on each node: launch/multinode/README.md"
-    cpu = "-cpu" if options.precision == "fp32" else ""
+    cpu = "-cpu" if machine.precision == "fp32" else ""
     return f"accelerate launch --config_file configs/accelerate/{chosen.engine}{cpu}.yaml --num_processes {options.ranks} {train}"
 
 
 _ALWAYS = ("family", "layers", "width", "heads", "context")
 
 
-def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int) -> str:
+def render(options: InitOptions, machine: Machine, model: ModelConfig, chosen: Chosen, train: int) -> str:
     """The file, with what was predicted."""
     memory, row, per_step = chosen.row.memory, chosen.row, chosen.global_batch * chosen.seq_len
     tokens = chosen.steps * per_step
@@ -257,14 +202,14 @@ def render(options: InitOptions, model: ModelConfig, chosen: Chosen, train: int)
     why = "fits without" if chosen.checkpointing == "none" else "what would not fit otherwise"
     timing = (
         f"{speed:,.0f} tokens/s on all ranks, {duration(tokens / speed)}, on H100s at {MFU:.0%} of their peak"
-        if options.precision == "bf16"
+        if machine.precision == "bf16"
         else "the plan does not know this processor's speed"
     )
     return f"""\
 # {chosen.parameters / 1e6:,.1f}M parameters on {tokens:,} tokens, {tokens / train:.2f} epochs of {options.data}.
-# Written by anon-dist init for {options.ranks} x {options.memory:g} GB; start it with
+# Written by anon-dist init for {options.ranks} x {machine.memory:g} GB{machine.said}; start it with
 #
-#   {_command(options, chosen)}
+#   {_command(options, machine, chosen)}
 #
 # Predicted, not measured (anon-dist bench plan): a rank needs {memory.device / 1e9:.2f} GB, of which weights {memory.parameters / 1e9:.2f},
 # gradients {memory.gradients / 1e9:.2f}, optimizer {memory.state / 1e9:.2f}, activations {memory.activations / 1e9:.2f};
@@ -286,9 +231,9 @@ train:
   global_batch: {chosen.global_batch}  # {per_step:,} tokens a step
   micro_batch: {chosen.micro_batch}  # of those that fit the fastest; on each rank {rounds} make a step
   engine: {chosen.engine}
-  precision: {options.precision}
+  precision: {machine.precision}
   activation_checkpointing: {_yaml(chosen.checkpointing)}  # {why}
-  compile: {"blocks" if options.precision == "bf16" else "none"}
+  compile: {"blocks" if machine.precision == "bf16" else "none"}
 eval:
   every: {every}
   sequences: 256

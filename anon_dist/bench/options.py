@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
+
+from anon_dist.named import need_data
+from anon_dist.usage import UsageError
 
 EngineName = Literal[
     "ddp",
@@ -205,10 +209,11 @@ class InitOptions:
     """Accelerators, or processes."""
     per_node: int = 8
     """Of those, in one node."""
-    memory: float = 80.0
-    """GB (1e9 bytes) of one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation; fp32 for CPUs."""
+    memory: float | None = None
+    """GB (1e9 bytes) of one. None: of this machine's GPU. Where there is none, what memory is free, for one process on the CPU; for several
+    ranks, 80."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Of the computation. None: bf16; fp32 on a CPU."""
     seq_len: int | None = None
     """Tokens of a sample. None: the model's context."""
     context: int = 2048
@@ -217,3 +222,15 @@ class InitOptions:
     """To train on. None: 20 for each parameter (Hoffmann et al., arXiv 2203.15556), but at most four epochs of the data."""
     batch_tokens: int | None = None
     """Of a step. None: by the number of tokens to train on."""
+
+    def check(self) -> None:
+        """Raises `UsageError`: an option is out of its range, the data are not there, or the file is there already."""
+        for name in ("ranks", "per_node", "context", "seq_len", "tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.memory is not None and not 0.1 <= self.memory <= 1e5:
+            raise UsageError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {self.memory:g}")
+        if os.path.lexists(self.out):
+            raise UsageError(f"--out {self.out} exists; name another file, or remove it")
+        need_data(self.data, "--data")

@@ -18,11 +18,16 @@ import tyro
 from anon_dist.arguments import parse
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
+from anon_dist.named import need_checkpoint, need_file, need_no
+from anon_dist.stores import is_address
+from anon_dist.usage import UsageError, refusing
 
 _Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
 _Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
 _First = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
 _Second = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[B]")]
+_Format = Literal["canonical", "consolidated", "dcp", "hf", "zero0", "zero1", "zero2", "zero3", "universal"]
+_NAME = "a checkpoint's file or folder"
 _SHOWN = 40
 
 
@@ -38,12 +43,14 @@ class Reading:
     unsafe: bool = False
     """Build whatever classes its pickles ask for. This may run any code that the file's author wants."""
 
+    def check(self) -> None:
+        """Raises `UsageError`: options contradict each other, or a file is not there."""
+        if self.names and self.names_in_model_order:
+            raise UsageError("--names and --names-in-model-order both say what the parameters are called; give one")
+        need_file(self.names, "a file of parameter names", "--names")
+
     def options(self) -> ReadOptions:
         """For the readers."""
-        if self.names and self.names_in_model_order:
-            raise CheckpointError(
-                "--names and --names-in-model-order both say what the parameters are called; give one"
-            )
         from anon_dist.checkpoint.names import read_names
 
         names = read_names(self.names) if self.names else None
@@ -60,6 +67,11 @@ class Inspect:
     """As JSON."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
+    def check(self) -> None:
+        """Raises `UsageError`: what is named is not there."""
+        need_checkpoint(self.src, _NAME)
+        self.reading.check()
+
 
 @dataclass
 class Convert:
@@ -69,7 +81,7 @@ class Convert:
     """File or folder, or an address (s3://…), as for inspect; only read."""
     dst: _Target
     """Complete or absent. If the command is killed, the same command goes on."""
-    to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
+    to: Annotated[_Format, tyro.conf.arg(metavar="FORMAT")]
     """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
@@ -107,6 +119,20 @@ class Convert:
     adamw: AdamWOptions = field(default_factory=AdamWOptions)
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
+    def check(self) -> None:
+        """Raises `UsageError`: what is named is not there, or is there already; or an option is out of its range."""
+        if self.world_size < 1:
+            raise UsageError(f"--world-size {self.world_size} is no number of ranks")
+        if is_address(self.dst):
+            raise UsageError(f"{self.dst} is an address: convert into a folder here, and copy that there")
+        if self.groups and self.to == "hf":
+            raise UsageError("--groups has no effect with --to hf, which has the weights alone")
+        if self.groups and self.groups != "decay" and not Path(self.groups).exists():
+            raise UsageError(f"--groups {self.groups} is neither 'decay' nor a file")
+        need_checkpoint(self.src, _NAME)
+        need_no(Path(self.dst), self.overwrite)
+        self.reading.check()
+
 
 @dataclass
 class Verify:
@@ -120,17 +146,25 @@ class Verify:
     """Threads."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
+    def check(self) -> None:
+        """Raises `UsageError`: what is named is not there."""
+        for named in filter(None, (self.a, self.b)):
+            need_checkpoint(named, _NAME)
+        self.reading.check()
+
 
 COMMANDS: dict[str, Any] = {"inspect": Inspect, "convert": Convert, "verify": Verify}
 """Each command's options."""
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run `inspect`, `convert` or `verify`; exit code 1 with one line for an error that the user can mend."""
+    """Run `inspect`, `convert` or `verify`; exit code 2 with one line where the command line is wrong, 1 for what is found out later."""
     actions: dict[str, Any] = {"inspect": _inspect, "convert": _convert, "verify": _verify}
     kind, action = COMMANDS[command], actions[command]
     parsed = parse(kind, args, f"anon-dist ckpt {command}")
-    _check_options(args)
+    with refusing(CheckpointError):
+        _check_options(args)
+        parsed.check()
     try:
         action(parsed)
     except (CheckpointError, OSError) as error:
@@ -138,14 +172,14 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _check_options(args: list[str]) -> None:
-    """Ends with one line for an option that would have no effect."""
+    """Raises `UsageError` for an option that would have no effect."""
     words = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     options = [re.sub(r"(--|\.)no-", r"\1", word) for word in words]
     chosen = re.search(r"--optimizer[= ](\w+)", " ".join(args))
     for option in options:
         wanted = option[2:].partition(".")[0]
         if "." in option and (chosen is None or chosen[1] != wanted):
-            sys.exit(f"error: {option} has no effect without --optimizer {wanted}")
+            raise UsageError(f"{option} has no effect without --optimizer {wanted}")
 
 
 def _inspect(args: Inspect) -> None:
@@ -185,14 +219,7 @@ def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
     from anon_dist.checkpoint.regroup import read_groups
     from anon_dist.checkpoint.remote import at_hand
-    from anon_dist.stores import is_address
 
-    if args.world_size < 1:
-        raise CheckpointError(f"--world-size {args.world_size} is no number of ranks")
-    if is_address(args.dst):
-        raise CheckpointError(f"{args.dst} is an address: convert into a folder here, and copy that there")
-    if args.groups and args.to == "hf":
-        raise CheckpointError("--groups has no effect with --to hf, which has the weights alone")
     groups = read_groups(args.groups) if args.groups else None
     options = WriteOptions(
         args.world_size,

@@ -15,6 +15,7 @@ import xxhash
 
 from anon_dist.data.errors import DataError, ShardError
 from anon_dist.data.remote import joined, located
+from anon_dist.named import named_instead
 from anon_dist.stores import is_address
 
 INDEX_FILE = "index.json"
@@ -177,6 +178,8 @@ class Index:
                 raise ShardError(
                     f"{directory} is an address. Copy the folder to this machine, and name it there."
                 ) from None
+            if Path(directory).is_file():
+                raise ShardError(f"{directory} is a file; {named_instead(directory)}") from None
             raise ShardError(
                 f"preparation unfinished or not a data folder: {path} does not exist. "
                 f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."

@@ -6,6 +6,8 @@ import logging
 import os
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,41 @@ def spare_inference_operator() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def announce(backend: ModuleType) -> None:
+    """Say before DeepSpeed compiles that operator in somebody's own script that it does, or what it waits for. It says nothing itself.
+
+    Args:
+        backend: `deepspeed.comm.torch`.
+    """
+    build = backend.build_shm_op
+
+    def build_shm_op() -> Any:
+        """DeepSpeed's."""
+        import deepspeed.ops
+
+        builder = backend.get_accelerator().create_op_builder("ShareMemCommBuilder")
+        wanted = builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False)
+        if wanted and os.environ.get("LOCAL_RANK", "0") == "0":
+            warn_of_waiting()
+            _say_if_new(builder.NAME)
+        return build()
+
+    backend.build_shm_op = build_shm_op  # type: ignore[attr-defined]
+
+
+def _say_if_new(name: str) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, False))
+    if not (folder / f"{name}.so").exists() and not (folder / "lock").exists():
+        log.warning(
+            "DeepSpeed compiles %s for this machine, up to a minute, once: %s. A build that is killed leaves a file `lock` there: remove "
+            "it then",
+            name,
+            folder,
+        )
 
 
 def _locks() -> list[Path]:

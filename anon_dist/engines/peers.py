@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -25,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from anon_dist.engines.errors import EngineError
+from anon_dist.launcher import tell_launcher
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
@@ -86,13 +85,6 @@ def who_stopped(*refusals: type[Exception]) -> Iterator[Ending]:
             elif ending.speaks or os.environ.get("LOCAL_RANK") == "0":  # the launcher of each node reports its first
                 tell_launcher(_line(error))
         raise
-
-
-def tell_launcher(line: str) -> None:
-    """Have torch's launchers show the line, as its handler does an error, but for the traceback."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
 def several() -> bool:

@@ -19,6 +19,7 @@ The traps, as of DeepSpeed 0.19 and accelerate 1.15:
 | SuperOffload and ZenFlow step an Adam of their own, with the optimizer's param groups | refused |
 | an optimizer swapped to NVMe does not resume where it was (seen by the loss) | loading a checkpoint is refused |
 | stage 3 and offload step a parameter without gradient with that of an earlier step | a warning (see `stale`) |
+| it compiles an operator of its inference, on CPUs, without a word; after a build that was killed it waits for ever | both are said |
 | accelerate reads and reloads the state before it shards the parameters: all of it, on every rank | not Anon's |
 """
 
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from anon_dist.engines.bases import place, refuse_universal
+from anon_dist.engines.builds import announce
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.imports import when_imported
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
@@ -49,6 +51,7 @@ def register() -> None:
     if hasattr(torch.optim, NAME):
         return
     setattr(torch.optim, NAME, Anon)
+    when_imported("deepspeed.comm.torch", announce)
     when_imported("deepspeed.runtime.zero.utils", _allow)
     when_imported("deepspeed.runtime.engine", _watch_engine)
     when_imported("deepspeed.runtime.fp16.unfused_optimizer", _spare_first_refresh)

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,27 @@ from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config.errors import RunError, RunInUseError
-from anon_dist.train.config.parsing import Config, ConfigError, parse_args, to_yaml
+from anon_dist.train.config.parsing import Config, ConfigError, to_yaml
 from anon_dist.train.config.sources import all_sources, called
 from anon_dist.train.inputs.corpora import use_cache
 from anon_dist.train.optimizer.spectrum import load_spectra
 from anon_dist.train.saves.lock import held
 
 
-def sweep(parsed: Sweep, rest: list[str], args: list[str]) -> None:
+def sweep(parsed: Sweep, base: Config, args: list[str]) -> None:
     """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it.
 
     Args:
-        rest: options of the training.
+        base: what all cells have of the training's options.
         args: all, as the user typed them, for the report.
+
+    Raises:
+        ConfigError: see `run_sweep`.
     """
     try:
-        others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
-        base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
             sys.exit(130)
-    except (ConfigError, DataError, CheckpointError, RunError, OSError) as error:
+    except (DataError, CheckpointError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from anon_dist.machine import free_memory
 from anon_dist.sweep.cells import CellFolder, Outcome
 from anon_dist.sweep.early import Curve, Peer, hopeless
 from anon_dist.train.config.errors import IN_USE
@@ -64,7 +65,7 @@ class Room:
         if not torch.cuda.is_available():
             devices = []
         if parallel is None:
-            parallel = len(devices) or max(1, min(cores, int(_free_bytes() / run_bytes(base, vocabulary))))
+            parallel = len(devices) or max(1, min(cores, int(free_memory() / run_bytes(base, vocabulary))))
         return cls(parallel, max(1, cores // parallel), devices)
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -81,17 +82,6 @@ def run_bytes(config: Config, vocabulary: int) -> float:
     parameters = 12 * m.layers * m.width**2 + 2 * vocabulary * m.width
     activations = tokens * (3 * vocabulary + m.layers * (34 * m.width + 5 * m.heads * config.data.seq_len))
     return PROCESS_BYTES + 4.0 * (5 * parameters + activations)
-
-
-def _free_bytes() -> float:
-    """What the machine can give (page cache included), or what is left of a control group's limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, float(limit - used))
-    return free
 
 
 @dataclass

@@ -42,7 +42,7 @@ from anon_dist.train.loss.batch import Batch
 from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.model.card import model_card
 from anon_dist.train.model.export import export_model
-from anon_dist.train.model.trainable import uses_tf32
+from anon_dist.train.model.trainable import cpu_remarks, uses_tf32
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
@@ -136,18 +136,17 @@ def _train(
 
 def _introduce(run: Run, console: Console) -> None:
     """Say what is about to run."""
-    config, ranks = run.config, run.accelerator.num_processes
+    config, device, ranks = run.config, run.accelerator.device, run.accelerator.num_processes
     mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
     planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
-    epochs = planned / sum(corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
-    if run.loader.stream.packed:
-        epochs = planned / run.loader.stream.num_samples
-    for line in (*remarks(config, run.corpora, run.sets), *run.plan):
+    each = (corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
+    epochs = planned / (run.loader.stream.num_samples if run.loader.stream.packed else sum(each))
+    for line in (*cpu_remarks(config, device, run.parameters), *remarks(config, run.corpora, run.sets), *run.plan):
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
-        f"{run.accelerator.device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
+        f"{device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
         f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
         f"{config.train.steps} steps, {epochs:.2f} epochs"
     )
@@ -190,6 +189,8 @@ def _steps(
             watch.read()
             logged = run.step
             continue
+        if console:
+            console.step(run.step)
         if run.step % config.log.every == 0 or run.step == steps or run.skip_is_news:
             write(record_of(run, done, run.step - logged, watch.read()) | saver.finished())
             watch.lap("logging")
@@ -201,7 +202,7 @@ def _steps(
             watch.skip()
         run.stragglers.waited = counted  # as the watch does: what is no step counts for nothing
         if console:
-            console.step()
+            console.pause()
         ending = stop.requested(saver.failed)
         if stop.unsaved:
             saved |= saver.recover()

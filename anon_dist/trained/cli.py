@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import TypeVar
 
 from anon_dist.arguments import parse
 from anon_dist.trained.options import Eval, Export, Generate, Runs
+from anon_dist.usage import refusing
+
+_Kind = TypeVar("_Kind", Generate, Eval, Export, Runs)
 
 
 def generate(args: list[str]) -> None:
-    """`anon-dist generate`; exit code 1 with one line for an error that the user can mend, 130 if interrupted."""
-    options = parse(Generate, args, "anon-dist generate")
-    _there(options.source)
+    """`anon-dist generate`; exit code 2 with one line where the command line is wrong, 1 for what is found out later, 130 if
+    interrupted."""
+    options = _options(Generate, args, "anon-dist generate")
     _quietly()
     from anon_dist.trained.generate import generate as run
 
@@ -22,8 +25,7 @@ def generate(args: list[str]) -> None:
 
 def evaluate(args: list[str]) -> None:
     """`anon-dist eval`; as above."""
-    options = parse(Eval, args, "anon-dist eval")
-    _there(options.source)
+    options = _options(Eval, args, "anon-dist eval")
     _quietly()
     from anon_dist.trained.evaluate import evaluate as run
 
@@ -32,14 +34,13 @@ def evaluate(args: list[str]) -> None:
 
 def export(args: list[str]) -> None:
     """`anon-dist export`; as above."""
-    options = parse(Export, args, "anon-dist export")
-    _there(options.source)
+    options = _options(Export, args, "anon-dist export")
     _or_exit(lambda: _export(options))
 
 
 def runs(args: list[str]) -> None:
     """`anon-dist runs`; as above."""
-    options = parse(Runs, args, "anon-dist runs")
+    options = _options(Runs, args, "anon-dist runs")
     from anon_dist.trained.runs import runs as run
 
     _or_exit(lambda: run(options))
@@ -58,10 +59,12 @@ def _export(options: Export) -> None:
         print(f"uploaded: {push(options.target, options.push, options.private, api)}")
 
 
-def _there(source: Path) -> None:
-    """Before seconds go into imports."""
-    if not source.exists():
-        sys.exit(f"error: {source} does not exist; name a run, a checkpoint or an exported model")
+def _options(kind: type[_Kind], args: list[str], prog: str) -> _Kind:
+    """Read and checked, before seconds go into imports."""
+    options = parse(kind, args, prog)
+    with refusing():
+        options.check()
+    return options
 
 
 def _quietly() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +35,6 @@ def evaluate(options: Eval) -> None:
     Raises:
         CheckpointError: an option is out of its range, there is no such model, or a text or a task cannot be read.
     """
-    _check(options)
     device = device_of(options.device)
     trained = find(options.source, ReadOptions(unsafe=options.unsafe))
     try:
@@ -56,24 +53,6 @@ def evaluate(options: Eval) -> None:
     for table in _tables(found, texts):
         console.print(table)
     _write(trained, options, found, texts)
-
-
-def _check(options: Eval) -> None:
-    """Every option's range.
-
-    Raises:
-        CheckpointError: naming the option, what it may be, and what it is.
-    """
-    if not options.tasks and not options.text:
-        raise CheckpointError("nothing to evaluate on: name --tasks of lm-eval, or a --text")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CheckpointError(
-            "anon-dist eval is one process; under a launcher, eval.tasks evaluates during the training"
-        )
-    for name in ("limit", "num_fewshot", "batch_size", "window", "stride"):
-        value, least = getattr(options, name), 0 if name == "num_fewshot" else 1
-        if value is not None and value < least:
-            raise CheckpointError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def _step(trained: Trained) -> str:
@@ -95,9 +74,6 @@ def _on_tasks(tasks: Tasks, model: PreTrainedModel, tokenizer: Any, options: Eva
 
 
 def _source(spec: str, options: Eval) -> FileSource:
-    path = Path(spec)
-    if not path.exists():
-        raise CheckpointError(f"--text {spec} does not exist")
     source = open_source(spec, text_field=options.text_field, split="", streaming=False, text_unit=options.text_unit)
     assert isinstance(source, FileSource)
     return source

@@ -17,6 +17,7 @@ from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.torchfile import is_torch_file
 from anon_dist.data import DataError, Index, Tokenizer
 from anon_dist.data.stream import fingerprints_of
+from anon_dist.named import config_problem
 from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.train.reports.report import RESULT
 
@@ -94,6 +95,8 @@ def is_model(path: Path) -> bool:
 
 
 def _model(path: Path) -> Trained:
+    if problem := config_problem(path):
+        raise CheckpointError(problem)
     run = _run_of(path.resolve().parent)
     latest = None if run is None else Checkpoints(run / "checkpoints", 1).latest()
     known = latest is not None and run is not None and step_of(latest) == _finished_at(run)

@@ -27,7 +27,6 @@ def generate(options: Generate) -> None:
     Raises:
         CheckpointError: an option is out of its range, or there is no such model.
     """
-    check(options)
     device = device_of(options.device)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     try:
@@ -76,29 +75,6 @@ def continued(
     ids = ids.to(model.device)
     made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=shown)
     return [int(i) for i in made[0]]
-
-
-def check(options: Generate) -> None:
-    """Every option's range.
-
-    Raises:
-        CheckpointError: naming the option, what it may be, and what it is.
-    """
-    rules = (
-        ("max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1, "at least 1"),
-        ("temperature", options.temperature, 0 <= options.temperature < float("inf"), "a number ≥ 0"),
-        ("top-k", options.top_k, options.top_k >= 0, "at least 0"),
-        ("top-p", options.top_p, 0 < options.top_p <= 1, "a number > 0 and ≤ 1"),
-        (
-            "seed",
-            options.seed,
-            options.seed is None or 0 <= options.seed < 1 << 63,
-            "a whole number from 0 to 2^63 - 1",
-        ),
-    )
-    for name, value, right, allowed in rules:
-        if not right:
-            raise CheckpointError(f"--{name} must be {allowed}, not {value}")
 
 
 def _step(progress: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 from anon_dist.data.config import TextUnit
+from anon_dist.named import need, need_checkpoint, need_file, need_folder, need_no
+from anon_dist.usage import UsageError
 
+_WHOSE = "a run, a checkpoint or an exported model"
+_DEVICE = re.compile(r"(cpu|cuda|xpu|mps|hpu|npu|mtia|xla)(:\d+)?")
 _Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
 
 
@@ -43,6 +49,22 @@ class Generate:
     """Hugging Face's config.json of the model, where the checkpoint does not have it."""
     unsafe: bool = False
     """Build whatever classes the checkpoint's pickles ask for. This may run any code that the file's author wants."""
+
+    def check(self) -> None:
+        """Raises `UsageError`: an option is out of its range, or what is named is not there."""
+        rules = (
+            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number ≥ 0"),
+            ("top-k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "a number > 0 and ≤ 1"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 63, "a whole number from 0 to 2^63 - 1"),
+        )
+        for name, value, right, allowed in rules:
+            if not right:
+                raise UsageError(f"--{name} must be {allowed}, not {value}")
+        _check_device(self.device)
+        need_file(self.model_config, "a config.json", "--model-config")
+        need_checkpoint(self.source, _WHOSE)
 
 
 @dataclass
@@ -87,6 +109,26 @@ class Eval:
     unsafe: bool = False
     """Build whatever classes the checkpoint's pickles ask for. This may run any code that the file's author wants."""
 
+    def check(self) -> None:
+        """Raises `UsageError`: an option is out of its range, or what is named is not there."""
+        if not self.tasks and not self.text:
+            raise UsageError("nothing to evaluate on: name --tasks of lm-eval, or a --text")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "anon-dist eval is one process; under a launcher, eval.tasks evaluates during the training"
+            )
+        for name in ("limit", "num_fewshot", "batch_size", "window", "stride"):
+            value, least = getattr(self, name), 0 if name == "num_fewshot" else 1
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        for text in self.text:
+            need(Path(text), "a file or folder of text", "--text")
+        if self.include_path is not None:
+            need(Path(self.include_path), "a folder of task files", "--include-path")
+        _check_device(self.device)
+        need_file(self.model_config, "a config.json", "--model-config")
+        need_checkpoint(self.source, _WHOSE)
+
 
 @dataclass
 class Export:
@@ -115,6 +157,12 @@ class Export:
     unsafe: bool = False
     """Build whatever classes the checkpoint's pickles ask for. This may run any code that the file's author wants."""
 
+    def check(self) -> None:
+        """Raises `UsageError`: what is named is not there, or is there already."""
+        need_file(self.model_config, "a config.json", "--model-config")
+        need_checkpoint(self.source, _WHOSE)
+        need_no(self.target, self.overwrite)
+
 
 @dataclass
 class Runs:
@@ -128,3 +176,14 @@ class Runs:
     """Where runs.png and runs.html go. None: into DIR."""
     pictures: bool = True
     """Write them; else the table only."""
+
+    def check(self) -> None:
+        """Raises `UsageError`: there is no such folder, or no run in it."""
+        need_folder(self.folder, "one with runs in it, or below it")
+        if not any({"config.yaml", "metrics.jsonl"} <= set(files) for _, _, files in os.walk(self.folder)):
+            raise UsageError(f"there is no run in or below {self.folder}: no folder with config.yaml and metrics.jsonl")
+
+
+def _check_device(name: str | None) -> None:
+    if name is not None and _DEVICE.fullmatch(name) is None:
+        raise UsageError(f"--device {name}: it must be cpu, cuda, or one of several as in cuda:1")

@@ -23,6 +23,7 @@ STOPPED_CODE=${STOPPED_CODE:-0}                     # exit code of a run that a 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 need_rank_and_address
+check_options "$@"
 doctor_first "$@"
 conf=$(rendezvous_conf)
 PET_LOCAL_ADDR=$(own_address) # torchrun's --local-addr, as a variable: accelerate has no such option

@@ -14,6 +14,12 @@ need_rank_and_address() {
   : "${NODE_RANK:?set NODE_RANK: 0 on the first node, 1 on the second, ...}" "${MASTER_ADDR:?set MASTER_ADDR: an address of node 0}"
 }
 
+# Ends with what is wrong with the training's options, or with its help, before anything is started. Arguments: the training's.
+check_options() {
+  python -c 'import sys; from anon_dist.cli import check_training; check_training(sys.argv[1:], "launch/pretrain.py")' "$@" || exit
+  [[ " $* " != *" -h "* && " $* " != *" --help "* ]] || exit 0
+}
+
 # With DOCTOR=1, the nodes look at each other first; nothing starts where something is wrong. Arguments: those of the training.
 doctor_first() {
   [ -n "${DOCTOR:-}" ] || return 0

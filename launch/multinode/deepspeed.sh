@@ -21,6 +21,7 @@ DOCTOR=${DOCTOR:-}                          # 1: look at all nodes first, and st
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 [ -f "$HOSTFILE" ] || { echo "no host file $HOSTFILE: copy launch/multinode/hostfile.example, and name your nodes in it" >&2 && exit 2; }
+check_options "$@"
 
 options=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --no_local_rank)
 [ -z "$MASTER_ADDR" ] || options+=(--master_addr "$MASTER_ADDR")

@@ -23,6 +23,7 @@ STOPPED_CODE=${STOPPED_CODE:-0}                     # exit code of a run that a 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 need_rank_and_address
+check_options "$@"
 doctor_first "$@"
 conf=$(rendezvous_conf) address=$(own_address)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from helpers import forget_accelerate
@@ -113,7 +114,7 @@ def test_presets_and_published_models_keep_their_shape(tmp_path, prepared):
         ("gpt2-small --seq-len 4k", "--seq-len 4000 is longer than the model's context, 1024"),
         ("1M --out there.yaml", "--out there.yaml exists; name another file, or remove it"),
         ("1M --out there.yaml/x", "File exists: 'there.yaml'"),
-        ("1M --data gone", "gone/index.json does not exist"),
+        ("1M --data gone", "--data gone does not exist; name a folder that `anon-dist data prepare` made"),
     ],
 )
 def test_mistakes_are_named_in_a_line(words, message, tmp_path, prepared, monkeypatch):
@@ -124,7 +125,7 @@ def test_mistakes_are_named_in_a_line(words, message, tmp_path, prepared, monkey
     given += ["--data", str(prepared)] if "--data" not in given else []
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as ended:
         main(["init", *given])
-    assert "\n" not in str(ended.value.code)
+    assert "\n" not in str(ended.value)
     assert [p.name for p in tmp_path.iterdir()] == ["there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"
 
@@ -141,3 +142,36 @@ def test_of_little_data_no_more_than_four_epochs_are_read(words, tmp_path, prepa
     out = tmp_path / "little.yaml"
     main(["init", *words, "--data", str(prepared), "--out", str(out)])
     assert float(re.search(r", ([\d.]+) epochs", out.read_text()).group(1)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu", "said", "precision"),
+    [
+        (
+            "",
+            None,
+            "for 1 x 12 GB (what is free here, where no GPU is; for a GPU elsewhere give its --memory); start",
+            "fp32",
+        ),
+        ("--ranks 4", None, "for 4 x 80 GB (assumed, as no GPU is here; --memory says otherwise); start", "bf16"),
+        (
+            "--precision bf16",
+            None,
+            "for 1 x 80 GB (assumed, as no GPU is here; --memory says otherwise); start",
+            "bf16",
+        ),
+        ("--memory 24", None, "for 1 x 24 GB; start", "bf16"),
+        ("", 25.3, "for 1 x 25.3 GB (Some GPU, which is here); start", "bf16"),
+        ("--precision fp32", 25.3, "for 1 x 25.3 GB (Some GPU, which is here); start", "fp32"),
+    ],
+)
+def test_it_says_for_what_machine_it_plans(words, gpu, said, precision, tmp_path, prepared, monkeypatch, capsys):
+    """This one, if it has a GPU, or for one process on its CPU."""
+    monkeypatch.setattr("anon_dist.bench.init.free_memory", lambda: 12e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "Some GPU")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=(gpu or 0) * 1e9))
+    config, text = written(tmp_path, prepared, "1M", *words.split())
+    assert said in capsys.readouterr().out
+    assert said in text
+    assert config.train.precision == precision

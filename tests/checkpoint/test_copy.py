@@ -351,5 +351,5 @@ def test_the_command(script, tmp_path):
     assert "1 of 66 elements, the first at 0" in " ".join(done.stdout.split())
     assert "hyperparameter lr" in " ".join(done.stdout.split())
     done = run("inspect", Path(tmp_path / "nothing"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == f"error: {tmp_path / 'nothing'} does not exist; name a checkpoint's file or folder"

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from anon_dist.usage import USAGE
+
 FOLDER = Path(__file__).parents[2] / "launch" / "multinode"
 VERSION = "1.37"
 
@@ -61,7 +63,8 @@ def test_what_must_agree_does(file):
     assert str(spec["parallelism"]) == str(spec["completions"]) == variables["NODES"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == variables["RANKS_PER_NODE"]
     rules = [rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
-    assert rules == [{"containerName": container["name"], "operator": "In", "values": [int(variables["STOPPED_CODE"])]}]
+    codes = ([int(variables["STOPPED_CODE"])], [USAGE])
+    assert rules == [{"containerName": container["name"], "operator": "In", "values": values} for values in codes]
     host, domain = variables["MASTER_ADDR"].split(".")
     name = document["metadata"]["name"]
     if document["kind"] == "JobSet":

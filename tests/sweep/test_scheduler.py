@@ -289,12 +289,12 @@ def test_no_sweep_no_report(tmp_path):
 
 def test_a_gpu_each_or_as_many_as_cores_and_memory_allow(base, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 64e9)
+    monkeypatch.setattr("anon_dist.sweep.run.free_memory", lambda: 64e9)
     room = Room.of_this_machine(base(), 256, None)
     assert (room.parallel, room.threads, room.devices) == (8, 1, [])
     assert room.environment(3)["OMP_NUM_THREADS"] == "1"
     assert Room.of_this_machine(base(), 256, 3).threads == 2
-    monkeypatch.setattr("anon_dist.sweep.run._free_bytes", lambda: 2e9)
+    monkeypatch.setattr("anon_dist.sweep.run.free_memory", lambda: 2e9)
     assert Room.of_this_machine(base(), 256, None).parallel == 2
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")

@@ -112,8 +112,8 @@ def check_factors_by_group(tmp_path, measured, capsys):
 def test_errors_are_one_line(args, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["sweep", *args, "--out", str(tmp_path / "out")])
-    assert str(error.value.code).startswith("error: ")
-    assert message in str(error.value.code)
+    assert str(error.value).startswith("error: ")
+    assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

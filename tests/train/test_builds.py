@@ -6,12 +6,13 @@ import io
 import logging
 import os
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch.utils.cpp_extension as extensions
 from torch.utils.file_baton import FileBaton
 
-from anon_dist.engines.builds import spare_inference_operator, warn_of_waiting
+from anon_dist.engines.builds import announce, spare_inference_operator, warn_of_waiting
 
 
 def test_a_lock_from_before_this_start_is_named_and_left(tmp_path, monkeypatch, caplog):
@@ -58,3 +59,32 @@ def test_a_training_on_cpus_does_not_wait_for_the_operator_of_inference(monkeypa
         assert backend.build_shm_op() == "built"
     spare_inference_operator()
     assert backend.build_shm_op() is None
+
+
+def test_a_script_of_ones_own_is_told_what_deepspeed_compiles_or_waits_for(tmp_path, monkeypatch, caplog):
+    """Once for a machine: not when it is built, nor by the other ranks."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    name, built = "deepspeed_shm_comm", []
+    monkeypatch.setitem(pytest.importorskip("deepspeed").ops.__compatible_ops__, name, True)
+    accelerator = SimpleNamespace(create_op_builder=lambda asked: SimpleNamespace(NAME=name))
+    backend = ModuleType("backend")
+    backend.get_accelerator, backend.build_shm_op = lambda: accelerator, lambda: built.append(len(caplog.messages))
+    announce(backend)
+
+    def told(rank="0"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        caplog.clear()
+        backend.build_shm_op()
+        return caplog.messages
+
+    (line,) = told()
+    assert line.startswith(f"DeepSpeed compiles {name} for this machine, up to a minute, once: {tmp_path / name}. ")
+    assert told("1") == []
+    (tmp_path / name / f"{name}.so").touch()
+    assert told() == []
+    (tmp_path / name / f"{name}.so").unlink()
+    (tmp_path / name / "lock").touch()
+    os.utime(tmp_path / name / "lock", (0, 0))
+    (line,) = told()
+    assert line.startswith(f"{tmp_path / name}/lock has been there for ")
+    assert built == [1, 0, 0, 1]  # before DeepSpeed begins

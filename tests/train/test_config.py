@@ -53,6 +53,7 @@ def test_command_line_over_file(tmp_path):
     ("text", "message"),
     [
         ("optim: {gama: 1}", r"c\.yaml: unknown key 'optim\.gama'; did you mean 'optim\.gamma'\?"),
+        ("optim: {xyz: 1}", r"unknown key 'optim\.xyz' \(anon-dist train --help lists all\)$"),
         ("optm: {gamma: 1}", r"unknown key 'optm'; did you mean 'optim'\?"),
         ("optim: {gamma: high}", r"'optim\.gamma' must be a finite number ≥ -100 and ≤ 100, not 'high'"),
         ("train: {steps: 1.5}", r"'train\.steps' must be a whole number ≥ 1 and ≤ 16,777,216, not 1\.5"),

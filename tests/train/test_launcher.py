@@ -98,8 +98,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 found = runpy.run_path({str(LAUNCHER)!r})
 os.kill(os.getppid(), signal.SIGINT)
 print("Stopped", flush=True)
-found["_end_others"].__globals__["_GRACE"] = 0.1
-found["end_launcher"]()
+found["end_launcher"](grace=0.1)
 """
 WAITING = """
 import subprocess, sys

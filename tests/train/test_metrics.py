@@ -4,6 +4,7 @@ import io
 import logging
 
 from anon_dist.train.reports.metrics import Console, MetricsFile, add_metrics, read_metrics, table_line
+from anon_dist.train.reports.pace import Pace
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
@@ -91,8 +92,8 @@ def test_a_terminal_has_a_line_of_progress(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr("sys.stdout", screen)
     console = Console(600, 100)
-    for _ in range(3):
-        console.step()
+    for step in (101, 102, 103):
+        console.step(step)
     logging.getLogger("anon_dist.train.optimizer.watch").warning("much is clipped")
     console.record({**FULL, "step": 103})
     console.close()
@@ -106,9 +107,46 @@ def test_a_terminal_has_a_line_of_progress(monkeypatch):
 
 def test_elsewhere_there_is_none(capsys):
     console = Console(600, 0)
-    console.step()
+    console.step(1)
     console.record({"step": 1, "loss": 2.5})
     console.close()
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("step=1   loss=2.5     eta=")
+
+
+def test_the_time_left_does_not_jump_with_a_validation(monkeypatch):
+    """Of a run with steps of 2 s, and 30 s for a validation after each tenth: right to within one, on the bar and in the table."""
+    screen, now = Terminal(), 0.0
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("sys.stdout", screen)
+    console = Console(100, 0, clock=lambda: now)
+    for step in range(1, 100):
+        now += 2
+        console.step(step)
+        console.record({"step": step, "loss": 3.0})
+        lines = screen.getvalue().replace("\r", "\n").split("\n")
+        (said,) = [line.split("eta=")[1] for line in lines if line.startswith(f"step={step} ")]
+        (bar, *_) = [line.partition("<")[2][:5] for line in reversed(lines) if f"{step}/100" in line]
+        assert said.strip() == bar
+        minutes, seconds = bar.split(":")
+        left = 60 * int(minutes) + int(seconds)
+        if step <= 10:
+            assert left == 2 * (100 - step)  # it knows of no validation yet
+        else:
+            assert abs(left - 2 * (100 - step) - 30 * (10 - (step - 1) // 10)) <= 30
+        now += 30 if step % 10 == 0 else 0.01
+        console.pause()
+    console.close()
+
+
+def test_a_run_that_goes_back_has_more_time_left():
+    now = 0.0
+    pace = Pace(10, 0, clock=lambda: now)
+    assert pace.left() is None
+    for step in (1, 2, 3):
+        now += 2
+        pace.step(step)
+    assert pace.left() == 14
+    pace.step(1)
+    assert pace.left() == 18

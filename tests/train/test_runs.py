@@ -172,7 +172,7 @@ def test_what_cannot_be_listed_is_said_in_a_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"^error: there is no run in or below .*empty: no folder with config\.yaml"):
         main(["runs", str(tmp_path / "empty")])
-    with pytest.raises(SystemExit, match="nowhere is no folder"):
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
         main(["runs", str(tmp_path / "nowhere")])
     make(tmp_path / "one" / "bad", [], "a: [")
     with pytest.raises(SystemExit, match=r"^error: .*bad/config\.yaml cannot be read: "):

@@ -21,6 +21,7 @@ from anon_dist.engines.start import _resolve
 from anon_dist.train.config.changes import changes, recorded, versions
 from anon_dist.train.config.parsing import ConfigError, parse_args, shipped_configs, to_yaml
 from anon_dist.train.inputs.vocabulary import tokenizer_problem
+from anon_dist.train.model.trainable import cpu_remarks
 from anon_dist.train.run import wanted_engine
 
 PRESETS = sorted(p.stem for p in (shipped_configs() / "train").glob("*.yaml"))
@@ -179,9 +180,9 @@ def test_an_edited_index_is_refused(change, data):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_missing_data_is_answered_with_the_presets_own_command(preset, tmp_path, capsys, monkeypatch, fresh_accelerate):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", preset, "--train.precision", "fp32"])
-    said, command = str(error.value.code).split(": anon-dist data prepare ")
+    said, command = capsys.readouterr().err.rstrip("\n").split(": anon-dist data prepare ")
     config = parse_args(["--config", preset])
     assert said.startswith(f"error: data.path = {config.data.path} is not there")
     asked = tyro.cli(PrepareConfig, args=command.split())
@@ -192,10 +193,10 @@ def test_missing_data_is_answered_with_the_presets_own_command(preset, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_data_elsewhere(tmp_path):
-    with pytest.raises(SystemExit) as error:
+def test_missing_data_elsewhere(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main(["train", "--config", "quickstart", "--data.path", str(tmp_path / "a b")])
-    assert str(error.value.code).endswith(f"--source stdlib --tokenizer spm-bpe:4096 --out '{tmp_path}/a b'")
+    assert capsys.readouterr().err.endswith(f"--source stdlib --tokenizer spm-bpe:4096 --out '{tmp_path}/a b'\n")
 
 
 @pytest.mark.parametrize(
@@ -203,37 +204,48 @@ def test_missing_data_elsewhere(tmp_path):
     [
         (False, True, "error (rank 3): --optim.gama is no"),
         (True, True, "error: --optim.gama is no"),
-        (True, False, "1"),
+        (True, False, ""),
     ],
 )
 def test_one_of_several_ranks_says_why(alike, speaks, said, monkeypatch, capsys):
     """Which one, the ranks agree on (`distributed/test_peers.py`)."""
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # and of its node the only one
     ending = contextlib.nullcontext(Ending(alike, speaks))
     monkeypatch.setattr("anon_dist.engines.peers.who_stopped", lambda *refusals: ending)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         main(["train", "--optim.gama", "1"])
-    assert str(ended.value.code).startswith(said)
-    assert capsys.readouterr() == ("", "")
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", bool(said))
+    assert err.startswith(said)
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("texts.txt", "not a data folder"), ("x" * 300, "cannot be read: File name too long")]
+    ("path", "message", "said"),
+    [
+        (
+            "texts.txt",
+            "texts.txt is a file; name a folder that",
+            "data.path = texts.txt is a file; name a folder that `anon-d",
+        ),
+        ("x" * 300, "cannot be read: File name too long", "is not there, or not finished"),
+    ],
 )
-def test_what_is_no_folder_of_data(path, message, tmp_path, monkeypatch):
+def test_what_is_no_folder_of_data(path, message, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("x")
     with pytest.raises(DataError, match=message):
         TokenShards(path)
-    with pytest.raises(SystemExit, match="is not there, or not finished"):
+    with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", "quickstart", "--data.path", path])
+    assert said in capsys.readouterr().err
 
 
-def test_missing_data_of_a_configuration_of_ones_own(run_config, tmp_path):
+def test_missing_data_of_a_configuration_of_ones_own(run_config, tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(to_yaml(run_config()))
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match="2"):
         main(["train", "--config", str(tmp_path / "own.yaml"), "--data.path", str(tmp_path / "nowhere")])
-    assert str(error.value.code).startswith("error: preparation unfinished or not a data folder")
+    assert capsys.readouterr().err.startswith("error: preparation unfinished or not a data folder")
 
 
 def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
@@ -245,6 +257,29 @@ def test_a_model_that_cannot_be_had_is_one_line(run_config, train):
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"model: more than .* GB on this machine, do not fit into its .* GB; lower"):
         train(run_config(model__width=1 << 22, model__layers=1))
+
+
+NONE = "as torch finds no GPU here (nvidia-smi, CUDA_VISIBLE_DEVICES and torch.version.cuda say more), and "
+HERE = "though a GPU is here (use_cpu or --cpu of the launcher?), and "
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "device", "gpu", "said"),
+    [
+        ("fp32", 49_000_000, "cpu", False, None),
+        ("fp32", 124_400_000, "cpu", False, f"{NONE}124.4M parameters are slow here"),
+        ("bf16", 1_300_000, "cpu", False, f"{NONE}train.precision is bf16"),
+        ("bf16", 124_400_000, "cpu", False, f"{NONE}train.precision is bf16, and 124.4M parameters are slow here"),
+        ("bf16", 1_300_000, "cpu", True, f"{HERE}train.precision is bf16"),
+        ("bf16", 124_400_000, "cuda", True, None),
+    ],
+)
+def test_a_run_that_means_a_gpu_says_that_it_has_none(
+    precision, parameters, device, gpu, said, run_config, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    lines = cpu_remarks(run_config(train__precision=precision), torch.device(device), parameters)
+    assert lines == ([f"WARNING: this trains on the CPU, {said}"] if said else [])
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------

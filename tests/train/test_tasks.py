@@ -299,7 +299,10 @@ def test_a_window_longer_than_the_context_is_refused(run):
         ("--text x --batch-size 0", "--batch-size must be at least 1, not 0"),
         ("--text /nowhere/x.txt", "--text /nowhere/x.txt does not exist"),
         (f"--text {__file__} --stride 40", "--stride 40 is longer than the window of 32, and would leave tokens out"),
-        ("--tasks local_mc --include-path /nowhere", "the folder of task files /nowhere does not exist"),
+        (
+            "--tasks local_mc --include-path /nowhere",
+            "--include-path /nowhere does not exist; name a folder of task files",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(run, words, message):

@@ -302,12 +302,24 @@ def test_pushing_uploads_the_folder_and_a_refusal_leaves_it(run, tmp_path, monke
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("words", [["generate", "SRC", "x"], ["eval", "SRC", "--text", "x"], ["export", "SRC", "x"]])
+@pytest.mark.parametrize(
+    "words", [["generate", "SRC", "x"], ["eval", "SRC", "--text", __file__], ["export", "SRC", "x"]]
+)
 def test_a_file_that_is_no_checkpoint_is_said_to_be_none(words, tmp_path):
     """And not to lack a tokenizer."""
     (tmp_path / "junk.bin").write_text("junk")
     with pytest.raises(SystemExit, match=r"junk\.bin is damaged, truncated, or no file of torch\.save"):
         main([word.replace("SRC", str(tmp_path / "junk.bin")) for word in words])
+
+
+def test_a_damaged_configuration_is_named_and_not_the_tokenizer(run, tmp_path):
+    """Of a run's exported model, which the run's name stands for."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "model" / "config.json").write_text("{")
+    with pytest.raises(
+        SystemExit, match=r"model/config\.json is damaged \(.*\); put the model's own in its place, or name"
+    ):
+        main(["generate", str(copy), "x"])
 
 
 def test_damaged_weights_are_a_line(run, tmp_path):

@@ -37,7 +37,7 @@ from anon_dist.train.config.fields import (
 from anon_dist.train.config.phases import resolved
 from anon_dist.train.config.ranges import Instead, spell
 from anon_dist.train.config.rules import model_rules, optim_rules, phase_rules, train_rules
-from anon_dist.usage import UsageError, parse_or_raise, values_of
+from anon_dist.usage import UsageError, meant, parse_or_raise, values_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -284,7 +284,7 @@ def with_fields(config: Config, values: Mapping[str, Any], where: str) -> Config
     changed = dataclasses.asdict(config)
     for name, value in values.items():
         if name not in field_types():
-            raise ConfigError(f"{where}: unknown field '{name}'; did you mean '{_nearest(name)}'?")
+            raise ConfigError(f"{where}: unknown field '{name}'{_meant(name)}")
         *sections, key = name.split(".")
         owner = changed
         for section in sections:
@@ -360,11 +360,11 @@ def _message(
     whole, name, value = ".".join(map(str, loc)), "", values
     if kind == "unexpected_keyword_argument" and len(loc) > 2:
         inner = _inner(field_types()[".".join(loc[:2])], None)
-        close = difflib.get_close_matches(str(loc[-1]), [f.name for f in dataclasses.fields(inner)], n=1, cutoff=0.0)
+        close = difflib.get_close_matches(str(loc[-1]), [f.name for f in dataclasses.fields(inner)], n=1)
         place, found, _ = called(whole).partition(repr(whole))
-        return f"{place if found else ''}unknown key '{whole}'; did you mean '{close[0]}'?"
+        return f"{place if found else ''}unknown key '{whole}'{meant(close)}"
     if kind == "unexpected_keyword_argument":
-        return f"{called(whole).removesuffix(repr(whole))}unknown key '{whole}'; did you mean '{_nearest(whole)}'?"
+        return f"{called(whole).removesuffix(repr(whole))}unknown key '{whole}'{_meant(whole)}"
     if not loc:
         return f"{called('the configuration')}: {text}"
     hint: Any = None
@@ -391,10 +391,10 @@ def _inner(hint: Any, key: Any) -> Any:
     return next(filter(dataclasses.is_dataclass, typing.get_args(hint)))
 
 
-def _nearest(name: str) -> str:
-    """The field, or the section, that was meant by a wrong name."""
+def _meant(name: str) -> str:
+    """The field, or the section, that was meant by a wrong name, if one is near."""
     section, _, key = name.rpartition(".")
     names = [*field_types(), *{n.partition(".")[0] for n in field_types()}]
     same = [n for n in names if n.rpartition(".")[2] == key]
-    beside = [n for n in names if n.rpartition(".")[0] == section]
-    return (same or difflib.get_close_matches(name, beside or names, n=1, cutoff=0.0))[0]
+    beside = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
+    return meant(same or [beside[k] for k in difflib.get_close_matches(key, beside, n=1)])

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 
 from anon_dist.data.index import INDEX_FILE, Index
+from anon_dist.named import named_instead
 from anon_dist.stores import is_address
 from anon_dist.train.config.errors import ConfigError
 from anon_dist.train.config.fields import Config, DataConfig, SourceConfig
@@ -55,6 +56,8 @@ def check_present(config: Config) -> None:
 def _check_begun(name: str, source: SourceConfig, prepare: str | None) -> None:
     if is_address(source.path) or os.path.isfile(os.path.join(source.path, INDEX_FILE)) or (name == "" and not prepare):
         return
+    if os.path.isfile(source.path):
+        raise ConfigError(f"{called(name)} = {source.path} is a file; {named_instead(source.path)}")
     options = prepare if name == "" else "--source … --tokenizer …"
     raise ConfigError(
         f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from anon_dist.engines import peers
 from anon_dist.files import write_text
+from anon_dist.launcher import tell_launcher
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.health import whereabouts
 from anon_dist.train.health.hang_report import summary
@@ -337,7 +338,7 @@ def _soon_value(action: Any, seconds: float) -> Any:
 def _end(line: str) -> None:
     """This process, at once: its main thread is where nothing ends it. Launchers show the line as the cause."""
     with suppress(Exception):
-        peers.tell_launcher(line)
+        tell_launcher(line)
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()

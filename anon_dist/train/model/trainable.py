@@ -26,6 +26,8 @@ from anon_dist.train.model.pretrained import SavedWeights
 from anon_dist.train.model.recompute import recompute, set_budget
 
 log = logging.getLogger(__name__)
+LARGE = 50_000_000
+"""Parameters of a model that one means to train on a GPU."""
 
 
 def set_modes(config: Config, accelerator: Accelerator) -> None:
@@ -124,6 +126,20 @@ def shared_sequences(
 def uses_tf32(config: Config, accelerator: Accelerator) -> bool:
     """Whether products of float32 matrices are in TF32."""
     return config.train.precision == "fp32" and config.train.tf32 and accelerator.device.type == "cuda"
+
+
+def cpu_remarks(config: Config, device: torch.device, parameters: int) -> list[str]:
+    """A line where a run that means a GPU, by its precision or its size, is on the CPU."""
+    precision = config.train.precision
+    wishes = [f"train.precision is {precision}"] * (precision != "fp32")
+    wishes += [f"{parameters / 1e6:,.1f}M parameters are slow here"] * (parameters > LARGE)
+    if device.type != "cpu" or not wishes:
+        return []
+    if torch.cuda.is_available():
+        why = "though a GPU is here (use_cpu or --cpu of the launcher?)"
+    else:
+        why = "as torch finds no GPU here (nvidia-smi, CUDA_VISIBLE_DEVICES and torch.version.cuda say more)"
+    return [f"WARNING: this trains on the CPU, {why}, and {', and '.join(wishes)}"]
 
 
 def check_causal(config: Config, model: nn.Module, device: torch.device) -> None:

@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from anon_dist.train.reports.pace import Pace
+
 Record = dict[str, Any]
 """Of numbers, but for `WORDS`."""
 WORDS = frozenset({"slowest_host"})
@@ -89,35 +91,50 @@ def _record(line: bytes) -> Record | None:
     return record if line.endswith(b"\n") and isinstance(record, dict) and "step" in record else None
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Whose time left is told: tqdm's own takes a validation for a slow step."""
+
+    left: float | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """See tqdm."""
+        return {**super().format_dict, "left": "?" if self.left is None else tqdm.format_interval(self.left)}
+
+
 class Console:
     """The run as a person sees it: a line of a table for each record, and on a terminal a line of progress below."""
 
-    def __init__(self, steps: int, start: int) -> None:
+    def __init__(self, steps: int, start: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._bar = (
-            tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, bar_format=_PROGRESS)
+            _Bar(total=steps, initial=start, unit="step", dynamic_ncols=True, bar_format=_PROGRESS)
             if sys.stderr.isatty()
             else None
         )
         self._logged = ExitStack()
         if self._bar is not None:
             self._logged.enter_context(logging_redirect_tqdm())  # a warning stands above the bar, not in it
-        self._steps, self._start, self._began = steps, start, time.monotonic()
+        self._steps, self._pace = steps, Pace(steps, start, clock)
         self._shown: dict[str, str] = {}
 
-    def step(self) -> None:
-        """Move the bar on by a step."""
+    def step(self, step: int) -> None:
+        """Move the bar to what is taken now."""
+        self._pace.step(step)
         if self._bar is not None:
-            self._bar.update()
+            self._bar.left = self._pace.left()
+            self._bar.update(step - self._bar.n)
+
+    def pause(self) -> None:
+        """A validation, or a save, is over, if there was one."""
+        self._pace.pause()
 
     def record(self, record: Record) -> None:
         """Show a record of metrics."""
-        taken = int(record["step"]) - self._start
-        left = (time.monotonic() - self._began) / max(taken, 1) * (self._steps - int(record["step"]))
         if any(key.startswith(TASK) for key in record):
             for line in task_lines(record, self._steps):
                 self.say(line)
             return
-        self.say(table_line(record, self._steps, left if taken > 0 else None))
+        self.say(table_line(record, self._steps, self._pace.left()))
         if self._bar is not None:
             words = (("loss", "loss"), ("val_loss", "val"), ("tokens_per_s", "tok/s"), ("mfu", "mfu"))
             self._shown |= {word: _spelled(key, record[key]) for key, word in words if key in record}
@@ -138,7 +155,7 @@ class Console:
         self._logged.close()
 
 
-_PROGRESS = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_PROGRESS = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{left}{postfix}]"
 LINE = 100
 """Most columns of a line of the table."""
 _COLUMNS = (
