@@ -54,7 +54,7 @@ def spiked(run, config, action, at=9, jump=None, nan=None):
         folder = run(config)
     finally:
         patch.close()
-    spikes_known = (jump is None) * (action != "rewind") * (1 + (nan is not None))  # going back, it is forgotten
+    spikes_known = (jump is None) * (1 + (nan is not None))
     assert seen[-1].spikes.found == spikes_known  # on every rank
     assert seen[-1].rewinds == (jump is None) * (action == "rewind")
     return folder
