@@ -5,9 +5,11 @@ The rank kills itself in the middle of what is done there, so that nothing depen
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,7 +21,7 @@ from anon_dist.checkpoint.remote import Remote
 from anon_dist.train import learning, loop, rewind
 from anon_dist.train import run as runs
 from anon_dist.train.config.parsing import load_config
-from anon_dist.train.health import spikes
+from anon_dist.train.health import hangs, spikes
 from anon_dist.train.reports import report
 
 OUT, CONFIG, POINT = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -111,6 +113,33 @@ def uploading():
     return threading.current_thread().name == "uploads" and second()
 
 
+def stop():
+    """Rank 1 is stopped in step 5, as by SIGSTOP from elsewhere, and killed when the other has ended, which waits for it."""
+    hangs.ANSWER, hangs.ASK, hangs.PROXY, hangs.POLL = 4.0, 0.3, 0.7, 0.1
+    stopped, original = OUT / "stopped", loop.take_step
+
+    def state(pid, pattern):
+        return re.search(pattern, Path(f"/proc/{pid}/status").read_text())[1]
+
+    def take_step(run, *rest):
+        if run.step == 4 and RANK == 1:
+            if os.fork() == 0:
+                while not int(state(os.getppid(), r"ShdPnd:\s*(\w+)"), 16) & 1 << signal.SIGQUIT - 1:
+                    time.sleep(0.1)  # `run_ranks` sends it
+                print("\nKILLED", flush=True)
+                os.kill(os.getppid(), signal.SIGKILL)
+                os._exit(0)
+            stopped.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif run.step == 4:
+            while not stopped.exists() or state(stopped.read_text() or "self", r"State:\s*(\w)") != "T":
+                time.sleep(0.1)
+            run.pulse.limit = 2.0  # of this step
+        return original(run, *rest)
+
+    loop.take_step = take_step
+
+
 rewinds = rewind.rewind
 POINTS = {
     "": (0, lambda: None),
@@ -129,6 +158,7 @@ POINTS = {
     "loaded": (0, lambda: after(rewind, "resume_latest")),
     "written down": (0, lambda: after(rewind, "write_json")),
     "passed over": (1, lambda: after(rewind, "_go_on_at")),
+    "stopped": (RANK, stop),
     "gone back": (1, lambda: after(learning, "rewind")),
 }
 """Rank, and what it does to be killed there."""

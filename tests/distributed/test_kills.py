@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,22 @@ def test_in_a_save(command, tmp_path):
     assert complete(here) == [5, 7, 10, 15, 20, 23, 24]
     assert complete(tmp_path / "there") == list(range(1, 25))
     assert not (here / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero1.json", "zero2.json"])
+def test_a_rank_that_is_stopped_is_named(engine, command, tmp_path):
+    """Under torch's ZeRO-1, and under DeepSpeed's stages 1 and 2, whose gradients are reduced while the backward pass goes on."""
+    options = {"train__engine": engine, "checkpoint__every": 0}
+    if engine.endswith(".json"):
+        pytest.importorskip("deepspeed")
+        options |= {"train__engine": "deepspeed", "train__deepspeed_config": str(ZERO3.with_name(engine))}
+    command("run", "stopped", **options)
+    (summary,) = (tmp_path / "run").glob("hangs/*/summary.txt")
+    first, second, *_ = summary.read_text().splitlines()
+    assert first.startswith(f"This run waits for rank 1 on {socket.gethostname()}. ")
+    assert re.match(
+        r"  rank 1 on \S+, pid \d+: stopped \(by SIGSTOP, a terminal or a job scheduler\); after step 4, ", second
+    )
 
 
 GOING_BACK = ("a spike is known", "back to a checkpoint", "loaded in part", "loaded", "written down", "passed over")
