@@ -30,8 +30,8 @@ import numpy
 
 IMPORTS = ("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "accelerate")
 IMPORTS += ("transformers.trainer", "anon_dist.train.loop", "anon_dist.checkpoint.convert", "helpers")
-IMPORTS += ("deepspeed",)
-"""Those that there are. accelerate imports DeepSpeed in every run."""
+IMPORTS += ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
+"""Those that there are. accelerate imports DeepSpeed in every run, and DeepSpeed's Muon torch's compiler, whatever the optimizer."""
 
 
 class Parent:

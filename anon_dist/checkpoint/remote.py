@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,12 +48,15 @@ class _Counting(Callback):
 class Remote:
     """The checkpoints at an address.
 
+    Args:
+        pauses: seconds between attempts, of which there is one more.
+
     Raises:
         CheckpointError: fsspec does not know the address, or the package for it is not installed.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address.rstrip("/")
+    def __init__(self, address: str, pauses: Sequence[float] | None = None) -> None:
+        self.address, self._pauses = address.rstrip("/"), pauses
         self._fs, self._root = open_store(address, CheckpointError)
         self._in_bucket = scheme_of(address) in BUCKETS
         self._copied: list[tuple[str, dict[tuple[int, str], str]]] = []
@@ -280,7 +283,7 @@ class Remote:
         Raises:
             CheckpointError: all attempts failed; naming the last error. One of our own is raised at once.
         """
-        return tried(what, action, CheckpointError, PAUSES)
+        return tried(what, action, CheckpointError, PAUSES if self._pauses is None else self._pauses)
 
 
 def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:

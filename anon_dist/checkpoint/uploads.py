@@ -17,7 +17,16 @@ log = logging.getLogger(__name__)
 
 
 class TakenError(CheckpointError):
-    """An address is another run's, or another start's, now."""
+    """An address is another run's, or another start's, now.
+
+    Args:
+        what: is the matter.
+        remedy: said after it, and kept for those who show remedies apart.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}. {remedy[:1].upper()}{remedy[1:]}" if remedy else what)
+        self.what, self.remedy = what, remedy
 
 
 class Uploads:
@@ -78,13 +87,22 @@ class Uploads:
                 self._news.notify_all()
                 self._news.wait_for(lambda: self._wanted)
                 self._wanted, self._busy = False, True
-            self._error = None
+            self._error = self._copy_all()  # at once: `finish` may read it while another pass is under way
+
+    def _copy_all(self) -> Exception | None:
+        """The first error."""
+        found: Exception | None = None
+        try:
             for checkpoint in self._checkpoints.complete():
                 try:
                     self._copy(checkpoint)
                 except Exception as error:
                     log.error("%s", error)
-                    self._error = self._error or error
+                    found = found or error
+        except OSError as error:  # the folder cannot be listed
+            log.error("%s", error)
+            found = found or CheckpointError(f"{self._checkpoints.folder} cannot be read: {error}")
+        return found
 
     def _copy(self, checkpoint: Path) -> None:
         if self._is_there(checkpoint):

@@ -6,9 +6,7 @@ place in it, so that an interrupted reader goes on without reading the earlier p
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ import xxhash
 from anon_dist.data.config import OnBadText, TextUnit
 from anon_dist.data.errors import SourceError
 from anon_dist.data.remote_files import find_at
+from anon_dist.data.source_files import Version, find_files, stamp, unread
 from anon_dist.data.tally import UNREAD
 from anon_dist.data.texts import Found, Noted, TextReader
 from anon_dist.stores import is_address
@@ -35,15 +34,6 @@ class Cursor(NamedTuple):
 
 
 START = Cursor()
-
-
-class Version(NamedTuple):
-    """Which of its versions a file is."""
-
-    name: str
-    """As it is called among what was left out."""
-    stamp: str
-    """Nanoseconds of its last change, or what a store says of its content. Empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def open_source(
     reader = TextReader(text_field, text_unit, on_bad_text)
     if spec.startswith("hf:"):
         return HubSource(spec.removeprefix("hf:"), split, streaming, text_field, reader)
-    found = find_at(spec) if is_address(spec) else _find_files(spec)
+    found = find_at(spec) if is_address(spec) else find_files(spec)
     return FileSource(*found, reader, origin=spec)
 
 
@@ -277,11 +267,6 @@ class HubSource:
         return data
 
 
-def unread(hidden: int, special: int = 0) -> dict[str, int]:
-    """How many files are not opened, by kind, as `describe` says it."""
-    return {"hidden_files": hidden} | ({"special_files": special} if special else {})
-
-
 class SeveralSources:
     """Sources one after the other, as one."""
 
@@ -362,11 +347,6 @@ class LimitedSource:
             yield replace(item, after=Cursor(0, number))
 
 
-def stamp(stat: Any) -> str:
-    """What tells a version of a file from others, of what `os.stat` or a store says."""
-    return str(stat.stamp if hasattr(stat, "stamp") else stat.st_mtime_ns)
-
-
 def _item(text: Found, after: Cursor) -> Item:
     if isinstance(text, str):
         return Item(text, None, after)
@@ -376,39 +356,3 @@ def _item(text: Found, after: Cursor) -> Item:
 def _halves(name: str) -> tuple[str, str]:
     path, _, config = name.partition(":")
     return path, config
-
-
-def _find_files(spec: str) -> tuple[Path, list[Path], dict[str, int]]:
-    """Root, sorted files and how many were left out by kind, for a file, a folder or a glob."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return path.parent, [path], unread(0)
-    if path.is_dir():
-        root, found = path, _walk(path)
-    else:
-        pattern = str(path)
-        if not glob.has_magic(pattern):
-            raise SourceError(f"--source {spec}: no such file or folder. Give a path, a glob, hf:NAME or stdlib.")
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True, include_hidden=True) if not os.path.isdir(p))
-        root = Path(os.path.commonpath([p.parent for p in found])) if found else Path(".")
-    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    files = [p for p in shown if p.is_file()]
-    left = unread(len(found) - len(shown), len(shown) - len(files))
-    if not files:
-        raise SourceError(
-            f"--source {spec}: no files there ({len(found) - len(shown)} hidden ones left out). Give another path."
-        )
-    return root, files, left
-
-
-def _walk(root: Path) -> list[Path]:
-    """What is below a folder and no folder; links to folders are followed, and no folder is entered twice."""
-    found, entered = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in entered:
-            inner.clear()
-            continue
-        entered.add(real)
-        inner.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))  # type: ignore[misc]
-        found += [Path(folder, name) for name in names]
-    return sorted(found)

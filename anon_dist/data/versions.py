@@ -1,7 +1,8 @@
 """Which versions of a source's files a preparation reads: their times of change, or what a store says of their contents.
 
 An unfinished folder and a part hold them in `versions.json`. So an edit that keeps a file's size is found out, before a resume or a merge
-makes one corpus of two versions.
+makes one corpus of two versions. One that sets the time back too is not: the inode's time of change would tell, but it is another in each
+copy, and after each chmod and each hard link, all of which would be refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import NamedTuple
 from anon_dist.data.division import Share
 from anon_dist.data.errors import PreparationError
 from anon_dist.data.meter import say
-from anon_dist.data.sources import Source, Version
+from anon_dist.data.source_files import Version
+from anon_dist.data.sources import Source
 from anon_dist.files import write_json
 
 VERSIONS_FILE = "versions.json"

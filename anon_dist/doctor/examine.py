@@ -60,7 +60,8 @@ def _together(report: Report, config: Config | None, meeting: Meeting | None) ->
     if config is not None and not report.meeting:
         report.folder = storage.try_folder(Path(config.run_dir), token, meeting)
         if report.rank == 0 and config.checkpoint.remote is not None:
-            report.remote, report.remote_problem = config.checkpoint.remote, storage.try_address(config)
+            report.remote = config.checkpoint.remote
+            report.remote_problem, report.remote_remedy = storage.try_address(config)
         report.data, report.data_problem, _ = storage.data_of(config)
     report.kernel, report.kernel_problem = local.kernel()
     if meeting is not None:

@@ -98,6 +98,8 @@ def judge(nodes: Nodes, wanted: Wanted | None) -> list[Finding]:
     found = [_nodes(nodes), _versions(nodes), _devices(nodes)]
     if nodes.count > 1:
         found += [_interfaces(nodes), _ports(nodes), _clocks(nodes)]
+    elif any(report.interface.said_by and report.interface.problem for report in nodes.reports.values()):
+        found.append(_interfaces(nodes))  # gloo takes it also where a node is alone
     if wanted is not None:
         found += [_run_dir(nodes, wanted), _room(nodes, wanted), *_remote(nodes), _data(nodes)]
     else:
@@ -180,6 +182,9 @@ def _wrong_interfaces(nodes: Nodes) -> dict[int, str]:
 def _interfaces(nodes: Nodes) -> Finding:
     if wrong := _wrong_interfaces(nodes):
         text = "; ".join(f"{nodes.name(rank)}: {what}" for rank, what in wrong.items())
+        if nodes.count == 1:
+            variable = next(iter(nodes.reports.values())).interface.said_by.partition("=")[0]
+            return Finding("interface", "fail", text, f"unset {variable}, or name an interface that is there")
         right = {nodes.reports[rank].interface.towards or "the interface between the nodes" for rank in wrong}
         named = " or ".join(sorted(right))
         return Finding("interface", "fail", text, f"set INTERFACE (GLOO_ and NCCL_SOCKET_IFNAME) to {named} there")
@@ -299,8 +304,7 @@ def _remote(nodes: Nodes) -> list[Finding]:
     if found is None:
         return []
     if found.remote_problem:
-        remedy = "see to checkpoint.remote and to the right to write there, or leave it out"
-        return [Finding("remote", "fail", found.remote_problem, remedy)]
+        return [Finding("remote", "fail", found.remote_problem, found.remote_remedy)]
     return [Finding("remote", "ok", f"{found.remote}: can be written, and is this run's or nobody's")]
 
 

@@ -87,6 +87,7 @@ class Report:
     remote: str = ""
     """checkpoint.remote, where node 0 could write; "": none was named."""
     remote_problem: str = ""
+    remote_remedy: str = ""
     data: str = ""
     """Fingerprint of the data; "": none was named."""
     data_problem: str = ""

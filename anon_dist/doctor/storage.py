@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ from anon_dist.bench.memory import Bases, Job, Optimizer, memory
 from anon_dist.bench.shapes import shape_of
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.remote import Remote
+from anon_dist.checkpoint.uploads import TakenError
 from anon_dist.data import DataError, Index
 from anon_dist.doctor.meeting import Meeting
 from anon_dist.doctor.report import Folder
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.rounding import BLOCK
+from anon_dist.stores import scheme_of
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.saves.owner import Owner
 from anon_dist.train.saves.remote import checkpoints_of
@@ -32,6 +35,9 @@ SYNCS = 8
 SEEN_SECONDS = 15.0
 """How long a file may take to be seen from other nodes: network file systems ask again after seconds."""
 WRITE_SECONDS = 120.0
+ANSWER_SECONDS = 15.0
+"""For all that is asked of `checkpoint.remote`."""
+UNANSWERED = "see to checkpoint.remote, to the network and to the right to write there, or leave it out"
 
 
 def try_folder(path: Path, token: int, meeting: Meeting | None) -> Folder:
@@ -146,17 +152,32 @@ def _mounted(path: Path) -> str:
     return "" if best is None else f"{best.device} ({best.fstype})"
 
 
-def try_address(config: Config) -> str:
-    """What is wrong with `checkpoint.remote`: it cannot be written, or is another run's; "" if nothing is. Nothing is left there."""
+def try_address(config: Config) -> tuple[str, str]:
+    """What is wrong with `checkpoint.remote`, and what mends it: it cannot be written, does not answer in time, or is another run's; ""
+    if nothing is. Nothing is left there."""
     assert config.checkpoint.remote is not None
+    found = list[tuple[str, str]]()
+    looking = threading.Thread(target=lambda: found.append(_address_problem(config)), daemon=True)
+    looking.start()
+    looking.join(ANSWER_SECONDS)  # clients have attempts and limits of their own, up to minutes
+    if found:
+        return found[0]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    at = f" (AWS_ENDPOINT_URL={endpoint})" if endpoint and scheme_of(config.checkpoint.remote) in ("s3", "s3a") else ""
+    return f"{config.checkpoint.remote}{at} does not answer within {ANSWER_SECONDS:.0f} s", UNANSWERED
+
+
+def _address_problem(config: Config) -> tuple[str, str]:
     folder = Path(config.run_dir)
     try:
-        remote = Remote(config.checkpoint.remote)
+        remote = Remote(str(config.checkpoint.remote), pauses=())
         Owner(config, folder).check(remote, checkpoints_of(folder, config.checkpoint))
         remote.probe()
+    except TakenError as error:
+        return error.what, error.remedy
     except CheckpointError as error:
-        return str(error)
-    return ""
+        return str(error), UNANSWERED
+    return "", ""
 
 
 # -- what a run needs -------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def check_alike(values: Mapping[str, Any], seconds: float) -> bool:
         names = ", ".join(key.rpartition("/")[2] for key in missing[: peers.NAMES])
         raise EngineError(
             f"{len(missing)} of {ranks} ranks did not come within {seconds:.0f} s (rank {names}); see what their nodes say"
+            f"{peers.restarts_remedy()}"
         )
     digests = [found.decode() for found in store.multi_get(keys)]
     if len(set(digests)) > 1:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -222,7 +224,42 @@ def store(seconds: float) -> Store:
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
     )
-    return PrefixStore(f"anon_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
+    return PrefixStore(f"anon_dist/{_attempt()}", met)
+
+
+def _attempt() -> str:
+    """Of torchrun's restarts, where its store outlives them. Rank 0's is a new one each time; and there launchers of several nodes may
+    count otherwise: who restarts since others do has not failed."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+
+
+def restarts_remedy() -> str:
+    """What to say besides, where launchers of several nodes restart ranks over one store: some count restarts that others do not."""
+    nodes, restarts = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if nodes == "1" or restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    return "; for restarts with c10d, export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes (launch/multinode does)"
+
+
+@contextlib.contextmanager
+def new_keys() -> Iterator[None]:
+    """A block in which the first process group is made: of a restarted node that is alone it meets no key of the attempt before.
+
+    Torchrun's c10d keeps one store for all attempts, in which torch 2.13 leaves the addresses of ranks that are dead: gloo connects to
+    these, if they are not replaced in time, and the restart fails.
+    """
+    module: Any = import_module("torch.distributed.rendezvous")  # of which torch.distributed has the function
+    create = getattr(module, "_create_c10d_store", None)
+    if create is None or _attempt() == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        yield
+        return
+    prefix = f"attempt/{_attempt()}"
+    module._create_c10d_store = lambda *args, **options: PrefixStore(prefix, create(*args, **options))
+    try:
+        yield
+    finally:
+        module._create_c10d_store = create
 
 
 def _hang_up() -> None:

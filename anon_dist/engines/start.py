@@ -110,7 +110,7 @@ def start(wanted: Wanted, alike: Mapping[str, Any] | None = None, **accelerator_
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if name == "deepspeed":
             spare_inference_operator()
-    with peers.connecting():
+    with peers.connecting(), peers.new_keys():
         if on_cpu and as_device and "LOCAL_RANK" in os.environ:
             cpu.bring_up_processes(wanted.timeout)
         accelerator = Accelerator(

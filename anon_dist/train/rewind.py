@@ -20,7 +20,7 @@ from anon_dist.train.run import Run, resume_latest
 log = logging.getLogger(__name__)
 
 FILE = "rewinds.json"
-"""Of the run's folder: by which the samples were passed over, in their order."""
+"""Of the run's folder: by which the samples were passed over, in their order; and how many spikes there had been."""
 
 
 def rewind(run: Run, spike: Judged) -> Record | None:
@@ -38,7 +38,7 @@ def rewind(run: Run, spike: Judged) -> Record | None:
     present, error = first_does(run.checkpoints.present)
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be read: {error}")
-    bad, cursor, count = run.step, run.loader.cursor, run.rewinds
+    bad, cursor, count, spikes = run.step, run.loader.cursor, run.rewinds, run.spikes.found
     if not present:
         _say(
             f"step {bad} is a spike, and there is no checkpoint yet to go back to: the step was none, and the run goes on"
@@ -53,7 +53,7 @@ def rewind(run: Run, spike: Judged) -> Record | None:
     resume_latest(run, present, run.wanted)
     run.gammas.restart()
     passed = cursor - run.loader.cursor
-    entry = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor}
+    entry = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor, "spikes": spikes}
     _, error = first_does(lambda: write_json(run.folder / FILE, [*_entries(run.folder, count), entry]))
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
@@ -66,6 +66,7 @@ def rewind(run: Run, spike: Judged) -> Record | None:
     return {
         "step": run.step,
         "samples": cursor,
+        "spikes": spikes,
         "rewinds": count + 1,
         "rewound_from": bad,
         "samples_passed_over": passed,
@@ -91,7 +92,7 @@ def steps_repeated(run: Run) -> int:
 
 
 def _go_on_at(run: Run, entry: dict[str, Any]) -> None:
-    run.rewinds = entry["rewinds"]
+    run.rewinds, run.spikes.found = entry["rewinds"], entry["spikes"]  # the checkpoint is of before
     run.loader.pass_over(entry["cursor"])
 
 
@@ -99,7 +100,11 @@ def _entries(folder: Path, count: int | None) -> list[dict[str, Any]]:
     """The first of them; what a damaged file says is lost."""
     try:
         found = json.loads((folder / FILE).read_text())
-        return [{key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found][:count]
+        entries = [{key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found]
+        # Earlier versions did not count them here: each rewind was one.
+        return [
+            {**ours, "spikes": int(e.get("spikes", ours["rewinds"]))} for ours, e in zip(entries, found, strict=True)
+        ][:count]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -10,6 +10,11 @@ if [ -n "$INTERFACE" ]; then
   export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 fi
 
+# c10d keeps one store for all attempts, in which ranks meet the addresses of those that are dead (torch 2.13): rather a new one for each.
+if [ "${RENDEZVOUS:-}" = c10d ]; then
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+fi
+
 need_rank_and_address() {
   : "${NODE_RANK:?set NODE_RANK: 0 on the first node, 1 on the second, ...}" "${MASTER_ADDR:?set MASTER_ADDR: an address of node 0}"
 }

@@ -70,7 +70,7 @@ from helpers import (
     write_tasks,
 )
 from launch_cases import Patch, raises, run_cases, shared_folder
-from spike_cases import check_spikes, check_straggler
+from spike_cases import check_nan, check_spikes, check_straggler
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
 # What an engine may meet: odd sizes, and on some rank an empty shard.
@@ -1125,6 +1125,11 @@ def case_what_tensor_parallelism_cannot_split_is_refused():
 
 def case_spikes_are_met_by_all_ranks():
     check_spikes(run, lambda: run_config(DATA, shared_folder(OUT), engine="fsdp2"))
+
+
+def case_a_nan_in_the_gradient_of_one_rank():
+    for engine in ("ddp", "fsdp2", "zero1"):
+        check_nan(run, lambda engine=engine: run_config(DATA, shared_folder(OUT), engine=engine))
 
 
 def case_the_slow_rank_is_told():

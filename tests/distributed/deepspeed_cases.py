@@ -32,7 +32,7 @@ from helpers import (
     write_tasks,
 )
 from launch_cases import Patch, raises, run_cases, shared_folder
-from spike_cases import check_spikes
+from spike_cases import check_nan, check_spikes
 from torch import nn
 
 from anon_dist import Anon
@@ -754,7 +754,8 @@ def case_replicas_that_drift_apart_are_noticed():
 def case_steps_with_nan_are_skipped():
     """On every rank, though only rank 1 sees the NaN; the step count stays."""
     original = loop.Batch.losses
-    for name in ("zero0", "zero2", "zero3"):
+    check_nan(run, lambda: run_config("zero1", shared_folder(OUT)), ("rewind",))
+    for name in ("zero0", "zero1", "zero2", "zero3"):
         config = run_config(name, shared_folder(OUT))
         config.eval.every = 0
         calls = []

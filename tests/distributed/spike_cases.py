@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from launch_cases import Patch
 
@@ -54,7 +55,7 @@ def spiked(run, config, action, at=9, jump=None, nan=None):
         folder = run(config)
     finally:
         patch.close()
-    spikes_known = (jump is None) * (action != "rewind") * (1 + (nan is not None))  # going back, it is forgotten
+    spikes_known = (jump is None) * (1 + (nan is not None))
     assert seen[-1].spikes.found == spikes_known  # on every rank
     assert seen[-1].rewinds == (jump is None) * (action == "rewind")
     return folder
@@ -95,6 +96,87 @@ def check_spikes(run, config_of, other=None):
                     others,
                     theirs,
                 )
+
+
+def with_nan(run, config, at, action=None, jump=None):
+    """A run of 8 steps, in one of which the loss of rank 1 is finite, and its gradient NaN; its folder.
+
+    `action`: None: there is none, the optimizer is not called in that step; or with `jump` so many samples are passed over by hand after
+    the step before the first of them.
+    """
+    config.train.on_spike, config.train.steps, config.eval.every = action or "record", 8, 0
+    patch, seen = Patch(), []
+    losses, take_step, advance = loop.Batch.losses, loop.take_step, BatchLoader.advance
+
+    def poisoned(batch, model, *args, **options):
+        found = losses(batch, model, *args, **options)
+        if action and dist.get_rank() == 1 and model.training and seen[-1].loader.cursor == 8 * (at - 1):
+            found.register_hook(lambda gradient: gradient * math.nan)
+        return found
+
+    def told(run, *rest):
+        seen.append(run)
+        if action or jump or run.step + 1 != at:
+            return take_step(run, *rest)
+        stepped, run.engine.step = run.engine.step, lambda lr, clip, veto: left_out(run, veto)
+        try:
+            return take_step(run, *rest)
+        finally:
+            run.engine.step = stepped
+
+    def left_out(run, veto):
+        for p in run.engine.model.parameters():
+            p.grad = None
+        veto(torch.tensor(1.0))
+        return torch.tensor(1.0)
+
+    def jumps(loader):
+        if advance(loader) == 8 * 4 and jump:
+            loader.pass_over(loader.cursor + jump)
+        return loader.cursor
+
+    for target, name, value in (
+        (loop, "take_step", told),
+        (BatchLoader, "advance", jumps),
+        (loop.Batch, "losses", poisoned),
+    ):
+        patch.setattr(target, name, value)
+    try:
+        folder = run(config)
+    finally:
+        patch.close()
+    last = seen[-1]
+    found = torch.tensor([last.spikes.found, last.rewinds, last.skipped, last.step, last.loader.cursor])
+    everywhere = [torch.zeros_like(found) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, found)
+    assert all(found.equal(other) for other in everywhere), everywhere
+    assert found[:2].tolist() == [int(action is not None), int(action == "rewind")], found
+    return folder
+
+
+def check_nan(run, config_of, actions=("record", "skip", "rewind"), at=6):
+    """A gradient of one rank is NaN: the step is none on every rank, whatever is done about spikes, and is counted once; the weights are
+    those of a run that did not take it, or that passed over the samples by hand."""
+
+    def weights(folder):
+        return (Path(folder) / "model" / "model.safetensors").read_bytes()
+
+    folders = {action: with_nan(run, config_of(), at, action) for action in actions}
+    jumps = {8 * (at - 4) if action == "rewind" else None for action in actions}
+    by_hand = {jump: with_nan(run, config_of(), at, jump=jump) for jump in sorted(jumps, key=str)}
+    if dist.get_rank() == 0:
+        for action, folder in folders.items():
+            other = by_hand[8 * (at - 4) if action == "rewind" else None]
+            (steps, back), (wanted, _) = records(folder), records(other)
+            none = [t for t, r in steps.items() if r.get("skipped")]
+            assert none == ([] if action == "rewind" else [at]), (action, none)
+            assert [(r["step"], r["rewound_from"]) for r in back] == [(4, at)] * (action == "rewind")
+            assert steps[8]["spikes"] == 1
+            assert weights(folder) == weights(other), action
+            for key in ("loss", "update_rms", "refreshes", "lr"):
+                ours, theirs = ([r[key] for r in found.values()] for found in (steps, wanted))
+                assert ours == theirs, (action, key, ours, theirs)
+            assert steps[8]["samples"] == 8 * 8 + 8 * (at - 4) * (action == "rewind")
 
 
 def check_straggler(run, config):

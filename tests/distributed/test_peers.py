@@ -208,3 +208,31 @@ def test_one_process_has_no_note(monkeypatch):
         raise ValueError("wrong")
     assert not hasattr(raised.value, "__notes__")
     assert time.monotonic() - since < peers.WAIT_SECONDS
+
+
+def test_a_restarted_node_meets_no_key_of_the_attempt_before(monkeypatch):
+    """torchrun's c10d keeps the store: in it are the addresses of ranks that are dead."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3", "GROUP_WORLD_SIZE": "1"}
+
+    def met():
+        with peers.new_keys():
+            return next(dist.rendezvous("env://"))[0]
+
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for store in (next(dist.rendezvous("env://"))[0], peers.store(30)):
+        store.set("address", "of the dead")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "4")
+    assert not met().check(["address"])
+    assert not peers.store(30).check(["address"])
+    met().set("address", "of the living")
+    assert met().get("address") == b"of the living"
+    assert next(dist.rendezvous("env://"))[0].get("address") == b"of the dead"  # torch's own, outside of the block
+    # Launchers of several nodes may count otherwise. With a store for each attempt, their ranks meet all the same.
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    ours = peers.store(30)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "5")
+    ours.set("who", "rank 0")
+    assert peers.store(30).check(["who"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.network import chosen_interface
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
 from anon_dist.doctor.report import Folder, Interface, Peer, Report
@@ -241,3 +242,18 @@ def test_launchers_say_which_node_this_is(variables, place):
 def test_without_an_address_of_node_0_it_is_asked_for():
     with pytest.raises(PlaceError, match="--master-addr"):
         find(Doctor(node_rank=1, num_nodes=2), {})
+
+
+def test_a_node_that_is_alone_has_the_interface_that_is_named(monkeypatch):
+    """gloo takes it there too, and would not begin."""
+
+    def told(name):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+        report = Report(0, "node-a", interface=chosen_interface(Place(), "gloo"))
+        return [f for f in judge(Nodes({0: report}, {}, {}), None) if f.check == "interface"]
+
+    (finding,) = told("eth9")
+    assert finding.level == "fail"
+    assert finding.text.startswith("node-a: GLOO_SOCKET_IFNAME=eth9: no interface of this node has that name")
+    assert finding.remedy == "unset GLOO_SOCKET_IFNAME, or name an interface that is there"
+    assert told("lo") == []

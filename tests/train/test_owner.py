@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import fsspec
 import pytest
@@ -94,24 +95,41 @@ def test_the_doctor_says_whose_it_is_and_leaves_nothing_there(first, address, tm
     def told(folder):
         config = c.Config(optim=c.OptimConfig(lr=1e-3), run_dir=str(folder))
         config.checkpoint.remote = address
-        reports[0].remote, reports[0].remote_problem = address, storage.try_address(config)
+        reports[0].remote = address
+        reports[0].remote_problem, reports[0].remote_remedy = storage.try_address(config)
         (found,) = (f for f in judge(Nodes(reports, {}, {}), wanted) if f.check == "remote")
-        return found.level, found.text
+        return found.level, found.text, found.remedy
 
-    assert told(first) == ("ok", f"{address}: can be written, and is this run's or nobody's")
-    level, text = told(tmp_path / "b")
+    assert told(first) == ("ok", f"{address}: can be written, and is this run's or nobody's", "")
+    level, text, remedy = told(tmp_path / "b")
     assert level == "fail"
     assert text.startswith(f"{address} is of the run {first}, ")
+    assert text.endswith(": each run needs an address of its own")
+    assert remedy == f"set another one; or, if this run is to go on with what is there, remove {address}/owner.json"
     monkeypatch.setattr(type(store), "pipe_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("Forbidden")))
-    assert told(first) == ("fail", f"{address} cannot be written: PermissionError: Forbidden")
+    level, text, remedy = told(first)
+    assert (level, text) == ("fail", f"{address} cannot be written: PermissionError: Forbidden")
+    assert "the right to write there" in remedy
     assert store.find(str(tmp_path)) == before
+
+
+def test_the_doctor_does_not_wait_for_an_address_that_does_not_answer(address, tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", lambda *_, **__: answer.wait(60))
+    config = c.Config(run_dir=str(tmp_path / "run"))
+    config.checkpoint.remote = address
+    problem, remedy = storage.try_address(config)
+    answer.set()
+    assert problem == f"{address} does not answer within 0 s"
+    assert "network" in remedy
 
 
 @pytest.mark.parametrize("resume", ["never", "FOLDER"])
 def test_a_run_that_begins_anew_writes_over_no_checkpoints(resume, first, address):
     shutil.rmtree(first)
     with pytest.raises(
-        CheckpointError, match=rf"has checkpoints, up to step 4, and resume is {resume}: set another address"
+        CheckpointError, match=rf"has checkpoints, up to step 4, and resume is {resume}. Set another address"
     ):
         claim(address, first, resume=resume)
 

@@ -192,6 +192,8 @@ def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeyp
     assert told["spike_loss"] > 30
     records = by_step(folder)
     assert list(records) == list(range(1, 21))
+    counted = [told["spikes"], *(records[t].get("spikes", 0) for t in (12, 13, 20))]
+    assert counted == [1, 0, 1, 1]  # step 12 was taken before
     assert records[20]["samples"] == 20 * 8 + passed
     assert f"Gone back to step 12, and past the {passed} samples since (time 1 of 3)" in caplog.text
     back = 3 + late  # trackers count on, or they would drop what comes again
@@ -225,13 +227,15 @@ def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path,
     assert {theirs - ours for ours, theirs in tracked} == {3}
     assert "The samples up to 120 are passed over, as before: there was a spike in step 15." in caplog.text
     a, b = by_step(whole), by_step(resumed)
-    assert [(r["loss"], r["samples"], r.get("rewinds")) for r in a.values()] == [
-        (r["loss"], r["samples"], r.get("rewinds")) for r in b.values()
-    ]
+    told = ("loss", "samples", "rewinds", "spikes")
+    assert [[r.get(k) for k in told] for r in a.values()] == [[r.get(k) for k in told] for r in b.values()]
+    assert a[20]["spikes"] == 1
 
     poison(range(15, 40))
+    end = tmp_path / "end"
     with pytest.raises(RunError, match=r"the run has gone back 2 times already \(train.max_rewinds\)"):
-        train(run_config(**options, run_dir=str(tmp_path / "end"), train__max_rewinds=2))
+        train(run_config(**options, run_dir=str(end), train__max_rewinds=2))
+    assert [(e["rewinds"], e["spikes"]) for e in json.loads((end / "rewinds.json").read_text())] == [(1, 1), (2, 2)]
 
 
 def test_a_spike_before_the_first_checkpoint_is_skipped(run_config, train, poison, caplog):

@@ -73,15 +73,15 @@ class Owner:
         found = remote.owner()  # none, also where an older version wrote: the first to come has it
         here = self._here()
         if found is not None and (why := self._differs(found, here)):
-            raise CheckpointError(
+            raise TakenError(
                 f"{remote.address} is of the run {found.get('run_dir')}, last started on {found.get('host', 'a machine')} at "
-                f"{found.get('since', 'some time')} ({why}): each run needs an address of its own. Set another one; or, if this run is "
-                f"to go on with what is there, remove {remote.address}/{OWNER}"
+                f"{found.get('since', 'some time')} ({why}): each run needs an address of its own",
+                f"set another one; or, if this run is to go on with what is there, remove {remote.address}/{OWNER}",
             )
         if self._config.resume != "auto" and not checkpoints.present() and (steps := remote.steps()):
-            raise CheckpointError(
-                f"{remote.address} has checkpoints, up to step {steps[-1]}, and resume is {self._config.resume}: set another address, or "
-                "--resume auto, which goes on from them"
+            raise TakenError(
+                f"{remote.address} has checkpoints, up to step {steps[-1]}, and resume is {self._config.resume}",
+                "set another address, or --resume auto, which goes on from them",
             )
         return found
 
