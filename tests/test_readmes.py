@@ -226,9 +226,9 @@ def sweep(command: str, monkeypatch) -> None:
 
 
 class Measured:
-    """Spectra by which γ changes nothing."""
+    """Spectra by which γ changes nothing, in the quickstart's bases."""
 
-    frames = ()
+    frames = ("transformer.wte.weight",)
 
     def to_json(self):
         return {}
@@ -251,7 +251,8 @@ def checkpoint(command: str, monkeypatch) -> None:
     name = "adamw" if "--optimizer anon" in command else "anon"
     source = Path(f"runs/checkpoint-{name}/checkpoints/step-00000002")
     if not source.exists():
-        train(["--config", "quickstart", *SHORT, "--optim.name", name, "--run-dir", f"runs/checkpoint-{name}"])
+        settings = ["--optim.name", name, "--optim.basis", "None", "--run-dir", f"runs/checkpoint-{name}"]
+        train(["--config", "quickstart", *SHORT, *settings])
     target = "converted-" + "".join(c for c in command if c.isalnum())
     if "verify" in command:
         target = "converted"

@@ -31,7 +31,7 @@ def refuse_flattened(engine: str, optimizer: Optimizer) -> None:
             raise EngineError(
                 f"basis is {group['basis']!r} in param group {index}, and {engine} cuts matrices into flat parts, within rows, which a "
                 "basis needs whole: use FSDP2, DDP, ZeroRedundancyOptimizer (train.engine fsdp2, ddp, zero1) or DeepSpeed's stage 3, or "
-                "basis None"
+                "basis None (optim.basis None in a training configuration)"
             )
 
 

@@ -79,7 +79,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
     if turned and engine == "fsdp1":
         raise CheckpointError(
             f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: go on under fsdp2, ddp or zero1 with "
-            f"optim.basis none, which turns them back, to the next checkpoint, and under {engine} from there"
+            f"optim.basis None, which turns them back, to the next checkpoint, and under {engine} from there"
         )
     turned |= any(group["basis"] for group in optimizer.param_groups)
     if not turned:

@@ -58,7 +58,7 @@ def make(name):
 
 def read(source):
     """Stage 0 in float32 numbers its parameters, and some that are alike are of one shape."""
-    if source in ("frozen_group_0", "muon_0"):
+    if source in ("adafactor_0", "frozen_group_0", "lora_0", "muon_0"):
         return ReadOptions(names=[n for group in told(source)["members"] for n in group])
     return ReadOptions()
 
