@@ -120,7 +120,7 @@ class Anon(Saved):
         """Add a param group; values it does not give are the defaults.
 
         Raises:
-            ValueError: a hyperparameter is out of its range.
+            ValueError: a hyperparameter is out of its range, or a parameter appears twice.
             TypeError: a parameter is complex.
         """
         super().add_param_group(param_group)
@@ -128,6 +128,8 @@ class Anon(Saved):
         try:
             normalise(group)
             validate(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("Anon: a parameter appears more than once in a param group; give each once")
             if any(p.is_complex() for p in group["params"]):
                 raise TypeError("Anon: complex parameters are not supported; optimize torch.view_as_real(parameter)")
         except (TypeError, ValueError):

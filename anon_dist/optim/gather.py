@@ -22,9 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from anon_dist.optim import flat
 from anon_dist.optim.backends.layout import ADDRESSES, Addresses, Lists, addresses_of, chosen, table
-from anon_dist.optim.state import EXPONENTS, STATE_KEYS, local
-
-LAST_STEP = 1 << 24
+from anon_dist.optim.state import EXPONENTS, LAST_STEP, STATE_KEYS, local
 
 Group = Mapping[str, Any]
 States = Mapping[Tensor, dict[str, Any]]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anon_dist.optim import flat, update
@@ -61,7 +62,35 @@ def checked(groups: Groups, states: Mapping[Any, dict[str, Any]]) -> LazyState:
     for p, values in states.items():
         if p in names:
             found[p] = checked_state(names[p], p, values, state_dtypes(group_of[p]), group_of[p])
+    _warn_of_damage(found, names)
     return found
+
+
+def _warn_of_damage(states: States, names: Mapping[Tensor, str]) -> None:
+    """Warn, once, of loaded values that no step makes of finite gradients.
+
+    They are taken all the same: the state of a run that has diverged may be copied and saved as any other.
+    """
+    kinds = {"precond": "not positive", "exp_avg_sq": "negative or no number"}
+    flags: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for p, own in states.items():
+        for key, values in ((key, local(own[key])) for key in kinds):
+            if not values.is_meta:
+                fine = (values > 0.0 if key == "precond" else values >= 0.0).all()
+                flags.setdefault(values.device, []).append((f"{key} of {names[p]} is {kinds[key]}", fine))
+    wrong = [
+        what
+        for of_device in flags.values()
+        for (what, _), fine in zip(of_device, torch.stack([fine for _, fine in of_device]).tolist(), strict=True)
+        if not fine
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more are not right" if len(wrong) > 1 else ""
+        warnings.warn(
+            f"Anon: in the loaded state some of {wrong[0]}{more}: the file is damaged, or the run had diverged. These elements do not "
+            "recover. Load another checkpoint; or load the weights alone and start Anon's state afresh",
+            stacklevel=5,
+        )
 
 
 def complete(groups: Groups, states: States) -> None:

@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anon_dist.optim import update
-from anon_dist.optim.hyper import state_dtypes
+from anon_dist.optim.hyper import state_dtypes, validate
 from anon_dist.optim.plan import STORED, StepPlan, Variant
 from anon_dist.optim.schedule import Phase, Schedule, Window, schedule
 
@@ -73,6 +74,11 @@ class Record:
         block = group["basis_block"] if group["basis"] else 0  # without a basis it means nothing
         return cls(since=since, beta2=group["betas"][1], basis_block=block, **values)
 
+    @property
+    def phase(self) -> Phase:
+        """What of it the schedule depends on."""
+        return Phase(self.since, self.refresh_ratio, self.beta2, self.window, self.max_interval)
+
     def values(self) -> dict[str, Any]:
         """The hyperparameters in it."""
         return {name: getattr(self, name) for name in RECORDED}
@@ -104,7 +110,7 @@ class Regime:
     @cached_property
     def schedule(self) -> Schedule:
         """When the preconditioner is refreshed, past changes included."""
-        return schedule(*(Phase(r.since, r.refresh_ratio, r.beta2, r.window, r.max_interval) for r in self.history))
+        return schedule(*(record.phase for record in _merged(self.history)))
 
     @cached_property
     def precond_dtype(self) -> torch.dtype:
@@ -245,7 +251,56 @@ class Regime:
                 f"{self.why_not(present)}. Set it in param_groups: it takes effect at the next refresh"
             )
         earlier = tuple(record for record in self.history if record.since < taken)
-        return _text((*earlier, Record.of({**changed, "gamma": wanted}, taken))), wanted
+        return _text(_merged((*earlier, Record.of({**changed, "gamma": wanted}, taken)))), wanted
+
+
+def check_history(index: int, group: Mapping[str, Any]) -> None:
+    """Refuse a loaded history that is damaged, or that a newer version has written.
+
+    Raises:
+        ValueError: naming the param group and the remedy.
+    """
+    try:
+        records = json.loads(group[HISTORY]) if isinstance(group[HISTORY], str) else None
+        wrong = _wrong(records, group)
+    except (ValueError, TypeError, RecursionError) as error:
+        wrong = f"is damaged ({str(error).removeprefix('Anon: ')})"
+    if wrong:
+        raise ValueError(
+            f"Anon: {HISTORY} of param group {index} {wrong}. Load another checkpoint; or load the weights alone and start Anon's state "
+            "afresh"
+        )
+
+
+def _wrong(records: Any, group: Mapping[str, Any]) -> str | None:
+    """What is wrong with records of a history, or with none; ValueError and TypeError where a value is out of its range."""
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        return "is damaged (it is no list of records)"
+    known = {field.name: field.default is MISSING for field in fields(Record)}
+    if foreign := sorted({key for record in records for key in record} - set(known)):
+        return f"was written by a newer version of anon_dist: fields {', '.join(foreign)}. Install that version"
+    needed = {name for name, always in known.items() if always}
+    if lacking := sorted({key for record in records for key in needed - set(record)}):
+        return f"is damaged (fields {', '.join(lacking)} are missing)"
+    counts = [count for record in records for count in (record["since"], record.get("turned_at", 0))]
+    since = counts[::2]
+    if not all(type(count) is int for count in counts) or since[0] != 0 or any(a >= b for a, b in pairwise(since)):
+        return f"is damaged (its records begin after the steps {since}, and should follow each other from 0 on)"
+    for record in records:
+        values = {key: value for key, value in record.items() if key in group and (key != "basis_block" or value)}
+        validate({**group, **values, "betas": (group["betas"][0], record["beta2"])})
+        validate({**group, "gamma": record.get("gamma_before", 1.0)})
+    return None
+
+
+def _merged(records: tuple[Record, ...]) -> tuple[Record, ...]:
+    """The records; of neighbours that are alike for the schedule only the last, which begins where the first did."""
+    kept: list[Record] = []
+    for record in records:
+        if kept and replace(record.phase, since=kept[-1].since) == kept[-1].phase:
+            record = replace(record, since=kept.pop().since)
+        kept.append(record)
+    return tuple(kept)
 
 
 def from_earlier_version(history: str) -> tuple[str, int, float]:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from anon_dist.optim.hyper import normalise, validate, warn_of_replaced
 from anon_dist.optim.members import allocate, checked, complete
-from anon_dist.optim.regime import HISTORY, Regime
+from anon_dist.optim.regime import HISTORY, Regime, check_history
 from anon_dist.optim.state import decoded, in_own_dtypes
 from anon_dist.optim.stepper import Stepper
 
@@ -45,7 +45,8 @@ class Saved(Optimizer):
         the same (learning rates aside). Parameters that have no state in it start afresh, with a warning if others have some.
 
         Raises:
-            ValueError: another optimizer's state, a state of another shape or sharding, or hyperparameters out of range.
+            ValueError: another optimizer's state, a state of another shape or sharding, one that is damaged, or hyperparameters out of
+                range. Nothing has been replaced then.
         """
         self.settle()
         before = [dict(group) for group in self.param_groups]
@@ -63,10 +64,13 @@ class Saved(Optimizer):
         """Take over param groups and states (from `load_state_dict`, `copy` or `pickle`), checked before anything is replaced."""
         known = {**self.__dict__, **state}
         groups = [{**known.get("defaults", {}), **group} for group in known.get("param_groups", [])]
-        for group in groups:
+        for index, group in enumerate(groups):
             normalise(group)
             validate(group)
-            group.setdefault(HISTORY, Regime(group).fresh())
+            if HISTORY in group:
+                check_history(index, group)
+            else:
+                group[HISTORY] = Regime(group).fresh()
         super().__setstate__({**state, "param_groups": groups, "state": checked(groups, known.get("state", {}))})
         if "_stepper" not in self.__dict__:  # copied, or from a pickle
             self._stepper = Stepper()

@@ -18,6 +18,9 @@ from typing import Literal
 KNOWN_STEPS = 1024
 """So many steps are remembered: each parameter of a group asks for one, and most for the same."""
 
+NEVER = 1 << 62
+"""A step that no run comes to."""
+
 Window = int | Literal["auto"] | None
 
 WINDOW_BITS = 24
@@ -108,6 +111,31 @@ class _Stretch:
         return self.accumulated + max(0, self.last - self.window_start + 1)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Stretches of one length under one phase, each from a refresh to the next: `max_interval` has set in."""
+
+    start: int
+    """The refresh that the first one begins after."""
+    interval: int
+    last: int
+    """The last refresh: `start` and a multiple of `interval`."""
+    phase: Phase
+
+    def ending(self, target: int) -> _Stretch:
+        """The stretch that ends at a refresh of the run."""
+        previous = target - self.interval
+        return _Stretch(previous + 1, target, previous, target, self.phase, 0.0, 0)
+
+    def around(self, step: int) -> _Stretch:
+        """The stretch with this step."""
+        return self.ending(step + (self.start - step) % self.interval)
+
+    def refreshes(self, until: int) -> range:
+        """Those up to a step."""
+        return range(self.start + self.interval, min(self.last, until) + 1, self.interval)
+
+
 class Schedule:
     """What is due in every step t = 1, 2, … under a sequence of phases.
 
@@ -120,12 +148,13 @@ class Schedule:
         if not phases or phases[0].since != 0 or any(a.since >= b.since for a, b in pairwise(phases)):
             raise ValueError(f"phases must start at step 0 and follow each other, not {phases}")
         self._phases = phases
-        self._stretches = [self._stretch(1, 0, 1, 0, 0.0, 0)]
-        self._lasts = [self._stretches[0].last]
+        first = self._stretch(1, 0, 1, 0, 0.0, 0)
+        self._stretches: list[_Stretch | _Run] = [first]
+        self._lasts = [first.last]
         self._known: dict[int, ScheduledStep] = {}
 
     def at(self, step: int) -> ScheduledStep:
-        """What is due in `step` ≥ 1. Amortised O(log t): stretches are made as far as asked."""
+        """What is due in `step` ≥ 1. Amortised O(log t): stretches are made as far as asked, and those of one length at once."""
         if known := self._known.get(step):
             return known
         if len(self._known) >= KNOWN_STEPS:
@@ -137,7 +166,8 @@ class Schedule:
             raise ValueError(f"steps count from 1, not {step}")
         while self._lasts[-1] < step:
             self._extend()
-        stretch = self._stretches[bisect_left(self._lasts, step)]
+        found = self._stretches[bisect_left(self._lasts, step)]
+        stretch = found.around(step) if isinstance(found, _Run) else found
         refresh = step == stretch.target
         return ScheduledStep(
             accumulate=step >= stretch.window_start,
@@ -151,18 +181,29 @@ class Schedule:
         """All refresh steps a_k ≤ until."""
         while self._lasts[-1] < until:
             self._extend()
-        return [s.target for s in self._stretches if s.last == s.target <= until]
+        found: list[int] = []
+        for s in self._stretches:
+            if isinstance(s, _Run):
+                found += s.refreshes(until)
+            elif s.last == s.target <= until:
+                found.append(s.target)
+        return found
 
     def _extend(self) -> None:
         """Make the stretch that follows the last one: on to the next refresh, or, if a new phase has cut the last one short, on to the
         target that the new phase gives the same refresh."""
-        done = self._stretches[-1]
+        last = self._stretches[-1]
+        done = last.ending(last.last) if isinstance(last, _Run) else last
         index = self._phases.index(done.phase)
         if index + 1 < len(self._phases) and self._phases[index + 1].since == done.last:
             index += 1
         phase = self._phases[index]
         if done.last == done.target:
             target = phase.refresh_after(done.target)
+            if target - done.target == phase.max_interval and (run := self._run(done.target, target, index)):
+                self._stretches.append(run)
+                self._lasts.append(run.last)
+                return
             stretch = self._stretch(done.last + 1, done.target, target, index, 0.0, 0)
         else:
             target = max(done.last + 1, phase.refresh_after(done.previous) if done.previous else 1)
@@ -173,6 +214,15 @@ class Schedule:
             stretch = self._stretch(done.last + 1, done.previous, target, index, done.log_decay_after, accumulated)
         self._stretches.append(stretch)
         self._lasts.append(stretch.last)
+
+    def _run(self, start: int, target: int, index: int) -> _Run | None:
+        """All whole stretches from a refresh on under the phase of this index, the first of which ends at `target`; None if there is none.
+
+        The following ones are as long: ⌈ρ a⌉ − a does not become smaller with a.
+        """
+        end, interval = self._phases[index + 1].since if index + 1 < len(self._phases) else NEVER, target - start
+        last = end - (end - start) % interval
+        return _Run(start, interval, last, self._phases[index]) if last > start else None
 
     def _stretch(
         self, first: int, previous: int, target: int, index: int, log_decay: float, accumulated: int

@@ -18,6 +18,7 @@ exp_avg_sq and precond are of the turned matrix, and a new basis turns exp_avg a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from anon_dist.optim.rounding import decode_blocks, encode_blocks, exponents_for
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
 EXPONENTS = "exp_avg_exponents"
 """Beside an 8-bit exp_avg: the exponents of its blocks, uint8, of this rank's part. Not in state dicts, where exp_avg is bfloat16."""
+
+LAST_STEP = 1 << 24
+"""A step count, a float32 as in torch, cannot go past it."""
 
 Dtypes = Mapping[str, torch.dtype]
 
@@ -150,9 +154,12 @@ def checked_state(
     """A loaded state in the dtypes asked for and on the parameter's device.
 
     Raises:
-        ValueError: keys are missing or foreign, or a shape or sharding is not the parameter's.
+        ValueError: keys are missing or foreign, a shape or sharding is not the parameter's, or values are none of a state.
     """
-    values = decoded({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
+    values = {k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()}
+    if getattr(values.get("exp_avg"), "dtype", None) != torch.int8 or not isinstance(values.get(EXPONENTS), Tensor):
+        values.pop(EXPONENTS, None)  # torch's flattened state dicts give {} for what they lack
+    values = decoded(values)
     bases = flat.fresh(p, group, dtypes["precond"])
     keys = {*STATE_KEYS, *bases}
     if not values:
@@ -170,7 +177,7 @@ def checked_state(
             f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's, with basis={group['basis']!r}, has {sorted(keys)}: it "
             f"is {theirs}. Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
         )
-    state = {"step": torch.tensor(float(values["step"]), dtype=torch.float32, device="cpu")}
+    state = {"step": _step_count(name, values["step"])}
     for key in (*STATE_KEYS[1:], *bases):
         value, like = values[key], bases.get(key, p)
         if not isinstance(value, Tensor) or value.shape != like.shape or _layout(value) != _layout(like):
@@ -181,6 +188,9 @@ def checked_state(
                 f"Anon: {key} of {name} is a {_describe(value)}, but {should}: the checkpoint is of another model or basis_block, or "
                 "sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
             )
+        if value.layout != torch.strided or not (value.is_floating_point() or value.dtype == torch.int8):
+            kind = str(value.dtype if value.layout == torch.strided else value.layout).removeprefix("torch.")
+            raise ValueError(f"Anon: {key} of {name} is {kind}, and should be dense and of floating point. {_AFRESH}")
         if key in bases:
             state[key] = value.to(dtype=like.dtype, device=p.device)
             continue
@@ -193,6 +203,26 @@ def checked_state(
         if bases and p.dim() > 2:
             state[key] = state[key].contiguous()  # to be seen as a matrix
     return encoded(state) if dtypes["exp_avg"] == torch.int8 else state
+
+
+_AFRESH = "Load another checkpoint; or load the weights alone and start Anon's state afresh"
+
+
+def _step_count(name: str, value: Any) -> Tensor:
+    """A loaded step count.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        count = math.nan
+    if not count.is_integer() or not 0 <= count < LAST_STEP:
+        raise ValueError(
+            f"Anon: step of {name} is {value}, and should be an integer from 0 to {LAST_STEP - 1}. {_AFRESH}"
+        )
+    return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

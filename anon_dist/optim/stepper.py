@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -55,8 +55,12 @@ class GradScaling:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> GradScaling:
-        """What has been set on the optimizer."""
-        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        """What has been set on the optimizer.
+
+        Raises:
+            TypeError: something that is no number.
+        """
+        return cls(_number(optimizer, "grad_scale"), _number(optimizer, "found_inf"))
 
     @property
     def skips(self) -> bool:
@@ -74,6 +78,17 @@ class GradScaling:
             return None, None
         scale, flag = (None if x is None else x.to(device) for x in (self.grad_scale, self.found_inf))
         return scale, flag
+
+
+def _number(optimizer: Optimizer, name: str) -> Tensor | None:
+    """An attribute of the optimizer, as a tensor of one element."""
+    value = getattr(optimizer, name, None)
+    if value is None or (isinstance(value, Tensor) and value.numel() == 1):
+        return value
+    if isinstance(value, Tensor) or not isinstance(value, SupportsFloat):
+        what = f"a tensor of {value.numel()}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"Anon: optimizer.{name} must be a number or a tensor of one element, not {what}")
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 @dataclass

@@ -14,7 +14,7 @@ new basis. Where ranks hold some of the columns each, the covariance of the rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,10 +83,14 @@ class TurnedWork:
         theta, grad, m, s, v = ([members[i] for i in indices] for members in self.bucket.lists)
         plans, states = [self.plans[i] for i in indices], [self.states[i] for i in indices]
         compute = torch.promote_types(torch.promote_types(torch.float32, theta[0].dtype), grad[0].dtype)
-        turned = [frame.turn(frame.matrix(g).to(compute), state) for g, state in zip(grad, states, strict=True)]
+        # Scaled gradients are divided here: what is rounding in a product is told by its norm, which must not overflow.
+        turned = [
+            frame.turn(_divided(frame.matrix(g).to(compute), plan.grad_scale), state)
+            for g, plan, state in zip(grad, plans, states, strict=True)
+        ]
         updates = [torch.zeros_like(g) for g in turned]
         # The backend writes the updates. The parameters, which are not turned, are moved below.
-        handing_back = {id(plan): plan.handing_back() for plan in plans}
+        handing_back = {id(plan): replace(plan.handing_back(), grad_scale=None) for plan in plans}
         self.backend(
             (updates, turned, *([frame.matrix(x) for x in members] for members in (m, s, v))),
             [handing_back[id(plan)] for plan in plans],
@@ -95,6 +99,10 @@ class TurnedWork:
         )
         for theta_i, u, plan, state in zip(theta, updates, plans, states, strict=True):
             _move(theta_i, frame.turn(u, state, back=True).reshape(theta_i.shape), plan)
+
+
+def _divided(grad: Tensor, scale: Tensor | None) -> Tensor:
+    return grad if scale is None else grad / scale.to(grad.dtype).reshape(())
 
 
 def _move(theta: Tensor, u: Tensor, plan: StepPlan) -> None:

@@ -249,6 +249,62 @@ def test_a_state_of_another_shape_is_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *(
+            ("step", torch.tensor(x), "step of parameter 0 is .*an integer from 0 to 16777215")
+            for x in (-1.0, 2.5, 1e9)
+        ),
+        *(("step", torch.tensor(x), "step of parameter 0 is .*an integer") for x in (math.nan, math.inf, 2.0**24)),
+        *(("step", x, "step of parameter 0 is .*an integer") for x in ("x", None, torch.ones(2), torch.tensor(1j))),
+        ("exp_avg", torch.ones(7, 5, dtype=torch.int64), "exp_avg of parameter 0 is int64, and should be dense"),
+        ("precond", torch.ones(7, 5, dtype=torch.bool), "precond of parameter 0 is bool"),
+        ("exp_avg_sq", torch.ones(7, 5, dtype=torch.complex64), "exp_avg_sq of parameter 0 is complex64"),
+        ("exp_avg", torch.ones(7, 5).to_sparse(), "exp_avg of parameter 0 is sparse_coo"),
+    ],
+)
+def test_damaged_states_are_refused_and_nothing_changes(key, value, said):
+    p, optimizer = make()
+    run(p, optimizer, range(3))
+    good = copy.deepcopy(optimizer.state_dict())
+    bad = copy.deepcopy(good)
+    bad["state"][0][key] = value
+    bad["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=f"^Anon: {said}.*afresh"):
+        optimizer.load_state_dict(bad)
+    torch.testing.assert_close(optimizer.state_dict()["state"], good["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == good["param_groups"]
+    good["state"][0]["step"] = torch.tensor(3)  # as other libraries keep it
+    optimizer.load_state_dict(good)
+    run(p, optimizer, range(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("precond", 0.0, "precond of parameter 1 .* is not positive, and 1 more are not right"),
+        ("precond", math.nan, "precond of parameter 1 .* is not positive, and 1 more are not right"),
+        ("exp_avg_sq", -1.0, "exp_avg_sq of parameter 1 .* is negative or no number, and 1 more are not right"),
+    ],
+)
+def test_values_that_no_step_makes_are_warned_of_once(key, value, said):
+    params = [(name, nn.Parameter(torch.ones(3))) for name in "abc"]
+    optimizer = Anon(params, **LM)
+    for _, p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for i in (1, 2):
+        state["state"][i][key][2] = value
+    with pytest.warns(UserWarning, match=f"Anon: in the loaded state some of {said}") as told:
+        optimizer.load_state_dict(state)
+    assert len(told) == 1
+
+
 # -- groups and hyperparameters ---------------------------------------------------------------------------------------
 
 
@@ -636,13 +692,35 @@ def test_asking_for_the_state_of_a_parameter_without_one_changes_nothing():
 
 
 @pytest.mark.parametrize("fused", [None, False])
-def test_a_gradient_scale_of_one_element_has_any_shape(fused):
+def test_a_gradient_scale_is_a_number_or_a_tensor_of_one_element(fused):
     ends = []
-    for shape in ((), (1,)):
+    for scale in (torch.tensor(4.0), torch.tensor([4.0]), 4.0, 4, np.float32(4.0)):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(4))
         optimizer = Anon([p], lr=0.1, fused=fused)
-        p.grad, optimizer.grad_scale = torch.ones(4), torch.full(shape, 4.0)
-        optimizer.step()
+        p.grad, optimizer.grad_scale = torch.ones(4), scale
+        for flag in (True, 1.0, np.bool_(True), False):
+            optimizer.found_inf = flag
+            optimizer.step()
+        assert float(optimizer.state[p]["step"]) == 1.0
         ends.append(p)
-    assert torch.equal(*ends)
+    assert all(torch.equal(ends[0], end) for end in ends)
+    for name in ("grad_scale", "found_inf"):
+        for wrong, said in (("4", "'4'"), (torch.ones(2), "a tensor of 2"), ([1.0], r"\[1.0\]")):
+            optimizer = Anon([p])
+            setattr(optimizer, name, wrong)
+            with pytest.raises(
+                TypeError, match=f"optimizer.{name} must be a number or a tensor of one element, not {said}"
+            ):
+                optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")  # torch's
+def test_a_parameter_twice_in_a_group_is_refused():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="appears more than once in a param group"):
+        Anon([p, q, p])
+    optimizer = Anon([p])
+    with pytest.raises(ValueError, match="appears more than once in a param group"):
+        optimizer.add_param_group({"params": [q, q]})
+    assert len(optimizer.param_groups) == 1

@@ -205,6 +205,20 @@ def test_a_scale_a_flag_and_tensors_for_lr():
     torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_scale_far_from_one_is_divided_out_first(fused):
+    ends = []
+    for exponent in (0, 65, 100, -100):
+        p = nn.Parameter(torch.linspace(-1, 1, 96).view(12, 8))
+        optimizer = Anon([p], lr=0.01, betas=(0.9, 0.95), refresh_ratio=1.5, basis="both", fused=fused)
+        for t in range(9):
+            p.grad = torch.randn(12, 8, generator=torch.Generator().manual_seed(t)) * 2.0**exponent
+            optimizer.grad_scale = torch.tensor([2.0**exponent])
+            optimizer.step()
+        ends.append(p)
+    assert all(torch.equal(ends[0], end) for end in ends)
+
+
 def test_split_steps_are_the_same_bits():
     runs = []
     for split in (False, True):

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from anon_dist import Anon
 from anon_dist.optim import STATE_KEYS, ReferenceAnon
@@ -270,6 +271,26 @@ def test_a_resumed_run_goes_on_with_the_same_bits(state_dtype, way):
     for key in STATE_KEYS:
         assert torch.equal(decoded(optimizer.state[p])[key], decoded(resumed.state[q])[key])
     assert {k: v.dtype for k, v in optimizer.state[p].items()} == {k: v.dtype for k, v in resumed.state[q].items()}
+
+
+def test_8_bit_momentum_goes_through_torchs_flattened_state_dict():
+    """torch gives {} there for what a flattened state dict lacks and the optimizer has."""
+    torch.manual_seed(0)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    net = nn.Linear(40, 3)
+    optimizer = Anon(net.parameters(), **LM, state_dtype=EIGHT_BITS)
+    other_net = copy.deepcopy(net)
+    other = Anon(other_net.parameters(), **LM, state_dtype=EIGHT_BITS)
+    for t in range(12):
+        if t == 6:
+            saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
+            set_optimizer_state_dict(other_net, other, saved, options=options)
+            other_net.load_state_dict(net.state_dict())
+        for one, o in ((net, optimizer), (other_net, other)):
+            for i, p in enumerate(one.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(2 * t + i))
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other_net.parameters(), strict=True))
 
 
 def test_codes_without_their_exponents_are_refused():

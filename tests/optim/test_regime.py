@@ -114,6 +114,99 @@ def test_histories_of_earlier_versions_are_read(turned_at, made_with):
     assert json.loads(optimizer.param_groups[0][HISTORY]) == [record]
 
 
+def test_the_history_grows_by_what_the_schedule_depends_on():
+    """A rebase of γ or β3 at each step leaves one record, and the bits are those of a run without a history of it."""
+    p, optimizer = stepped(0)
+    q, other = stepped(0)
+    for t in range(60):
+        for x, o in ((p, optimizer), (q, other)):
+            x.grad = torch.randn(400, generator=torch.Generator().manual_seed(t))
+            if x is p:
+                o.rebase(beta3=0.5 + t / 200, gamma=1.0)
+            else:
+                o.param_groups[0]["beta3"] = 0.5 + t / 200
+                (record,) = json.loads(o.param_groups[0][HISTORY])
+                o.param_groups[0][HISTORY] = json.dumps([{**record, "beta3": 0.5 + t / 200}])
+            o.step()
+    assert torch.equal(p, q)
+    assert len(json.loads(optimizer.param_groups[0][HISTORY])) == 1
+    optimizer.rebase(refresh_ratio=1.2)
+    optimizer.rebase(window=7)
+    assert [r["since"] for r in json.loads(optimizer.param_groups[0][HISTORY])] == [0, 60]
+
+
+def test_a_history_with_a_record_for_each_change_is_read():
+    """As earlier versions wrote them, whatever the change was."""
+    p, optimizer = stepped(9, window=2)
+    q, other = stepped(9, window=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    (record,) = json.loads(state["param_groups"][0][HISTORY])
+    long = [{**record, "since": t, "beta3": 0.5, "gamma": 0.5 + t / 8} for t in range(5)]
+    state["param_groups"][0][HISTORY] = json.dumps([*long[:4], {**record, "since": 8}])
+    optimizer.load_state_dict(state)
+    for t in range(9, 40):
+        for x, o in ((p, optimizer), (q, other)):
+            x.grad = torch.randn(400, generator=torch.Generator().manual_seed(t))
+            o.step()
+    assert torch.equal(p, q)
+
+
+DAMAGED = [
+    ("", "is damaged .Expecting value"),
+    ("[", "is damaged"),
+    ("[]", "is no list of records"),
+    ("{}", "is no list of records"),
+    ("[1]", "is no list of records"),
+    (None, "is no list of records"),
+    (7, "is no list of records"),
+    ("[" * 100_000, "is damaged"),
+    ({"future": 1, "past": 2}, "was written by a newer version of anon_dist: fields future, past"),
+    ({"window": ...}, "fields window are missing"),
+    ({"since": 3}, "begin after the steps .3"),
+    ({"since": 0.0}, "begin after the steps"),
+    ({"since": "0"}, "begin after the steps"),
+    ({"turned_at": 1.5}, "begin after the steps"),
+    ({"refresh_ratio": 0.5}, "refresh_ratio must be"),
+    ({"refresh_ratio": None}, "refresh_ratio must be"),
+    ({"beta2": 1.5}, "betas.1. must be"),
+    ({"beta3": "x"}, "beta3 must be"),
+    ({"gamma": float("nan")}, "gamma must be"),
+    ({"gamma_before": float("inf")}, "gamma must be"),
+    ({"window": 0}, "window must be"),
+    ({"max_interval": -1}, "max_interval must be"),
+    ({"basis": "diagonal"}, "basis must be"),
+    ({"basis_block": -4}, "basis_block must be"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED)
+def test_a_damaged_history_is_refused_and_nothing_changes(damage, said):
+    _, optimizer = stepped(6)
+    good = copy.deepcopy(optimizer.state_dict())
+    bad = copy.deepcopy(good)
+    if isinstance(damage, dict):
+        (record,) = json.loads(bad["param_groups"][0][HISTORY])
+        damage = json.dumps([{k: v for k, v in {**record, **damage}.items() if v is not ...}])
+    bad["param_groups"][0] |= {HISTORY: damage, "lr": 7.0}
+    bad["state"][0]["exp_avg"].zero_()
+    with pytest.raises(ValueError, match=f"^Anon: history of param group 0 .*{said}.*afresh"):
+        optimizer.load_state_dict(bad)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    torch.testing.assert_close(optimizer.state_dict()["state"], good["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == good["param_groups"]
+    optimizer.step()
+
+
+def test_a_history_that_repeats_a_step_is_refused():
+    _, optimizer = stepped(6)
+    bad = copy.deepcopy(optimizer.state_dict())
+    (record,) = json.loads(bad["param_groups"][0][HISTORY])
+    for since in ([0, 3, 3], [0, 3, 2]):
+        bad["param_groups"][0][HISTORY] = json.dumps([{**record, "since": t} for t in since])
+        with pytest.raises(ValueError, match="should follow each other"):
+            optimizer.load_state_dict(bad)
+
+
 def test_numpy_scalars_in_param_groups_are_numbers():
     """As a scheduler of one's own sets them; a checkpoint then has plain ones."""
     p, optimizer = stepped(3, weight_decay=0.1)

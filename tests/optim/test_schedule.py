@@ -74,6 +74,32 @@ def test_change_of_phase_keeps_the_weight_of_what_was_accumulated(first, second,
     assert all(b == max(a + 1, math.ceil(ratio * a)) for a, b in itertools.pairwise(after))
 
 
+@pytest.mark.parametrize("since", [None, 150, 151, 152, 153])
+@pytest.mark.parametrize("longest", [1, 4, 30])
+@pytest.mark.parametrize("window", [None, 64])  # of all steps
+def test_the_longest_interval(longest, window, since):
+    """Refreshes that are as far apart as they may be are computed; asked in any order, and past a change of phase."""
+    phases = (Phase(0, 1.05, 0.9, window, longest), *(() if since is None else (Phase(since, 1.05, 0.9, window, 7),)))
+    a, refreshes = 1, []
+    while a <= 3000:
+        refreshes.append(a)
+        following = min(max(a + 1, math.ceil(Fraction("1.05") * a)), a + longest)
+        if since is not None and following > since:
+            following = max(since + 1, min(max(a + 1, math.ceil(Fraction("1.05") * a)), a + 7))
+        a = following
+    schedule = Schedule(phases)
+    assert schedule.refreshes(3000) == refreshes
+    asked = [*range(2990, 0, -13), *range(1, 400)]
+    assert [schedule.at(t).refresh for t in asked] == [t in refreshes for t in asked]
+    assert [Schedule(phases).at(t) for t in asked[:20]] == [schedule.at(t) for t in asked[:20]]
+
+
+def test_a_late_step_is_found_at_once():
+    schedule = Schedule((Phase(0, 1.03, 0.95, 64, 4),))
+    assert [schedule.at(10**9 + i).refresh for i in range(4)].count(True) == 1
+    assert len(schedule._stretches) < 200
+
+
 def test_denser_refreshes_start_at_once():
     """At step 600 of ρ = 2 the next refresh would be 1024; with ρ = 1.1 from the last one, 512, it is overdue."""
     schedule = Schedule((Phase(0, 2.0, 0.9, None), Phase(600, 1.1, 0.9, None)))
