@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,6 +103,29 @@ def test_losses_and_gradients_are_those_of_plain_code(name):
     assert not each.requires_grad
     assert list(model.state_dict()) == keys
     assert torch.equal(model(input_ids=inputs).logits, reference(input_ids=inputs).logits)
+
+
+def test_experts_are_balanced_in_shards():
+    """FSDP2 gives a model a class of its own, in a module of torch's."""
+    model = built(MODELS["mixtral, balanced"]())
+    inputs, targets = torch.randint(SIZES["vocab_size"], (2, 2, 8))
+    attach(model)
+    expected = model(input_ids=inputs, targets=targets)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        found = model(input_ids=inputs, targets=targets)
+    finally:
+        dist.destroy_process_group()
+    assert expected[3] > 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_none_of_whose_layers_has_experts_balances_none():
+    model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**SIZES, num_experts=4, mlp_only_layers=[0, 1]))
+    inputs, targets = torch.randint(SIZES["vocab_size"], (2, 2, 8))
+    assert attach(model).balance > 0
+    assert model(input_ids=inputs, targets=targets)[3] == 0
 
 
 def test_models_that_are_not_understood_take_whole_logits():

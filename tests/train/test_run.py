@@ -278,6 +278,27 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, t
             train(config)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 32},
+            r"data\.mask_documents is true, and .*see earlier documents",
+        ),
+        ({"model_type": "qwen3_next", "intermediate_size": 32}, r"is initialised by copy_ from numbers"),
+        ({"model_type": "bloom"}, r"model\.attention = sdpa: .*; model\.attention eager is what every model has"),
+    ],
+    ids=["documents", "weights", "attention"],
+)
+def test_what_a_model_of_another_architecture_cannot_do_is_said_in_a_line(shape, message, run_config, train, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **shape}))
+    config = run_config(model__config=str(tmp_path / "config.json"), train__steps=4, data__mask_documents=True)
+    with pytest.raises(ConfigError, match=message) as refused:
+        train(config)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_run_goes_on_with_longer_sequences(run_config, train, capsys):
     """After as many tokens; with another base of its rotary positions, which is said; and not where positions are learned."""
     config = run_config(model__family="qwen3", data__seq_len=16, model__context=16, train__steps=8)

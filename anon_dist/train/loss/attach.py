@@ -7,6 +7,7 @@ layer takes the hidden states, and makes losses of them without whole logits (`c
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any, Literal, cast
@@ -35,6 +36,8 @@ class Loss:
     head: Head
     balance: float = 0.0
     """Weight of a mixture of experts' load-balancing loss (transformers' router_aux_loss_coef)."""
+    balancing: Callable[..., Any] | None = None
+    """transformers' function of that loss. Kept here, since FSDP2 gives the model a class of its own."""
     why_whole: str | None = None
     """Why "auto" came to whole logits."""
 
@@ -65,7 +68,7 @@ def attach(model: Any, kind: Kind = "auto", z_loss: float = 0.0, half: bool = Fa
             f"model: {type(model).__name__} takes its tokens as {model.main_input_name}, not as input_ids, and cannot be trained here; "
             "take another model"
         )
-    loss = Loss(kind, Head(z_loss=z_loss), _balance(model))
+    loss = Loss(kind, Head(z_loss=z_loss), *_balance(model))
     try:
         scale, cap = logits_of(model)
         loss.head = Head(scale, cap, z_loss)
@@ -108,15 +111,16 @@ def _check(loss: Loss, half: bool) -> None:
             ) from None
 
 
-def _balance(model: Any) -> float:
-    """Weight of the load-balancing loss, 0 where the model has none."""
-    known = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
-    if getattr(model.config, "output_router_logits", False) and not known:
+def _balance(model: Any) -> tuple[float, Callable[..., Any] | None]:
+    """Weight of the load-balancing loss, 0 where the model has none, and its function."""
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if getattr(model.config, "output_router_logits", False) and function is None:
         raise ConfigError(
             f"model: output_router_logits asks for a balancing loss, which the code of {type(model).__name__} "
             "has not where it is looked for; remove the key"
         )
-    return float(getattr(model, "router_aux_loss_coef", None) or 0.0) if known else 0.0
+    weight = getattr(model, "router_aux_loss_coef", None) or getattr(model.config, "aux_loss_coef", None)
+    return (float(weight or 0.0), function) if function is not None else (0.0, None)
 
 
 # -- what a model does to its logits ----------------------------------------------------------------------------------
@@ -221,9 +225,9 @@ def _model_forward(
 
 def _with_balance(model: Any, sums: Tensor, output: Any, targets: Tensor, balanced: bool) -> Tensor:
     """`SUMS`, of the first three and the load-balancing loss times the number of tokens."""
-    if not balanced:
+    if not balanced or not output.router_logits:  # none: no layer of this shape has experts
         return torch.cat([sums, sums.new_zeros(1)])
-    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    function = model.anon_dist_loss.balancing
     balance = function(output.router_logits, model.num_experts, model.num_experts_per_tok, None)
     balance = balance.to(sums) * (targets != IGNORED).sum()
     objective = sums[0] + model.anon_dist_loss.balance * balance

@@ -75,6 +75,24 @@ def sees_what_comes(model: nn.Module, device: torch.device, length: int, roundin
 
 
 @torch.no_grad()
+def mixes_documents(model: nn.Module, device: torch.device, length: int, rounding: float) -> bool:
+    """Whether the losses of a document depend on the one before it, which attention was told to keep apart. Every rank must call it.
+
+    `rounding`: as of `sees_what_comes`.
+    """
+    training = model.training
+    model.eval()
+    half = min(length, 32) // 2
+    tokens = 1 + torch.arange(2 * half + 1)[None] % 7
+    tokens[:, half - 1] = 0  # ends the first document
+    changed = tokens.clone()
+    changed[:, : half - 1] = 1 + (tokens[:, : half - 1] * 5 + 3) % 30
+    losses = [Batch.of(t, 0).losses(model, device, per_token=True)[0, half:] for t in (tokens, changed)]
+    model.train(training)
+    return bool((losses[0] - losses[1]).abs().max() > rounding * losses[0].abs().max())
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     shards: TokenShards,

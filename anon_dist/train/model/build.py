@@ -83,7 +83,8 @@ def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}") from error
+        remedy = "" if config.attention == "eager" else "; model.attention eager is what every model has"
+        raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}{remedy}") from error
     except Exception as error:  # of a model's own code, for sizes that it did not expect
         if config.config is None:
             raise

@@ -168,6 +168,11 @@ class _Recorder:
             """Note what a parameter, or a contiguous part of one, is filled with; fill any other tensor."""
             whole = tensor if tensor._base is None else tensor._base
             name = self._names.get(id(whole))
+            if any(isinstance(x, Tensor) and x.is_meta for x in args):
+                raise ConfigError(
+                    f"model: {name or 'a buffer'} is initialised by {what} from what its code computes before the model has memory, which "
+                    "cannot be done in shards; start from weights instead (model.from_pretrained)"
+                )
             if name is None:
                 return original(tensor, *args, **kwargs)
             if not tensor.is_contiguous() or what not in _MEANING:

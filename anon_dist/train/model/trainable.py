@@ -20,7 +20,7 @@ from anon_dist.train.config.alike import pretrained_settings
 from anon_dist.train.config.parsing import Config, ConfigError, TrainConfig
 from anon_dist.train.config.phases import phases_of
 from anon_dist.train.loss.attach import attach
-from anon_dist.train.loss.evaluate import sees_what_comes
+from anon_dist.train.loss.evaluate import mixes_documents, sees_what_comes
 from anon_dist.train.model.build import Planned, blocks, plan_model
 from anon_dist.train.model.pretrained import SavedWeights
 from anon_dist.train.model.recompute import recompute, set_budget
@@ -144,14 +144,20 @@ def cpu_remarks(config: Config, device: torch.device, parameters: int) -> list[s
 
 def check_causal(config: Config, model: nn.Module, device: torch.device) -> None:
     """Refuse a model, of those that are not among the tested families, that sees the tokens it is to predict, as an encoder does: it would
-    learn to copy them. Every rank calls it, with the wrapped model.
+    learn to copy them; or one that sees other documents where they are to be kept apart. Every rank calls it, with the wrapped model.
 
     Raises:
         ConfigError: it is one.
     """
     source = config.model.config or config.model.from_pretrained
-    rounding = 1e-5 if config.train.precision == "fp32" else 1e-4
-    if source is not None and sees_what_comes(model, device, config.data.seq_len, rounding):
+    exact = config.train.precision == "fp32"
+    if source is not None and sees_what_comes(model, device, config.data.seq_len, 1e-5 if exact else 1e-4):
         raise ConfigError(
             f"model: {source} is of a model that sees the tokens it is to predict, and cannot be trained so"
+        )
+    apart = source is not None and config.data.mask_documents
+    if apart and mixes_documents(model, device, config.data.seq_len, 1e-5 if exact else 1e-3):
+        raise ConfigError(
+            f"data.mask_documents is true, and {source} is of a model whose tokens see earlier documents all the same (its masks are made "
+            "without positions, or it has a state that runs on); set it to false, or take another model"
         )
