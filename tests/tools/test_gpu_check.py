@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,19 @@ def test_without_time_a_part_is_a_row(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert [row["part"] for row in rows] == [part.name for part in check.PARTS]
     assert {row["remark"] for row in rows} == {"not run: no time was left"}
+
+
+def test_a_check_that_is_stopped_ends_its_parts_and_writes_what_it_has(tmp_path, monkeypatch, capsys):
+    code = f"import os, signal, sys, time\nif 'kernel' in sys.argv:\n    os.kill({os.getpid()}, signal.SIGTERM)\n    time.sleep(600)\n"
+    (tmp_path / "parts.py").write_text(code)
+    monkeypatch.setattr(check, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check", "--out", str(tmp_path), "--only", "kernel", "--device", "cpu"])
+    begun, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    try:
+        check.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - begun < 30  # a part may take longer
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert rows[-1] == {"part": "all", "what": "the rest of it", "remark": "interrupted"}
+    assert check.RUNNING == []

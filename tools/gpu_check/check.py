@@ -75,6 +75,10 @@ def groups(parts: list[Part]) -> list[list[Part]]:
     return found
 
 
+RUNNING: list[subprocess.Popen[Any]] = []
+"""Parts that have not ended."""
+
+
 def run_part(part: Part, seconds: float, device: str, work: Path, log: Path) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a part, one of them about its end if that was none; and its numbers."""
     name, begun = part.name, time.monotonic()
@@ -83,11 +87,13 @@ def run_part(part: Part, seconds: float, device: str, work: Path, log: Path) -> 
     own = work / f"{name}.log"
     with own.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        RUNNING.append(process)
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            RUNNING.remove(process)
             end(process)
     printed = own.read_text(errors="replace")
     with log.open("a") as file:
@@ -160,9 +166,14 @@ def main() -> None:
             limits = [min(part.seconds * args.seconds / 480, left) for part in group]
             with ThreadPoolExecutor(len(group)) as pool:
                 run = partial(run_part, device=args.device, work=work, log=log)
-                for part, (found, own) in zip(group, pool.map(run, group, limits), strict=True):
-                    rows += found
-                    numbers[part.name] = own
+                try:
+                    for part, (found, own) in zip(group, pool.map(run, group, limits), strict=True):
+                        rows += found
+                        numbers[part.name] = own
+                except KeyboardInterrupt:  # which the threads, being waited for, would not hear of
+                    for process in tuple(RUNNING):
+                        end(process)
+                    raise
             write(args.out, rows, numbers)
     except KeyboardInterrupt:
         rows.append({"part": "all", "what": "the rest of it", "remark": "interrupted"})

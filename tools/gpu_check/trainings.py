@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +50,10 @@ ALIKE = {"bf16": 0.03, "bf16-true": 0.1, "fp8": 0.1, "TF32": 0.005, "documents, 
 OWN_LOSS = ("float32", "documents, sdpa", "a gamma of 0.5, in bases")
 
 
+BASES = ("float32", "documents, sdpa")
+"""What the others are compared with."""
+
+
 def settings(found: Found) -> None:
     """Each setting in a run of its own, several at a time: its last loss beside that in float32."""
     config = found.work / "tiny.yaml"
@@ -61,10 +65,12 @@ def settings(found: Found) -> None:
     losses: dict[str, float] = {}
     at_once = 6 if found.on_gpu else 2
     with ThreadPoolExecutor(at_once) as pool:
-        runs = {name: pool.submit(train, found, config, name, *options) for name, options in chosen.items()}
-        for name, run in runs.items():
+        runs = {pool.submit(train, found, config, name, *options): name for name, options in chosen.items()}
+        bases = [run for run, name in runs.items() if name in BASES]
+        for run in (*bases, *(run for run in as_completed(runs) if run not in bases)):  # one that hangs hides no other
+            name = runs[run]
             losses_of_it, error = run.result()
-            base = losses.get("documents, sdpa" if name.startswith("documents") else "float32")
+            base = losses.get(BASES[1] if name.startswith("documents") else BASES[0])
             if error:
                 found.row(name, "refused" if error.startswith("error: ") else "FAILED", "", error)
                 continue
