@@ -179,7 +179,7 @@ class PlanOptions:
     context_parallel: int = 1
     """fsdp2 and hsdp: ranks that share each sequence (train.context_parallel)."""
     mfu: float = 0.4
-    """Share of the peak that forward and backward passes reach."""
+    """Share of the peak that forward and backward passes reach where nothing is computed again."""
     steps: int = 100_000
     """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
     basis_block: int = 128

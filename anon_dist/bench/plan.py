@@ -74,9 +74,10 @@ class Row:
 
 
 def compute_seconds(engine: EngineName, job: Job, peak: float, mfu: float) -> float:
-    """Of a step's forward and backward passes; MFU counts no recomputation, so it must be one that was reached with it."""
+    """Of a step's forward and backward passes, and of what is computed again: at the pace at which `mfu` is reached without that."""
     split = job.tensor if engine == "fsdp2+tp" else 1
-    return job.shape.flops_per_token(job.seq_len) * job.tokens * job.accumulation / split / (peak * mfu)
+    flops = job.shape.flops_per_token(job.seq_len) + job.shape.recomputed_per_token(job.seq_len, job.checkpointing)
+    return flops * job.tokens * job.accumulation / split / (peak * mfu)
 
 
 def optimizer_seconds(engine: EngineName, job: Job, moved: float, hardware: Hardware) -> float:

@@ -103,15 +103,25 @@ class Shape:
 
     def flops_per_token(self, seq_len: int) -> float:
         """As `anon_dist.train.model.build.flops_per_token`."""
-        share = self.experts_per_token / self.experts if self.experts else 1.0
-        multiplied = sum(
-            p.numel * (share if len(p.shape) == 3 else 1.0)
-            for p in self.parameters()
-            if p.where not in ("embedding", "root")
+        return 6.0 * (self._multiplied("block") + self._multiplied("tail")) + 12.0 * self.query_width * self._seen(
+            seq_len
         )
+
+    def recomputed_per_token(self, seq_len: int, how: str) -> float:
+        """What is computed once more in the backward pass, besides: the blocks' forward pass, or every second product of theirs."""
+        if how == "full":
+            return 2.0 * self._multiplied("block") + 4.0 * self.query_width * self._seen(seq_len)
+        return self._multiplied("block") if how == "selective" else 0.0
+
+    def _multiplied(self, where: Where) -> float:
+        """Parameters there that a token is multiplied by."""
+        share = self.experts_per_token / self.experts if self.experts else 1.0
+        return sum(p.numel * (share if len(p.shape) == 3 else 1.0) for p in self.parameters() if p.where == where)
+
+    def _seen(self, seq_len: int) -> float:
+        """Tokens that attention looks at, over all layers."""
         near = self.layers - self.layers // GLOBAL_EVERY if self.window else 0
-        seen = near * min(seq_len, self.window or seq_len) + (self.layers - near) * seq_len
-        return 6.0 * multiplied + 12.0 * self.query_width * seen
+        return near * min(seq_len, self.window or seq_len) + (self.layers - near) * seq_len
 
     def saved_per_token(self) -> tuple[float, float]:
         """Numbers that a compiled block saves for its backward pass, for each token, with attention that keeps no scores (FlashAttention).

@@ -256,6 +256,18 @@ def test_torch_counts_what_the_plan_calls_an_adamw():
     assert kept == 32 * NAMED["adamw"].state_bytes
 
 
+def test_what_is_computed_again_takes_time():
+    """7b: a forward pass of the blocks is a third of all but the output's; every second of its products less than half of that."""
+    shape, head = MODELS["7b"], 6 * 32000 * 4096
+    none, selective, full = (
+        predict("fsdp2", "anon", Job(shape, 8, checkpointing=how), Hardware(), 0.4, 1000).compute_s
+        for how in ("none", "selective", "full")
+    )
+    counted = shape.flops_per_token(Job(shape, 8).seq_len)
+    assert full / none == pytest.approx(1 + (counted - head) / counted / 3, rel=1e-3)
+    assert 1.0 < selective / none < 1 + (full / none - 1) / 2
+
+
 def test_sharing_sequences_and_keeping_less():
     """7b in sequences of 32k on 4 ranks each: a quarter of the activations and of the computation, and a layer's keys and values."""
     shape = MODELS["7b"]
