@@ -2,8 +2,9 @@
 
 The preconditioner and the second moment mean something only together with the γ, ρ, β2, β3, window and basis that made them. Each group
 therefore carries its *history* under the key `HISTORY`: a record for each stretch of steps in which ρ, β2 and window were the same. The
-last has the values of all, the earlier ones say where the refreshes were. It is a JSON string, one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2,
-β3 or the window in the middle of a run goes through it:
+last record has all the present values; the earlier ones say where the refreshes were. It is a JSON string, one leaf, which no checkpoint
+library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2, β3 or the window in the middle of a run
+goes through it:
 
 - `rebase`: the new values act at once.
 - an edit of `group["gamma"]`: the γ *in force* stays for now. The new one is *pending* until a step refreshes the group's foremost
