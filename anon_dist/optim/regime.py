@@ -1,9 +1,10 @@
 """A param group's regime: what its state was made with, and what follows from that for the next step.
 
 The preconditioner and the second moment mean something only together with the γ, ρ, β2, β3, window and basis that made them. Each group
-therefore carries its *history* under the key `HISTORY`: a record for each stretch of steps in which these values were the same. It is a
-JSON string, one leaf, which no checkpoint library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2,
-β3 or the window in the middle of a run goes through it:
+therefore carries its *history* under the key `HISTORY`: a record for each stretch of steps in which ρ, β2 and window were the same. The
+last record has all the present values; the earlier ones say where the refreshes were. It is a JSON string, one leaf, which no checkpoint
+library takes apart. A `Regime` reads a group and its history; everything that changes γ, ρ, β2, β3 or the window in the middle of a run
+goes through it:
 
 - `rebase`: the new values act at once.
 - an edit of `group["gamma"]`: the γ *in force* stays for now. The new one is *pending* until a step refreshes the group's foremost
@@ -278,7 +279,7 @@ def _wrong(records: Any, group: Mapping[str, Any]) -> str | None:
         return "is damaged (it is no list of records)"
     known = {field.name: field.default is MISSING for field in fields(Record)}
     if foreign := sorted({key for record in records for key in record} - set(known)):
-        return f"was written by a newer version of anon_dist: fields {', '.join(foreign)}. Install that version"
+        return f"was written by a newer version of anon_dist: fields {', '.join(foreign)}; install that version"
     needed = {name for name, always in known.items() if always}
     if lacking := sorted({key for record in records for key in needed - set(record)}):
         return f"is damaged (fields {', '.join(lacking)} are missing)"
