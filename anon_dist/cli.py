@@ -46,7 +46,7 @@ def data_merge(args: list[str]) -> None:
 
     config = parse(MergeConfig, args, "anon-dist data merge")
     from anon_dist.data import DataError
-    from anon_dist.data.merge import merge
+    from anon_dist.data.preparation.merge import merge
 
     _or_exit(
         lambda: merge(
@@ -100,7 +100,7 @@ def data_index(args: list[str]) -> None:
 
     config = parse(IndexConfig, args, "anon-dist data index")
     from anon_dist.data import DataError
-    from anon_dist.data.indexing import index_tokens
+    from anon_dist.data.preparation.indexing import index_tokens
 
     _or_exit(lambda: index_tokens(config), DataError, OSError)
 

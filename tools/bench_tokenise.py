@@ -101,7 +101,7 @@ CONTENDERS: dict[str, Callable[[Path, Path, int, Path], Count]] = {
 
 def one(name: str, texts: Path, tokenizer: Path, workers: int) -> None:
     """A measurement, printed as JSON."""
-    for module in ("torch", "transformers", "datasets", "anon_dist.data.preparation"):
+    for module in ("torch", "transformers", "datasets", "anon_dist.data.preparation.prepare"):
         importlib.import_module(module)
     if name == "datatrove":
         importlib.import_module("datatrove.pipeline.tokens")
@@ -134,7 +134,7 @@ def measure(name: str, texts: Path, tokenizer: Path, workers: int) -> tuple[Coun
 
 def json_lines(folder: Path, given: Path | None) -> int:
     """Write the texts as JSON Lines; their bytes."""
-    from anon_dist.data.sources import open_source
+    from anon_dist.data.preparation.sources import open_source
 
     source = open_source(str(given or "stdlib"), text_field="text", split="", streaming=False, text_unit="file")
     texts = [item.text for item in source.read() if item.skipped is None]

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.formats import open_checkpoint, plan
+from anon_dist.checkpoint.optimizers.semantics import to_anon
 from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, Key
-from anon_dist.checkpoint.semantics import to_anon
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
 

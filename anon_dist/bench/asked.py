@@ -10,7 +10,7 @@ from anon_dist.arguments import whole_number
 from anon_dist.bench.options import InitOptions
 from anon_dist.bench.shapes import MODELS, config_of, shape_of
 from anon_dist.data.errors import DataError
-from anon_dist.data.index import Index
+from anon_dist.data.stored.index import Index
 from anon_dist.train.config.parsing import ConfigError, ModelConfig, find_config, load_config
 
 

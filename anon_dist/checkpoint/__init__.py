@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anon_dist.checkpoint.dcp import load_sharded, save_sharded
+    from anon_dist.checkpoint.dcp.sharded import load_sharded, save_sharded
     from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-    from anon_dist.checkpoint.folder import Checkpoints
+    from anon_dist.checkpoint.keeping.folder import Checkpoints
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpoint", "load_sharded", "save_sharded"]
 _HOMES = {
     "CheckpointError": "errors",
-    "Checkpoints": "folder",
+    "Checkpoints": "keeping.folder",
     "DamagedCheckpoint": "errors",
-    "load_sharded": "dcp",
-    "save_sharded": "dcp",
+    "load_sharded": "dcp.sharded",
+    "save_sharded": "dcp.sharded",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.mapped import verified
+from anon_dist.checkpoint.torchfiles.mapped import verified
 
 
 @dataclass(frozen=True)

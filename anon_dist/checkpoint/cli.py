@@ -187,7 +187,7 @@ def _inspect(args: Inspect) -> None:
     from rich.table import Table
 
     from anon_dist.checkpoint.convert import inspect
-    from anon_dist.checkpoint.remote import at_hand
+    from anon_dist.checkpoint.keeping.remote import at_hand
 
     with at_hand(args.src) as source:
         found = inspect(source, args.reading.options())
@@ -217,8 +217,8 @@ def _inspect(args: Inspect) -> None:
 
 def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
+    from anon_dist.checkpoint.keeping.remote import at_hand
     from anon_dist.checkpoint.regroup import read_groups
-    from anon_dist.checkpoint.remote import at_hand
 
     groups = read_groups(args.groups) if args.groups else None
     options = WriteOptions(
@@ -255,7 +255,7 @@ def _verify(args: Verify) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from anon_dist.checkpoint.remote import at_hand
+    from anon_dist.checkpoint.keeping.remote import at_hand
     from anon_dist.checkpoint.verify import foreign, verify
 
     with at_hand(args.a) as first, at_hand(args.b) if args.b else nullcontext() as second:

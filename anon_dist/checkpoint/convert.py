@@ -15,11 +15,11 @@ from typing import Any
 from anon_dist.checkpoint import formats
 from anon_dist.checkpoint.copy import write_files
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.optimizers.semantics import to_optimizer
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.regroup import Groups, regroup
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Manifest
-from anon_dist.checkpoint.semantics import to_optimizer
 
 
 def convert(

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from anon_dist.checkpoint import canonical, consolidated, dcp_format, hf, rank_files, rank_local
+from anon_dist.checkpoint.dcp import format as dcp_format
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.folder import Checkpoints
+from anon_dist.checkpoint.keeping.folder import Checkpoints
+from anon_dist.checkpoint.layouts import canonical, consolidated, hf, rank_files
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
+from anon_dist.checkpoint.torchfiles import rank_local
 
 
 @dataclass(frozen=True)

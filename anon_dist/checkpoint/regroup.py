@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import unwrapped
-from anon_dist.checkpoint.schedules import regrouped as schedules_regrouped
+from anon_dist.checkpoint.optimizers.schedules import regrouped as schedules_regrouped
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, ParamGroup
 
 DECAY: Literal["decay"] = "decay"

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import model_names, weight_key
-from anon_dist.checkpoint.canonical import Canonical
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.layouts.canonical import Canonical
+from anon_dist.checkpoint.optimizers.schedules import schedule_key
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.pickles import StandIn
-from anon_dist.checkpoint.schedules import schedule_key
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
+from anon_dist.checkpoint.torchfiles import rank_local
+from anon_dist.checkpoint.torchfiles.pickles import StandIn
 
 _BLOCK = 1 << 22
 """Elements compared at a time."""

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anon_dist.data.config import PrepareConfig
     from anon_dist.data.errors import DataError, PreparationError, ShardError, SourceError, TokenizerError
-    from anon_dist.data.index import Index, ShardInfo, SplitInfo, Statistics
-    from anon_dist.data.loader import BatchLoader
-    from anon_dist.data.mixture import Mixture
-    from anon_dist.data.order import SampleOrder
-    from anon_dist.data.packing import Packing, is_packed, pack
-    from anon_dist.data.preparation import prepare
-    from anon_dist.data.shards import TokenShards, verify_checksums
-    from anon_dist.data.stream import Source, Stream, make_source
-    from anon_dist.data.tokenizer import Tokenizer
+    from anon_dist.data.preparation.prepare import prepare
+    from anon_dist.data.preparation.tokenizer import Tokenizer
+    from anon_dist.data.samples.loader import BatchLoader
+    from anon_dist.data.samples.mixture import Mixture
+    from anon_dist.data.samples.order import SampleOrder
+    from anon_dist.data.samples.packing import Packing, is_packed, pack
+    from anon_dist.data.samples.stream import Source, Stream, make_source
+    from anon_dist.data.stored.index import Index, ShardInfo, SplitInfo, Statistics
+    from anon_dist.data.stored.shards import TokenShards, verify_checksums
 
 __all__ = [
     "BatchLoader",
@@ -50,15 +50,15 @@ __all__ = [
 _MODULES = {
     "config": ("PrepareConfig",),
     "errors": ("DataError", "PreparationError", "ShardError", "SourceError", "TokenizerError"),
-    "index": ("Index", "ShardInfo", "SplitInfo", "Statistics"),
-    "loader": ("BatchLoader",),
-    "mixture": ("Mixture",),
-    "order": ("SampleOrder",),
-    "packing": ("Packing", "is_packed", "pack"),
-    "preparation": ("prepare",),
-    "shards": ("TokenShards", "verify_checksums"),
-    "stream": ("Source", "Stream", "make_source"),
-    "tokenizer": ("Tokenizer",),
+    "stored.index": ("Index", "ShardInfo", "SplitInfo", "Statistics"),
+    "samples.loader": ("BatchLoader",),
+    "samples.mixture": ("Mixture",),
+    "samples.order": ("SampleOrder",),
+    "samples.packing": ("Packing", "is_packed", "pack"),
+    "preparation.prepare": ("prepare",),
+    "stored.shards": ("TokenShards", "verify_checksums"),
+    "samples.stream": ("Source", "Stream", "make_source"),
+    "preparation.tokenizer": ("Tokenizer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

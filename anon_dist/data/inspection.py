@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from anon_dist.data.config import InspectConfig
-from anon_dist.data.finish import dtype_of, lines_left_out, small_validation
-from anon_dist.data.index import TOKENIZER_FOLDER, Index, SplitInfo
-from anon_dist.data.parts import PART_FILE, Part
-from anon_dist.data.stretches import Stretches
-from anon_dist.data.tally import Tally
-from anon_dist.data.tokenizer import Tokenizer
+from anon_dist.data.preparation.finish import dtype_of, lines_left_out, small_validation
+from anon_dist.data.preparation.parts import PART_FILE, Part
+from anon_dist.data.preparation.tally import Tally
+from anon_dist.data.preparation.tokenizer import Tokenizer
+from anon_dist.data.samples.stretches import Stretches
+from anon_dist.data.stored.index import TOKENIZER_FOLDER, Index, SplitInfo
 
 BLOCK_BYTES = 1 << 24
 SHOWN_CHARS = 400

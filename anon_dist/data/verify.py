@@ -12,12 +12,12 @@ from typing import NoReturn
 import xxhash
 from tqdm import tqdm
 
-from anon_dist.data.blocks import RESTORE, BlockDigests, FirstTouch, sums_file
 from anon_dist.data.errors import ShardError
-from anon_dist.data.index import INDEX_FILE, Index, ShardInfo
-from anon_dist.data.meter import say
-from anon_dist.data.remote import located
-from anon_dist.data.stretches import Stretches
+from anon_dist.data.preparation.meter import say
+from anon_dist.data.samples.stretches import Stretches
+from anon_dist.data.stored.blocks import RESTORE, BlockDigests, FirstTouch, sums_file
+from anon_dist.data.stored.index import INDEX_FILE, Index, ShardInfo
+from anon_dist.data.stored.remote import located
 from anon_dist.files import sync, write_json
 
 

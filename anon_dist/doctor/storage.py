@@ -17,8 +17,8 @@ from anon_dist.bench.bases import cost
 from anon_dist.bench.memory import Bases, Job, Optimizer, memory
 from anon_dist.bench.shapes import shape_of
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.remote import Remote
-from anon_dist.checkpoint.uploads import TakenError
+from anon_dist.checkpoint.keeping.remote import Remote
+from anon_dist.checkpoint.keeping.uploads import TakenError
 from anon_dist.data import DataError, Index
 from anon_dist.doctor.meeting import Meeting
 from anon_dist.doctor.report import Folder

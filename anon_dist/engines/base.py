@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
-from anon_dist.checkpoint.linking import Links
+from anon_dist.checkpoint.dcp.linking import Links
 from anon_dist.engines.check import StateBytes
 from anon_dist.engines.replicas import Copy
 from anon_dist.optim import Anon

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.frames import check_whole
 from anon_dist.checkpoint.names import unwrapped
+from anon_dist.checkpoint.optimizers.frames import check_whole
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.recognise import ANON, BASIS_STATES
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anon_dist.checkpoint.dcp_read import DcpFiles
+from anon_dist.checkpoint.dcp.read import DcpFiles
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank

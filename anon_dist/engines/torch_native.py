@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
 from anon_dist.checkpoint import load_sharded
-from anon_dist.checkpoint.dcp import save_state, sharded_state
-from anon_dist.checkpoint.linking import Links
+from anon_dist.checkpoint.dcp.linking import Links
+from anon_dist.checkpoint.dcp.sharded import save_state, sharded_state
+from anon_dist.checkpoint.keeping.staging import Copies
 from anon_dist.checkpoint.schema import Checkpoint
-from anon_dist.checkpoint.staging import Copies
 from anon_dist.engines.base import Veto, Write, never, set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes

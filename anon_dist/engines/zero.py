@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
-from anon_dist.checkpoint.linking import Links
+from anon_dist.checkpoint.dcp.linking import Links
+from anon_dist.checkpoint.keeping.staging import Storages, uncopied
 from anon_dist.checkpoint.schema import Checkpoint
-from anon_dist.checkpoint.staging import Storages, uncopied
 from anon_dist.engines import zero_restore
 from anon_dist.engines.base import Veto, Write, never, set_learning_rates, settle
 from anon_dist.engines.bases import is_stage3

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from anon_dist.checkpoint.dcp import load_state
+from anon_dist.checkpoint.dcp.sharded import load_state
 from anon_dist.engines.base import Write, set_learning_rates, settle
 from anon_dist.engines.bases import allocate
 from anon_dist.engines.check import StateBytes, check_optimizer, state_bytes_of_ranks

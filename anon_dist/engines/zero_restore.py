@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.frames import check_whole
+from anon_dist.checkpoint.optimizers.frames import check_whole
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 from anon_dist.checkpoint.together import on_every_rank
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.flat import Cut, shard_cuts, whole_members
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import check_same_optimizer, copy_range

@@ -21,7 +21,7 @@ from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.folder import read_progress, step_of
+from anon_dist.checkpoint.keeping.folder import read_progress, step_of
 from anon_dist.data import BatchLoader, Index
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes

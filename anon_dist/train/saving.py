@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from anon_dist.agreement import Group, failures, is_first
 from anon_dist.checkpoint import CheckpointError
-from anon_dist.checkpoint.linking import Links
-from anon_dist.data.remote import joined
+from anon_dist.checkpoint.dcp.linking import Links
+from anon_dist.data.stored.remote import joined
 from anon_dist.engines import peers
 from anon_dist.train.config.changes import recorded, versions
 from anon_dist.train.config.errors import RunError

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.data import DataError
-from anon_dist.data.sources import FileSource, open_source
+from anon_dist.data.preparation.sources import FileSource, open_source
 from anon_dist.files import unused, write_text
 from anon_dist.train.config.errors import HarnessError, RunError
 from anon_dist.train.model.export import context_of, generation_config

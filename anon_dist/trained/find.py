@@ -10,13 +10,13 @@ from typing import Any
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import PROGRESS
-from anon_dist.checkpoint.folder import read_progress, step_of
 from anon_dist.checkpoint.formats import detect
-from anon_dist.checkpoint.hf import weight_files
+from anon_dist.checkpoint.keeping.folder import read_progress, step_of
+from anon_dist.checkpoint.layouts.hf import weight_files
 from anon_dist.checkpoint.options import ReadOptions
-from anon_dist.checkpoint.torchfile import is_torch_file
+from anon_dist.checkpoint.torchfiles.torchfile import is_torch_file
 from anon_dist.data import DataError, Index, Tokenizer
-from anon_dist.data.stream import fingerprints_of
+from anon_dist.data.samples.stream import fingerprints_of
 from anon_dist.named import config_problem
 from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.train.reports.report import RESULT

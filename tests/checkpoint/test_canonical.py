@@ -14,9 +14,9 @@ from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.convert import convert
 from anon_dist.checkpoint.copy import BLOCK
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.mapped import MappedFile
 from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Key
+from anon_dist.checkpoint.torchfiles.mapped import MappedFile
 from anon_dist.checkpoint.verify import verify
 
 TENSORS = "tensors-00001-of-00001.safetensors"

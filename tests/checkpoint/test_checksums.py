@@ -19,12 +19,12 @@ from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, load_sharded, save_sharded
 from anon_dist.checkpoint import checksums as sums
 from anon_dist.checkpoint.convert import convert
-from anon_dist.checkpoint.folder import read_progress
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.mapped import verified
+from anon_dist.checkpoint.keeping.folder import read_progress
 from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Key
-from anon_dist.checkpoint.torchfile import LEGACY, open_torch
+from anon_dist.checkpoint.torchfiles.mapped import verified
+from anon_dist.checkpoint.torchfiles.torchfile import LEGACY, open_torch
 from anon_dist.checkpoint.verify import differences, verify
 from anon_dist.cli import main
 from anon_dist.engines.restore import check_present

@@ -6,7 +6,7 @@ import pytest
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.folder import read_progress
+from anon_dist.checkpoint.keeping.folder import read_progress
 
 
 def write(checkpoints, step):

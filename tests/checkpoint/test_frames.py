@@ -9,13 +9,14 @@ from test_semantics import Live as _Live
 from torch import nn
 
 from anon_dist import Anon
-from anon_dist.checkpoint import CheckpointError, cli, rank_local
+from anon_dist.checkpoint import CheckpointError, cli
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
+from anon_dist.checkpoint.optimizers.semantics import to_adamw, to_anon
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, WriteOptions
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import Key, Manifest, ParamGroup, TensorInfo
-from anon_dist.checkpoint.semantics import to_adamw, to_anon
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.verify import verify
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.engines import zero_restore

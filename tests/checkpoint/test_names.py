@@ -12,7 +12,7 @@ from torch import nn
 from anon_dist.checkpoint import CheckpointError, cli
 from anon_dist.checkpoint.convert import convert, inspect
 from anon_dist.checkpoint.formats import open_checkpoint
-from anon_dist.checkpoint.hf import INDEX
+from anon_dist.checkpoint.layouts.hf import INDEX
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import Key
 from anon_dist.checkpoint.verify import verify

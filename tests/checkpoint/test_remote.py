@@ -7,10 +7,11 @@ import shutil
 import fsspec
 import pytest
 
-from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, remote
+from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.checkpoint.checksums import checksums
-from anon_dist.checkpoint.remote import Remote, fetch_into
-from anon_dist.checkpoint.uploads import Uploads
+from anon_dist.checkpoint.keeping import remote
+from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
+from anon_dist.checkpoint.keeping.uploads import Uploads
 from anon_dist.cli import main
 
 

@@ -10,10 +10,10 @@ from torch.optim.swa_utils import SWALR
 
 from anon_dist import Anon
 from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint.optimizers.semantics import to_adamw, to_anon, to_optimizer
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions
 from anon_dist.checkpoint.recognise import recognise
 from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, ParamGroup, TensorInfo
-from anon_dist.checkpoint.semantics import to_adamw, to_anon, to_optimizer
 from anon_dist.train.config.parsing import OptimConfig
 
 SHAPES = {"matrix": (37, 11), "vector": (130,), "one": (1,)}

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anon_dist.checkpoint import CheckpointError
-from anon_dist.checkpoint.pickles import StandIn
 from anon_dist.checkpoint.schema import Key, Part, Stub
-from anon_dist.checkpoint.torchfile import lay_out, open_torch
+from anon_dist.checkpoint.torchfiles.pickles import StandIn
+from anon_dist.checkpoint.torchfiles.torchfile import lay_out, open_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn)
 

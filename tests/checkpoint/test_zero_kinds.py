@@ -7,7 +7,7 @@ import torch
 from helpers import assert_passed, launch_ranks
 from zero_kinds_tables import ALL, QUICK
 
-from anon_dist.checkpoint import rank_local
+from anon_dist.checkpoint.torchfiles import rank_local
 
 pytest.importorskip("deepspeed")
 RANKS = 3

@@ -9,7 +9,7 @@ import pytest
 from anon_dist.cli import main
 from anon_dist.data import ShardError, Tokenizer, TokenShards
 from anon_dist.data.config import IndexConfig
-from anon_dist.data.indexing import index_tokens
+from anon_dist.data.preparation.indexing import index_tokens
 from anon_dist.data.verify import verify
 
 EOD = 256

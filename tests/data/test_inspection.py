@@ -8,7 +8,7 @@ import pytest
 
 from anon_dist.cli import main
 from anon_dist.data import Index, PrepareConfig, inspection, prepare
-from anon_dist.data.encode import is_validation
+from anon_dist.data.preparation.encode import is_validation
 
 
 def inspected(capsys, *args):

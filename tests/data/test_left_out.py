@@ -14,8 +14,8 @@ from test_prepare import config, texts_of
 
 from anon_dist.data import DataError, Index, PreparationError, SourceError, prepare
 from anon_dist.data.config import PrepareConfig
-from anon_dist.data.meter import Meter
-from anon_dist.data.tally import Tally
+from anon_dist.data.preparation.meter import Meter
+from anon_dist.data.preparation.tally import Tally
 from anon_dist.data.verify import verify
 
 GOOD = [f"document {i} " * 40 for i in range(40)]
@@ -104,7 +104,9 @@ def test_fail_stops_at_the_first_and_goes_on_with_another_choice(bad, tmp_path):
 
 
 def test_the_first_places_are_kept_over_chunks_and_interruptions(tmp_path, monkeypatch):
-    encode, preparation = (importlib.import_module(f"anon_dist.data.{name}") for name in ("encode", "preparation"))
+    encode, preparation = (
+        importlib.import_module(f"anon_dist.data.{name}") for name in ("preparation.encode", "preparation.prepare")
+    )
     monkeypatch.setattr(encode, "CHUNK_CHARS", 10)
     monkeypatch.setattr(preparation, "COMMIT_BYTES", 10)
     rows = [f'{{"text": "good {i}"}}\n{{"body": "{i}"}}\n' for i in range(9)]
@@ -216,7 +218,9 @@ def test_several_sources_are_one_corpus_in_the_order_given(tmp_path, capsys):
 
 
 def test_progress_says_documents_speed_and_what_is_left(tmp_path, capsys, monkeypatch):
-    meter, encode = (importlib.import_module(f"anon_dist.data.{name}") for name in ("meter", "encode"))
+    meter, encode = (
+        importlib.import_module(f"anon_dist.data.{name}") for name in ("preparation.meter", "preparation.encode")
+    )
     monkeypatch.setattr(meter, "LOG_SECONDS", -1.0)
     monkeypatch.setattr(encode, "CHUNK_CHARS", 1000)
     rows = "".join(json.dumps({"text": text}) + "\n" for text in GOOD)

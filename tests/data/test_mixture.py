@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anon_dist.data import Mixture, mixture
-from anon_dist.data.mixture import rates_of
+from anon_dist.data import Mixture
+from anon_dist.data.samples import mixture
+from anon_dist.data.samples.mixture import rates_of
 
 RATES = st.lists(st.integers(1, 60), min_size=1, max_size=9)
 

@@ -15,9 +15,9 @@ from anon_dist.data import (
     TokenShards,
     make_source,
     pack,
-    packing,
     prepare,
 )
+from anon_dist.data.samples import packing
 
 SEQ_LEN = 100
 IGNORED = -100

@@ -15,22 +15,14 @@ from test_prepare import contents
 from transformers import AutoTokenizer
 
 from anon_dist.cli import main
-from anon_dist.data import (
-    Index,
-    PreparationError,
-    PrepareConfig,
-    ShardError,
-    TokenShards,
-    encode,
-    prepare,
-    verify_checksums,
-)
-from anon_dist.data.division import segments
-from anon_dist.data.merge import merge
-from anon_dist.data.preparation import _source as source_of
+from anon_dist.data import Index, PreparationError, PrepareConfig, ShardError, TokenShards, prepare, verify_checksums
+from anon_dist.data.preparation import encode
+from anon_dist.data.preparation.division import segments
+from anon_dist.data.preparation.merge import merge
+from anon_dist.data.preparation.prepare import _source as source_of
 
-merge_module = importlib.import_module("anon_dist.data.merge")
-preparation = importlib.import_module("anon_dist.data.preparation")
+merge_module = importlib.import_module("anon_dist.data.preparation.merge")
+preparation = importlib.import_module("anon_dist.data.preparation.prepare")
 LETTERS = "etaoin shrdlu\n"
 
 

@@ -21,17 +21,16 @@ from anon_dist.data import (
     Tokenizer,
     TokenizerError,
     TokenShards,
-    encode,
-    finish,
     prepare,
 )
-from anon_dist.data.encode import is_validation
-from anon_dist.data.writer import SplitWriter
+from anon_dist.data.preparation import encode, finish
+from anon_dist.data.preparation.encode import is_validation
+from anon_dist.data.preparation.writer import SplitWriter
 from anon_dist.files import exclusive
 
 SPM = "spm-bpe:600"
 # The package has a function of that name.
-prepare_module = importlib.import_module("anon_dist.data.preparation")
+prepare_module = importlib.import_module("anon_dist.data.preparation.prepare")
 STEPS = {"compute_statistics": finish, "write_json": prepare_module, "build_tokenizer": prepare_module}
 
 
@@ -131,10 +130,10 @@ def test_complete_is_left_alone(corpus, tmp_path, reference, capsys, monkeypatch
 INTERRUPTED = """
 import importlib, os, signal, sys
 from pathlib import Path
-from anon_dist.data import encode
-from anon_dist.data.writer import SplitWriter
+from anon_dist.data.preparation import encode
+from anon_dist.data.preparation.writer import SplitWriter
 
-prepare_module = importlib.import_module("anon_dist.data.preparation")
+prepare_module = importlib.import_module("anon_dist.data.preparation.prepare")
 corpus, out, workers, tokenizer, appends = sys.argv[1:]
 encode.CHUNK_CHARS, prepare_module.COMMIT_BYTES = 500, 1500
 append, count = SplitWriter.append, 0

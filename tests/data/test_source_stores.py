@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from anon_dist.data import PrepareConfig, SourceError, prepare, remote, remote_files
-from anon_dist.data.index import Index
-from anon_dist.data.sources import open_source
+from anon_dist.data import PrepareConfig, SourceError, prepare
+from anon_dist.data.preparation.sources import open_source
+from anon_dist.data.stored import remote, remote_files
+from anon_dist.data.stored.index import Index
 
 LINES = "".join(json.dumps({"text": f"line {i} " + "naïve 漢字 " * (i % 7)}) + "\n" for i in range(300)).encode()
 

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from anon_dist.data import SourceError
-from anon_dist.data.sources import Cursor, LimitedSource, open_source
+from anon_dist.data.preparation.sources import Cursor, LimitedSource, open_source
 
 TEXTS = ["first\n", "second: naïve 漢字\r\n\ttabs", "", "third  "]
 

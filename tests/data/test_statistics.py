@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anon_dist.data import Index
-from anon_dist.data.statistics import bigram_loss, compute_statistics, read_head, unigram_entropy
+from anon_dist.data.preparation.statistics import bigram_loss, compute_statistics, read_head, unigram_entropy
 
 
 def slow_bigram_loss(train, val, vocab):

@@ -18,19 +18,9 @@ import pytest
 import torch
 
 from anon_dist.cli import main
-from anon_dist.data import (
-    BatchLoader,
-    DataError,
-    Index,
-    ShardError,
-    Stream,
-    Tokenizer,
-    TokenShards,
-    cache,
-    make_source,
-    remote,
-)
-from anon_dist.data.preparation import PrepareConfig, prepare
+from anon_dist.data import BatchLoader, DataError, Index, ShardError, Stream, Tokenizer, TokenShards, make_source
+from anon_dist.data.preparation.prepare import PrepareConfig, prepare
+from anon_dist.data.stored import cache, remote
 from anon_dist.outages import OUTAGES
 
 SEQ_LEN = 64
@@ -192,7 +182,8 @@ def test_two_ranks_share_one_download(s3, prepared, tmp_path, monkeypatch):
 
 KILLED = """
 import sys
-from anon_dist.data import TokenShards, cache, remote
+from anon_dist.data import TokenShards
+from anon_dist.data.stored import cache, remote
 remote.BLOCK = 512
 cache.use(sys.argv[1], 1 << 30)
 TokenShards(sys.argv[2]).tokens(0, 900)
@@ -470,7 +461,7 @@ def test_more_shards_than_open_files(tmp_path):
     code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, int(sys.argv[1])))
-from anon_dist.data.reading import allow_files
+from anon_dist.data.stored.reading import allow_files
 allow_files(2000)
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """

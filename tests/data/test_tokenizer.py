@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Fast
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from anon_dist.data import Tokenizer, TokenizerError
-from anon_dist.data.spm import EOD
-from anon_dist.data.tokenizer import build_tokenizer
+from anon_dist.data.preparation.spm import EOD
+from anon_dist.data.preparation.tokenizer import build_tokenizer
 
 SPECS = ["bytes", "spm-bpe:600", "spm-unigram:600"]
 TRICKY = [

@@ -12,10 +12,12 @@ from test_prepare import contents, texts_of
 
 from anon_dist.cli import main
 from anon_dist.data import PreparationError, PrepareConfig, SourceError, prepare
-from anon_dist.data.merge import merge
-from anon_dist.data.meter import Meter
+from anon_dist.data.preparation.merge import merge
+from anon_dist.data.preparation.meter import Meter
 
-encode, preparation = (importlib.import_module(f"anon_dist.data.{name}") for name in ("encode", "preparation"))
+encode, preparation = (
+    importlib.import_module(f"anon_dist.data.{name}") for name in ("preparation.encode", "preparation.prepare")
+)
 SHARDS = {"shard_tokens": 100}
 """So that the texts divide into three shares."""
 TIME = 1_700_000_000_000_000_000

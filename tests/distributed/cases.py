@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from anon_dist import Anon
 from anon_dist.bench.traffic import Traffic
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
-from anon_dist.checkpoint.linking import LinkingWriter
+from anon_dist.checkpoint.dcp.linking import LinkingWriter
 from anon_dist.checkpoint.verify import verify
 from anon_dist.data import Index, PrepareConfig, prepare
 from anon_dist.engines import comparison

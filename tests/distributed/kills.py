@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-from anon_dist.checkpoint import folder
-from anon_dist.checkpoint.folder import PROGRESS, Checkpoints
-from anon_dist.checkpoint.remote import Remote
+from anon_dist.checkpoint.keeping import folder
+from anon_dist.checkpoint.keeping.folder import PROGRESS, Checkpoints
+from anon_dist.checkpoint.keeping.remote import Remote
 from anon_dist.train import learning, loop, rewind
 from anon_dist.train import run as runs
 from anon_dist.train.config.parsing import load_config

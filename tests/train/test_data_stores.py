@@ -7,7 +7,8 @@ import fsspec
 import pytest
 
 from anon_dist.cli import main
-from anon_dist.data import ShardError, cache, remote
+from anon_dist.data import ShardError
+from anon_dist.data.stored import cache, remote
 from anon_dist.train.config.parsing import ConfigError, SourceConfig
 from anon_dist.train.health.pulse import Pulse
 from anon_dist.train.health.waiting import Waiting
@@ -103,7 +104,7 @@ def test_a_store_that_goes_away_in_a_run(run_config, train, address, monkeypatch
     store = type(fsspec.filesystem("memory"))
     read, asked = store.cat_file, []
     config = run_config(data__path=address, data__cache_bytes=0, checkpoint__every=1, eval__every=0)
-    monkeypatch.setattr("anon_dist.data.loader.ORDER_BLOCK", 4)
+    monkeypatch.setattr("anon_dist.data.samples.loader.ORDER_BLOCK", 4)
 
     def away(self, path, **options):
         asked.append(path)
@@ -141,7 +142,7 @@ def test_a_run_on_datatroves_files(run_config, train, prepared, tmp_path):
 
     from anon_dist.data import Index, TokenShards
     from anon_dist.data.config import IndexConfig
-    from anon_dist.data.indexing import index_tokens
+    from anon_dist.data.preparation.indexing import index_tokens
 
     shards = TokenShards(prepared)
     tokens = shards.tokens(0, len(shards))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anon_dist.data.packing import IGNORED
+from anon_dist.data.samples.packing import IGNORED
 from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.loss import cross_entropy
 from anon_dist.train.loss.attach import attach

@@ -10,8 +10,8 @@ from helpers import at_step
 
 from anon_dist import stores
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.remote import Remote
-from anon_dist.checkpoint.uploads import TakenError, Uploads
+from anon_dist.checkpoint.keeping.remote import Remote
+from anon_dist.checkpoint.keeping.uploads import TakenError, Uploads
 from anon_dist.doctor import storage
 from anon_dist.doctor.judge import Nodes, Wanted, judge
 from anon_dist.doctor.report import Report

@@ -12,9 +12,10 @@ import torch.distributed.checkpoint as dcp
 from helpers import Crash, at_step, crash, metrics
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from anon_dist.checkpoint import Checkpoints, linking
+from anon_dist.checkpoint import Checkpoints
 from anon_dist.checkpoint.checksums import checksums
-from anon_dist.checkpoint.linking import LinkingWriter, Links
+from anon_dist.checkpoint.dcp import linking
+from anon_dist.checkpoint.dcp.linking import LinkingWriter, Links
 from anon_dist.checkpoint.verify import verify
 from anon_dist.train import loop
 from anon_dist.train.config.errors import RunError
@@ -162,7 +163,7 @@ def test_a_file_that_is_not_what_it_was_is_written_again(how, tmp_path, monkeypa
 
 def test_memory_stays_over_twenty_saves(tmp_path):
     """One copy of the state, whatever the number of saves."""
-    from anon_dist.checkpoint.staging import Copies
+    from anon_dist.checkpoint.keeping.staging import Copies
 
     def resident():
         return int(re.search(r"VmRSS:\s+(\d+)", open("/proc/self/status").read())[1]) << 10
@@ -321,7 +322,7 @@ def wait(condition):
 
 
 def test_a_run_does_not_end_well_before_all_is_there(run_config, train, tmp_path, monkeypatch):
-    from anon_dist.checkpoint import remote
+    from anon_dist.checkpoint.keeping import remote
 
     monkeypatch.setattr(remote, "PAUSES", (0.0,))
     config = run_config(checkpoint__remote=f"memory://{tmp_path}", checkpoint__keep=1, train__steps=5)

@@ -10,7 +10,7 @@ from typing import Any
 
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.inside import inside
-from anon_dist.checkpoint.torchfile import open_torch
+from anon_dist.checkpoint.torchfiles.torchfile import open_torch
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")

@@ -10,15 +10,15 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import extras_tree
 from anon_dist.checkpoint.beside import read_beside, write_beside
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.optimizers.schedules import is_schedule, schedule_key
 from anon_dist.checkpoint.options import Layout, ReadOptions, WriteOptions
 from anon_dist.checkpoint.recognise import recognise
-from anon_dist.checkpoint.schedules import is_schedule, schedule_key
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, OutFile, TensorInfo
-from anon_dist.checkpoint.torchfile import lay_out
+from anon_dist.checkpoint.torchfiles import rank_local
+from anon_dist.checkpoint.torchfiles.torchfile import lay_out
 from anon_dist.checkpoint.zero import stage0, stage3, stage12, universal, write
 from anon_dist.checkpoint.zero.files import Files, find, tag_folder
 from anon_dist.checkpoint.zero.header import KNOWN, number

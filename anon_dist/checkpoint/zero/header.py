@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.pickles import StandIn
 from anon_dist.checkpoint.schema import WEIGHT, Key, Manifest, ParamGroup, TensorInfo
+from anon_dist.checkpoint.torchfiles.pickles import StandIn
 from anon_dist.checkpoint.zero.files import Files, need
 from anon_dist.checkpoint.zero.pieces import Pieces, entire
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from anon_dist.checkpoint.assemble import with_stubs
-from anon_dist.checkpoint.pickles import StandIn
-from anon_dist.checkpoint.schedules import schedule_key
+from anon_dist.checkpoint.optimizers.schedules import schedule_key
 from anon_dist.checkpoint.schema import WEIGHT, Stub
+from anon_dist.checkpoint.torchfiles.pickles import StandIn
 from anon_dist.checkpoint.zero.flat import Cut, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import CARRIED, ENGINE_KEYS
 from anon_dist.checkpoint.zero.source import Source

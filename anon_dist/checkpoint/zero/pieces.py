@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.mapped import verified
 from anon_dist.checkpoint.schema import EXTRA, Checkpoint, Key, Manifest, Ref, TensorInfo
+from anon_dist.checkpoint.torchfiles.mapped import verified
 
 LARGE = 1 << 20
 """Elements above which a tensor among the extras is streamed, not kept."""

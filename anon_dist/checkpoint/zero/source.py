@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.assemble import refs, stub, with_stubs
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.frames import REMEDY, check_whole
+from anon_dist.checkpoint.optimizers.frames import REMEDY, check_whole
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Part, Stub, TensorInfo
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.checkpoint.zero.header import fresh, is_number, same_number
 from anon_dist.optim.frame import KEYS

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, NamesWanted
 from anon_dist.checkpoint.names import NUMBERED, assign, check_once, fitting_names, unnamed
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.files import Files, need
 from anon_dist.checkpoint.zero.flat import group_cuts, numel
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header

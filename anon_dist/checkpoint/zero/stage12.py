@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.schema import MASTER, Key, ParamGroup, TensorInfo
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import ALIGNMENT, Cut, group_cuts, numel, round_robin, whole_members
 from anon_dist.checkpoint.zero.header import (

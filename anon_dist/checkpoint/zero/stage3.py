@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Key, ParamGroup, TensorInfo
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.files import Files, check_ranks, need
 from anon_dist.checkpoint.zero.flat import basis_cuts, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header

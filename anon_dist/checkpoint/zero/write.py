@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from anon_dist.checkpoint import rank_local
 from anon_dist.checkpoint.schema import MASTER
+from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.flat import (
     basis_cuts,
     group_cuts,

@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import replace
 
-from anon_dist.data.index import INDEX_FILE, Index
+from anon_dist.data.stored.index import INDEX_FILE, Index
 from anon_dist.named import named_instead
 from anon_dist.stores import is_address
 from anon_dist.train.config.errors import ConfigError

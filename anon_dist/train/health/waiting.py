@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from anon_dist.data.remote import TRAFFIC
+from anon_dist.data.stored.remote import TRAFFIC
 from anon_dist.train.health.pulse import Pulse
 
 

@@ -13,9 +13,10 @@ from typing import Literal
 from accelerate import Accelerator
 
 from anon_dist.agreement import all_do_slowly
-from anon_dist.data import DataError, Index, TokenShards, cache, verify_checksums
-from anon_dist.data.remote import located
-from anon_dist.data.sample import VALIDATION_TOKENS
+from anon_dist.data import DataError, Index, TokenShards, verify_checksums
+from anon_dist.data.preparation.sample import VALIDATION_TOKENS
+from anon_dist.data.stored import cache
+from anon_dist.data.stored.remote import located
 from anon_dist.stores import is_address
 from anon_dist.train.config.parsing import Config, ConfigError, DataConfig, SourceConfig
 from anon_dist.train.config.phases import phases_of

@@ -15,7 +15,7 @@ import torch
 from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.together import on_every_rank
-from anon_dist.checkpoint.torchfile import open_torch
+from anon_dist.checkpoint.torchfiles.torchfile import open_torch
 
 
 def seed(base: int, rank: int, step: int) -> None:

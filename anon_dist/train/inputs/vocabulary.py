@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from anon_dist.data import DataError, Tokenizer
-from anon_dist.data.tokenizer import PROBE
+from anon_dist.data.preparation.tokenizer import PROBE
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.inputs.corpora import first_folder
 

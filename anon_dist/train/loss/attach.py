@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 
-from anon_dist.data.packing import IGNORED
+from anon_dist.data.samples.packing import IGNORED
 from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.loss.cross_entropy import Head, Split, summed_loss, token_losses
 from anon_dist.train.loss.documents import ATTRIBUTE, Documents, know_documents

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anon_dist.data.packing import IGNORED
+from anon_dist.data.samples.packing import IGNORED
 from anon_dist.train.loss.documents import CAUSAL, Documents, Spans
 
 

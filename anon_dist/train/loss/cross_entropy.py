@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anon_dist.data.packing import IGNORED
+from anon_dist.data.samples.packing import IGNORED
 
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Of a piece's float32 logits, which there are two buffers of. On CPUs they should stay in the cache; on GPUs the output matrix and its

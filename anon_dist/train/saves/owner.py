@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.remote import OWNER, Remote
-from anon_dist.checkpoint.uploads import TakenError
+from anon_dist.checkpoint.keeping.remote import OWNER, Remote
+from anon_dist.checkpoint.keeping.uploads import TakenError
 from anon_dist.files import write_json
 from anon_dist.train.config.changes import recorded
 from anon_dist.train.config.parsing import Config, flat

@@ -8,9 +8,9 @@ from typing import Any
 
 from anon_dist.agreement import first_does_slowly, is_first
 from anon_dist.checkpoint import Checkpoints, DamagedCheckpoint
-from anon_dist.checkpoint.folder import step_of
-from anon_dist.checkpoint.remote import Remote, fetch_into
-from anon_dist.checkpoint.uploads import Uploads
+from anon_dist.checkpoint.keeping.folder import step_of
+from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
+from anon_dist.checkpoint.keeping.uploads import Uploads
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.config.parsing import CheckpointConfig, Config
 from anon_dist.train.health.pulse import Pulse

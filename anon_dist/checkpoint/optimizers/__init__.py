@@ -1,0 +1,1 @@
+"""What an optimizer's state means: from AdamW to Anon and back, bases, schedules of the learning rate."""

@@ -1,0 +1,1 @@
+"""Files of `torch.save` and of safetensors: read without running code, laid out before the tensors exist."""

@@ -1,0 +1,1 @@
+"""From prepared folders to a run's samples: order, packing, mixtures."""
