@@ -12,11 +12,12 @@ from typing import NoReturn
 import xxhash
 from tqdm import tqdm
 
-from anon_dist.data.errors import ShardError
+from anon_dist.data.errors import ShardError, TokenizerError
 from anon_dist.data.preparation.meter import say
 from anon_dist.data.samples.stretches import Stretches
 from anon_dist.data.stored.blocks import RESTORE, BlockDigests, FirstTouch, sums_file
-from anon_dist.data.stored.index import INDEX_FILE, Index, ShardInfo
+from anon_dist.data.stored.digests import tokenizer_hash
+from anon_dist.data.stored.index import INDEX_FILE, TOKENIZER_FOLDER, Index, ShardInfo
 from anon_dist.data.stored.remote import located
 from anon_dist.files import sync, write_json
 
@@ -30,8 +31,10 @@ def verify(folder: str | Path, workers: int = 1) -> Index:
 
     Raises:
         ShardError: naming the first file that is missing, torn or altered.
+        TokenizerError: that is the tokenizer.
     """
     index = Index.load(folder)
+    _check_tokenizer(folder, index)
     shards = Stretches(folder)
     shards.check_sizes(index.shards)  # before hours of reading; and the checksums themselves
     for split, info in index.splits.items():
@@ -63,6 +66,14 @@ def verify(folder: str | Path, workers: int = 1) -> Index:
         said += "; checksums of blocks were added"
     say(said)
     return index
+
+
+def _check_tokenizer(folder: str | Path, index: Index) -> None:
+    here = located(folder) / TOKENIZER_FOLDER
+    if not here.is_dir() or tokenizer_hash(here) != index.tokenizer_hash:
+        raise TokenizerError(
+            f"{here}, the data's tokenizer, {'is altered' if here.is_dir() else 'is missing'}. {RESTORE}"
+        )
 
 
 def _hashed(shards: Stretches, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:

@@ -212,6 +212,9 @@ def test_several_sources_are_one_corpus_in_the_order_given(tmp_path, capsys):
     assert texts_of(tmp_path / "other", "train") == ["three", "four", "one", "two"]
     with pytest.raises(PreparationError, match="comes twice"):
         prepare(PrepareConfig(source=(sources[0], sources[0]), out=tmp_path / "o", **options))
+    for other in (f"{tmp_path}/./b", f"{tmp_path}/b/*"):
+        with pytest.raises(PreparationError, match=r"both have .*; it would be read twice"):
+            prepare(PrepareConfig(source=(sources[0], other), out=tmp_path / "o", **options))
     (tmp_path / "c.jsonl").write_text('{"body": "x"}\n')  # the first of its source: a wrong setting
     with pytest.raises(SourceError, match="Set --text-field"):
         prepare(PrepareConfig(source=(*sources, str(tmp_path / "c.jsonl")), out=tmp_path / "o", **options))
@@ -278,5 +281,5 @@ def test_a_validation_split_of_much_text_is_said(tmp_path, capsys):
 
 
 def test_an_address_is_no_unfinished_folder():
-    with pytest.raises(DataError, match=r"s3:/bucket/data is an address\. Copy the folder"):
+    with pytest.raises(DataError, match=r"s3:/bucket/data is no folder; an address has two slashes: s3://bucket/data"):
         verify(Path("s3://bucket/data"))

@@ -10,6 +10,7 @@ import zstandard
 from test_prepare import config, texts_of
 
 from anon_dist.data import Index, SourceError, prepare
+from anon_dist.data.preparation.tally import Tally
 
 MARK = b"\xef\xbb\xbf"
 PACKED = {"gz": gzip.compress, "zst": zstandard.compress}
@@ -87,6 +88,8 @@ def test_rubbish_behind_what_is_packed(kind, end, folder, tmp_path):
         (folder / f"{name}.{kind}").write_bytes(PACKED[kind](content.encode()) + b"rubbish, not packed")
     texts, left = prepared(folder, tmp_path / "out")
     assert texts == ["good", text, *text.splitlines()]
+    lines = Tally({"rubbish behind packed text": 2}).lines(2)
+    assert lines == ["taken: 2 rubbish behind packed text"]
     places = left.pop("rubbish behind packed text")
     assert not left
     assert [place.partition(":")[0] for place in places] == [f"t/1.txt.{kind}", f"t/2.jsonl.{kind}"]

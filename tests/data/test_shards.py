@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from anon_dist.cli import main
-from anon_dist.data import DataError, Index, PrepareConfig, ShardError, TokenShards, prepare, verify_checksums
+from anon_dist.data import (
+    DataError,
+    Index,
+    PrepareConfig,
+    ShardError,
+    TokenizerError,
+    TokenShards,
+    prepare,
+    verify_checksums,
+)
+from anon_dist.data.verify import verify
 
 
 @pytest.fixture
@@ -158,6 +168,16 @@ def test_a_folder_of_an_earlier_version_gets_sums(blocks, tmp_path, capsys):
         }
 
 
+def test_the_tokenizer_is_compared_too(folder):
+    first = next(p for p in sorted((folder / "tokenizer").iterdir()) if p.is_file())
+    first.write_bytes(first.read_bytes() + b" ")
+    with pytest.raises(TokenizerError, match="the data's tokenizer, is altered"):
+        verify(folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(TokenizerError, match="the data's tokenizer, is missing"):
+        verify(folder)
+
+
 def test_missing_shard_is_named(folder):
     (folder / "val-00000.bin").unlink()
     TokenShards(folder)
@@ -175,7 +195,10 @@ def test_no_index(tmp_path):
     [
         (lambda c: c.update(format_version=99), "format_version is 99"),
         (lambda c: c.pop("splits"), "missing or malformed"),
-        (lambda c: c["splits"]["train"]["shards"].pop(), "fingerprint does not belong"),
+        (lambda c: c["splits"]["train"]["shards"].pop(), "its shards [0-9]+ tokens; the file was edited"),
+        (lambda c: c["splits"]["train"].update(tokens=9), "its shards [0-9]+ tokens; the file was edited"),
+        (lambda c: c["splits"]["val"].update(text_bytes="x"), "the file was edited"),
+        (lambda c: c["splits"]["val"]["shards"][0].update(xxh3_64="0" * 16), "fingerprint does not belong"),
     ],
 )
 def test_bad_index(folder, edit, message):

@@ -348,6 +348,19 @@ LLAMA = ["--model.family", "llama"]
         (["--resume", "s3://bucket/run/step-00000500"], "is an address: set checkpoint.remote to its folder"),
         (["--optim.lr", "10"], "decay the weights past 0"),
         (["--log.trackers", "wandb", "wandb"], "names one twice"),
+        (
+            ["--data.sources", "{a: {path: a}}", "--data.path", "b"],
+            r"--data\.path does nothing, as data\.sources says what is read; give --data\.sources '\{\}'",
+        ),
+        (
+            [
+                "--data.phases",
+                "[{until: 9, sources: {a: {path: a}}}, {sources: {b: {path: b}}}]",
+                "--data.sources",
+                "{}",
+            ],
+            r"--data\.sources does nothing, as each of data\.phases has its own; give --data\.phases \[\]",
+        ),
         (["--config", "quickstart", "--config", "quickstart"], "--config comes 2 times"),
         (["--config", "quickstart", "--train.steps", "9"], r"quickstart\.yaml and the command line: schedule\.warmup"),
         (["--run-dir", "\udcff"], "the configuration"),

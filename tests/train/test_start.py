@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 
@@ -218,6 +219,19 @@ def test_one_of_several_ranks_says_why(alike, speaks, said, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", bool(said))
     assert err.startswith(said)
+
+
+def test_a_folder_of_texts_is_not_prepared_from_other_texts(tmp_path, monkeypatch, capsys):
+    """The preset's source is for the preset's folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config", "quickstart", "--data.path", "my texts"])
+    said = capsys.readouterr().err
+    command = "anon-dist data prepare --source 'my texts' --tokenizer spm-bpe:4096 --out 'my texts-prepared'"
+    assert f"my texts is a folder, and not one of prepared data. If it holds text: {command}, and name" in said
+    assert os.listdir("my texts") == ["a.txt"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import asdict
 
 import huggingface_hub
 import pytest
@@ -16,6 +17,7 @@ from anon_dist.checkpoint import CheckpointError
 from anon_dist.cli import main
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
+from anon_dist.train.model import card
 from anon_dist.train.reports import report
 from anon_dist.trained import hub
 from anon_dist.trained.find import find, tokenizer_of
@@ -180,13 +182,29 @@ def test_an_exported_model_knows_how_it_is_used(run, exported):
         assert tokenizer.decode(tokenizer("naïve 1").input_ids) == "naïve 1"
 
 
+SCHEDULE = asdict(c.ScheduleConfig())
+TRAIN = asdict(c.TrainConfig())
+
+
+def test_the_model_card_says_what_was_chosen_of_the_optimizer():
+    optim = asdict(c.OptimConfig(basis="columns", nesterov=True, max_interval=4, lr_by_name={"*wte*": 2.0}))
+    said = dict(card._training({"optim": optim, "schedule": SCHEDULE, "train": TRAIN, "data": {"seq_len": 8}}, {}))
+    assert {"basis columns", "nesterov True", "max_interval 4", "lr_by_name {'*wte*': 2.0}"} <= {
+        *said["optimizer"].split(", ")
+    }
+    optim["name"] = "adamw"
+    said = dict(card._training({"optim": optim, "schedule": SCHEDULE, "train": TRAIN, "data": {"seq_len": 8}}, {}))
+    assert "basis" not in said["optimizer"]
+    assert "lr_by_name" in said["optimizer"]
+
+
 def test_the_model_card_says_data_recipe_and_results(run, exported, texts):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for folder, step in ((exported, 3), (run / "model", 6)):
-        card = huggingface_hub.ModelCard.load(folder / "README.md")
-        assert card.data.pipeline_tag == "text-generation"
-        assert card.data.library_name == "transformers"
-        lines = [line for line in card.text.splitlines() if line.startswith("| ") and line != "| | |"]
+        found = huggingface_hub.ModelCard.load(folder / "README.md")
+        assert found.data.pipeline_tag == "text-generation"
+        assert found.data.library_name == "transformers"
+        lines = [line for line in found.text.splitlines() if line.startswith("| ") and line != "| | |"]
         rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
         assert rows["source"] == str(texts)
         assert rows["tokenizer"] == "bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from anon_dist.data.preparation.meter import Meter, say
 from anon_dist.data.preparation.parts import PART_FILE, Part
 from anon_dist.data.preparation.place import check_out
 from anon_dist.data.preparation.sample import training_sample, validation_fraction
-from anon_dist.data.preparation.sources import LimitedSource, SeveralSources, Source, open_source
+from anon_dist.data.preparation.sources import FileSource, LimitedSource, SeveralSources, Source, open_source
 from anon_dist.data.preparation.tally import Tally
 from anon_dist.data.preparation.tokenizer import Tokenizer, build_tokenizer, check_spec, is_trained
 from anon_dist.data.preparation.versions import (
@@ -247,10 +248,27 @@ def _source(config: PrepareConfig) -> Source:
         )
         for spec in config.source
     ]
+    if len(sources) > 1:
+        _refuse_overlap(config.source, sources)
     source = sources[0] if len(sources) == 1 else SeveralSources(sources)
     if config.max_documents is None and config.max_bytes is None:
         return source
     return LimitedSource(source, config.max_documents, config.max_bytes)
+
+
+def _refuse_overlap(specs: Sequence[str], sources: Sequence[Source]) -> None:
+    """A file that two sources have would be read twice."""
+    taken: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        files = source.files if isinstance(source, FileSource) else []
+        own = {os.path.realpath(path) if isinstance(path, Path) else str(path) for path in files}
+        if twice := sorted(path for path in own if path in taken):
+            more = f" and {len(twice) - 1:,} more" if len(twice) > 1 else ""
+            raise PreparationError(
+                f"--source {specs[taken[twice[0]]]} and --source {specs[number]} both have {twice[0]}{more}; it would be read "
+                "twice. Give sources that have no file in common."
+            )
+        taken |= dict.fromkeys(own, number)
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any, Self
 EXAMPLES = 3
 REPLACED = ", replaced"
 """How the reasons of documents end that are there, with characters in place of what could not be read."""
-HARMLESS = ("binary", "empty", "null", "hidden")
+TAKEN = ("rubbish behind packed text",)
+"""Other reasons of documents that are there, without what could not be read."""
+HARMLESS = (*TAKEN, "binary", "empty", "null", "hidden")
 """Reasons for which no text is lost."""
 UNREAD = {"hidden_files": "hidden files", "special_files": "that are no files (links to nothing, pipes, devices)"}
 """What a source does not open: key of its description, and words."""
@@ -18,7 +20,6 @@ REMEDIES = {
     "UTF-16": "convert them (iconv -f UTF-16 -t UTF-8)",
     "UTF-32": "convert them (iconv -f UTF-32 -t UTF-8)",
     "NUL characters": "remove them (tr -d '\\000'), or take the text with --on-bad-text replace",
-    "rubbish behind packed text": "the text was taken",
     "lone surrogates": "take them with --on-bad-text replace",
     "damaged": "what lies before the damage was read; fetch them again",
     "unreadable": "give yourself the right to read them",
@@ -82,7 +83,7 @@ class Tally:
             more = f"; and {count - len(places):,} more" if places and count > len(places) else ""
             remedy = REMEDIES.get(reason, "")
             found.append(
-                f"{'taken' if reason.endswith(REPLACED) else 'left out'}: {count:,} {reason}"
+                f"{'taken' if reason.endswith(REPLACED) or reason in TAKEN else 'left out'}: {count:,} {reason}"
                 + (f" ({'; '.join(places)}{more})" if places else "")
                 + (f": {remedy}" if remedy else "")
             )

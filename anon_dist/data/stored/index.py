@@ -175,9 +175,8 @@ class Index:
                     f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
                 ) from None
             if re.match(r"\w+:/\w", str(directory)):  # as a path, it has lost a slash
-                raise ShardError(
-                    f"{directory} is an address. Copy the folder to this machine, and name it there."
-                ) from None
+                address = re.sub(r"^(\w+):/", r"\1://", str(directory))
+                raise ShardError(f"{directory} is no folder; an address has two slashes: {address}") from None
             if Path(directory).is_file():
                 raise ShardError(f"{directory} is a file; {named_instead(directory)}") from None
             raise ShardError(
@@ -211,6 +210,13 @@ class Index:
             )
         if not isinstance(index.tokenizer_behaviour, dict):
             raise ShardError(f"{path}: tokenizer_behaviour is no mapping; the file was edited. Prepare again.")
+        for name, split in index.splits.items():
+            counts, tokens = (split.tokens, split.documents, split.text_bytes), sum(s.tokens for s in split.shards)
+            if any(type(count) is not int or count < 0 for count in counts) or split.tokens != tokens:
+                raise ShardError(
+                    f"{path}: splits.{name} has {counts} tokens, documents and bytes of text, and its shards {tokens} tokens; the file was "
+                    "edited. Prepare again."
+                )
         if index.fingerprint != index.compute_fingerprint():
             raise ShardError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."

@@ -34,6 +34,7 @@ from anon_dist.train.config.fields import (
     SourceConfig,
     TrainConfig,
 )
+from anon_dist.train.config.idle import refuse_idle
 from anon_dist.train.config.phases import resolved
 from anon_dist.train.config.ranges import Instead, spell
 from anon_dist.train.config.rules import model_rules, optim_rules, phase_rules, train_rules
@@ -185,12 +186,7 @@ def parse_args(
     config = Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)})
     _check_keys(rest)
     config = _validated(dataclasses.asdict(config), lambda name: "--" + name.replace("_", "-"))
-    for flag, over in (("steps", "tokens"), ("global-batch", "global_batch_tokens")):
-        said = getattr(config.train, over)
-        if said is not None and values_of(rest, f"--train.{flag}"):
-            raise ConfigError(
-                f"--train.{flag} does nothing, as train.{over} = {said} says it; give --train.{over} None"
-            )
+    refuse_idle(config, rest)
     try:
         config = resolved(config)
         check(config)

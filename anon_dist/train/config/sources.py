@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import replace
 
@@ -41,9 +42,11 @@ def check_present(config: Config) -> None:
     """That each folder on this machine is prepared: its shards are looked at later. What lies at an address is not asked for.
 
     Raises:
-        ConfigError: a source is not there, or not finished; with the command that makes it.
+        ConfigError: a source is not there, or not finished; with the command that makes it. Or run_dir is a file.
         ShardError: its index, or that of a set to validate on, is missing or malformed.
     """
+    if os.path.isfile(config.run_dir):
+        raise ConfigError(f"run_dir = {config.run_dir} is a file; name a folder, which the run makes")
     for name, source in all_sources(config).items():
         _check_begun(name, source, config.data.prepare)
         if not is_address(source.path):
@@ -58,8 +61,21 @@ def _check_begun(name: str, source: SourceConfig, prepare: str | None) -> None:
         return
     if os.path.isfile(source.path):
         raise ConfigError(f"{called(name)} = {source.path} is a file; {named_instead(source.path)}")
-    options = prepare if name == "" else "--source … --tokenizer …"
+    options = prepare if name == "" and prepare else "--source … --tokenizer …"
+    if os.path.isdir(source.path) and not _is_begun(source.path):
+        text, out = (shlex.quote(str(path)) for path in (source.path, f"{os.path.normpath(source.path)}-prepared"))
+        tokenizer = re.search(r"--tokenizer \S+", options)
+        raise ConfigError(
+            f"{called(name)} = {source.path} is a folder, and not one of prepared data. If it holds text: anon-dist data prepare --source "
+            f"{text} {tokenizer.group() if tokenizer else '--tokenizer …'} --out {out}, and name {out} here"
+        )
     raise ConfigError(
-        f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it: anon-dist data prepare "
-        f"{options} --out {shlex.quote(source.path)}"
+        f"{called(name)} = {source.path} is not there, or not finished. This makes it, or goes on with it (your own text: its folder as "
+        f"--source): anon-dist data prepare {options} --out {shlex.quote(source.path)}"
     )
+
+
+def _is_begun(folder: str) -> bool:
+    """Whether a preparation has written there, a part of one too, or nobody has anything."""
+    names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    return not names or bool(names & {"progress.json", "part.json", "tokenizer"})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from anon_dist import __version__
 from anon_dist.data import DataError, Index
+from anon_dist.train.config.fields import OptimConfig
 
 Rows = list[tuple[str, Any]]
 
@@ -120,18 +122,7 @@ def _training(config: Mapping[str, Any], progress: Mapping[str, Any]) -> Rows:
         return [("steps", progress.get("step"))]
     o, s, t = config["optim"], config["schedule"], config["train"]
     per_step, steps = t["global_batch"] * config["data"]["seq_len"], progress.get("step")
-    names = ("lr", "betas", "eps", "weight_decay")
-    anon = (
-        "gamma",
-        "gamma_by_name",
-        "gamma_schedule",
-        "refresh_ratio",
-        "beta3",
-        "update_clip",
-        "window",
-        "state_dtype",
-    )
-    chosen = [f"{n} {o[n]}" for n in (*names, *(anon if o["name"] == "anon" else ())) if o.get(n) not in (None, {})]
+    chosen = [f"{name} {o[name]}" for name in _settings(o)]
     versions, phases = progress.get("versions") or {}, config["data"].get("phases")
     return [
         ("optimizer", f"{o['name']}: {', '.join(chosen)}"),
@@ -142,12 +133,23 @@ def _training(config: Mapping[str, Any], progress: Mapping[str, Any]) -> Rows:
         ("steps", steps),
         ("tokens", None if steps is None or phases else f"{steps * per_step:,} ({per_step:,} a step)"),
         ("batch", f"{t['global_batch']} sequences of {config['data']['seq_len']} tokens"),
-        ("phases", phases and "; ".join(", ".join(f"{k} {v}" for k, v in p.items() if v) for p in phases)),
+        ("phases", "; ".join(", ".join(f"{k} {v}" for k, v in p.items() if v) for p in phases or ()) or None),
         ("gradient clipping", t.get("grad_clip")),
         ("precision", t.get("precision")),
         ("ranks", f"{progress.get('world_size')}, {progress.get('engine')}" if progress.get("world_size") else None),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or None),
     ]
+
+
+def _settings(optim: Mapping[str, Any]) -> list[str]:
+    """Names of what is to be said of an optimizer: what every one has, and of Anon's what says its steps or was chosen."""
+    common, anon = ("lr", "betas", "eps", "weight_decay"), ("gamma", "refresh_ratio", "beta3", "update_clip", "window")
+    defaults = asdict(OptimConfig())
+    other = [name for name in defaults if optim.get(name) != defaults[name] and name not in ("name", "match", *common)]
+    by_name = ("lr_by_name", "weight_decay_by_name")  # the others are Anon's alone
+    names = (*common, *(anon if optim["name"] == "anon" else ()))
+    names += tuple(n for n in other if n not in names and (optim["name"] == "anon" or n in by_name))
+    return [n for n in names if optim.get(n) not in (None, {}, [])]
 
 
 def _results(results: Mapping[str, Any]) -> Rows:
