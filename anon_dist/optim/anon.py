@@ -202,7 +202,7 @@ class Anon(Saved):
         for p in absent(self.param_groups, self.state):
             del self.state[p]
         self._stepper.hidden.meet(self.param_groups, self.state)
-        self._stepper.known = ()
+        self._stepper.let_go(self.param_groups)
 
     # -- step --------------------------------------------------------------------------------------
 

@@ -92,13 +92,18 @@ class Gathered:
         known = {position for kind in self._kinds for position in kind.positions}
         self._without_state = [i for i in range(len(self._params)) if i not in known]
 
+    def is_of(self, group: Group) -> bool:
+        """Whether the group has these very parameters."""
+        params = group["params"]
+        return len(params) == len(self._params) and all(map(is_, params, self._params))
+
     def buckets(self, group: Group, state: States) -> list[Bucket] | None:
         """The buckets of the next step; None if they must be gathered anew.
 
         That is where parameters, states, dtypes, devices or shapes have changed, or a parameter has its first gradient.
         """
         params = group["params"]
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+        if not self.is_of(group):
             return None
         grads = [p.grad for p in params]
         if any(grads[i] is not None for i in self._without_state):

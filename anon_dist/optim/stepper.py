@@ -269,6 +269,13 @@ class Stepper:
         for renewal in self._renewals:
             renewal.start()
 
+    def let_go(self, groups: Groups) -> None:
+        """Forget parameters that have left their groups."""
+        same = len(self.known) == len(groups) and all(
+            k.is_of(group) for k, group in zip(self.known, groups, strict=True)
+        )
+        self.known = self.known if same else ()
+
     def _regime(self, index: int, group: dict[str, Any], groups: Groups, state: States) -> Regime:
         """A group's regime, after a check of its hyperparameters.
 

@@ -285,7 +285,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, t
             {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 32},
             r"data\.mask_documents is true, and .*see earlier documents",
         ),
-        ({"model_type": "qwen3_next", "intermediate_size": 32}, r"is initialised by copy_ from numbers"),
+        ({"model_type": "qwen3_next", "intermediate_size": 32}, r"is initialised by copy_ from what its code computes"),
         ({"model_type": "bloom"}, r"model\.attention = sdpa: .*; model\.attention eager is what every model has"),
     ],
     ids=["documents", "weights", "attention"],
