@@ -179,12 +179,11 @@ class Anon(Saved):
             self._stepper.silence.check(self.param_groups[index])
 
     def next_gammas(self) -> list[float]:
-        """For each group, the γ in force in the next step's update; what has a unit that depends on γ (lr, update_clip) is to follow it.
+        """For each group, the γ in force in the next step's update. What has a unit that depends on γ (lr, update_clip) is to follow it.
 
-        An edited `group["gamma"]` waits until a step refreshes the group's foremost parameters, those with the most steps (which are taken
-        to get gradients). In that step it comes into force, and the preconditioners are converted, d ← d^(γ'/γ): of parameters that are
-        behind, too. Where that cannot be done (from γ = 0, say), a refresh is as the first, d = σ^γ'; a step that would have to convert
-        without a refresh is refused.
+        An edited `group["gamma"]` is pending. It comes into force in the step that refreshes the parameters with the most steps, and all
+        preconditioners of the group are converted then, d ← d^(γ'/γ). From γ = 0 they cannot be: a refresh makes d anew, d = σ^γ', and a
+        step that would have to convert a parameter without refreshing it is refused.
         """
         self.settle()
         taken, groups = self._stepper.hidden.taken, self.param_groups
