@@ -199,16 +199,17 @@ def case_deepspeeds_own_checkpoint_goes_on():
     engine.save_checkpoint(folder)
     other.load_checkpoint(folder)
     flat = list(zip(*(e.optimizer.fp32_partitioned_groups_flat for e in (engine, other)), strict=True))
+    same = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}  # DeepSpeed leaves what pads a rank's share as it was in memory
     for p, q in flat:
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, **same)
         assert p.dtype == torch.float32
         mine, theirs = engine.basic_optimizer.state[p], other.basic_optimizer.state[q]
         assert mine.keys() == theirs.keys()
-        assert all(torch.equal(x, theirs[key]) for key, x in mine.items())
+        torch.testing.assert_close(dict(mine), dict(theirs), **same)
     for one in (engine, other):
         train(one, range(SAVED, STEPS))
     for p, q in flat:
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, equal_nan=True)
     other._config.load_universal_checkpoint = True
     raises(EngineError, "and no basis, without which they mean nothing", lambda: other.load_checkpoint(folder))
 
