@@ -179,9 +179,7 @@ class Stepper:
         _refuse_capture()
         self.settle()
         if self.kernel_agreed is None and (kinds := choice.kinds(groups)):
-            self.kernel_agreed = choice.agree(
-                kinds
-            )  # first, since a rank that refuses something below must not keep the others waiting
+            self.kernel_agreed = choice.agree(kinds)  # first: a rank that refuses something below may keep none waiting
         regimes = [self._regime(index, group, groups, state) for index, group in enumerate(groups)]
         due = [Due(*one) for one in zip(groups, regimes, self._buckets(groups, state), strict=True)]
         if not any(one.buckets for one in due) and _has_no_gradient(groups):

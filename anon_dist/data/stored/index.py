@@ -170,19 +170,7 @@ class Index:
         try:
             content = json.loads(here.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            if (Path(directory) / "part.json").is_file():
-                raise ShardError(
-                    f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
-                ) from None
-            if re.match(r"\w+:/\w", str(directory)):  # as a path, it has lost a slash
-                address = re.sub(r"^(\w+):/", r"\1://", str(directory))
-                raise ShardError(f"{directory} is no folder; an address has two slashes: {address}") from None
-            if Path(directory).is_file():
-                raise ShardError(f"{directory} is a file; {named_instead(directory)}") from None
-            raise ShardError(
-                f"preparation unfinished or not a data folder: {path} does not exist. "
-                f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."
-            ) from None
+            raise ShardError(_why_absent(directory, path)) from None
         except OSError as error:
             raise ShardError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
@@ -198,30 +186,34 @@ class Index:
             raise ShardError(
                 f"{path}: a key is missing or malformed ({error}). Prepare again with --overwrite."
             ) from None
-        most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(index.dtype, 0)
+        index._refuse_edited(path)
+        return index
+
+    def _refuse_edited(self, path: str | Path) -> None:
+        """Refuse values that no preparation writes, or that do not belong together."""
+        most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(self.dtype, 0)
         if not (
-            isinstance(index.vocab_size, int)
-            and isinstance(index.eod_id, int)
-            and 0 <= index.eod_id < index.vocab_size <= most
+            isinstance(self.vocab_size, int)
+            and isinstance(self.eod_id, int)
+            and 0 <= self.eod_id < self.vocab_size <= most
         ):
             raise ShardError(
-                f"{path}: eod_id = {index.eod_id!r} must be below vocab_size = {index.vocab_size!r}, and that fit dtype = {index.dtype!r}; "
+                f"{path}: eod_id = {self.eod_id!r} must be below vocab_size = {self.vocab_size!r}, and that fit dtype = {self.dtype!r}; "
                 "the file was edited. Prepare again."
             )
-        if not isinstance(index.tokenizer_behaviour, dict):
+        if not isinstance(self.tokenizer_behaviour, dict):
             raise ShardError(f"{path}: tokenizer_behaviour is no mapping; the file was edited. Prepare again.")
-        for name, split in index.splits.items():
+        for name, split in self.splits.items():
             counts, tokens = (split.tokens, split.documents, split.text_bytes), sum(s.tokens for s in split.shards)
             if any(type(count) is not int or count < 0 for count in counts) or split.tokens != tokens:
                 raise ShardError(
                     f"{path}: splits.{name} has {counts} tokens, documents and bytes of text, and its shards {tokens} tokens; the file was "
                     "edited. Prepare again."
                 )
-        if index.fingerprint != index.compute_fingerprint():
+        if self.fingerprint != self.compute_fingerprint():
             raise ShardError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."
             )
-        return index
 
     def split(self, name: str) -> SplitInfo:
         """The split of that name.
@@ -233,6 +225,21 @@ class Index:
             remedy = " Prepare with --val-fraction > 0 to have one." if name == "val" else ""
             raise DataError(f"the data has no split {name!r}, only {', '.join(self.splits)}.{remedy}")
         return self.splits[name]
+
+
+def _why_absent(directory: str | Path, path: str | Path) -> str:
+    """What a folder without an index is, and what to do."""
+    if (Path(directory) / "part.json").is_file():
+        return f"{directory} is a part of a corpus. Merge all its parts: `anon-dist data merge PART… --out DIR`."
+    if re.match(r"\w+:/\w", str(directory)):  # as a path, it has lost a slash
+        address = re.sub(r"^(\w+):/", r"\1://", str(directory))
+        return f"{directory} is no folder; an address has two slashes: {address}"
+    if Path(directory).is_file():
+        return f"{directory} is a file; {named_instead(directory)}"
+    return (
+        f"preparation unfinished or not a data folder: {path} does not exist. "
+        f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."
+    )
 
 
 def split_from_json(content: Mapping[str, Any]) -> SplitInfo:
