@@ -8,8 +8,8 @@ Ranks that hold different rows of a matrix all have the same basis of its column
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,20 @@ from anon_dist.optim import basis, update
 from anon_dist.optim.basis import Side
 from anon_dist.optim.rounding import EXP_AVG, PRECOND, decode_blocks, encode_blocks, salt_of, to_bfloat16_stochastically
 
-KEYS: dict[Side, tuple[str, str]] = {"columns": ("column_basis", "column_cov"), "rows": ("row_basis", "row_cov")}
+KEYS: dict[Side, tuple[str, str]] = {
+    "columns": ("basis_columns", "covariance_columns"),
+    "rows": ("basis_rows", "covariance_rows"),
+}
 """The states of a side that has a basis: the basis and the covariance, both (length of the side, block)."""
 BASIS_KEYS = tuple(key for keys in KEYS.values() for key in keys)
+
+FORMER_KEYS = {
+    "column_basis": "basis_columns",
+    "column_cov": "covariance_columns",
+    "row_basis": "basis_rows",
+    "row_cov": "covariance_rows",
+}
+"""What these states were called before → what they are called. Every reader of checkpoints goes by it; written are the present keys."""
 
 MOST_ROWS = 16
 """A matrix with more than so many rows to a column is taken for an embedding. Its rows stand for tokens, and get no basis."""
@@ -31,6 +42,22 @@ LEAST_GAMMA = 0.25
 """To turn a preconditioner is to turn σ = d^(1/γ). Where |γ| is below this, σ could be out of float64's range, and d is turned instead."""
 
 Group = Mapping[str, Any]
+T = TypeVar("T")
+
+
+def present_key(key: str, beside: Container[str]) -> str:
+    """What a saved state is called today; itself unless it is one of `FORMER_KEYS`.
+
+    Args:
+        beside: the keys that the same parameter's state was saved with. They tell whether it is Anon's.
+    """
+    present = FORMER_KEYS.get(key, key)
+    return present if "precond" in beside and present not in beside else key
+
+
+def with_present_keys(state: Mapping[str, T]) -> dict[str, T]:
+    """A parameter's saved state, its keys as they are called today."""
+    return {present_key(key, state): value for key, value in state.items()}
 
 
 def sides(p: Tensor, group: Group) -> tuple[Side, ...]:
@@ -222,9 +249,9 @@ def matrix(x: Tensor) -> Tensor:
 
 def turn(x: Tensor, state: Mapping[str, Tensor], *, back: bool = False) -> Tensor:
     """A local matrix turned into the state's frame, or back from it; a new tensor."""
-    if (columns := state.get("column_basis")) is not None:
+    if (columns := state.get(KEYS["columns"][0])) is not None:
         x = basis.turn(x, _local(columns), "columns", back=back, denoise=not back)
-    if (rows := state.get("row_basis")) is not None:
+    if (rows := state.get(KEYS["rows"][0])) is not None:
         x = basis.turn(x, _local(rows), "rows", back=back, denoise=not back)
     return x
 

@@ -7,9 +7,9 @@
 | `exp_avg_sq` | s, the mean of the squared gradient since the last refresh | the backend: it adds g² in the accumulating steps, and sets \
 0 in a refresh, when v has been made from it | `state_dtype` |
 | `precond` | v = d^(−1/2), the preconditioner | the backend, in a refresh; and conversions of γ (see `regime`) | `state_dtype` |
-| `column_basis`, `row_basis` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | `turned`, after \
-a refresh | float32 |
-| `column_cov`, `row_cov` | the covariance of the momentum in it, of the same shape | `turned`, after a refresh | float32 |
+| `basis_columns`, `basis_rows` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | `turned`, \
+after a refresh | float32 |
+| `covariance_columns`, `covariance_rows` | the covariance of the momentum in it, of the same shape | `turned`, after a refresh | float32 |
 | `exp_avg_exponents` | beside an 8-bit exp_avg alone, and in no state dict | the backend, with exp_avg | uint8 |
 
 The backends are `backends/foreach.py`, `anon.c` (by way of `cpu.py`) and `gpu_step.py` (by way of `gpu.py`). A turned matrix's exp_avg,
@@ -156,7 +156,7 @@ def checked_state(
     Raises:
         ValueError: keys are missing or foreign, a shape or sharding is not the parameter's, or values are none of a state.
     """
-    values = {k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()}
+    values = frame.with_present_keys({k: v.value if isinstance(v, AsIs) else v for k, v in loaded.items()})
     if getattr(values.get("exp_avg"), "dtype", None) != torch.int8 or not isinstance(values.get(EXPONENTS), Tensor):
         values.pop(EXPONENTS, None)  # torch's flattened state dicts give {} for what they lack
     values = decoded(values)
@@ -180,6 +180,11 @@ def checked_state(
     state = {"step": _step_count(name, values["step"])}
     for key in (*STATE_KEYS[1:], *bases):
         value, like = values[key], bases.get(key, p)
+        if key in bases and value == {}:
+            raise ValueError(
+                f"Anon: the loaded state dict has no {key} of {name}, or has it under the name of an earlier version, which torch does not "
+                "find in a flattened state dict: write the checkpoint anew with anon-dist ckpt convert SRC DST --to dcp"
+            )
         if not isinstance(value, Tensor) or value.shape != like.shape or _layout(value) != _layout(like):
             should = f"the parameter is a {_describe(p)}" + (
                 f" and it should be a {_describe(like)}" if key in bases else ""

@@ -56,11 +56,11 @@ def test_anon_with_its_matrices_turned():
             p.grad = torch.randn_like(p)
         optimizer, steps = make(contestant, tensors)
         assert {key: step.moved for key, step in steps.items()} == {"plain": 24, "accumulating": 32, "refreshing": 36}
-        before = optimizer.state[tensors[0]]["column_basis"].clone()
+        before = optimizer.state[tensors[0]]["basis_columns"].clone()
         for key, changes in (("plain", False), ("accumulating", False), ("refreshing", True)):
             steps[key].prepare()
             steps[key].run()
-            assert torch.equal(before, optimizer.state[tensors[0]]["column_basis"]) != changes, key
+            assert torch.equal(before, optimizer.state[tensors[0]]["basis_columns"]) != changes, key
         with pytest.raises(UnavailableError, match="it turns matrices, and these are vectors"):
             make(contestant, tensors[1:])
 

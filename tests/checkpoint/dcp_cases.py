@@ -235,8 +235,10 @@ def frame_state(whole, dim):
     mesh = init_device_mesh("cpu", (RANKS,))
 
     def placed(key):
-        own = Shard(dim) if whole[key].shape == whole["w"].shape and not key.endswith(("basis", "cov")) else None
-        side = {"column": 1, "row": 0}.get(key.partition("_")[0])
+        own = (
+            Shard(dim) if whole[key].shape == whole["w"].shape and not key.startswith(("basis", "covariance")) else None
+        )
+        side = {"columns": 1, "rows": 0}.get(key.rpartition("_")[2])
         return distribute_tensor(whole[key].clone(), mesh, [own or (Shard(0) if side == dim else Replicate())])
 
     state = {key: placed(key) for key in whole if key != "w"} | {"step": torch.tensor(3.0)}
@@ -248,7 +250,12 @@ def case_states_of_another_shape_follow_their_own_placement():
     """Bases of a matrix's sides, whole where the other side is cut: from either cut into the other, and refused by FSDP1."""
     torch.manual_seed(0)
     shapes = {"w": (16, 24), "exp_avg": (16, 24), "exp_avg_sq": (16, 24), "precond": (16, 24)}
-    shapes |= {"column_basis": (24, 4), "column_cov": (24, 4), "row_basis": (16, 4), "row_cov": (16, 4)}
+    shapes |= {
+        "basis_columns": (24, 4),
+        "covariance_columns": (24, 4),
+        "basis_rows": (16, 4),
+        "covariance_rows": (16, 4),
+    }
     whole = {key: torch.randn(shape) for key, shape in shapes.items()}
     folder = Path(shared_folder(OUT))
 
@@ -299,7 +306,7 @@ def case_states_of_another_shape_follow_their_own_placement():
     wrapped = FullyShardedDataParallel(plain, use_orig_params=True, device_id=torch.device("cpu"))
     flat = Anon(wrapped.named_parameters(), lr=1e-3)
     flat.init_state()
-    with pytest.raises(CheckpointError, match=r"w has row_basis, .*--anon.drop-basis"):
+    with pytest.raises(CheckpointError, match=r"w has basis_rows, .*--anon.drop-basis"):
         restore(wrapped, flat, open_checkpoint(folder / "c-0"))
 
 

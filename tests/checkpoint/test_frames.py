@@ -69,9 +69,9 @@ def made(basis="both", gamma=1.0, orthogonal=random_orthogonal, steps=7):
             continue
         state, left, right = optimizer.state[p], *wholes[name]
         if basis in ("columns", "both"):
-            state["column_basis"], state["column_cov"], right = side_state(n, orthogonal)
+            state["basis_columns"], state["covariance_columns"], right = side_state(n, orthogonal)
         if basis in ("rows", "both"):
-            state["row_basis"], state["row_cov"], left = side_state(m, orthogonal)
+            state["basis_rows"], state["covariance_rows"], left = side_state(m, orthogonal)
         wholes[name] = left, right
     optimizer.param_groups[0].update(basis=basis, basis_block=BLOCK, nesterov=True, cautious_decay=False)
     return model, optimizer, wholes
@@ -135,7 +135,7 @@ def test_they_are_carried_bit_for_bit(tmp_path):
     assert (group["basis"], group["basis_block"], group["nesterov"]) == ("both", BLOCK, True)
     shown = inspect(last)
     assert shown["optimizer"] == "Anon"
-    assert shown["states"]["row_basis (float32)"]["elements"] == (4 + 6 + 5) * 4 + 9 * 4
+    assert shown["states"]["basis_rows (float32)"]["elements"] == (4 + 6 + 5) * 4 + 9 * 4
     alone = torch.load(first)["optimizer"]
     alone["state"] = {i: dict(reversed(own.items())) for i, own in alone["state"].items()}
     torch.save(alone, tmp_path / "alone.pt")
@@ -151,7 +151,7 @@ def test_where_rows_are_cut_off_they_are_refused(tmp_path, to, basis):
     source = saved(tmp_path / "a.pt", model, optimizer)
     for loss in (False, True):
         with pytest.raises(
-            CheckpointError, match=r"square has (row|column)_basis, .*--optimizer anon --anon.drop-basis"
+            CheckpointError, match=r"square has basis_(rows|columns), .*--optimizer anon --anon.drop-basis"
         ):
             convert(source, tmp_path / "b", to, WriteOptions(world_size=2, allow_loss=loss))
     cli.run("convert", [str(source), str(tmp_path / "b"), f"--to={to}", "--optimizer=anon", "--anon.drop-basis"])
@@ -170,9 +170,9 @@ def test_into_a_live_optimizer(tmp_path):
         assert optimizer.state[p].keys() == theirs.state[q].keys()
         assert all(torch.equal(value, theirs.state[q][key]) for key, value in optimizer.state[p].items())
     plain, without, _ = made(None)
-    with pytest.raises(CheckpointError, match=r"square has column_basis, .*--anon.drop-basis"):
+    with pytest.raises(CheckpointError, match=r"square has basis_columns, .*--anon.drop-basis"):
         restore(plain, without, source)
-    with pytest.raises(CheckpointError, match=r"no column_basis for square: it was written without a basis.*rebase"):
+    with pytest.raises(CheckpointError, match=r"no basis_columns for square: it was written without a basis.*rebase"):
         restore(other, theirs, open_checkpoint(saved(tmp_path / "b.pt", plain, without)))
 
 
@@ -182,7 +182,7 @@ def test_into_an_engines_flat_buffers(tmp_path):
     source = zero_restore._Source(open_checkpoint(saved(tmp_path / "a.pt", model, optimizer)), model)
     for layout in (rank_local.FLAT, rank_local.WHOLE, rank_local.ALIGNED):
         part = zero_restore.Held(torch.zeros(16), ["square"], [16], [Cut(0, 0, 16, 0)], 0, layout)
-        with pytest.raises(CheckpointError, match=r"square has column_basis, .* flat buffers .*--anon.drop-basis"):
+        with pytest.raises(CheckpointError, match=r"square has basis_columns, .* flat buffers .*--anon.drop-basis"):
             zero_restore._state({}, part, source)
     alone = zero_restore.Held(model.wide.detach(), ["wide"], [60], [Cut(0, 0, 60, 0)], 0)
     filled, expected = zero_restore._state({}, alone, source), optimizer.state[model.wide]
@@ -260,8 +260,8 @@ def test_the_next_step_of_adamw_has_anons_direction():
 def test_what_cannot_be_left():
     _, optimizer, _ = made("rows")
     state = optimizer.state[optimizer.param_groups[0]["params"][1]]
-    state["row_basis"] = state["row_basis"][:5]
-    with pytest.raises(CheckpointError, match=r"wide: row_basis has shape \(5, 4\), and 6 rows are to be turned"):
+    state["basis_rows"] = state["basis_rows"][:5]
+    with pytest.raises(CheckpointError, match=r"wide: basis_rows has shape \(5, 4\), and 6 rows are to be turned"):
         to_adamw(Live(optimizer))
     for options in (AnonOptions(gamma=0.5), AnonOptions(gamma=0.5, drop_basis=True), AnonOptions(basis="rows")):
         with pytest.raises(CheckpointError, match="is Anon's already, and of --anon"):
@@ -290,11 +290,11 @@ def test_adamw_begins_with_a_basis_in_which_nothing_is_turned(tmp_path, basis):
     wanted = {}
     for name, shape in SHAPES.items():
         if len(shape) > 1:
-            sides = {"column": shape[1:], "row": shape[:1]}
-            for side in [k for k in sides if basis in ("both", f"{k}s")]:
+            sides = {"columns": shape[1:], "rows": shape[:1]}
+            for side in [k for k in sides if basis in ("both", k)]:
                 n = sides[side].numel() if isinstance(sides[side], torch.Size) else torch.Size(sides[side]).numel()
                 eye, _, _ = side_state(n, torch.eye)
-                wanted[Key(name, f"{side}_basis")], wanted[Key(name, f"{side}_cov")] = eye, torch.zeros_like(eye)
+                wanted[Key(name, f"basis_{side}")], wanted[Key(name, f"covariance_{side}")] = eye, torch.zeros_like(eye)
     assert found.tensors.keys() == plain.tensors.keys() | wanted.keys()
     for key, value in wanted.items():
         assert torch.equal(whole(found, *key), value), key
@@ -321,4 +321,4 @@ def test_an_embeddings_rows_are_not_turned():
     groups = [ParamGroup(["wte"], {k: v for k, v in adamw.param_groups[0].items() if k != "params"})]
     live.manifest = Manifest("live", 1, "AdamW", groups, {"wte": {"step": state["step"]}}, ["wte"])
     found = to_anon(live, AnonOptions(basis="both", basis_block=2))
-    assert {k.state for k in found.tensors if k.state in BASIS_STATES} == {"column_basis", "column_cov"}
+    assert {k.state for k in found.tensors if k.state in BASIS_STATES} == {"basis_columns", "covariance_columns"}

@@ -138,7 +138,7 @@ def case_rows_of_whole_blocks():
         hyper = {"basis": basis, "basis_block": 8}
         optimizer = Anon(model.parameters(), **{**LM, **hyper})
         assert_like_one_process(model, optimizer, hyper, shapes)
-        row = optimizer.state[model.a]["row_basis"]
+        row = optimizer.state[model.a]["basis_rows"]
         assert ranks == 1 or row.placements == model.a.placements
     if ranks > 1:
         model = fully_shard(Bag(shapes))

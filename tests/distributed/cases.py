@@ -861,9 +861,9 @@ def case_bases_on_ranks_are_compared():
     sizes = [(p.numel(), p[0].numel() if p.dim() > 1 else 0) for p in small_model().parameters()]
     assert engine.state_bytes().whole == sum(12 * numel + 2 * 4 * 8 * columns for numel, columns in sizes)
     check_replicas(engine.copies(), torch.device("cpu"))
-    state = next(s for s in engine.optimizer.state.values() if "column_basis" in s)
-    state["column_basis"].to_local()[3, 3] = 1.0 + dist.get_rank()
-    words = "column_basis of transformer.wte.weight differs between rank 0 and rank 1"
+    state = next(s for s in engine.optimizer.state.values() if "basis_columns" in s)
+    state["basis_columns"].to_local()[3, 3] = 1.0 + dist.get_rank()
+    words = "basis_columns of transformer.wte.weight differs between rank 0 and rank 1"
     raises(ReplicasDifferError, words, lambda: check_replicas(engine.copies(), torch.device("cpu")))
 
 

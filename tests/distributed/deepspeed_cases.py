@@ -336,7 +336,7 @@ def case_bases_in_stage_3_are_compared():
     config.train.steps, config.resume = 4, "never"
     engine = resumed(config).engine
     check_replicas(engine.copies(), torch.device("cpu"))
-    next(s for s in engine.optimizer.state.values() if "column_basis" in s)["column_basis"][3] = 1.0 + dist.get_rank()
+    next(s for s in engine.optimizer.state.values() if "basis_columns" in s)["basis_columns"][3] = 1.0 + dist.get_rank()
     words = "differs between rank 0 and rank 1"
     raises(ReplicasDifferError, words, lambda: check_replicas(engine.copies(), torch.device("cpu")))
 

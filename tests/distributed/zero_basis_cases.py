@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepspeed
 from basis_cases import LM, gradient
 from deepspeed.checkpoint import ds_to_universal
+from former import change_zero3, renamed
 from launch_cases import Patch, raises, run_cases, shared_folder
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -121,7 +122,7 @@ def case_stage_3_is_one_process():
         engine = started(hyper, **zero)
         train(engine, range(STEPS))
         assert_close(masters(engine), one_process(hyper)[0])
-        assert any("column_basis" in s for s in engine.basic_optimizer.state.values())
+        assert any("basis_columns" in s for s in engine.basic_optimizer.state.values())
         assert_same_bases_of_columns(engine.basic_optimizer)
 
 
@@ -190,13 +191,16 @@ def case_rows_that_do_not_divide_are_refused():
 
 
 def case_deepspeeds_own_checkpoint_goes_on():
-    """With weights in bfloat16, and states as the presets have them: loaded to the bit, and on to rounding, since a product's last bit
-    depends on where in memory a matrix lies."""
+    """With weights in bfloat16, states as the presets have them, and the bases under the keys of earlier versions: loaded to the bit, and
+    on to rounding, since a product's last bit depends on where in memory a matrix lies."""
     folder = shared_folder(sys.argv[1])
     hyper = {**BOTH, "state_dtype": {"exp_avg_sq": "bfloat16", "precond": "bfloat16"}}
     engine, other = started(hyper, bf16=True), started(hyper, bf16=True)
     train(engine, range(SAVED))
     engine.save_checkpoint(folder)
+    if dist.get_rank() == 0:
+        change_zero3(folder)
+    dist.barrier()
     other.load_checkpoint(folder)
     flat = list(zip(*(e.optimizer.fp32_partitioned_groups_flat for e in (engine, other)), strict=True))
     # DeepSpeed leaves what pads a rank's share as it was in memory: that may be no number.
@@ -268,9 +272,14 @@ def check_conversions(source, folder, checkpoint):
             "output_folder": str(folder / "universal"),
         }
         ds_to_universal.main(Namespace(**arguments, inject_missing_state=True))
-        raises(
-            CheckpointError, "has dropped column_basis, column_cov, row", lambda: open_checkpoint(folder / "universal")
-        )
+        dropped = folder / "universal" / "zero" / "optimizer_state.pt"
+        for change in (dict, renamed):
+            torch.save(change(torch.load(dropped, weights_only=False)), dropped)
+            raises(
+                CheckpointError,
+                "has dropped basis_columns, basis_rows, cov",
+                lambda: open_checkpoint(folder / "universal"),
+            )
 
 
 if __name__ == "__main__":

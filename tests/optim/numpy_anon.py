@@ -106,7 +106,7 @@ class Frame:
 
     def __init__(self, shape, dtype, state):
         self.unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-        bases = state.get("row_basis"), state.get("column_basis")
+        bases = state.get("basis_rows"), state.get("basis_columns")
         self.turns = any(q is not None for q in bases)
         self.shape = (shape[0], -1) if self.turns else tuple(shape)
         lengths = (shape[0], math.prod(shape[1:])) if self.turns else (0, 0)

@@ -126,9 +126,9 @@ def test_whole_runs_agree_in_float64(hyper, shape, seed):
     for grad in gradients(shape, 40, seed):
         reference.step(grad)
     assert (p.detach() - reference.theta).abs().max() < 1e-6
-    for side, own in (("column", reference.right), ("row", reference.left)):
+    for side, own in (("columns", reference.right), ("rows", reference.left)):
         if own is not None:
-            stored = torch.block_diag(*(b for _, q in basis.squares(optimizer.state[p][f"{side}_basis"]) for b in q))
+            stored = torch.block_diag(*(b for _, q in basis.squares(optimizer.state[p][f"basis_{side}"]) for b in q))
             assert (stored - own.q).abs().max() < 1e-6
 
 
@@ -167,7 +167,7 @@ def test_low_precision_parameters(dtype):
     exact = stepped((16, 16), basis="columns")[0]
     rounded, optimizer = stepped((16, 16), dtype=dtype, basis="columns", stochastic_rounding=dtype == torch.bfloat16)
     assert (rounded.float() - exact).abs().mean() < 0.02
-    assert optimizer.state[rounded]["column_basis"].dtype == torch.float32
+    assert optimizer.state[rounded]["basis_columns"].dtype == torch.float32
 
 
 def test_a_tensor_of_more_dimensions_is_its_rows():
@@ -274,9 +274,9 @@ def test_a_spike_of_the_gradient_does_not_take_over_the_basis():
             optimizer.step()
         optimizer.settle()
         bases.append(optimizer.state[p])
-    cosines = (bases[0]["column_basis"].T @ bases[1]["column_basis"]).abs().diagonal()
+    cosines = (bases[0]["basis_columns"].T @ bases[1]["basis_columns"]).abs().diagonal()
     assert (cosines > 0.999).all()
-    torch.testing.assert_close(bases[0]["column_cov"], bases[1]["column_cov"], rtol=0, atol=0.02)
+    torch.testing.assert_close(bases[0]["covariance_columns"], bases[1]["covariance_columns"], rtol=0, atol=0.02)
 
 
 def test_directions_without_gradient_are_left_alone():
@@ -301,14 +301,14 @@ def test_directions_without_gradient_are_left_alone():
 @pytest.mark.parametrize(
     ("shape", "which", "keys"),
     [
-        ((4, 6), "columns", {"column"}),
-        ((4, 6), "rows", {"row"}),
-        ((4, 6), "both", {"column", "row"}),
+        ((4, 6), "columns", {"columns"}),
+        ((4, 6), "rows", {"rows"}),
+        ((4, 6), "both", {"columns", "rows"}),
         ((7,), "both", set()),
         ((), "both", set()),
-        ((200, 4), "both", {"column"}),  # 50 rows to a column: an embedding's tokens
+        ((200, 4), "both", {"columns"}),  # 50 rows to a column: an embedding's tokens
         ((5, 1), "columns", set()),
-        ((2, 3, 5), "both", {"column", "row"}),
+        ((2, 3, 5), "both", {"columns", "rows"}),
     ],
 )
 def test_which_sides_are_turned(shape, which, keys):
@@ -316,9 +316,9 @@ def test_which_sides_are_turned(shape, which, keys):
     optimizer = Anon([p, other], basis=which, basis_block=4)
     optimizer.init_state()
     found = {key for key in optimizer.state[p] if key not in STATE_KEYS}
-    assert found == {f"{side}_{what}" for side in keys for what in ("basis", "cov")}
+    assert found == {f"{what}_{side}" for side in keys for what in ("basis", "covariance")}
     for key in found:
-        side = p[0].numel() if key.startswith("column") else p.shape[0]
+        side = p[0].numel() if key.endswith("columns") else p.shape[0]
         assert optimizer.state[p][key].shape == (side, min(4, side))
 
 
@@ -349,10 +349,10 @@ def test_other_states_are_refused():
     _p, optimizer = stepped((8, 8), basis="columns", basis_block=4)
     saved = optimizer.state_dict()
     for spoil, words in (
-        (lambda s: s["state"][0].pop("column_cov"), "of another basis"),
+        (lambda s: s["state"][0].pop("covariance_columns"), "of another basis"),
         (lambda s: s["param_groups"][0].update(basis="both"), "of another basis"),
         (lambda s: s["param_groups"][0].update(basis_block=2), "basis_block"),
-        (lambda s: s["state"][0].update(column_basis=torch.eye(8)), "column_basis of parameter 0"),
+        (lambda s: s["state"][0].update(basis_columns=torch.eye(8)), "basis_columns of parameter 0"),
         (lambda s: s["state"][0].pop("precond"), "another optimizer's"),
     ):
         wrong = copy.deepcopy(saved)
@@ -406,7 +406,7 @@ def test_a_basis_set_before_the_first_step():
     for grad in gradients((8, 8), 3):
         p.grad = grad
         optimizer.step()
-    assert optimizer.state[p]["column_basis"].shape == (8, 4)
+    assert optimizer.state[p]["basis_columns"].shape == (8, 4)
 
 
 def test_rebase_to_a_basis_and_back():
@@ -435,12 +435,12 @@ def test_rebase_to_a_basis_and_back():
 
 def test_rebase_to_other_blocks():
     p, optimizer = stepped((16, 12), 20, basis="columns", basis_block=4)
-    kept = optimizer.state[p]["column_basis"].clone()
+    kept = optimizer.state[p]["basis_columns"].clone()
     optimizer.rebase(basis="both")
-    assert torch.equal(optimizer.state[p]["column_basis"], kept)
-    assert torch.equal(optimizer.state[p]["row_basis"], basis.identity(16, 4))
+    assert torch.equal(optimizer.state[p]["basis_columns"], kept)
+    assert torch.equal(optimizer.state[p]["basis_rows"], basis.identity(16, 4))
     optimizer.rebase(basis_block=6)
-    assert torch.equal(optimizer.state[p]["column_basis"], basis.identity(12, 6))
+    assert torch.equal(optimizer.state[p]["basis_columns"], basis.identity(12, 6))
     for grad in gradients((16, 12), 5):
         p.grad = grad
         optimizer.step()
@@ -541,5 +541,5 @@ def test_a_basis_is_set_after_a_first_step_that_was_skipped():
     optimizer.param_groups[0]["basis"] = "columns"
     optimizer.step()
     optimizer.settle()
-    assert optimizer.state[p]["column_basis"].shape == (4, 4)
+    assert optimizer.state[p]["basis_columns"].shape == (4, 4)
     assert int(optimizer.state[p]["step"]) == int(optimizer.state[q]["step"]) == 1

@@ -126,11 +126,11 @@ def test_the_head_of_a_transformers_model():
     optimizer.init_state()
     known = dict(net.named_parameters())
     sides = {n: sorted(k for k in optimizer.state[p] if k.endswith("basis")) for n, p in known.items() if p.dim() == 2}
-    assert {n for n, found in sides.items() if found == ["column_basis"]} == {
+    assert {n for n, found in sides.items() if found == ["basis_columns"]} == {
         "transformer.wte.weight",
         "transformer.wpe.weight",
         "lm_head.weight",
     }
-    assert {n for n, found in sides.items() if found == ["column_basis", "row_basis"]} == {
+    assert {n for n, found in sides.items() if found == ["basis_columns", "basis_rows"]} == {
         f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }

@@ -391,22 +391,22 @@ def check_renewal(frame, stored, before, after, refresh):
     exponent = -2.0 / (refresh.gamma if abs(refresh.gamma) >= 0.25 else 1.0)
     turned, sigma, esigma = m, v**exponent, np.zeros_like(v)
     loose = 1e-12 if all(x.dtype == torch.float64 for key, x in before.items() if "basis" in key) else 3e-6
-    for side in ("column", "row"):
-        if f"{side}_basis" not in before:
+    for side in ("columns", "rows"):
+        if f"basis_{side}" not in before:
             continue
         (q, c), (new_q, new_c) = (
-            [dense(array(state[f"{side}_{key}"])) for key in ("basis", "cov")] for state in (before, after)
+            [dense(array(state[f"{key}_{side}"])) for key in ("basis", "covariance")] for state in (before, after)
         )
-        r, block = q.T @ new_q, before[f"{side}_basis"].shape[1]
-        close(f"{side}_basis: orthogonality", new_q.T @ new_q, np.eye(len(q)), np.full_like(q, loose))
-        vectors = m if side == "column" else m.T
+        r, block = q.T @ new_q, before[f"basis_{side}"].shape[1]
+        close(f"basis_{side}: orthogonality", new_q.T @ new_q, np.eye(len(q)), np.full_like(q, loose))
+        vectors = m if side == "columns" else m.T
         for i in range(0, len(q), block):
             part = slice(i, i + block)
             check_block(r[part, part], c[part, part], new_c[part, part], vectors[:, part], refresh.keep, loose)
-        turned, sigma, esigma = (x if side == "column" else x.T for x in (turned, sigma, esigma))
+        turned, sigma, esigma = (x if side == "columns" else x.T for x in (turned, sigma, esigma))
         turned, esigma = turned @ r, esigma @ r**2 + sigma @ (loose * (2 * np.abs(r) + loose))
         sigma = sigma @ r**2
-        turned, sigma, esigma = (x if side == "column" else x.T for x in (turned, sigma, esigma))
+        turned, sigma, esigma = (x if side == "columns" else x.T for x in (turned, sigma, esigma))
     error = 60 * loose * frame.norms(turned) + rounding(turned, stored["exp_avg"], True)
     close("turned exp_avg", array(after["exp_avg"]).reshape(frame.shape), turned, error)
     sigmas = (sigma, np.maximum(sigma - esigma, 1e-300), sigma + esigma)

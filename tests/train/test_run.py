@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from former import convert_to_former
 from helpers import Crash, at_step, crash, metrics, send
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,6 +153,19 @@ def test_a_run_goes_back_to_an_older_step(run_config, train, tmp_path, monkeypat
     other = run_config(run_dir=str(tmp_path / "whole"), resume=str(later), train__steps=16)
     with pytest.raises(ConfigError, match=r"is not of run_dir = .*which has checkpoints of its own \(step-00000014\)"):
         train(other)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(run_config, train, tmp_path):
+    """Its bases had other keys."""
+    changes = {**OPTIMIZERS["basis"], "checkpoint__keep": 4}
+    whole = train(run_config(**changes, run_dir=str(tmp_path / "whole")))
+    convert_to_former(whole / "checkpoints" / "step-00000008", tmp_path / "former", "dcp")
+    again = train(run_config(**changes, run_dir=str(tmp_path / "again"), resume=str(tmp_path / "former")))
+    assert metrics(again)[-1]["final_loss"] == metrics(whole)[-1]["final_loss"]
+    ends = [open_checkpoint(folder / "checkpoints" / "step-00000014") for folder in (whole, again)]
+    assert ends[0].tensors == ends[1].tensors
+    for key, info in ends[0].tensors.items():
+        assert torch.equal(*(end.read(key, 0, info.numel) for end in ends)), key
 
 
 @pytest.mark.parametrize(("first", "second"), [("adamw", "anon"), ("anon", "adamw")])
@@ -474,7 +488,7 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
             capsys.readouterr()
             folder = train(config)
         checkpoint = open_checkpoint(Checkpoints(folder / "checkpoints", 2).latest())
-        bases[name, basis] = {key.state for key in checkpoint.tensors if key.state.endswith("basis")}
+        bases[name, basis] = {key.state for key in checkpoint.tensors if key.state.startswith("basis")}
         found = [r["loss"] for r in metrics(folder) if "loss" in r]
         assert found == pytest.approx(losses[:until], rel=1e-6)
         return capsys.readouterr().out
@@ -490,9 +504,9 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
     go_on("b", "rows", 16, 12)
     assert bases == {
         ("a", None): set(),
-        ("a", "columns"): {"column_basis"},
-        ("b", "both"): {"row_basis", "column_basis"},
-        ("b", "rows"): {"row_basis"},
+        ("a", "columns"): {"basis_columns"},
+        ("b", "both"): {"basis_rows", "basis_columns"},
+        ("b", "rows"): {"basis_rows"},
     }
     with pytest.raises(CheckpointError, match="those of tokens are in groups of their own"):
         go_on("b", "columns", 16, 14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from anon_dist.checkpoint.torchfiles.mapped import MappedFile
 from anon_dist.checkpoint.torchfiles.pickles import STAND_INS, ForbiddenClass, restricted
 from anon_dist.checkpoint.torchfiles.safefile import Entry, read_header
 from anon_dist.checkpoint.torchfiles.torchfile import open_embedded
+from anon_dist.optim.frame import BASIS_KEYS, FORMER_KEYS, present_key
 
 METADATA = ".metadata"
 _CLASSES = {
@@ -56,6 +58,7 @@ class DcpFiles:
         self.meta = read_metadata(folder)
         self.file: Callable[[str], MappedFile] = cache(lambda name: MappedFile(inside(folder, name, METADATA)))
         try:
+            self._former = _take_present_keys(self.meta)
             stored = (self.meta.storage_data or {}).items()
             self.places = {(index.fqn, tuple(index.offset or ())): info for index, info in stored}
         except (AttributeError, TypeError) as error:
@@ -93,7 +96,7 @@ class DcpFiles:
         if file.read(info.offset, 2) == b"PK":
             tensor = open_embedded(file, info.offset, info.length)
         else:
-            entry = _safetensors(file).get(key)
+            entry = _safetensors(file).get(self._former.get(key, key))
             if entry is None:
                 raise DamagedCheckpoint(f"{file.path}: {key} is in neither of DCP's formats there; it is damaged")
             tensor = file.tensor(entry.dtype, entry.start, entry.numel).view(entry.shape)
@@ -196,6 +199,31 @@ def read_metadata(folder: Path) -> Any:
         raise
     except Exception as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error}): it is damaged, or no DCP checkpoint") from None
+
+
+def _take_present_keys(meta: Any) -> dict[str, str]:
+    """Give Anon's states the keys that they have today, in place. Returns each key that was changed, with what it was."""
+    keys = meta.state_dict_metadata
+    found: dict[str, str] = {}
+    for key in keys:
+        parameter, _, state = key.rpartition(".")
+        if state in FORMER_KEYS:
+            beside = [s for s in ("precond", *BASIS_KEYS) if f"{parameter}.{s}" in keys]
+            found[key] = f"{parameter}.{present_key(state, beside)}"
+    if not found:
+        return {}
+
+    def renamed(path: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+        """A path in the nested dictionary. Its last part is the state, or ends with it where keys were flat when they were saved."""
+        old, new = (k.rpartition(".")[2] for k in (key, found.get(key, key)))
+        return (*path[:-1], str(path[-1]).removesuffix(old) + new) if old != new else path
+
+    meta.state_dict_metadata = {found.get(key, key): value for key, value in keys.items()}
+    meta.planner_data = {found.get(key, key): renamed(p, key) for key, p in (meta.planner_data or {}).items()}
+    meta.storage_data = {
+        replace(index, fqn=found.get(index.fqn, index.fqn)): place for index, place in (meta.storage_data or {}).items()
+    }
+    return {new: key for key, new in found.items()}
 
 
 def _insert(tree: dict[Any, Any], path: tuple[Any, ...], leaf: Any) -> None:

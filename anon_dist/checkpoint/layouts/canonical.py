@@ -36,6 +36,7 @@ from anon_dist.checkpoint.schema import Checkpoint, Key, Manifest, OutFile, Para
 from anon_dist.checkpoint.torchfiles.mapped import MappedFile
 from anon_dist.checkpoint.torchfiles.safefile import DTYPES, Header, read_header
 from anon_dist.checkpoint.torchfiles.torchfile import open_torch, to_bytes
+from anon_dist.optim.frame import present_key
 
 VERSION = 2
 _MARK = "anon_dist_checkpoint"
@@ -69,7 +70,11 @@ class Canonical(Pieces):
             manifest = replace(_manifest(decode(described["manifest"], beyond)), format="canonical")
             names = dict.fromkeys(t["file"] for t in index["tensors"])
             self._shards = {name: _shard(folder, name, version) for name in names}
-            sources = {Key(t["parameter"], t["state"]): self._source(t) for t in index["tensors"]}
+            states: dict[str, set[str]] = {}
+            for t in index["tensors"]:
+                states.setdefault(t["parameter"], set()).add(t["state"])
+            keys = [Key(t["parameter"], present_key(t["state"], states[t["parameter"]])) for t in index["tensors"]]
+            sources = {key: self._source(t) for key, t in zip(keys, index["tensors"], strict=True)}
             if len(sources) < len(index["tensors"]):
                 raise ValueError("a tensor is in the index twice")
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:

@@ -24,6 +24,7 @@ from anon_dist.checkpoint.names import NUMBERED, assign, check_once, fitting_nam
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.recognise import recognise, training_step
 from anon_dist.checkpoint.schema import EXTRA, WEIGHT, Checkpoint, Key, Manifest, ParamGroup, Ref, TensorInfo
+from anon_dist.optim.frame import with_present_keys
 
 MODEL_KEYS = ("model", "model_state_dict", "state_dict", "model_state", "module", "net", "network", "weights")
 OPTIMIZER_KEYS = (
@@ -223,8 +224,8 @@ def _read_optimizer(
         if member not in named:
             raise CheckpointError(f"{reading.where}: the optimizer has a state of {member}, which is in no param group")
         name = named[member]
-        for key, value in values.items():
-            _read_state(reading, name, str(key), value)
+        for key, value in with_present_keys({str(key): value for key, value in values.items()}).items():
+            _read_state(reading, name, key, value)
     _find_dimensionless(reading)
 
 

@@ -3,9 +3,9 @@
 A parameter of two or more dimensions is a matrix of m rows, its first dimension, and n columns, all others. Where a side is turned, the
 state has beside exp_avg, exp_avg_sq and precond, which are then those of G' = Q_Lᵀ G Q_R:
 
-- `column_basis`, `column_cov`: float32 (n, b), b = min(basis_block, n). Q_R is of blocks: row j has the row of its block; the last block
-  may be smaller, and its rows are 0 behind it.
-- `row_basis`, `row_cov`: the same of Q_L, (m, b).
+- `basis_columns`, `covariance_columns`: float32 (n, b), b = min(basis_block, n). Q_R is of blocks: row j has the row of its block; the last
+  block may be smaller, and its rows are 0 behind it.
+- `basis_rows`, `covariance_rows`: the same of Q_L, (m, b).
 
 Formats that hold a parameter's states whole carry them as any other, and so does DeepSpeed's stage 3, where it cuts between rows; they
 mean nothing where an engine cuts within rows (DeepSpeed's stages 1 and 2, FSDP1). To leave a basis, m is turned back, exactly. σ = d^(1/γ)
@@ -29,8 +29,8 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.options import Basis
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.schema import Checkpoint, Key, ParamGroup
-from anon_dist.optim.basis import turn
-from anon_dist.optim.frame import LEAST_GAMMA, MOST_ROWS
+from anon_dist.optim.basis import Side, turn
+from anon_dist.optim.frame import KEYS, LEAST_GAMMA, length_of, sides_of
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.update import D_MAX, D_MIN
 
@@ -52,20 +52,14 @@ def identities(
     parameter: str, shape: Shape, basis: Basis | None, block: int
 ) -> tuple[dict[Key, Read], dict[Key, Shape]]:
     """The states of a basis in which nothing is turned, and their shapes."""
-    if basis is None or len(shape) < 2 or not prod(shape):
-        return {}, {}
-    rows, columns = shape[0], prod(shape[1:])
-    sides = {}
-    if basis != "rows" and columns > 1:
-        sides["column"] = columns
-    if basis != "columns" and 1 < rows <= MOST_ROWS * columns:
-        sides["row"] = rows
     made: dict[Key, Read] = {}
     shapes: dict[Key, Shape] = {}
-    for side, n in sides.items():
+    for side in sides_of(shape, {"basis": basis}):
+        n = length_of(shape, side)
         b = min(block, n)
-        made |= {Key(parameter, f"{side}_basis"): _identity(b), Key(parameter, f"{side}_cov"): _zeros}
-        shapes |= {Key(parameter, f"{side}_{state}"): (n, b) for state in ("basis", "cov")}
+        own = [Key(parameter, state) for state in KEYS[side]]
+        made |= dict(zip(own, (_identity(b), _zeros), strict=True))
+        shapes |= dict.fromkeys(own, (n, b))
     return made, shapes
 
 
@@ -143,14 +137,15 @@ class _Frame:
     def __init__(self, checkpoint: Checkpoint, parameter: str) -> None:
         shape = checkpoint.tensors[Key(parameter, "exp_avg")].shape
         self._rows, self._columns = shape[0] if shape else 1, prod(shape[1:])
-        self._checkpoint, self._keys = checkpoint, {}
-        for side, n in (("row", self._rows), ("column", self._columns)):
-            key = Key(parameter, f"{side}_basis")
+        self._checkpoint = checkpoint
+        self._keys: dict[Side, Key] = {}
+        for side, (state, _) in KEYS.items():
+            key, n = Key(parameter, state), self._rows if side == "rows" else self._columns
             if key not in checkpoint.tensors:
                 continue
             found = checkpoint.tensors[key].shape
             if len(found) != 2 or found[0] != n or not 1 <= found[1] <= n:
-                raise CheckpointError(f"{parameter}: {key.state} has shape {found}, and {n} {side}s are to be turned")
+                raise CheckpointError(f"{parameter}: {key.state} has shape {found}, and {n} {side} are to be turned")
             self._keys[side] = key
 
     def back(self, read: Read, squared: bool = False) -> Read:
@@ -161,20 +156,20 @@ class _Frame:
             x = read(first * self._columns, last * self._columns).view(last - first, self._columns)
             return (
                 x
-                if "column" not in self._keys
-                else turn(x, self._basis("column", 0, self._columns, squared), "columns", back=True)
+                if "columns" not in self._keys
+                else turn(x, self._basis("columns", 0, self._columns, squared), "columns", back=True)
             )
 
         def rows(first: int, last: int) -> Tensor:
             """The same, out of the rows' basis too, of which a block turns all of its own."""
-            if "row" not in self._keys:
+            if "rows" not in self._keys:
                 return whole_rows(first, last)
-            block = self._checkpoint.tensors[self._keys["row"]].shape[1]
+            block = self._checkpoint.tensors[self._keys["rows"]].shape[1]
             found = []
             for start in range(first - first % block, last, block):
                 stop = min(self._rows, start + block)
                 low, high = max(first, start), min(last, stop)
-                found.append(self._basis("row", low, high, squared)[:, : stop - start] @ whole_rows(start, stop))
+                found.append(self._basis("rows", low, high, squared)[:, : stop - start] @ whole_rows(start, stop))
             return torch.cat(found)
 
         def elements(start: int, stop: int) -> Tensor:
@@ -187,7 +182,7 @@ class _Frame:
 
         return elements
 
-    def _basis(self, side: str, first: int, last: int, squared: bool) -> Tensor:
+    def _basis(self, side: Side, first: int, last: int, squared: bool) -> Tensor:
         """Rows [first, last) of it, float64."""
         key = self._keys[side]
         block = self._checkpoint.tensors[key].shape[1]

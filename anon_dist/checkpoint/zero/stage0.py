@@ -24,6 +24,7 @@ from anon_dist.checkpoint.zero.files import Files, need
 from anon_dist.checkpoint.zero.flat import group_cuts, numel
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
 from anon_dist.checkpoint.zero.pieces import Piece, Pieces, entire
+from anon_dist.optim.frame import with_present_keys
 
 PROBE = 4096
 """Elements of a master that are compared to a weight before all of them are."""
@@ -73,7 +74,7 @@ def read(files: Files, name: str, options: ReadOptions) -> Pieces:
             _add_flat(found, header, scalars, members[i], state)
         else:
             for j, (index, parameter) in enumerate(zip(group["params"], members[i], strict=True)):
-                state = dict(inner["state"].get(index, {}))
+                state = with_present_keys(inner["state"].get(index, {}))
                 if "fp32_groups" in wrapper:
                     state = {MASTER: wrapper["fp32_groups"][i][j], **state}
                 _add(found, header, scalars, parameter, state)
@@ -95,7 +96,7 @@ def _numbered(header: Header, name: str, wrapper: dict[str, Any], reason: NamesW
         masters = [wrapper[key][i]] if flat else wrapper.get(key, {i: [None] * len(numbers)})[i]
         for number, master in zip(numbers, masters, strict=True):
             own = {key: master} if master is not None else {}
-            states[unnamed(number)] = {**own, **inner["state"].get(number, {})}
+            states[unnamed(number)] = {**own, **with_present_keys(inner["state"].get(number, {}))}
         kept = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         groups.append(ParamGroup([unnamed(number) for number in numbers], kept))
     found = opened(header, name, groups, scalars)

@@ -25,7 +25,7 @@ from anon_dist.checkpoint.zero.flat import basis_cuts, numel, shard, shard_cuts
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
 from anon_dist.checkpoint.zero.pieces import Piece, Pieces
 from anon_dist.checkpoint.zero.stage12 import agreed
-from anon_dist.optim.frame import KEYS, length_of, sides_of
+from anon_dist.optim.frame import KEYS, length_of, sides_of, with_present_keys
 
 
 def read(files: Files, name: str) -> Pieces:
@@ -128,7 +128,7 @@ def _add_sub_group(
 def _state(rank: dict[str, Any], index: int, file: Path) -> dict[str, Any]:
     """A sub-group's, of a rank."""
     found: dict[str, Any] = need(rank, "optimizer_state_dict", file, dict)["state"].get(index, {})
-    return found
+    return with_present_keys(found)
 
 
 def _add_bases(

@@ -27,6 +27,7 @@ from anon_dist.checkpoint.zero.flat import numel
 from anon_dist.checkpoint.zero.header import Header, add_module, add_scaler, fresh, is_number, opened, read_header
 from anon_dist.checkpoint.zero.pieces import Pieces, entire
 from anon_dist.checkpoint.zero.stage3 import add_weights, groups_of
+from anon_dist.optim.frame import with_present_keys
 
 FP32 = "fp32"
 """DeepSpeed's key of the master."""
@@ -64,7 +65,7 @@ def _add_numbers(found: Pieces, header: Header, saved: dict[str, Any], scalars: 
     states = inner.get("state", {}) if isinstance(inner, dict) else {}
     dropped: set[str] = set()
     for i, shapes in enumerate(header.shapes):
-        for key, value in states.get(i, {}).items():
+        for key, value in with_present_keys(states.get(i, {})).items():
             if is_number(value) and rank_local.is_common(key, [value]):
                 for name in shapes:
                     scalars.setdefault(name, {})[key] = fresh(value)
