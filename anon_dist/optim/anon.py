@@ -7,20 +7,21 @@ A step goes through `Stepper.ready`: the group's `Regime` says what is done (a `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Never, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from anon_dist.optim.hyper import normalise, validate
+from anon_dist.optim.hyper import meant, no_argument, normalise, validate
 from anon_dist.optim.members import absent, allocate
 from anon_dist.optim.rebase import UNSET, change, chosen, given
 from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.saving import Saved
+from anon_dist.optim.scaling import GradScaling
 from anon_dist.optim.schedule import Window
 from anon_dist.optim.state import LazyState
-from anon_dist.optim.stepper import GradScaling, Stepper
+from anon_dist.optim.stepper import Stepper
 
 
 class Anon(Saved):
@@ -73,6 +74,7 @@ class Anon(Saved):
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: there is no such argument; naming those that are near.
     """
 
     grad_scale: Tensor
@@ -106,8 +108,11 @@ class Anon(Saved):
         fused: bool | None = None,
         state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
         stochastic_rounding: bool = False,
+        **unknown: Never,
     ) -> None:
-        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "unknown", "__class__")}
+        for name in unknown:
+            raise TypeError(f"Anon: {no_argument(name, defaults)}")
         normalise(defaults)
         validate(defaults)
         self._stepper = Stepper()
@@ -119,13 +124,18 @@ class Anon(Saved):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; values it does not give are the defaults.
 
+        Keys that Anon does not know are kept, as torch keeps them, for who put them there (schedulers, say).
+
         Raises:
             ValueError: a hyperparameter is out of its range, or a parameter appears twice.
-            TypeError: a parameter is complex.
+            TypeError: a parameter is complex, or a key is a hyperparameter's but for a mistake in writing.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            for name in group:
+                if meant(name, self.defaults):
+                    raise TypeError(f"Anon: in a param group: {no_argument(name, self.defaults)}")
             normalise(group)
             validate(group)
             if len(set(group["params"])) < len(group["params"]):

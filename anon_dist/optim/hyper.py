@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +60,20 @@ def normalise(group: dict[str, Any]) -> None:
         if type(group[name]).__name__ in ("bool", "bool_"):
             group[name] = bool(group[name])
     group["state_dtype"] = _state_dtype_text(group["state_dtype"])
+
+
+def meant(name: str, arguments: Collection[str]) -> list[str]:
+    """The arguments that an unknown name is likely to stand for; none if it is known. `lr_scale` and the like are names of their own."""
+    if name in arguments:
+        return []
+    near = difflib.get_close_matches(name, arguments, cutoff=0.75)
+    return [known for known in near if not name.startswith(f"{known}_") and not name.endswith(f"_{known}")]
+
+
+def no_argument(name: str, arguments: Collection[str]) -> str:
+    """What is said of an unknown name."""
+    near = " or ".join(meant(name, arguments))
+    return f"no argument {name!r}" + (f" ({near}?)" if near else "")
 
 
 def _state_dtype_text(value: Any) -> str:

@@ -173,9 +173,15 @@ def checked_state(
             if not set(STATE_KEYS) <= set(values) <= {*keys, *frame.BASIS_KEYS}
             else "of another basis"
         )
+        adams = {"exp_avg", "exp_avg_sq"} <= set(values) and "precond" not in values
+        remedy = (
+            "anon-dist ckpt convert SRC DST --to … --optimizer anon makes it Anon's"
+            if adams
+            else "Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
+        )
         raise ValueError(
             f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's, with basis={group['basis']!r}, has {sorted(keys)}: it "
-            f"is {theirs}. Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
+            f"is {theirs}. {remedy}"
         )
     state = {"step": _step_count(name, values["step"])}
     for key in (*STATE_KEYS[1:], *bases):

@@ -233,7 +233,10 @@ def test_another_optimizers_state_is_refused_and_nothing_changes():
         copy.deepcopy(optimizer.state_dict()["state"]),
         copy.deepcopy(optimizer.state_dict()["param_groups"]),
     )
-    with pytest.raises(ValueError, match=r"parameter 0 has \['exp_avg', 'exp_avg_sq', 'step'\].*another optimizer's"):
+    with pytest.raises(
+        ValueError,
+        match=r"parameter 0 has \['exp_avg', 'exp_avg_sq', 'step'\].*another optimizer's.*convert .* --optimizer anon",
+    ):
         optimizer.load_state_dict(adam.state_dict())
     torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
     assert optimizer.state_dict()["param_groups"] == groups
@@ -724,3 +727,25 @@ def test_a_parameter_twice_in_a_group_is_refused():
     with pytest.raises(ValueError, match="appears more than once in a param group"):
         optimizer.add_param_group({"params": [q, q]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_an_argument_that_there_is_not_is_refused_by_name():
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"^Anon: no argument 'gama' \(gamma\?\)$"):
+        Anon([p], gama=1.0)
+    with pytest.raises(TypeError, match=r"^Anon: no argument 'momentum'$"):
+        Anon([p], momentum=0.9)
+    for key, near in (("gama", "gamma"), ("weigth_decay", "weight_decay"), ("update_clipp", "update_clip")):
+        words = rf"^Anon: in a param group: no argument '{key}' \({near}\?\)$"
+        with pytest.raises(TypeError, match=words):
+            Anon([{"params": [p], key: 1.0}])
+        optimizer = Anon([nn.Parameter(torch.zeros(2))])
+        with pytest.raises(TypeError, match=words):
+            optimizer.add_param_group({"params": [p], key: 1.0})
+        assert len(optimizer.param_groups) == 1
+    own = {"params": [p], "name": "a", "lr_scale": 0.5, "weight_decay_mult": 2.0, "initial_lr": 0.1, "max_lr": 1.0}
+    group = Anon([own]).param_groups[0]
+    assert {key: group[key] for key in own} == own
+    adamw = torch.optim.AdamW([p])
+    torch.optim.lr_scheduler.OneCycleLR(adamw, 0.1, 10)
+    Anon(adamw.param_groups)

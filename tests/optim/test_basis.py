@@ -279,6 +279,37 @@ def test_a_spike_of_the_gradient_does_not_take_over_the_basis():
     torch.testing.assert_close(bases[0]["covariance_columns"], bases[1]["covariance_columns"], rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_rounding_becomes_0_and_nothing_else(side, dtype):
+    """Each element against the norm of its vector in its block, whichever vectors are looked at."""
+    torch.manual_seed(0)
+    shape, unit = (300, 70), 8 * torch.finfo(dtype).eps
+    few = torch.rand(shape, dtype=dtype) < 0.01
+    for x in (
+        torch.randn(shape, dtype=dtype),
+        torch.where(few, 0.9 * unit, 1.0) * torch.randn(shape, dtype=dtype).sign(),
+        torch.randn(shape, dtype=dtype) * (torch.rand(300, 1) < 0.3),
+        torch.randn(shape, dtype=dtype) * torch.logspace(0, -9, 70, dtype=dtype),
+        torch.randn(shape, dtype=dtype) * 1e-22,
+    ):
+        given = x if side == "columns" else x.mT.contiguous()
+        found = basis.turn(given, basis.identity(70, 32), side, denoise=True)
+        found = found if side == "columns" else found.mT
+        for part, kept in zip(x.split(32, 1), found.split(32, 1), strict=True):
+            noise = unit * torch.linalg.vector_norm(part, dim=1, keepdim=True)
+            assert torch.equal(kept, torch.where(part.abs() < noise, 0.0, part))
+
+
+@pytest.mark.parametrize("which", ["columns", "rows", "both"])
+def test_an_infinite_gradient_is_seen(which):
+    p, optimizer = stepped((8, 8), 9, basis=which, update_clip=1.0)
+    p.grad = torch.ones(8, 8)
+    p.grad[2, 3] = torch.inf
+    optimizer.step()
+    assert p.isnan()[2, 3]
+
+
 def test_directions_without_gradient_are_left_alone():
     """A gradient that is 0 along one direction, up to rounding, moves nothing along it, though the direction is no coordinate."""
     torch.manual_seed(0)
