@@ -19,7 +19,8 @@ Of every parameter:
 Of matrices, with `basis=…`:
 
 - *matrix*: a parameter of two or more dimensions. Its first dimension makes the rows, all others together make the columns.
-- *side*: the columns or the rows of a matrix. A side is cut into blocks of b neighbours (`basis_block`).
+- *side*: the columns or the rows of a matrix. A side is cut into *blocks* of b neighbours. b is the *block size*: `basis_block`, or less
+  where the side is shorter.
 - *basis*: of a side, an orthogonal b × b matrix for each block (`basis.py`).
 - *turned*: a matrix is turned if one of its sides, or both, have a basis. To *turn* a tensor is to multiply it by the bases.
   m, s and v of a turned matrix are those of its turned gradient; θ is not turned.

@@ -166,7 +166,7 @@ class Anon(Saved):
         - gamma: at once; the preconditioner is converted, d ← d^(γ'/γ).
         - beta3: from the next refresh on.
         - basis, basis_block: at once. A new basis starts at I, so that the next step is as it would have been. From one that is left the
-          momentum is turned back exactly, the preconditioner approximately (see `frame.change`).
+          momentum is turned back exactly, the preconditioner approximately (see `frame.rebase`).
         - refresh_ratio, beta2, window, max_interval: after the largest step count in the group, keeping the age of the second moment (see
           `schedule.Schedule`). A parameter that is behind, for want of gradients, keeps the old values until its own count is there.
 

@@ -36,19 +36,19 @@ SILENCED_AT_ONCE = 1 << 14
 """Elements, on a CPU: they stay in its caches."""
 
 
-def identity(n: int, block: int, device: torch.device | str | None = None) -> Tensor:
-    """The basis whose blocks are identity matrices; float32 (n, block)."""
+def identity(n: int, block_size: int, device: torch.device | str | None = None) -> Tensor:
+    """The basis whose blocks are identity matrices; float32 (n, b)."""
     rows = torch.arange(n, device=device)
-    return (rows.unsqueeze(1) % block == torch.arange(block, device=device)).float()
+    return (rows.unsqueeze(1) % block_size == torch.arange(block_size, device=device)).float()
 
 
 def squares(blocked: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The blocks of an (n, b) tensor: the k whole ones as a view (k, b, b), then a smaller last one as a view (1, r, r). Each comes with
     the part of the side that it belongs to."""
-    n, block = blocked.shape
-    whole = n - n % block
+    n, block_size = blocked.shape
+    whole = n - n % block_size
     if whole:
-        yield slice(0, whole), blocked[:whole].view(-1, block, block)
+        yield slice(0, whole), blocked[:whole].view(-1, block_size, block_size)
     if rest := n - whole:
         yield slice(whole, n), blocked[whole:, :rest].unsqueeze(0)
 
@@ -118,8 +118,8 @@ def _may_have_noise(vectors: Tensor, many: int) -> Tensor:
 
 def _parts(x: Tensor, many: int) -> Iterator[Tensor]:
     """So many vectors at once: they stay in a CPU's caches."""
-    for block in x:
-        yield from block.split(many)
+    for of_block in x:
+        yield from of_block.split(many)
 
 
 def blocks(x: Tensor, side: Side, where: slice, count: int) -> Tensor:
@@ -136,38 +136,38 @@ def blocks(x: Tensor, side: Side, where: slice, count: int) -> Tensor:
     return view
 
 
-def covariance(x: Tensor, block: int, side: Side) -> Tensor:
-    """The blocks on the diagonal of xᵀx, for the columns of x, or of x xᵀ, for its rows: (length of the side, block), in x's dtype."""
-    found = x.new_zeros(x.shape[1 if side == "columns" else 0], block)
+def covariance(x: Tensor, block_size: int, side: Side) -> Tensor:
+    """The blocks on the diagonal of xᵀx, for the columns of x, or of x xᵀ, for its rows: (length of the side, b), in x's dtype."""
+    found = x.new_zeros(x.shape[1 if side == "columns" else 0], block_size)
     for where, c in squares(found):
         part = blocks(x, side, where, len(c))
         torch.bmm(*((part.mT, part) if side == "columns" else (part, part.mT)), out=c)
     return found
 
 
-def rotation(mean: Tensor, fresh: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """Mix a new covariance into C, and find the rotation R by which the basis moves.
+def rotation(mean: Tensor, latest: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """Mix the momentum's covariance into C, and find the rotation R by which the basis moves.
 
-    Where a block's new covariance is 0 or not finite, its C stays as it is and its R is the identity.
+    Where the momentum's covariance is 0 or not finite in a block, C stays as it is there and R is the identity.
 
     Args:
         mean: C.
-        fresh: x'ᵀx', as `covariance` gives it.
+        latest: x'ᵀx', as `covariance` gives it.
         keep: β3, the weight of C.
 
     Returns:
         R, and the new C in the basis that R makes; both (n, b) float64.
     """
     turning, turned = torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
-    parts = (squares(x) for x in (mean.double(), fresh.double(), turning, turned))
+    parts = (squares(x) for x in (mean.double(), latest.double(), turning, turned))
     for (_, old), (_, new), (_, r), (_, c) in zip(*parts, strict=True):
         trace = _mean_eigenvalue(new)
         usable = (trace > 0.0) & torch.isfinite(trace)
         mixed = torch.where(usable, keep * old + (1.0 - keep) * new / torch.where(usable, trace, 1.0), old)
         trace = _mean_eigenvalue(mixed)
         identity_block = torch.eye(old.shape[-1], dtype=torch.float64, device=old.device)
-        known = mixed + torch.where(trace > 0.0, RIDGE * trace, 1.0) * identity_block
-        q = torch.where(usable, _orthogonal(known), identity_block)
+        regularised = mixed + torch.where(trace > 0.0, RIDGE * trace, 1.0) * identity_block
+        q = torch.where(usable, _orthogonal(regularised), identity_block)
         r.copy_(q)
         c.copy_(q.mT @ mixed @ q)
     return turning, turned
@@ -211,7 +211,7 @@ def by_cholesky(a: Tensor) -> Tensor:
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """A `with` block in which products of float32 matrices on this device have float32's precision, whatever precision was set elsewhere.
+    """Within it products of float32 matrices on this device have float32's precision, whatever precision was set elsewhere.
 
     With TF32 or bfloat16 products, a basis keeps turning where gradients are large (NVIDIA's emerging-optimizers, "SOAP").
     """

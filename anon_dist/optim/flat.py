@@ -121,8 +121,8 @@ def kind(p: Tensor, group: Group) -> str | None:
 # -- state ---------------------------------------------------------------------------------------------------------------------
 
 
-def fresh(p: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The first bases and covariances of a parameter; see `frame.fresh`.
+def initial(p: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The first bases and covariances of a parameter; see `frame.initial`.
 
     Raises:
         RuntimeError: a matrix is cut in a way that allows no basis.
@@ -130,17 +130,17 @@ def fresh(p: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if (layout := layout_of(p)) is None:
         for side in frame.sides(p, group):
-            found |= frame.fresh(p, side, group, dtype)
+            found |= frame.initial(p, side, group, dtype)
         return found
     lengths = [(side, share.length(side)) for share, sides in turned(layout, group) for side in sides]
     return _joined(
-        dict(zip(KEYS[side], frame.start(n, min(group["basis_block"], n), dtype, p.device), strict=True))
+        dict(zip(KEYS[side], frame.initial_of(n, min(group["basis_block"], n), dtype, p.device), strict=True))
         for side, n in lengths
     )
 
 
 def shapes(p: Tensor, group: Group) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `fresh` makes, by key."""
+    """The shapes of what `initial` makes, by key."""
     if (layout := layout_of(p)) is not None:
         lengths = _lengths(turned(layout, group))
         sizes = {side: _numel(of_matrices, group["basis_block"]) for side, of_matrices in lengths.items()}
@@ -161,19 +161,19 @@ def check(p: Tensor, group: Group) -> None:
         frame.check(p, group)
 
 
-def change(p: Tensor, state: State, after: Group, gamma: float, exponents: str) -> None:
-    """Bring a state to the `basis` and `basis_block` of a group; see `frame.change`."""
+def rebase(p: Tensor, state: State, after: Group, gamma: float, exponents: str) -> None:
+    """Bring a state to the `basis` and `basis_block` of a group; see `frame.rebase`."""
     if (layout := layout_of(p)) is None:
-        frame.change(p, state, after, gamma, exponents)
+        frame.rebase(p, state, after, gamma, exponents)
         return
     new = dict(turned(layout, after))
     every = [one for one in _sides(layout, {"basis": "both"}) if layout.keeps_rows(one[0])]
     lengths = _lengths(every)
-    blocks = {s: _block(n, state[KEYS[s][0]].numel()) for s, n in lengths.items() if KEYS[s][0] in state}
-    states = [{**own, "step": state["step"]} for _, own in _split(every, state, blocks)]
+    block_sizes = {s: _block_size(n, state[KEYS[s][0]].numel()) for s, n in lengths.items() if KEYS[s][0] in state}
+    states = [{**own, "step": state["step"]} for _, own in _split(every, state, block_sizes)]
     for (share, _), own in zip(every, states, strict=True):
-        frame.change(share.of(p.detach()), own, after, gamma, exponents, new.get(share, ()))
-    for side in blocks:
+        frame.rebase(share.of(p.detach()), own, after, gamma, exponents, new.get(share, ()))
+    for side in block_sizes:
         for key in KEYS[side]:
             del state[key]
     state.update(_joined({k: v for k, v in own.items() if k in frame.BASIS_KEYS} for own in states))
@@ -209,29 +209,29 @@ def _lengths(matrices: list[Turned]) -> dict[Side, list[int]]:
     return found
 
 
-def _numel(lengths: list[int], block: int) -> int:
+def _numel(lengths: list[int], block_size: int) -> int:
     """The number of elements of the bases of sides of these lengths."""
-    return sum(n * min(block, n) for n in lengths)
+    return sum(n * min(block_size, n) for n in lengths)
 
 
-def _block(lengths: list[int], numel: int) -> int:
+def _block_size(lengths: list[int], numel: int) -> int:
     """The `basis_block` with which the bases of sides of these lengths have so many elements: the inverse of `_numel`."""
-    return 1 + bisect_left(range(1, max(lengths)), numel, key=lambda block: _numel(lengths, block))
+    return 1 + bisect_left(range(1, max(lengths)), numel, key=lambda size: _numel(lengths, size))
 
 
 def _split(
-    matrices: list[Turned], state: Mapping[str, Tensor], blocks: Mapping[Side, int]
+    matrices: list[Turned], state: Mapping[str, Tensor], block_sizes: Mapping[Side, int]
 ) -> Iterator[tuple[Turned, Mapping[str, Tensor]]]:
-    """Each matrix with its part of a flat tensor's state. Only sides that are in `blocks` (side → `basis_block`) have bases in it."""
+    """Each matrix with its part of a flat tensor's state. Only sides that are in `block_sizes` (side → `basis_block`) have bases in it."""
     reached = dict.fromkeys(KEYS, 0)
     for share, sides in matrices:
         end = share.offset + share.numel
         places = dict.fromkeys(("exp_avg", "exp_avg_sq", "precond"), (share.offset, end, share.columns))
-        for side in (side for side in sides if side in blocks):
+        for side in (side for side in sides if side in block_sizes):
             n = share.length(side)
-            start, block = reached[side], min(blocks[side], n)
-            reached[side] += n * block
-            places |= dict.fromkeys(KEYS[side], (start, reached[side], block))
+            start, block_size = reached[side], min(block_sizes[side], n)
+            reached[side] += n * block_size
+            places |= dict.fromkeys(KEYS[side], (start, reached[side], block_size))
         yield (share, sides), _State(state, places)
 
 

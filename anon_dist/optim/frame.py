@@ -24,7 +24,7 @@ KEYS: dict[Side, tuple[str, str]] = {
     "columns": ("basis_columns", "covariance_columns"),
     "rows": ("basis_rows", "covariance_rows"),
 }
-"""The states of a side that has a basis: the basis and the covariance, both (length of the side, block)."""
+"""The states of a side that has a basis: the basis and the covariance, both (length of the side, b), b = min(basis_block, length)."""
 BASIS_KEYS = tuple(key for keys in KEYS.values() for key in keys)
 
 FORMER_KEYS = {
@@ -89,7 +89,7 @@ def length_of(shape: Sequence[int], side: Side) -> int:
     return shape[0] if side == "rows" else math.prod(shape[1:])
 
 
-def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+def initial(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
     """The first states of a side: the basis is the identity, the covariance 0. They are DTensors if p is one.
 
     Args:
@@ -99,24 +99,24 @@ def fresh(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str, 
         RuntimeError: p is sharded in a way that allows no basis of this side: a block would lie on two ranks, say.
     """
     n = length(p, side)
-    block = min(group["basis_block"], n)
+    block_size = min(group["basis_block"], n)
     if not isinstance(p, DTensor):
-        return dict(zip(KEYS[side], start(n, block, dtype, p.device), strict=True))
-    placements = _placements(p, side, n, block)
+        return dict(zip(KEYS[side], initial_of(n, block_size, dtype, p.device), strict=True))
+    placements = _placements(p, side, n, block_size)
     own = p.to_local()
     here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
-    own_bases = start(here, block, dtype, own.device)
-    whole = torch.Size((n, block))
+    own_bases = initial_of(here, block_size, dtype, own.device)
+    whole = torch.Size((n, block_size))
     return {
-        key: DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=whole, stride=(block, 1))
+        key: DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=whole, stride=(block_size, 1))
         for key, x in zip(KEYS[side], own_bases, strict=True)
     }
 
 
-def start(n: int, block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first basis and covariance of a side of n elements, for a preconditioner of this dtype (see `fresh`)."""
+def initial_of(n: int, block_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first basis and covariance of a side of n elements, for a preconditioner of this dtype (see `initial`)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return basis.identity(n, block, device).to(wide), torch.zeros(n, block, dtype=wide, device=device)
+    return basis.identity(n, block_size, device).to(wide), torch.zeros(n, block_size, dtype=wide, device=device)
 
 
 def check(p: Tensor, group: Group) -> None:
@@ -130,11 +130,11 @@ def check(p: Tensor, group: Group) -> None:
         _placements(p, side, n, min(group["basis_block"], n))  # type: ignore[arg-type]
 
 
-def _placements(p: DTensor, side: Side, n: int, block: int) -> list[Placement]:
-    """How the states of a side are placed; see `fresh` for what is refused."""
+def _placements(p: DTensor, side: Side, n: int, block_size: int) -> list[Placement]:
+    """How the states of a side are placed; see `initial` for what is refused."""
     placements = [_placement(p, x, side) for x in p.placements]
     cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
-    check_cuts(p.shape, side, cuts, block)
+    check_cuts(p.shape, side, cuts, block_size)
     return placements
 
 
@@ -153,7 +153,7 @@ def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
     )
 
 
-def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block: int) -> None:
+def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block_size: int) -> None:
     """Refuse blocks of a side that would lie on two ranks; on every rank alike.
 
     Args:
@@ -161,22 +161,22 @@ def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block: int) ->
         cuts: over how many ranks each mesh dimension shards the side; more than one number where shards are sharded again.
 
     Raises:
-        RuntimeError: naming the block that fits.
+        RuntimeError: naming the block size that fits.
     """
     n, ranks = length_of(shape, side), math.prod(cuts)
     share = -(-n // ranks)
-    if ranks == 1 or (share % block == 0 and (len(cuts) == 1 or n % ranks == 0)):
+    if ranks == 1 or (share % block_size == 0 and (len(cuts) == 1 or n % ranks == 0)):
         return
-    fitting = max((b for b in range(1, block + 1) if share % b == 0), default=1)
-    remedy = f"basis_block={fitting} would fit" if n % ranks == 0 else "no block fits: give it basis=None"
+    fitting = max((b for b in range(1, block_size + 1) if share % b == 0), default=1)
+    remedy = f"basis_block={fitting} would fit" if n % ranks == 0 else "no basis_block fits: give it basis=None"
     other = "'columns'" if side == "rows" else "'rows'"
     raise RuntimeError(
         f"Anon: the {side} of a parameter of shape {tuple(shape)} are cut into {ranks} shards of {share}, across the basis's blocks of "
-        f"{block}: {remedy}, or basis={other} for its param group"
+        f"{block_size}: {remedy}, or basis={other} for its param group"
     )
 
 
-def change(
+def rebase(
     p: Tensor,
     state: MutableMapping[str, Tensor],
     after: Group,
@@ -196,7 +196,7 @@ def change(
         wanted: the sides that are to have a basis; None: those that p's shape and the group say.
 
     Raises:
-        RuntimeError: as `fresh`; nothing has been changed then.
+        RuntimeError: as `initial`; the state is as it was then.
     """
     old = {side: state[keys[0]].shape[1] for side, keys in KEYS.items() if keys[0] in state}
     wanted = sides(p, after) if wanted is None else wanted
@@ -205,7 +205,7 @@ def change(
     added: dict[str, Tensor] = {}
     for side in new:
         if old.get(side) != new[side]:
-            added |= fresh(p, side, after, state["precond"].dtype)
+            added |= initial(p, side, after, state["precond"].dtype)
     if new and p.dim() > 2:  # to be seen as a matrix
         state.update({key: state[key].contiguous() for key in ("exp_avg", "exp_avg_sq", "precond")})
     if left:
@@ -272,7 +272,7 @@ class Moved:
         self.m, self.v = (matrix(x).to(torch.promote_types(x.dtype, torch.float32)) for x in (m, self._v))
 
     def by(self, side: Side, turning: Tensor, gamma: float) -> None:
-        """Turn a side by R = `turning`, (length, block).
+        """Turn a side by R = `turning`, (length of the side, b).
 
         m is turned exactly. Of v only the diagonal is known: σ = d^(1/γ), with d = v^(−2), is turned as the diagonal of a diagonal matrix,
         σ'_j = Σ_i R_ij² σ_i.

@@ -12,7 +12,7 @@ from torch import Tensor
 from anon_dist.optim import flat, update
 from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.hyper import state_dtypes
-from anon_dist.optim.state import LazyState, checked_state, fresh_state, local, named_parameters
+from anon_dist.optim.state import LazyState, checked_state, initial_state, local, named_parameters
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -38,11 +38,11 @@ def allocate(groups: Groups, state: States) -> None:
     for group in groups:
         dtypes = state_dtypes(group)
         for p in group["params"]:
-            known = state.get(p)
-            if known and int(known["step"]) == 0 and not _fits(known, p, group):
-                known = None  # the model was moved, or the basis set, since
-            if not known and (p.requires_grad or p.grad is not None):
-                state[p] = fresh_state(p, dtypes, group)
+            own = state.get(p)
+            if own and int(own["step"]) == 0 and not _fits(own, p, group):
+                own = None  # the model was moved, or the basis set, since
+            if not own and (p.requires_grad or p.grad is not None):
+                state[p] = initial_state(p, dtypes, group)
                 replaced = True
             present += p in state
     if replaced and len(state) != present:
@@ -106,14 +106,14 @@ def complete(groups: Groups, states: States) -> None:
     allocate(groups, states)
 
 
-def _fits(known: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> bool:
+def _fits(own: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a state is on the parameter's device and has its bases."""
-    found = {key: tuple(known[key].shape) for key in BASIS_KEYS if key in known}
+    found = {key: tuple(own[key].shape) for key in BASIS_KEYS if key in own}
     dtypes = state_dtypes(group)
     return (
-        known["exp_avg"].device == p.device
+        own["exp_avg"].device == p.device
         and flat.shapes(p, group) == found
-        and all(known[key].dtype == dtypes[key] for key in dtypes)
+        and all(own[key].dtype == dtypes[key] for key in dtypes)
     )
 
 

@@ -61,7 +61,7 @@ def change(groups: Groups, state: States, hidden: Hidden, given: Mapping[str, An
     for old, new, powers in changed:
         for p, power in powers.items():
             convert_preconds([state[p]], power)
-            flat.change(p, state[p], new, Regime(new).gamma_in_force, EXPONENTS)
+            flat.rebase(p, state[p], new, Regime(new).gamma_in_force, EXPONENTS)
         hidden.converted(old)
         old.update(new)
 

@@ -1,13 +1,13 @@
 """The state of a parameter: made, checked when it is loaded, and the mapping that holds it.
 
-| key | what it is | who writes it, after `fresh_state` | dtype |
+| key | what it is | who writes it, after `initial_state` | dtype |
 |---|---|---|---|
 | `step` | t, steps taken; 0-dim, on the CPU | `gather.Bucket.count`, when a step has been taken | float32 |
 | `exp_avg` | m, the mean of the gradient, still to be debiased | the backend, in each step | `state_dtype` |
 | `exp_avg_sq` | s, the mean of the squared gradient since the last refresh | the backend: it adds g² in the accumulating steps, and sets \
 0 in a refresh, when v has been made from it | `state_dtype` |
 | `precond` | v = d^(−1/2), the preconditioner | the backend, in a refresh; and conversions of γ (see `regime`) | `state_dtype` |
-| `basis_columns`, `basis_rows` | the basis that a side of a matrix is turned into, if it is: (length of the side, block) | `turned`, \
+| `basis_columns`, `basis_rows` | the basis that a side of a matrix is turned into, if it is: (length of the side, b) | `turned`, \
 after a refresh | float32 |
 | `covariance_columns`, `covariance_rows` | the covariance of the momentum in it, of the same shape | `turned`, after a refresh | float32 |
 | `exp_avg_exponents` | beside an 8-bit exp_avg alone, and in no state dict | the backend, with exp_avg | uint8 |
@@ -92,9 +92,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def fresh_state(p: Tensor, dtypes: Dtypes, group: frame.Group) -> dict[str, Tensor]:
+def initial_state(p: Tensor, dtypes: Dtypes, group: frame.Group) -> dict[str, Tensor]:
     """The state before the first step: sharded as the parameter is, and neutral (v = 1, nothing turned)."""
-    p, bases = p.detach(), flat.fresh(p, group, dtypes["precond"])
+    p, bases = p.detach(), flat.initial(p, group, dtypes["precond"])
     layout = torch.contiguous_format if bases and p.dim() > 2 else torch.preserve_format  # to be seen as a matrix
     state = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
@@ -160,7 +160,7 @@ def checked_state(
     if getattr(values.get("exp_avg"), "dtype", None) != torch.int8 or not isinstance(values.get(EXPONENTS), Tensor):
         values.pop(EXPONENTS, None)  # torch's flattened state dicts give {} for what they lack
     values = decoded(values)
-    bases = flat.fresh(p, group, dtypes["precond"])
+    bases = flat.initial(p, group, dtypes["precond"])
     keys = {*STATE_KEYS, *bases}
     if not values:
         raise ValueError(

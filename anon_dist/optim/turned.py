@@ -131,8 +131,8 @@ class Member:
     """Those that have a basis."""
     plan: StepPlan
     """Of the step that has refreshed it."""
-    fresh: dict[Side, Tensor] = field(default_factory=dict)
-    """The covariance of the momentum, by side: first this rank's part of it, then the sum over ranks."""
+    covariances: dict[Side, Tensor] = field(default_factory=dict)
+    """Of the momentum, by side: first this rank's part of it, then the sum over ranks."""
 
 
 class Renewal:
@@ -163,8 +163,8 @@ class Renewal:
             for member in self._members:
                 m = _momentum(member.state)
                 for side in member.sides:
-                    block = member.state[KEYS[side][0]].shape[1]
-                    member.fresh[side] = basis.covariance(m, block, side)
+                    block_size = member.state[KEYS[side][0]].shape[1]
+                    member.covariances[side] = basis.covariance(m, block_size, side)
                     groups, device = flat.summed_over(member.p, side)
                     key = (*(group.group_name for group in groups), str(m.device))
                     together.setdefault(key, ((groups, device), []))[1].append((member, side))
@@ -175,7 +175,7 @@ class Renewal:
     def _add_up(
         self, groups: tuple[dist.ProcessGroup, ...], device: torch.device, summed: list[tuple[Member, Side]]
     ) -> None:
-        sums = torch.cat([member.fresh[side].reshape(-1) for member, side in summed]).to(device)
+        sums = torch.cat([member.covariances[side].reshape(-1) for member, side in summed]).to(device)
         for group in groups[:-1]:
             dist.all_reduce(sums, group=group)
         self._waited_for.append(dist.all_reduce(sums, group=groups[-1], async_op=True))
@@ -188,9 +188,9 @@ class Renewal:
         for handle in self._waited_for:
             handle.wait()
         for sums, summed in self._sums:
-            parts = sums.to(self._device).split([member.fresh[side].numel() for member, side in summed])
+            parts = sums.to(self._device).split([member.covariances[side].numel() for member, side in summed])
             for (member, side), part in zip(summed, parts, strict=True):
-                member.fresh[side] = part.view_as(member.fresh[side])
+                member.covariances[side] = part.view_as(member.covariances[side])
         with basis.true_float32(self._device):
             for member in self._members:
                 _renew(member)
@@ -209,7 +209,7 @@ def _renew(member: Member) -> None:
     plan, moved = member.plan, Moved(dict(member.state), EXPONENTS)
     for side in member.sides:
         q, mean = (local(member.state[key]) for key in KEYS[side])
-        turning, turned = basis.rotation(mean, member.fresh[side], plan.keep_d)
+        turning, turned = basis.rotation(mean, member.covariances[side], plan.keep_d)
         q.copy_(basis.renewed(q, turning))
         mean.copy_(turned)
         moved.by(side, turning, plan.gamma)

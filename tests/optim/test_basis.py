@@ -86,11 +86,11 @@ def test_both_factorisations_are_one():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
 def test_blocks_without_a_usable_covariance_stay(bad):
-    fresh = torch.eye(8).repeat(2, 1) + 0.1
-    fresh[3] = bad
+    latest = torch.eye(8).repeat(2, 1) + 0.1
+    latest[3] = bad
     if bad == 0.0:
-        fresh[:8] = 0.0
-    turning, c = basis.rotation(basis.identity(16, 8), fresh, 0.5)
+        latest[:8] = 0.0
+    turning, c = basis.rotation(basis.identity(16, 8), latest, 0.5)
     assert torch.equal(turning[:8], torch.eye(8, dtype=torch.float64))
     assert torch.equal(c[:8], torch.eye(8, dtype=torch.float64))
     assert not torch.equal(turning[8:], torch.eye(8, dtype=torch.float64))
