@@ -84,7 +84,7 @@ def turn(x: Tensor, basis: Tensor, side: Side, *, back: bool = False, denoise: b
 def _silence(product: Tensor, side: Side) -> None:
     """Make elements 0 that are rounding alone (see `NOISE`), in place.
 
-    On a CPU the vectors that may have such elements are found first: they are few, and the rest needs only two sums.
+    On a CPU the vectors that may have such elements are found first: usually they are few, and of the others no element is compared.
     """
     vectors = product if side == "columns" else product.mT  # (count, vectors, b)
     if product.device.type != "cpu":

@@ -157,7 +157,7 @@ def test_a_step_that_is_not_taken_leaves_no_trace(fused, late, monkeypatch):
     """`late`: as on a GPU, where the host learns of it at the next step, or when somebody asks."""
     mine, theirs = make(fused=fused), make(fused=fused)
     if late:
-        monkeypatch.setattr("anon_dist.optim.stepper.known_to_the_host", lambda flag: False)
+        monkeypatch.setattr("anon_dist.optim.scaling.known_to_the_host", lambda flag: False)
     for t in range(12):
         give(theirs[0], t)
         theirs[1].step()

@@ -420,7 +420,7 @@ def test_the_host_asks_the_device_for_nothing_between_records(run_config, train,
         return done
 
     monkeypatch.setattr(loop, "take_step", watched)
-    for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
+    for module in ("anon_dist.train.loop", "anon_dist.optim.scaling"):
         monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
     monkeypatch.setattr("anon_dist.optim.backends.choice.choose", lambda *args: lambda *work: None)
     monkeypatch.setattr("anon_dist.optim.host_copy.HostCopy.value", lambda self: self._copy.numpy().item())
@@ -443,7 +443,7 @@ def test_a_skipped_step_is_learnt_of_one_step_late(run_config, train, tmp_path, 
 
         monkeypatch.setattr(loop.Batch, "losses", poisoned)
         if late:
-            for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
+            for module in ("anon_dist.train.loop", "anon_dist.optim.scaling"):
                 monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
         options = {"log__every": 1, "checkpoint__every": 5, "optim__refresh_ratio": 1.1}
         folders.append(train(run_config(run_dir=str(tmp_path / str(late)), **options)))

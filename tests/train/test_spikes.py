@@ -180,7 +180,7 @@ def test_a_spike_that_is_recorded_is_taken(run_config, train, poison, caplog):
 def test_a_run_goes_back_from_a_spike(late, run_config, train, tmp_path, monkeypatch, poison, tracked, caplog):
     """To the last checkpoint, and past the samples: the steps that follow are those of a run whose cursor was moved there by hand."""
     if late:  # as on a GPU, a step later
-        for module in ("anon_dist.train.loop", "anon_dist.optim.stepper"):
+        for module in ("anon_dist.train.loop", "anon_dist.optim.scaling"):
             monkeypatch.setattr(f"{module}.known_to_the_host", lambda number: False)
     poison([15])
     options = {**OPTIONS, "train__on_spike": "rewind"}
