@@ -26,7 +26,7 @@ FOLDERS = (
 
 OPTIM = (
     ("schedule", "rounding", "update", "plan", "groups", "host_copy", "reference", "basis"),
-    ("frame",),
+    ("frame", "scaling"),
     ("flat",),
     ("state", "matching"),
     ("hyper",),
