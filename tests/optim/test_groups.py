@@ -125,7 +125,9 @@ def test_the_head_of_a_transformers_model():
     optimizer = Anon(param_groups(net, basis="both"), basis_block=8)
     optimizer.init_state()
     known = dict(net.named_parameters())
-    sides = {n: sorted(k for k in optimizer.state[p] if k.startswith("basis")) for n, p in known.items() if p.dim() == 2}
+    sides = {
+        n: sorted(k for k in optimizer.state[p] if k.startswith("basis")) for n, p in known.items() if p.dim() == 2
+    }
     assert {n for n, found in sides.items() if found == ["basis_columns"]} == {
         "transformer.wte.weight",
         "transformer.wpe.weight",
