@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.keeping.folder import read_progress, step_of
+from anon_dist.checkpoint.keeping.folder import read_progress
+from anon_dist.checkpoint.keeping.names import PROGRESS, step_of
 from anon_dist.data import BatchLoader, Index
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import forget_accelerate
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.generation.streamers import BaseStreamer
@@ -81,6 +82,28 @@ def test_a_run_a_checkpoint_and_a_model_write_what_the_weights_say(run, capsys):
     for source in (run, run / "model", checkpoint(run), run / "checkpoints"):
         assert said(capsys, source, "def f", *PLAIN) == wanted + "\n"
     assert wanted not in said(capsys, checkpoint(run, 3), "def f", *PLAIN)
+
+
+def test_of_a_run_its_newest_complete_checkpoint_is_inspected_converted_and_verified(run, tmp_path, capsys):
+    """And named, beside what is asked for. A newer one that is not complete does not count."""
+    copied = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (checkpoint(copied).parent / "step-00000009").mkdir()
+    for words, source in (
+        ("inspect {} --json", copied),
+        ("inspect {} --json", copied / "checkpoints"),
+        ("inspect {} --json", checkpoint(copied)),
+    ):
+        main(["ckpt", *words.format(source).split()])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["step"] == 6
+        assert (f"taken: {checkpoint(copied)}\n" in err) == (source != checkpoint(copied))
+    main(["ckpt", "convert", str(copied), str(tmp_path / "hf"), "--to", "hf"])
+    main(["ckpt", "verify", str(copied), str(checkpoint(run))])
+    assert capsys.readouterr().out.endswith("is complete\nthe same\n")
+    weights = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", run / "model"))
+    assert {n: w.sum().item() for n, w in next(weights).items()} == {
+        n: w.sum().item() for n, w in next(weights).items()
+    }
 
 
 class Seen(BaseStreamer):
