@@ -14,6 +14,7 @@ import pytest
 
 from anon_dist.arguments import whole_number
 from anon_dist.cli import COMMANDS, main
+from anon_dist.train.config.errors import Interrupted
 from anon_dist.train.config.parsing import ConfigError, parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +172,19 @@ def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys, prepared)
             main(words)
         assert ended.value.code == 130
         assert capsys.readouterr().err.startswith(f"\n{said}")
+
+
+def test_a_ctrl_c_that_stopped_a_training_is_an_exit_code_alone(monkeypatch, capsys, prepared):
+    """The training has said what is saved."""
+
+    def stopped(config):
+        raise Interrupted
+
+    monkeypatch.setattr("anon_dist.train.loop.train", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "quickstart", "--data.path", str(prepared)])
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("words", [["completion", "bash"], ["--help"], ["ckpt"], ["ckpt", "convert", "--help"]])
