@@ -145,10 +145,9 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
 
     try:
         config = parse_args(args, prog)
-        if data:
-            from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
+        from anon_dist.train.config.at_once import check_at_once  # numpy, which help does not wait for
 
-            check_present(config)
+        check_at_once(config, data)
     except (ConfigError, DataError) as error:
         refuse_alike(f"error: {error}", USAGE)
 

@@ -73,6 +73,24 @@ MISTAKES = [
         "train --config quickstart --data.path nowhere",
         "data.path = nowhere is not there, or not finished. This makes it",
     ),
+    ("train --config quickstart --resume empty", "resume = empty holds no weights (*.safetensors, "),
+    (
+        "train --config quickstart --resume runs",
+        "resume = runs is a folder of runs; name one of them, such as runs/new",
+    ),
+    (
+        "train --config quickstart --resume runs/saved",
+        "resume = runs/saved is a folder of checkpoints; name one of them, such as runs/saved/checkpoints/step-00000004",
+    ),
+    (
+        "train --config quickstart --train.global-batch 6",
+        "train.global_batch = 6 is not a multiple of train.micro_batch · ranks = 4 · 1; change one of them",
+    ),
+    (
+        "train --config quickstart --eval.tasks arc_easy arc_chalenge",
+        "eval.tasks: there is no task arc_chalenge; did you mean arc_challenge? (a YAML file can be named too)",
+    ),
+    ("eval runs/saved --tasks helaswag", "--tasks: there is no task helaswag; did you mean hellaswag?"),
     ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
     ("generate empty x", "empty holds no weights (*.safetensors, "),
     ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),
@@ -132,6 +150,10 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         for file in ("config.yaml", "run.lock"):
             (tmp_path / "runs" / name / file).write_text("x")
+    saved = tmp_path / "runs" / "saved" / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    for file in ("trainer.json", "../../config.yaml"):
+        (saved / file).write_text("{}")
     (tmp_path / "runs" / "old" / "model").mkdir()
     (tmp_path / "runs" / "old" / "model" / "config.json").write_text('{"a": 1}')
     calls = [words.split() for words, _ in MISTAKES]

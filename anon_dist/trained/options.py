@@ -13,6 +13,7 @@ import tyro
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.data.config import TextUnit
 from anon_dist.named import need, need_checkpoint, need_file, need_folder, need_no
+from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.usage import UsageError
 
 _WHOSE = "a run, a checkpoint or an exported model"
@@ -129,6 +130,8 @@ class Eval:
         _check_device(self.device)
         need_file(self.model_config, "a config.json", "--model-config")
         _need_trained(self.source)
+        if self.tasks and (problem := tasks_problem(self.tasks, self.include_path)):
+            raise UsageError(f"--tasks: {problem}")
 
 
 @dataclass

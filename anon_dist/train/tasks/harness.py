@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import logging
@@ -16,8 +15,7 @@ from typing import Any
 
 from anon_dist.train.config.errors import HarnessError
 from anon_dist.train.reports.metrics import TASK, Record
-
-INSTALL = "pip install 'lm-eval>=0.4.13'"
+from anon_dist.train.tasks.known import no_task, not_installed
 
 
 def check_installed() -> None:
@@ -31,7 +29,7 @@ def check_installed() -> None:
             importlib.import_module(module)
         except ImportError as error:
             missing = (error.name or "lm_eval").partition(".")[0]
-            raise HarnessError(f"tasks are run by lm-eval, and {missing} is not installed: {INSTALL}") from None
+            raise HarnessError(not_installed(missing)) from None
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,7 @@ def _missing(name: str, known: Sequence[str], include_path: str | None) -> str:
             load_yaml(path, resolve_func=False)
         except Exception as error:  # whatever YAML, and lm-eval's extensions of it, raise
             return f"there is no task {name}, and {path} cannot be read: {_line(error)}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no task {name}{f'; did you mean {near[0]}?' if near else ''} (a YAML file can be named too)"
+    return no_task(name, known)
 
 
 def _load(manager: Any, name: str) -> list[Any]:
