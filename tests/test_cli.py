@@ -86,11 +86,6 @@ MISTAKES = [
         "train --config quickstart --train.global-batch 6",
         "train.global_batch = 6 is not a multiple of train.micro_batch · ranks = 4 · 1; change one of them",
     ),
-    (
-        "train --config quickstart --eval.tasks arc_easy arc_chalenge",
-        "eval.tasks: there is no task arc_chalenge; did you mean arc_challenge? (a YAML file can be named too)",
-    ),
-    ("eval runs/saved --tasks helaswag", "--tasks: there is no task helaswag; did you mean hellaswag?"),
     ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
     ("generate empty x", "empty holds no weights (*.safetensors, "),
     ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),

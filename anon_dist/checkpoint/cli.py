@@ -29,6 +29,15 @@ _First = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
 _Second = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[B]")]
 _Format = Literal["canonical", "consolidated", "dcp", "hf", "zero0", "zero1", "zero2", "zero3", "universal"]
 _NAME = "a run, or a checkpoint's file or folder"
+_CALLED = {
+    **dict.fromkeys(("fsdp", "fsdp2", "hsdp", "torchtitan"), "dcp"),
+    "fsdp1": "dcp, which FSDP2 reads (FSDP1's own is only read)",
+    **dict.fromkeys(("ddp", "single", "torch", "pt"), "consolidated"),
+    **dict.fromkeys(("accelerate", "trainer"), "dcp with --layout accelerate or trainer"),
+    **dict.fromkeys(("deepspeed", "zero"), "zero2 or zero3"),
+    **dict.fromkeys(("safetensors", "huggingface", "transformers", "model"), "hf"),
+}
+"""What the formats are called by the engines that read them."""
 _SHOWN = 40
 
 
@@ -84,7 +93,7 @@ class Convert:
     dst: _Target
     """Complete or absent. If the command is killed, the same command goes on."""
     to: Annotated[_Format, tyro.conf.arg(metavar="FORMAT")]
-    """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
+    """dcp, of FSDP2; zero0, zero1, zero2, zero3, universal, of DeepSpeed; consolidated, one file; hf, the weights alone; canonical."""
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
     layout: Layout = "anon_dist"
@@ -162,7 +171,7 @@ def run(command: str, args: list[str]) -> None:
     """Run `inspect`, `convert` or `verify`; exit code 2 with one line where the command line is wrong, 1 for what is found out later."""
     actions: dict[str, Any] = {"inspect": _inspect, "convert": _convert, "verify": _verify}
     kind, action = COMMANDS[command], actions[command]
-    parsed = parse(kind, args, f"anon-dist ckpt {command}")
+    parsed = parse(kind, args, f"anon-dist ckpt {command}", called={"--to": _CALLED})
     with refusing(CheckpointError):
         _check_options(args)
         parsed.check()

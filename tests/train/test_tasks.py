@@ -20,7 +20,8 @@ from anon_dist.train.config.errors import RunError
 from anon_dist.train.reports import report
 from anon_dist.train.saves.lock import _BYTE, LOCK
 from anon_dist.train.tasks import during as tasks
-from anon_dist.train.tasks import harness
+from anon_dist.train.tasks import harness, known
+from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.trained.text import windows
 
 CONTEXT = 32
@@ -214,6 +215,21 @@ def test_what_cannot_be_evaluated_is_said_before_the_first_step(folder, prepared
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(c.ConfigError, match=r"lm_eval is not installed: pip install 'lm-eval>=0\.4\.13'$"):
         trained(prepared, tmp_path / "run", tasks=("local_mc",), tasks_path=str(folder))
+
+
+def test_a_name_that_is_none_of_a_task_is_told_by_the_text_of_the_files(folder, run, monkeypatch):
+    """Of lm-eval's 14,000 too, without its index of them. What is a file, or in a folder of one's own, is a task."""
+    names = ("hellaswag", "arc_easy", "mmlu", "local_mc", str(folder / "text.yaml"))
+    assert tasks_problem(names, str(folder)) is None
+    wanted = "there is no task helaswag; did you mean hellaswag? (a YAML file can be named too)"
+    assert tasks_problem(["arc_easy", "helaswag"], None) == wanted
+    assert tasks_problem(["local_mc"], None).startswith("there is no task local_mc")
+    for words in (["train", "--config", "quickstart", "--eval.tasks"], ["eval", str(run), "--tasks"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "helaswag"])
+        assert ended.value.code == 2
+    monkeypatch.setattr(known, "find_spec", lambda name: None)
+    assert tasks_problem(names, str(folder)).endswith("lm_eval is not installed: pip install 'lm-eval>=0.4.13'")
 
 
 def test_a_task_that_does_not_go_with_the_model_ends_the_run_with_a_checkpoint(folder, prepared, tmp_path):
