@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,9 +92,21 @@ def _load(manager: Any, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
     except Exception as error:  # of YAML, of the task's own functions, of `datasets`, of the network
-        raise HarnessError(f"task {name} cannot be loaded: {_line(error)}") from error
+        raise HarnessError(_unreached(name, error) or f"task {name} cannot be loaded: {_line(error)}") from error
     groups = loaded.get("groups") or {}
     return [next(iter(groups.values()))] if groups else list(loaded["tasks"].values())
+
+
+def _unreached(name: str, error: Exception) -> str | None:
+    """What to say of a task whose data set lies on a hub that is not reached; None: that is not what is wrong."""
+    found = re.search(r"reach '([^']+)' on the Hub", str(error))
+    if found is None or not isinstance(error, ConnectionError):
+        return None
+    return (
+        f"task {name}: its data set {found[1]} is on the Hugging Face hub, which cannot be reached from here. Where it can, "
+        f"`python -c \"import datasets; datasets.load_dataset('{found[1]}')\"` fetches it into ~/.cache/huggingface (HF_HOME): copy that "
+        "here, or name task files of your own"
+    )
 
 
 def run_tasks(
@@ -150,7 +163,7 @@ def quiet(bars: bool = True) -> Iterator[None]:
     Args:
         bars: whether a terminal sees them.
     """
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
