@@ -42,7 +42,7 @@ from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.corpora import Corpus, ValidationSet, open_corpora
 from anon_dist.train.inputs.samples import check_repetition, enter, open_loader
 from anon_dist.train.inputs.vocabulary import tokenizer_problem
-from anon_dist.train.model.build import flops_per_token
+from anon_dist.train.model.flops import flops_per_token
 from anon_dist.train.model.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.optimizer.build import (
     MakeOptimizer,

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from anon_dist.train.config.parsing import ConfigError, ModelConfig
 from anon_dist.train.loss.attach import attach
 from anon_dist.train.loss.batch import Batch
-from anon_dist.train.model.build import blocks, build_model, flops_per_token
+from anon_dist.train.model.build import blocks, build_model
+from anon_dist.train.model.flops import flops_per_token, peak_of
 
 EOD = 0
 
@@ -79,3 +80,26 @@ def test_starting_from_a_pretrained_model(tmp_path):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 65)
     with pytest.raises(ConfigError, match=r"model.from_pretrained = .*nowhere"):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "nowhere")), 100, EOD, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_devices_peak_is_its_data_sheets_without_sparsity(name, teraflops):
+    assert peak_of(name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
