@@ -104,8 +104,9 @@ def train(found: Found, config: Path, name: str, *options: str) -> tuple[list[fl
         command += [*TOY, "12"]
     environment = {"OMP_NUM_THREADS": "2", **os.environ}  # others run beside it
     left = found.ends - time.monotonic() - TO_TELL
-    if left < found.longest:
-        return [], f"{LATE}: one takes {found.longest:.0f} s, and {max(0.0, left):.0f} were left"
+    if left < max(1.0, found.longest):
+        takes = f"one takes {found.longest:.0f} s, and " if found.longest else ""
+        return [], f"{LATE}: {takes}{max(0.0, left):.0f} s were left"
     begun = time.monotonic()
     try:
         done = subprocess.run(
