@@ -319,7 +319,14 @@ def test_a_run_goes_on_with_longer_sequences(run_config, train, capsys):
     train(learned)
     learned.data.seq_len = learned.model.context = 32
     learned.train.steps = 12
-    with pytest.raises(CheckpointError, match=r"wpe\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"model\.context = 32, and .*step-00000008 was trained with 16: gpt2 learns a vector for"
+    ):
+        train(learned)
+    learned.data.seq_len = learned.model.context = 8
+    with pytest.raises(
+        ConfigError, match=r"model\.context = 8, and .* Keep model\.context = 16, and data\.seq_len no longer than that"
+    ):
         train(learned)
 
 

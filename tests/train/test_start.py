@@ -406,18 +406,3 @@ def test_a_batch_that_the_ranks_cannot_make_is_told_by_what_the_launcher_says(en
     wrong = pytest.raises(ConfigError, match=f"is not a multiple of train.micro_batch · ranks = {ranks}; change one")
     with wrong if ranks else contextlib.nullcontext():
         check_at_once(config, data=False)
-
-
-@pytest.mark.parametrize("context", [16, 64])
-def test_learned_positions_of_another_number_are_told_as_what_they_are(context, run_config, train, tmp_path):
-    """The other family's are computed: its run goes on."""
-    for family in ("gpt2", "llama"):
-        folder = train(run_config(model__family=family, train__steps=4, run_dir=str(tmp_path / family)))
-        longer = run_config(
-            model__family=family, model__context=context, data__seq_len=16, train__steps=6, run_dir=str(folder)
-        )
-        refused = pytest.raises(
-            ConfigError, match=rf"model.context = {context}, and .* was trained with 32: gpt2 learns a vector"
-        )
-        with refused if family == "gpt2" else contextlib.nullcontext():
-            train(longer)
