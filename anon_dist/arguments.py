@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -62,6 +62,7 @@ def parse(
     default: Options | None = None,
     config: Sequence[Any] = (),
     read: Callable[..., Any] = usage.parse,
+    called: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Options:
     """The options that a command line gives; whoever calls a command without any sees what it takes.
 
@@ -70,11 +71,14 @@ def parse(
         default: where the options' defaults come from. None: from `kind`.
         config: further of tyro's markers.
         read: `usage.parse`, or `usage.parse_or_raise` of a command that reports mistakes in its own way.
+        called: see `usage.parse_or_raise`.
 
     Raises:
         SystemExit: after the help (code 0; 2 if there are no arguments at all), or a message on what is wrong (2).
     """
-    more = {} if default is None else {"default": default}
+    more: dict[str, Any] = {"called": called} if called else {}
+    if default is not None:
+        more["default"] = default
     return cast(Options, _parse(kind, args, prog, runs_bare, config, more, read))
 
 

@@ -145,10 +145,9 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
 
     try:
         config = parse_args(args, prog)
-        if data:
-            from anon_dist.train.config.sources import check_present  # numpy, which help does not wait for
+        from anon_dist.train.config.at_once import check_at_once  # numpy, which help does not wait for
 
-            check_present(config)
+        check_at_once(config, data)
     except (ConfigError, DataError) as error:
         refuse_alike(f"error: {error}", USAGE)
 
@@ -158,7 +157,7 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
-    from anon_dist.train.config.errors import IN_USE, RunError, RunInUseError
+    from anon_dist.train.config.errors import IN_USE, Interrupted, RunError, RunInUseError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
     from anon_dist.usage import USAGE
@@ -168,6 +167,8 @@ def _train(args: list[str], prog: str) -> None:
         with who_stopped(*refusals) as ending:
             run(parse_args(args, prog))
         return
+    except Interrupted:
+        sys.exit(INTERRUPTED)
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
         text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}"
@@ -315,6 +316,8 @@ COMMANDS = (
 )
 """In the order in which they are shown; of two that begin alike the longer comes first."""
 HELP = ("-h", "--help", "help")
+INTERRUPTED = 130
+"""Exit code after a Ctrl-C: 128 and the signal's number, as shells say it, which end a loop or a list of commands for it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -359,7 +362,7 @@ def _interruptible(said: str) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{said}", file=sys.stderr)
             end_launcher()
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

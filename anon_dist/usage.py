@@ -8,7 +8,7 @@ import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 import tyro
@@ -74,6 +74,7 @@ def parse_or_raise(
     *,
     takes: Callable[[str], str | None] = lambda option: None,
     others: Sequence[str] = (),
+    called: Mapping[str, Mapping[str, str]] | None = None,
     **tyros: Any,
 ) -> Any:
     """The same, for commands that report mistakes in their own way.
@@ -81,6 +82,7 @@ def parse_or_raise(
     Args:
         takes: what an option takes, in words, where there are better ones than tyro's; None: tyro's.
         others: options that are read elsewhere, to be suggested too.
+        called: of an option, what its values are called elsewhere, and here.
 
     Raises:
         UsageError: an option is unknown (the nearest are named), comes twice, is missing, or its value is of another type.
@@ -90,7 +92,7 @@ def parse_or_raise(
 
     def refuse(event: Any) -> None:
         """Called by tyro in place of printing its own report."""
-        if what := _what_is_wrong(event, args, takes, lambda: [*_options(kind, prog, **tyros), *others]):
+        if what := _what_is_wrong(event, args, takes, lambda: [*_options(kind, prog, **tyros), *others], called or {}):
             raise UsageError(f"{what} (--help lists all)")
 
     with _instead_of_a_report(refuse), _in_columns():
@@ -121,6 +123,23 @@ def nearest(option: str, options: Sequence[str]) -> str:
         found = [beside[key] for key in difflib.get_close_matches(own_name, beside, n=2)]
     found = found or difflib.get_close_matches(option.lstrip("-"), names, n=2)
     return f"; did you mean {' or '.join(names[name] for name in found[:3])}?" if found else ""
+
+
+def nearest_value(value: object, words: str, called: Mapping[str, str] | None = None) -> str:
+    """ "; did you mean columns?", or nothing where none is near.
+
+    Args:
+        words: what the value may be, "one of columns, rows, or None" say.
+        called: what values are called elsewhere, and here.
+    """
+    text = str(value).lower()
+    if found := (called or {}).get(text):
+        return f"; did you mean {found}?"
+    choices = words.rpartition("one of ")[2].split(", ") if "one of " in words else []
+    choices = [choice for choice in choices if " " not in choice]
+    begun = [choice for choice in choices if len(text) > 1 and choice.startswith(text)]
+    near = begun or difflib.get_close_matches(text, choices, n=1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def meant(near: Sequence[str]) -> str:
@@ -201,7 +220,11 @@ def _options(kind: Any, prog: str, **tyros: Any) -> list[str]:
 
 
 def _what_is_wrong(
-    event: Any, args: Sequence[str], takes: Callable[[str], str | None], options: Callable[[], list[str]]
+    event: Any,
+    args: Sequence[str],
+    takes: Callable[[str], str | None],
+    options: Callable[[], list[str]],
+    called: Mapping[str, Mapping[str, str]],
 ) -> str | None:
     """One of tyro's events in words; None: of a kind that is not known here."""
     kind = type(event).__name__
@@ -209,8 +232,10 @@ def _what_is_wrong(
         return _unknown(event.tokens, args, takes, options)
     if kind == "MissingArgs":
         names = [_name(missing.arg) for missing in event.missing_arguments]
+        helps = [_first_sentence(missing.arg) for missing in event.missing_arguments]
+        each = "; ".join(f"{name}: {text}" for name, text in zip(names, helps, strict=True))
         unknown = f"{_unknown(event.unrecognized_tokens, args, takes, options)}; " if event.unrecognized_tokens else ""
-        return f"{unknown}{', '.join(names)} {'are' if len(names) > 1 else 'is'} missing"
+        return f"{unknown}{', '.join(names)} {f'are missing ({each})' if len(names) > 1 else f'is missing: {helps[0]}'}"
     if kind in ("BadValue", "InvalidChoice", "InstantiationFailure") and event.argument is not None:
         name = _name(event.argument)
         choices = getattr(event, "choices", None)
@@ -220,7 +245,7 @@ def _what_is_wrong(
         if event.argument.is_positional():
             name = event.argument.field.intern_name.upper() if choices else name  # else these stand for it
             given = [str(said)] if (said := getattr(event, "value", getattr(event, "offending_value", None))) else []
-        return _wrong_value(name, takes(name) or words, given)
+        return _wrong_value(name, takes(name) or words, given, called.get(name))
     return None
 
 
@@ -228,10 +253,18 @@ def _name(argument: Any) -> str:
     return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[-1])
 
 
-def _wrong_value(option: str, words: str, values: Sequence[str]) -> str:
-    return (
-        f"{option} must be {words}, not {' '.join(map(repr, values))}" if values else f"{option} needs a value: {words}"
-    )
+def _first_sentence(argument: Any) -> str:
+    """Of an option's help."""
+    given = argument.field.helptext
+    text = str((given() if callable(given) else given) or argument.lowered.metavar)
+    return re.split(r"\.(?:\s|$)", " ".join(text.split()))[0]
+
+
+def _wrong_value(option: str, words: str, values: Sequence[str], called: Mapping[str, str] | None = None) -> str:
+    if not values:
+        return f"{option} needs a value: {words}"
+    near = nearest_value(values[0], words, called) if len(values) == 1 else ""
+    return f"{option} must be {words}, not {' '.join(map(repr, values))}{near}"
 
 
 def _unknown(

@@ -14,6 +14,7 @@ import pytest
 
 from anon_dist.arguments import whole_number
 from anon_dist.cli import COMMANDS, main
+from anon_dist.train.config.errors import Interrupted
 from anon_dist.train.config.parsing import ConfigError, parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,19 @@ MISTAKES = [
         "train --config quickstart --data.path nowhere",
         "data.path = nowhere is not there, or not finished. This makes it",
     ),
+    ("train --config quickstart --resume empty", "resume = empty holds no weights (*.safetensors, "),
+    (
+        "train --config quickstart --resume runs",
+        "resume = runs is a folder of runs; name one of them, such as runs/new",
+    ),
+    (
+        "train --config quickstart --resume runs/saved",
+        "resume = runs/saved is a folder of checkpoints; name one of them, such as runs/saved/checkpoints/step-00000004",
+    ),
+    (
+        "train --config quickstart --train.global-batch 6",
+        "train.global_batch = 6 is not a multiple of train.micro_batch · ranks = 4 · 1; change one of them",
+    ),
     ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
     ("generate empty x", "empty holds no weights (*.safetensors, "),
     ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),
@@ -101,9 +115,14 @@ MISTAKES = [
     ("generate model x", "model/config.json is empty; put the model's own in its place, or name the run"),
     ("ckpt inspect torn", "torn/config.json is damaged (Expecting property name"),
     ("init 124M --data empty --out notes.txt", "--out notes.txt exists; name another file, or remove it"),
-    ("ckpt inspect nowhere", "nowhere does not exist; name a checkpoint's file or folder"),
+    ("ckpt inspect nowhere", "nowhere does not exist; name a run, or a checkpoint's file or folder"),
+    ("ckpt inspect runs/new", "runs/new is a run without a checkpoint so far (checkpoint.every says when it writes"),
+    ("ckpt convert runs/old out --to hf", "name the model that it exported, runs/old/model"),
+    ("ckpt inspect runs", "runs is a folder of runs; name one of them, such as runs/new"),
+    ("generate runs x", "runs is a folder of runs; name one of them, such as runs/new"),
+    ("export runs/new out", "runs/new is a run without a checkpoint so far"),
     ("ckpt inspect notes.txt", "notes.txt is no file of weights"),
-    ("ckpt verify w.pt nowhere", "nowhere does not exist; name a checkpoint's file or folder"),
+    ("ckpt verify w.pt nowhere", "nowhere does not exist; name a run, or a checkpoint's file or folder"),
     ("ckpt convert w.pt empty --to hf", "empty exists; choose another target, or replace it with --overwrite"),
     ("ckpt convert w.pt out --to zero4", "--to must be one of canonical, consolidated, dcp, hf, zero0, "),
     ("ckpt convert w.pt out --to dcp --groups nowhere", "--groups nowhere is neither 'decay' nor a file"),
@@ -122,6 +141,16 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "w.pt").write_bytes(b"\x80")
+    for name in ("new", "old"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        for file in ("config.yaml", "run.lock"):
+            (tmp_path / "runs" / name / file).write_text("x")
+    saved = tmp_path / "runs" / "saved" / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    for file in ("trainer.json", "../../config.yaml"):
+        (saved / file).write_text("{}")
+    (tmp_path / "runs" / "old" / "model").mkdir()
+    (tmp_path / "runs" / "old" / "model" / "config.json").write_text('{"a": 1}')
     calls = [words.split() for words, _ in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, timeout=120, cwd=tmp_path
@@ -134,7 +163,15 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         assert message in err, words
         assert set(heavy) <= {"numpy"}, words
         assert seconds < 1.2, words
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty", "model", "notes.txt", "torn", "w.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "data",
+        "empty",
+        "model",
+        "notes.txt",
+        "runs",
+        "torn",
+        "w.pt",
+    ]
 
 
 def interrupt(*args):
@@ -152,6 +189,19 @@ def test_a_ctrl_c_before_the_first_step_is_a_line(monkeypatch, capsys, prepared)
             main(words)
         assert ended.value.code == 130
         assert capsys.readouterr().err.startswith(f"\n{said}")
+
+
+def test_a_ctrl_c_that_stopped_a_training_is_an_exit_code_alone(monkeypatch, capsys, prepared):
+    """The training has said what is saved."""
+
+    def stopped(config):
+        raise Interrupted
+
+    monkeypatch.setattr("anon_dist.train.loop.train", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "quickstart", "--data.path", str(prepared)])
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("words", [["completion", "bash"], ["--help"], ["ckpt"], ["ckpt", "convert", "--help"]])

@@ -18,8 +18,26 @@ from anon_dist.usage import UsageError, parse, parse_or_raise
         ),
         ("ckpt convert a b --to dcp --world-size two", "--world-size must be a whole number, not 'two'"),
         ("completion tcsh", "SHELL must be one of bash, zsh, fish, not 'tcsh'"),
-        ("ckpt convert a --to dcp", "DST is missing"),
-        ("ckpt convert a", "DST, --to are missing"),
+        ("ckpt convert a --to dcp", "DST is missing: Complete or absent (--help"),
+        ("init 124M --out x", "--data is missing: Folder made by `anon-dist data prepare`, or its address (--help"),
+        ("ckpt convert a", "DST, --to are missing (DST: Complete or absent; --to: "),
+        *(
+            (
+                f"ckpt convert a b --to {name}",
+                f"--to must be one of canonical, consolidated, dcp, hf, zero0, zero1, zero2, "
+                f"zero3, universal, not '{name}'; did you mean {meant}? (",
+            )
+            for name, meant in (
+                ("fsdp", "dcp"),
+                ("fsdp2", "dcp"),
+                ("ddp", "consolidated"),
+                ("zero", "zero2 or zero3"),
+                ("zero4", "zero3"),
+                ("safetensors", "hf"),
+                ("FSDP2", "dcp"),
+                ("univ", "universal"),
+            )
+        ),
         ("ckpt verify a b c", "'c' belongs to no option"),
         ("ckpt inspect a --json --no-json", "--json and --no-json contradict each other; give one"),
         ("ckpt inspect a --json=1", "'1' belongs to no option: --json takes no more"),

@@ -11,6 +11,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import math
 import platform
 import statistics
 import tempfile
@@ -28,7 +29,8 @@ from anon_dist.bench.peak import growth, lasting_bytes
 from anon_dist.engines.start import start
 from anon_dist.train import loop
 from anon_dist.train.config.parsing import Config, find_config, load_config
-from anon_dist.train.model.build import blocks, peak_flops
+from anon_dist.train.model.build import blocks
+from anon_dist.train.model.flops import peak_flops
 from anon_dist.train.reports.metrics import Stopwatch
 from anon_dist.train.run import Run, set_up, wanted_engine
 
@@ -141,7 +143,7 @@ Step = Callable[[Stopwatch], Tensor]
 
 
 def compare(
-    config: Config, turns: int, turn: int, say: Callable[[str], None] = lambda _: None
+    config: Config, turns: int, turn: int, say: Callable[[str], None] = lambda _: None, ends: float = math.inf
 ) -> tuple[Measured, Measured, Run]:
     """This package's loop and the plain one, in turns.
 
@@ -150,6 +152,7 @@ def compare(
         turns: of each, after the steps that warm up.
         turn: steps of a turn.
         say: told what comes next.
+        ends: by `time.monotonic`, when all is to be done: turns, but not the first, are left out for it.
     """
     found = Measured(), Measured()
     ours = Ours(config)
@@ -163,11 +166,16 @@ def compare(
         say("the plain loop warms up")
         _warm_up(found[1], plain.step, watch, device, lambda: lasting_bytes(plain.model, plain.optimizer))
         tokens = turn * config.train.global_batch * config.data.seq_len
-        for _ in range(turns):
+        done, longest = 0, 0.0
+        while done < turns and (
+            not done or time.monotonic() + 2 * longest < ends
+        ):  # what comes after takes a turn more
+            begun = time.monotonic()
             for measured, step in zip(found, (ours.step, plain.step), strict=True):
                 measured.tokens_per_s.append(tokens / _timed(step, turn, watch, device, measured.seconds))
+            done, longest = done + 1, max(longest, time.monotonic() - begun)
         for measured, step in zip(found, (ours.step, plain.step), strict=True):
-            measured.seconds = {part: s / (turns * turn) for part, s in measured.seconds.items()}
+            measured.seconds = {part: s / (done * turn) for part, s in measured.seconds.items()}
             if (peak := peak_flops(device)) is not None:
                 measured.mfu = measured.speed * ours.run.flops / peak
             if device.type == "cuda":

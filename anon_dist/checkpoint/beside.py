@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anon_dist.checkpoint.checksums import PROGRESS, unsealed
+from anon_dist.checkpoint.checksums import unsealed
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.json_values import loads
+from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.optimizers.schedules import schedule_key
 from anon_dist.checkpoint.schema import OutFile
 from anon_dist.checkpoint.torchfiles.torchfile import lay_out, open_torch

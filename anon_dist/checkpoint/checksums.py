@@ -25,14 +25,13 @@ import xxhash
 from anon_dist.agreement import Group
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.json_values import loads
+from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.files import write_json
 
 NAME = "checksums.json"
 BLOCK = 1 << 20
 """Bytes under one checksum. The first and last block of a part are read whole, so a rank reads at most two blocks too many of each."""
-PROGRESS = "trainer.json"
-"""What the training loop needs to go on; a folder that has it is complete."""
 DIGITS = 16
 """Hexadecimal digits of a checksum."""
 _MARK = "anon_dist_checksums"

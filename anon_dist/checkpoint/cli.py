@@ -17,6 +17,7 @@ import tyro
 
 from anon_dist.arguments import parse
 from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
 from anon_dist.named import need_checkpoint, need_file, need_no
 from anon_dist.stores import is_address
@@ -27,7 +28,16 @@ _Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
 _First = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
 _Second = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[B]")]
 _Format = Literal["canonical", "consolidated", "dcp", "hf", "zero0", "zero1", "zero2", "zero3", "universal"]
-_NAME = "a checkpoint's file or folder"
+_NAME = "a run, or a checkpoint's file or folder"
+_CALLED = {
+    **dict.fromkeys(("fsdp", "fsdp2", "hsdp", "torchtitan"), "dcp"),
+    "fsdp1": "dcp, which FSDP2 reads (FSDP1's own is only read)",
+    **dict.fromkeys(("ddp", "single", "torch", "pt"), "consolidated"),
+    **dict.fromkeys(("accelerate", "trainer"), "dcp with --layout accelerate or trainer"),
+    **dict.fromkeys(("deepspeed", "zero"), "zero2 or zero3"),
+    **dict.fromkeys(("safetensors", "huggingface", "transformers", "model"), "hf"),
+}
+"""What the formats are called by the engines that read them."""
 _SHOWN = 40
 
 
@@ -62,14 +72,15 @@ class Inspect:
     """Show what a checkpoint is: format, optimizer, world size, step, param groups, states."""
 
     src: _Source
-    """File or folder, or an address of one (s3://…, gs://…): it is copied into a temporary folder, and checked."""
+    """A run's folder (its newest complete checkpoint), a checkpoint's file or folder, or an address of one (s3://…, gs://…): that is copied
+    into a temporary folder, and checked."""
     json: bool = False
     """As JSON."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
 
     def check(self) -> None:
         """Raises `UsageError`: what is named is not there."""
-        need_checkpoint(self.src, _NAME)
+        self.src = _named(self.src)
         self.reading.check()
 
 
@@ -78,11 +89,11 @@ class Convert:
     """Write a checkpoint in another format, for another world size or optimizer. What SRC is, is detected."""
 
     src: _Source
-    """File or folder, or an address (s3://…), as for inspect; only read."""
+    """As for inspect; only read."""
     dst: _Target
     """Complete or absent. If the command is killed, the same command goes on."""
     to: Annotated[_Format, tyro.conf.arg(metavar="FORMAT")]
-    """canonical, consolidated, dcp, hf; zero0, zero1, zero2, zero3, universal."""
+    """dcp, of FSDP2; zero0, zero1, zero2, zero3, universal, of DeepSpeed; consolidated, one file; hf, the weights alone; canonical."""
     world_size: int = 1
     """Ranks to write for; DCP and universal checkpoints are read on any number."""
     layout: Layout = "anon_dist"
@@ -129,7 +140,7 @@ class Convert:
             raise UsageError("--groups has no effect with --to hf, which has the weights alone")
         if self.groups and self.groups != "decay" and not Path(self.groups).exists():
             raise UsageError(f"--groups {self.groups} is neither 'decay' nor a file")
-        need_checkpoint(self.src, _NAME)
+        self.src = _named(self.src)
         need_no(Path(self.dst), self.overwrite)
         self.reading.check()
 
@@ -139,7 +150,7 @@ class Verify:
     """Compare two checkpoints of any formats, bit for bit, or one with its own checksums. Exit code 1, and a table, if they differ."""
 
     a: _First
-    """File or folder, or an address (s3://…), as for inspect."""
+    """As for inspect."""
     b: _Second = None
     """Another; without it, A is compared with its checksums: the training loop's checkpoints and canonical ones have some."""
     workers: int = 2
@@ -148,8 +159,7 @@ class Verify:
 
     def check(self) -> None:
         """Raises `UsageError`: what is named is not there."""
-        for named in filter(None, (self.a, self.b)):
-            need_checkpoint(named, _NAME)
+        self.a, self.b = _named(self.a), self.b and _named(self.b)
         self.reading.check()
 
 
@@ -161,7 +171,7 @@ def run(command: str, args: list[str]) -> None:
     """Run `inspect`, `convert` or `verify`; exit code 2 with one line where the command line is wrong, 1 for what is found out later."""
     actions: dict[str, Any] = {"inspect": _inspect, "convert": _convert, "verify": _verify}
     kind, action = COMMANDS[command], actions[command]
-    parsed = parse(kind, args, f"anon-dist ckpt {command}")
+    parsed = parse(kind, args, f"anon-dist ckpt {command}", called={"--to": _CALLED})
     with refusing(CheckpointError):
         _check_options(args)
         parsed.check()
@@ -169,6 +179,23 @@ def run(command: str, args: list[str]) -> None:
         action(parsed)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _named(source: str) -> str:
+    """Where the checkpoint lies that a command line names: of a run's folder the newest complete one, which is said.
+
+    Raises:
+        UsageError: nothing is there, it cannot be a checkpoint, or it is a run without one.
+    """
+    need_checkpoint(source, _NAME)
+    if is_address(source) or not Path(source).is_dir():
+        return source
+    if newest := newest_of(Path(source)):
+        print(f"note: of {source} the newest complete checkpoint is taken: {newest}", file=sys.stderr)
+        return str(newest)
+    if problem := run_problem(Path(source)):
+        raise UsageError(problem)
+    return source
 
 
 def _check_options(args: list[str]) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from anon_dist.checkpoint.checksums import NAME, PROGRESS, seal, take, unsealed
+from anon_dist.checkpoint.checksums import NAME, seal, take, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.inside import is_inside
+from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
 from anon_dist.checkpoint.torchfiles.mapped import will_need
 from anon_dist.files import sync, sync_tree, write_json

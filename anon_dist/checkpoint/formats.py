@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anon_dist.checkpoint.dcp import format as dcp_format
 from anon_dist.checkpoint.errors import CheckpointError
-from anon_dist.checkpoint.keeping.folder import Checkpoints
+from anon_dist.checkpoint.keeping.names import newest_of
 from anon_dist.checkpoint.layouts import canonical, consolidated, hf, rank_files
 from anon_dist.checkpoint.options import ReadOptions, WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, OutFile
@@ -73,7 +73,7 @@ def detect(path: Path, options: ReadOptions | None = None) -> str:
         if known.detect(path, options or ReadOptions()):
             return name
     if path.is_dir():
-        inside = Checkpoints(path, 1).latest() or Checkpoints(path / "checkpoints", 1).latest()
+        inside = newest_of(path)
         if inside is not None:
             raise CheckpointError(f"{path} is a folder of checkpoints; name one of them, such as {inside}")
     looked = "; ".join(f"{name}: {known.looks}" for name, known in formats().items())

@@ -21,28 +21,28 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.files import write_json
-from anon_dist.launcher import end_launcher
+from anon_dist.launcher import LAUNCHER, end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import records
 from anon_dist.train.config.alike import shared_settings
-from anon_dist.train.config.errors import HarnessError, RunError
+from anon_dist.train.config.errors import HarnessError, Interrupted, RunError
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import Config, check
-from anon_dist.train.config.phases import phases_from, phases_of, resolved
+from anon_dist.train.config.phases import phases_of, resolved
 from anon_dist.train.health import hangs
 from anon_dist.train.health.pulse import Pulse
 from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.health.stragglers import time_collectives
 from anon_dist.train.health.whereabouts import record_collectives
-from anon_dist.train.inputs.corpora import ValidationSet, first_folder, remarks, use_cache
+from anon_dist.train.inputs.corpora import ValidationSet, first_folder, use_cache
 from anon_dist.train.inputs.samples import enter
+from anon_dist.train.introduction import introduce
 from anon_dist.train.learning import back, learn
 from anon_dist.train.loss.attach import SUMS
 from anon_dist.train.loss.batch import Batch
 from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.model.card import model_card
 from anon_dist.train.model.export import export_model
-from anon_dist.train.model.trainable import cpu_remarks, uses_tf32
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
@@ -69,6 +69,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
 
     Raises:
         ConfigError, EngineError, CheckpointError, DataError, RunError: see there; nothing of an earlier run is lost.
+        Interrupted: a SIGINT stopped it, and no launcher, which would take that for a failure, waits for this process.
     """
     config = resolved(config)
     check(config)
@@ -90,7 +91,9 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
         finish_uploads(config, uploads_of(config, checkpoints), Pulse(), config.train.steps)
         return folder
     with held(folder) as lock, hangs.watched(config, folder) as pulse:
-        _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
+        stopped = _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
+    if stopped == signal.SIGINT.name and LAUNCHER is None and accelerator.num_processes == 1:
+        raise Interrupted
     return folder
 
 
@@ -102,7 +105,8 @@ def _train(
     lock: RunLock | None,
     pulse: Pulse,
     make_optimizer: MakeOptimizer,
-) -> None:
+) -> str | None:
+    """What stopped it before the last step, if something did."""
     claim(config, checkpoints_of(folder, config.checkpoint))
     run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock, run.pulse = lock, pulse
@@ -110,7 +114,7 @@ def _train(
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
-        _introduce(run, console)
+        introduce(run, console)
     with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         counting = run.stragglers.watching(run.engine.model, accelerator.device)
@@ -132,24 +136,7 @@ def _train(
         saver.finish()
         if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
             end_launcher()
-
-
-def _introduce(run: Run, console: Console) -> None:
-    """Say what is about to run."""
-    config, device, ranks = run.config, run.accelerator.device, run.accelerator.num_processes
-    mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
-    planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
-    each = (corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
-    epochs = planned / (run.loader.stream.num_samples if run.loader.stream.packed else sum(each))
-    for line in (*cpu_remarks(config, device, run.parameters), *remarks(config, run.corpora, run.sets), *run.plan):
-        console.say(line)
-    precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
-    console.say(
-        f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
-        f"{device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
-        f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
-        f"{config.train.steps} steps, {epochs:.2f} epochs"
-    )
+    return stopped
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

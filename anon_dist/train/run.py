@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import DamagedCheckpoint
-from anon_dist.checkpoint.keeping.folder import read_progress, step_of
+from anon_dist.checkpoint.keeping.folder import read_progress
+from anon_dist.checkpoint.keeping.names import PROGRESS, step_of
 from anon_dist.data import BatchLoader, Index
 from anon_dist.engines.base import Engine
 from anon_dist.engines.check import StateBytes
@@ -29,7 +29,7 @@ from anon_dist.engines.context import ContextParallel
 from anon_dist.engines.start import Name, Wanted, limit_waits, sharing_ranks, splitting_ranks, wrap
 from anon_dist.files import unused, write_text
 from anon_dist.optim.host_copy import HostCopy
-from anon_dist.train.config.changes import changes
+from anon_dist.train.config.changes import changes, check_positions
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.config.parsing import Config, ConfigError, accumulation, to_yaml
 from anon_dist.train.config.phases import phase_at, phases_of
@@ -42,7 +42,7 @@ from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.corpora import Corpus, ValidationSet, open_corpora
 from anon_dist.train.inputs.samples import check_repetition, enter, open_loader
 from anon_dist.train.inputs.vocabulary import tokenizer_problem
-from anon_dist.train.model.build import flops_per_token
+from anon_dist.train.model.flops import flops_per_token
 from anon_dist.train.model.trainable import check_causal, set_modes, shared_sequences, trainable
 from anon_dist.train.optimizer.build import (
     MakeOptimizer,
@@ -352,6 +352,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another {other}"
         )
+    check_positions(config, source, progress)
     news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
     with warnings.catch_warnings():  # what this run changes is said below
         warnings.filterwarnings("ignore", "Anon: the loaded state brings its own hyperparameters")
@@ -370,9 +371,7 @@ def _load(run: Run, source: Path, wanted: list[dict[str, Any]]) -> None:
         run.spikes.load_state_dict(progress.get("spikes"))
     except ValueError as error:
         raise DamagedCheckpoint(f"{source / PROGRESS} is damaged: {error}") from None
-    for line in changes(config, run.engine.name, source, progress):
-        say(line)
-    for line in news:
+    for line in (*changes(config, run.engine.name, source, progress), *news):
         say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anon_dist.checkpoint import CheckpointError, Checkpoints
-from anon_dist.checkpoint.checksums import PROGRESS
+from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.formats import detect
-from anon_dist.checkpoint.keeping.folder import read_progress, step_of
+from anon_dist.checkpoint.keeping.folder import read_progress
+from anon_dist.checkpoint.keeping.names import PROGRESS, newest_of, run_problem, step_of
 from anon_dist.checkpoint.layouts.hf import weight_files
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.torchfiles.torchfile import is_torch_file
@@ -62,14 +62,14 @@ def find(path: Path, options: ReadOptions | None = None) -> Trained:
         raise CheckpointError(f"{path} does not exist; name a run, a checkpoint or an exported model")
     if is_model(path):
         return _model(path)
-    latest = Checkpoints(path / "checkpoints", 1).latest() or Checkpoints(path, 1).latest()
+    latest = newest_of(path)
     exported = path / "model"
     if is_model(exported) and (latest is None or step_of(latest) <= _finished_at(path)):
         return _model(exported)
     if latest is not None:
         return _checkpoint(latest)
-    if (path / "config.yaml").is_file() and (path / "run.lock").exists():
-        raise CheckpointError(f"{path} is a run without a checkpoint so far (checkpoint.every says when it writes one)")
+    if problem := run_problem(path):
+        raise CheckpointError(problem)
     try:
         found = detect(path, options)
     except CheckpointError as error:
@@ -80,12 +80,9 @@ def find(path: Path, options: ReadOptions | None = None) -> Trained:
 
 
 def _neither(path: Path, error: CheckpointError) -> str:
-    """What a path is not; which runs lie below it, if some do."""
+    """What a path is not."""
     if "no checkpoint of a known format" not in str(error):
         return str(error)
-    below = sorted(config.parent for config in path.glob("*/config.yaml") if (config.parent / "checkpoints").is_dir())
-    if below:
-        return f"{path} is a folder of runs; name one of them, such as {below[0]}"
     return f"{path} is no run, no checkpoint of a known format (anon-dist ckpt inspect says what it looks for), and no model"
 
 
@@ -98,7 +95,7 @@ def _model(path: Path) -> Trained:
     if problem := config_problem(path):
         raise CheckpointError(problem)
     run = _run_of(path.resolve().parent)
-    latest = None if run is None else Checkpoints(run / "checkpoints", 1).latest()
+    latest = None if run is None else newest_of(run)
     known = latest is not None and run is not None and step_of(latest) == _finished_at(run)
     return Trained(path, True, run, read_progress(latest) if known and latest is not None else {})
 

@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.data.config import TextUnit
 from anon_dist.named import need, need_checkpoint, need_file, need_folder, need_no
+from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.usage import UsageError
 
 _WHOSE = "a run, a checkpoint or an exported model"
@@ -64,7 +66,7 @@ class Generate:
                 raise UsageError(f"--{name} must be {allowed}, not {value}")
         _check_device(self.device)
         need_file(self.model_config, "a config.json", "--model-config")
-        need_checkpoint(self.source, _WHOSE)
+        _need_trained(self.source)
 
 
 @dataclass
@@ -127,7 +129,9 @@ class Eval:
             need(Path(self.include_path), "a folder of task files", "--include-path")
         _check_device(self.device)
         need_file(self.model_config, "a config.json", "--model-config")
-        need_checkpoint(self.source, _WHOSE)
+        _need_trained(self.source)
+        if self.tasks and (problem := tasks_problem(self.tasks, self.include_path)):
+            raise UsageError(f"--tasks: {problem}")
 
 
 @dataclass
@@ -160,7 +164,7 @@ class Export:
     def check(self) -> None:
         """Raises `UsageError`: what is named is not there, or is there already."""
         need_file(self.model_config, "a config.json", "--model-config")
-        need_checkpoint(self.source, _WHOSE)
+        _need_trained(self.source)
         need_no(self.target, self.overwrite)
 
 
@@ -182,6 +186,14 @@ class Runs:
         need_folder(self.folder, "one with runs in it, or below it")
         if not any({"config.yaml", "metrics.jsonl"} <= set(files) for _, _, files in os.walk(self.folder)):
             raise UsageError(f"there is no run in or below {self.folder}: no folder with config.yaml and metrics.jsonl")
+
+
+def _need_trained(source: Path) -> None:
+    """Raises `UsageError` if it cannot be a run with a model to it, a checkpoint or a model."""
+    need_checkpoint(source, _WHOSE)
+    has_model = any((folder / "config.json").is_file() for folder in (source, source / "model"))
+    if not has_model and newest_of(source) is None and (problem := run_problem(source)):
+        raise UsageError(problem)
 
 
 def _check_device(name: str | None) -> None:

@@ -253,7 +253,8 @@ def _text(value: Any) -> str:
 
 
 def draw(found: Sequence[Run], path: Path) -> None:
-    """Training losses thin, validation losses with dots; one colour for a run."""
+    """Training losses thin, validation losses with dots; one colour for a run. Of runs whose curves are equal all are seen: the first is
+    drawn through, the others are dashed over it."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -261,15 +262,20 @@ def draw(found: Sequence[Run], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     colours = plt.get_cmap("tab20" if len(found) > 10 else "tab10")
+    drawn: list[tuple[list[tuple[int, float]], list[tuple[int, float]]]] = []
     for i, run in enumerate(found):
         colour = colours(i % colours.N)
         training, validation = run.curve("loss"), run.curve("val_loss", "final_loss")
+        below = sum(alike(training, t) and alike(validation, v) for t, v in drawn if training or validation)
+        drawn.append((training, validation))
+        style: dict[str, Any] = {"color": colour, "ls": (0, (4, 4 * below)) if below else "-"}
         if training:
-            axes.plot(*zip(*training, strict=True), "." * (len(training) == 1) + "-", lw=0.8, alpha=0.5, color=colour)
+            dot = "." if len(training) == 1 else ""
+            axes.plot(*zip(*training, strict=True), marker=dot, lw=0.8, alpha=1.0 if below else 0.5, **style)
         if validation:
-            axes.plot(*zip(*validation, strict=True), lw=1.8, marker="o", ms=3, color=colour)
+            axes.plot(*zip(*validation, strict=True), lw=1.8, marker="o", ms=3 - below / (1 + below), **style)
         if training or validation:
-            axes.plot([], [], color=colour, label=_legend(run.name))
+            axes.plot([], [], label=_legend(run.name), **style)
     axes.set(xlabel="step", ylabel="loss (nats per token); dots: validation")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -281,6 +287,13 @@ def draw(found: Sequence[Run], path: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page has the names as text
         figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def alike(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]]) -> bool:
+    """Whether one curve, of (step, value), would hide the other, as far as both go: they differ by less than 0.2%."""
+    other = dict(b)
+    both = [(value, other[step]) for step, value in a if step in other]
+    return len(both) >= min(len(a), len(b)) and all(math.isclose(x, y, rel_tol=2e-3) for x, y in both)
 
 
 def _legend(name: str) -> str:

@@ -19,7 +19,8 @@ from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.loss.attach import attach
 from anon_dist.train.loss.batch import mean_loss
-from anon_dist.train.model.build import blocks, build_model, flops_per_token
+from anon_dist.train.model.build import blocks, build_model
+from anon_dist.train.model.flops import flops_per_token
 from anon_dist.train.model.recompute import recompute
 
 TINY = Shape("llama", layers=2, width=8, heads=2, kv_heads=1, hidden=24, vocab=10, context=16, tied=False)

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from anon_dist.checkpoint.keeping import folder
-from anon_dist.checkpoint.keeping.folder import PROGRESS, Checkpoints
+from anon_dist.checkpoint.keeping.folder import Checkpoints
+from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.keeping.remote import Remote
 from anon_dist.train import learning, loop, rewind
 from anon_dist.train import run as runs

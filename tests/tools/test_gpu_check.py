@@ -96,6 +96,48 @@ def _runs(stat):
         return False
 
 
+def test_the_parts_together_take_no_longer_than_all_may(tmp_path, monkeypatch):
+    """Each hangs as long as it may. By the clock of a machine with few cores and of one with many; a part that ends early leaves its time
+    to the others."""
+    for cores in (1, 16):
+        monkeypatch.setattr(check.os, "cpu_count", lambda cores=cores: cores)
+        ahead = check.groups(list(check.PARTS))
+        left, taken = 476.0, []
+        for i in range(len(ahead)):
+            limits = check.shares(ahead[i:], left)
+            assert min(limits) >= check.LEAST
+            taken += [max(limits)]
+            left -= max(limits)
+        assert sum(taken) == pytest.approx(476.0)
+        assert check.shares(ahead[-1:], 300.0) == pytest.approx([300.0] * len(ahead[-1]))
+
+
+def test_parts_that_hang_are_ended_within_the_time_of_all(tmp_path, monkeypatch, capsys):
+    """Which began with the script, a while before."""
+    (tmp_path / "parts.py").write_text("import time\nprint('at work', flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setattr(check, "HERE", tmp_path)
+    monkeypatch.setattr(check, "LEAST", 0.5)
+    monkeypatch.setattr(check, "ENDING", 1.0)
+    monkeypatch.setenv("GPU_CHECK_BEGUN", str(time.time() - 1000.0))
+    monkeypatch.setattr(sys, "argv", ["check", "--out", str(tmp_path / "out"), "--seconds", "1016", "--device", "cpu"])
+    begun = time.monotonic()
+    check.main()
+    assert time.monotonic() - begun < 100  # of 16: a loaded machine is slow to end processes; each would hang for 600
+    rows = json.loads((tmp_path / "out" / "numbers.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == [part.name for part in check.PARTS]
+    assert all(row["remark"].startswith("stopped after ") or row["remark"].startswith("not run: ") for row in rows)
+
+
+def test_what_a_part_has_no_time_for_is_a_row(tmp_path):
+    from found import Found
+
+    found = Found(tmp_path / "out.json", tmp_path, False, time.monotonic() + 5.0)
+    assert found.has_time("first", 1.0)
+    assert not found.has_time("second", 10.0)
+    assert [(row["what"], row["ours"]) for row in found.rows] == [("second", "–")]
+    assert found.rows[0]["remark"].startswith("not run: of 10 s that it may take ")
+
+
 def test_without_time_a_part_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check", "--out", str(tmp_path), "--seconds", "1"])
     check.main()

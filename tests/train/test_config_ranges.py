@@ -241,6 +241,14 @@ def test_nonsense_on_the_command_line_is_refused_by_its_flag():
         ("--optim.window soon", "--optim.window must be a whole number ≥ 1 and ≤ 16,777,216, or auto, or None, not"),
         ("--train.precision fp9", "--train.precision must be one of fp32, bf16, fp16, bf16-true, fp8, not 'fp9'"),
         ("--train.compile maybe", "--train.compile must be one of none, blocks, whole, not 'maybe'"),
+        (
+            "--optim.basis col",
+            "--optim.basis must be one of columns, rows, both, or None, not 'col'; did you mean columns?",
+        ),
+        (
+            "--train.engine fsdp",
+            "--train.engine must be one of auto, single, ddp, zero1, fsdp2, hsdp, fsdp1, deepspeed, not 'fsdp'; did you mean fsdp2?",
+        ),
         ("--optim.betas 0.9", "--optim.betas must be 2 values, each a finite number ≥ 0 and < 1, not '0.9'"),
         ("--optim.betas 0.9 0.9 0.9", "--optim.betas must be 2 values, each a finite number ≥ 0 and < 1, not"),
         ("--optim.gamma-by-name *wte*", "--optim.gamma-by-name must be a mapping from text that is not empty to a"),

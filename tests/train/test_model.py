@@ -1,15 +1,24 @@
 """Shapes, document masks and operation counts."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anon_dist.engines.padding import padding_of
 from anon_dist.train.config.parsing import ConfigError, ModelConfig
-from anon_dist.train.loss.attach import attach
+from anon_dist.train.introduction import padding_remarks
+from anon_dist.train.loss.attach import attach, unbalanced
 from anon_dist.train.loss.batch import Batch
-from anon_dist.train.model.build import blocks, build_model, flops_per_token
+from anon_dist.train.model.build import blocks, build_model, plan_model
+from anon_dist.train.model.flops import flops_per_token, peak_of
 
 EOD = 0
 
@@ -79,3 +88,116 @@ def test_starting_from_a_pretrained_model(tmp_path):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 65)
     with pytest.raises(ConfigError, match=r"model.from_pretrained = .*nowhere"):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "nowhere")), 100, EOD, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_devices_peak_is_its_data_sheets_without_sparsity(name, teraflops):
+    assert peak_of(name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+EXPERTS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts": 4,
+}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **LATENT}
+
+
+def of_file(tmp_path, kind, **values):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind, **values}))
+    return plan_model(ModelConfig(config=str(path)), 100, EOD, 64, seed=0).model
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "why"),
+    [
+        (
+            "deepseek_v3",
+            DEEPSEEK,
+            "no load-balancing loss, and the bias of its routers (model.layers.1.mlp.gate.e_score",
+        ),
+        ("hunyuan_v1_moe", {"head_dim": 8}, "its code in transformers has no load-balancing loss. A few"),
+        (
+            "mixtral",
+            {"router_aux_loss_coef": 0.0},
+            "the weight of its load-balancing loss (router_aux_loss_coef) is 0. A",
+        ),
+        ("deepseek_v3", {**DEEPSEEK, "first_k_dense_replace": 2}, None),
+        ("mixtral", {}, None),
+        ("qwen3_moe", {"head_dim": 8}, None),
+        ("llama", {}, None),
+    ],
+)
+def test_experts_that_nothing_balances_are_told_of(kind, values, why, tmp_path):
+    model = of_file(tmp_path, kind, **EXPERTS, **values)
+    said = unbalanced(model, attach(model))
+    assert (said is None) == (why is None)
+    assert said is None or said.startswith(f"{kind}: nothing balances its 4 experts: ")
+    assert (why or "") in (said or "")
+
+
+def test_a_model_that_must_have_a_padding_token_gets_one_that_no_text_has(tmp_path):
+    """Also where the data's vocabulary leaves no row free."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "modernbert-decoder", "max_position_embeddings": 64, **sizes}))
+    for tokens, rows in ((100, 128), (128, 192)):
+        model = build_model(ModelConfig(config=str(config)), tokens, EOD, 64, seed=0)
+        assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == rows
+        assert model.config.pad_token_id == rows - 1 >= tokens
+        assert (model.config.bos_token_id, model.config.eos_token_id) == (EOD, EOD)
+        loss = model(input_ids=torch.arange(64)[None], labels=torch.arange(64)[None]).loss
+        assert loss.isfinite()
+
+
+@pytest.fixture
+def eight_ranks():
+    """As rank 0 of them sees it, with nobody to talk to."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+def test_what_fsdp2_pads_is_told_by_its_share(eight_ranks):
+    """Against what FSDP2 itself has allocated for each rank: experts that are fewer than ranks are mostly padding."""
+    model = small(family="mixtral", experts=3)
+    units = (*blocks(model), model)
+    for unit in units:
+        fully_shard(unit, mesh=eight_ranks)
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
+    moved = sum(8 * p._sharded_param_data.numel() for group in groups for p in group.fsdp_params)
+    found = padding_of(model)
+    assert found.share == pytest.approx(1 - sum(p.numel() for p in model.parameters()) / moved)
+    assert (found.name.partition(".mlp.")[2], found.shape[0], found.ranks) == ("experts.gate_up_proj", 3, 8)
+    (line,) = padding_remarks(found)
+    assert line.startswith(f"WARNING: {found.share:.0%} of what the ranks gather in a step is padding: ")
+    assert padding_remarks(dataclasses.replace(found, share=0.09)) == []
+    assert padding_of(small(family="mixtral", experts=3)) is None

@@ -3,8 +3,10 @@
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from helpers import browse
+from matplotlib import colormaps
 from PIL import Image
 
 from anon_dist.cli import main
@@ -177,3 +179,25 @@ def test_what_cannot_be_listed_is_said_in_a_line(folder, tmp_path):
     make(tmp_path / "one" / "bad", [], "a: [")
     with pytest.raises(SystemExit, match=r"^error: .*bad/config\.yaml cannot be read: "):
         main(["runs", str(tmp_path / "one")])
+
+
+def test_of_runs_with_equal_curves_each_is_seen(tmp_path):
+    """In the picture, by the pixels of its colour; a third as well as a second, and one that has gone on further than another."""
+    curve = [{"step": t, "loss": 4 - t / 20} for t in range(1, 41)]
+    val = [{"step": 20, "val_loss": 3.1}, {"step": 40, "val_loss": 2.1}]
+    for name, records in (("a", curve + val), ("b", curve + val), ("c", curve + val), ("d", curve[:30] + val[:1])):
+        make(tmp_path / name, records)
+    found, _ = runs.collect(tmp_path)
+    runs.draw(found, tmp_path / "runs.png")
+    pixels = np.asarray(Image.open(tmp_path / "runs.png").convert("RGB")).reshape(-1, 3).astype(int)
+    alone = {}
+    for run in found:
+        runs.draw([run], tmp_path / "one.png")
+        alone[run.name] = (
+            (np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).reshape(-1, 3) == [31, 119, 180]).all(1).sum()
+        )
+    seen = [(pixels == [round(255 * x) for x in colormaps["tab10"](i)[:3]]).all(1).sum() for i in range(4)]
+    assert min(seen) > min(alone.values()) / 10, seen
+    assert runs.alike([(1, 2.0)], [(1, 2.001), (2, 1.0)])
+    assert not runs.alike([(1, 2.0), (2, 1.0)], [(1, 2.0), (2, 1.01)])
+    assert not runs.alike([(1, 2.0)], [(2, 2.0)])

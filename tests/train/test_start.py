@@ -19,6 +19,7 @@ from anon_dist.data import DataError, PrepareConfig, ShardError, Tokenizer, Toke
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.peers import Ending
 from anon_dist.engines.start import _resolve
+from anon_dist.train.config.at_once import check_at_once
 from anon_dist.train.config.changes import changes, recorded, versions
 from anon_dist.train.config.parsing import ConfigError, parse_args, shipped_configs, to_yaml
 from anon_dist.train.inputs.vocabulary import tokenizer_problem
@@ -386,3 +387,22 @@ def test_circumstances_and_checkpoints_that_say_less(run_config, tmp_path):
     assert f"{source} does not say with which configuration it was written" in changes(config, "fsdp2", source, said)[0]
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(run_config(optim__lr=1.0, optim__weight_decay=0.0)))
     assert "resuming with optim.lr = 0.003; step-00000008 had 1.0" in changes(config, "fsdp2", source, said)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "ranks"),
+    [
+        ({"WORLD_SIZE": "4"}, (), "4 · 4"),
+        ({"WORLD_SIZE": "8"}, ("--train.tensor-parallel", "2"), "4 · 4"),
+        ({"WORLD_SIZE": "8", "PARALLELISM_CONFIG_CP_SIZE": "2"}, (), "4 · 4"),
+        ({"WORLD_SIZE": "2"}, (), None),
+        ({"WORLD_SIZE": "7"}, ("--train.tensor-parallel", "2"), None),
+    ],
+)
+def test_a_batch_that_the_ranks_cannot_make_is_told_by_what_the_launcher_says(environment, options, ranks, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = parse_args(["--config", "quickstart", "--train.global-batch", "8", *options])
+    wrong = pytest.raises(ConfigError, match=f"is not a multiple of train.micro_batch · ranks = {ranks}; change one")
+    with wrong if ranks else contextlib.nullcontext():
+        check_at_once(config, data=False)

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,8 @@ from anon_dist.train.config.errors import RunError
 from anon_dist.train.reports import report
 from anon_dist.train.saves.lock import _BYTE, LOCK
 from anon_dist.train.tasks import during as tasks
-from anon_dist.train.tasks import harness
+from anon_dist.train.tasks import harness, known
+from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.trained.text import windows
 
 CONTEXT = 32
@@ -214,6 +216,64 @@ def test_what_cannot_be_evaluated_is_said_before_the_first_step(folder, prepared
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(c.ConfigError, match=r"lm_eval is not installed: pip install 'lm-eval>=0\.4\.13'$"):
         trained(prepared, tmp_path / "run", tasks=("local_mc",), tasks_path=str(folder))
+
+
+def test_a_name_that_is_none_of_a_task_is_told_by_the_text_of_the_files(folder, run, monkeypatch):
+    """Of lm-eval's 14,000 too, without its index of them. What is a file, or in a folder of one's own, is a task."""
+    names = ("hellaswag", "arc_easy", "mmlu", "local_mc", str(folder / "text.yaml"))
+    assert tasks_problem(names, str(folder)) is None
+    wanted = "there is no task helaswag; did you mean hellaswag? (a YAML file can be named too)"
+    assert tasks_problem(["arc_easy", "helaswag"], None) == wanted
+    assert tasks_problem(["local_mc"], None).startswith("there is no task local_mc")
+    for words in (["train", "--config", "quickstart", "--eval.tasks"], ["eval", str(run), "--tasks"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "helaswag"])
+        assert ended.value.code == 2
+    monkeypatch.setattr(known, "find_spec", lambda name: None)
+    assert tasks_problem(names, str(folder)).endswith("lm_eval is not installed: pip install 'lm-eval>=0.4.13'")
+
+
+def test_a_data_set_on_a_hub_that_is_not_reached_is_named(folder, monkeypatch, capfd):
+    """By the error that `datasets` raises for one of lm-eval's own tasks where it is told to stay offline."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent / "hellaswag"
+    for setting in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(setting, True)
+    with pytest.raises(harness.HarnessError) as refused:
+        harness.find_tasks(["hellaswag"], str(own))
+    said = str(refused.value)
+    assert said.startswith(
+        "task hellaswag: its data set Rowan/hellaswag is on the Hugging Face hub, which cannot be reached"
+    )
+    assert said.endswith("copy that here, or name task files of your own")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_model_writes_in_a_task_is_its_greedy_continuation(run, folder, tmp_path):
+    mine = shutil.copytree(folder, tmp_path / "tasks")
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    documents = []
+    for i in range(6):
+        tokens = list(f"def f{i}(x)".encode())
+        for _ in range(4):
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        written = bytes(t for t in tokens[-4:] if t < 128).decode()
+        documents.append({"q": f"def f{i}(x)", "t": written if i % 3 else f"{written}no"})
+    (mine / "write.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    text = (mine / "mc.yaml").read_text().replace(str(folder), str(mine)).replace("mc.jsonl", "write.jsonl")
+    text = text.replace("output_type: multiple_choice\n", GENERATING.replace("'x'", "'never'")).replace(
+        "local_mc", "local_writing"
+    )
+    text = (
+        text.replace('doc_to_choice: "{{c}}"\n', "")
+        .replace("{{a}}", "{{t}}")
+        .replace("metric: acc", "metric: exact_match")
+    )
+    (mine / "writing.yaml").write_text(text)
+    out = tmp_path / "out.json"
+    main(["eval", str(run / "model"), "--tasks", str(mine / "writing.yaml"), "--out", str(out)])
+    assert json.loads(out.read_text())["tasks"]["results"]["local_writing"]["exact_match,none"] == pytest.approx(4 / 6)
 
 
 def test_a_task_that_does_not_go_with_the_model_ends_the_run_with_a_checkpoint(folder, prepared, tmp_path):

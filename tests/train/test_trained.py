@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import forget_accelerate
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.generation.streamers import BaseStreamer
@@ -81,6 +82,28 @@ def test_a_run_a_checkpoint_and_a_model_write_what_the_weights_say(run, capsys):
     for source in (run, run / "model", checkpoint(run), run / "checkpoints"):
         assert said(capsys, source, "def f", *PLAIN) == wanted + "\n"
     assert wanted not in said(capsys, checkpoint(run, 3), "def f", *PLAIN)
+
+
+def test_of_a_run_its_newest_complete_checkpoint_is_inspected_converted_and_verified(run, tmp_path, capsys):
+    """And named, beside what is asked for. A newer one that is not complete does not count."""
+    copied = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (checkpoint(copied).parent / "step-00000009").mkdir()
+    for words, source in (
+        ("inspect {} --json", copied),
+        ("inspect {} --json", copied / "checkpoints"),
+        ("inspect {} --json", checkpoint(copied)),
+    ):
+        main(["ckpt", *words.format(source).split()])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["step"] == 6
+        assert (f"taken: {checkpoint(copied)}\n" in err) == (source != checkpoint(copied))
+    main(["ckpt", "convert", str(copied), str(tmp_path / "hf"), "--to", "hf"])
+    main(["ckpt", "verify", str(copied), str(checkpoint(run))])
+    assert capsys.readouterr().out.endswith("is complete\nthe same\n")
+    weights = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", run / "model"))
+    assert {n: w.sum().item() for n, w in next(weights).items()} == {
+        n: w.sum().item() for n, w in next(weights).items()
+    }
 
 
 class Seen(BaseStreamer):
@@ -198,6 +221,41 @@ def test_the_model_card_says_what_was_chosen_of_the_optimizer():
     assert "lr_by_name" in said["optimizer"]
 
 
+def test_the_model_card_has_no_path_of_this_machine(tmp_path):
+    """In what it says of sources, a tokenizer, weights, a command and phases; names of the hub and addresses stay."""
+    (tmp_path / "mine").mkdir()
+    for place, shown in {
+        str(tmp_path / "mine"): "mine",
+        f"{tmp_path}/mine/": "mine",
+        f"spm:{tmp_path}/my.model": "spm:my.model",
+        f"hf:{tmp_path}/mine": "hf:mine",
+        "~/texts": "texts",
+        "hf:HuggingFaceFW/fineweb-edu:sample-100BT": "hf:HuggingFaceFW/fineweb-edu:sample-100BT",
+        "hf:gpt2": "hf:gpt2",
+        "openai-community/gpt2": "openai-community/gpt2",
+        "s3://bucket/texts": "s3://bucket/texts",
+        "stdlib": "stdlib",
+        "spm-bpe:4096": "spm-bpe:4096",
+        "bytes": "bytes",
+    }.items():
+        assert card.without_folders(place) == shown
+    sources = {"a": {"path": str(tmp_path / "a"), "weight": 0.5}}
+    data = {"seq_len": 8, "path": "", "prepare": f"--source {tmp_path}/mine --tokenizer bytes"}
+    config = {
+        "optim": asdict(c.OptimConfig()),
+        "schedule": SCHEDULE,
+        "train": TRAIN,
+        "model": {"from_pretrained": str(tmp_path / "mine")},
+    }
+    phases = [{"until": 5, "sources": sources, "seq_len": None}]
+    for more in ({}, {"phases": phases}, {"sources": sources}):
+        text = card.model_card("x", {}, {"config": {**config, "data": data | more}}, {})
+        assert str(tmp_path) not in text
+        assert "from the weights of mine with" in text
+        assert ("| phases | until 5, sources a 0.5 |" in text) == ("phases" in more)
+        assert ("| prepared by | anon-dist data prepare --source mine --tokenizer bytes |" in text) == (not more)
+
+
 def test_the_model_card_says_data_recipe_and_results(run, exported, texts):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for folder, step in ((exported, 3), (run / "model", 6)):
@@ -206,7 +264,9 @@ def test_the_model_card_says_data_recipe_and_results(run, exported, texts):
         assert found.data.library_name == "transformers"
         lines = [line for line in found.text.splitlines() if line.startswith("| ") and line != "| | |"]
         rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
-        assert rows["source"] == str(texts)
+        assert rows["source"] == texts.name
+        assert str(run.parent) not in found.text
+        assert str(texts.parent) not in found.text
         assert rows["tokenizer"] == "bytes"
         assert rows["tokens"] == f"{step * 8 * 32} (256 a step)".replace("1536", "1,536")
         assert "anon: lr 0.003, betas [0.9, 0.95]" in rows["optimizer"]

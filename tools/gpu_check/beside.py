@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import TYPE_CHECKING
 
 from found import Found, configuration, forget_accelerate
@@ -20,10 +21,12 @@ def pair(found: Found, preset: str, compiled: bool) -> None:
     import bench_loop
 
     config = configuration(found, preset, train_compile="blocks" if compiled else "none")
-    ours, plain, run = bench_loop.compare(config, TURNS, TURN, lambda text: print(text, flush=True))
+    ours, plain, run = bench_loop.compare(config, TURNS, TURN, lambda text: print(text, flush=True), found.ends - 2.0)
     low, middle, high = bench_loop.ratios(ours, plain)
     size = f"{run.parameters / 1e6:.1f}M parameters, {config.train.micro_batch} x {config.data.seq_len} tokens a step"
     remark = f"{middle:.3f} times as fast (quartiles {low:.3f} to {high:.3f}); {size}, bf16"
+    if (turns := len(ours.tokens_per_s)) < TURNS:
+        remark += f"; {turns} of {TURNS} turns, for want of time"
     both = {"ours": vars(ours), "plain": vars(plain), "ratio": [low, middle, high]}
     found.row("tokens/s", f"{ours.speed:,.0f}", f"plain loop {plain.speed:,.0f}", remark, both)
     mfu = [f"{m.mfu:.1%}" if m.mfu is not None else "?" for m in (ours, plain)]
@@ -85,12 +88,17 @@ def memory(found: Found) -> None:
     from anon_dist.train.reports.metrics import Stopwatch
 
     layers = 4 if found.on_gpu else 2
+    longest = 0.0
     for name, changes in (
         ("selective checkpointing", {"train_activation_checkpointing": "selective"}),
         ("full checkpointing", {"train_activation_checkpointing": "full"}),
         ("whole logits", {"train_activation_checkpointing": "full", "train_loss": "whole"}),
         ("fp32", {"train_precision": "fp32"}),
     ):
+        what = f"peak memory, GB: qwen3-1b of {layers} layers, {name}"
+        if not found.has_time(what, longest):
+            continue
+        begun = time.monotonic()
         config = configuration(found, "qwen3-1b", model_layers=layers, **changes)
         config.run_dir += name
         ours = Ours(config)
@@ -102,10 +110,10 @@ def memory(found: Found) -> None:
                 ours.step(watch)
         peak = lasting_bytes(ours.run.engine.model, ours.run.engine.optimizer) + most()
         planned = predicted(job(config, found))
-        what = f"peak memory, GB: qwen3-1b of {layers} layers, {name}"
         remark = f"{peak / planned:.2f} of the plan's"
         found.row(what, f"{peak / 1e9:.3f}", f"bench plan says {planned / 1e9:.3f}", remark, [peak, planned])
         del ours
         gc.collect()
         torch.cuda.empty_cache()
         forget_accelerate()
+        longest = max(longest, time.monotonic() - begun)

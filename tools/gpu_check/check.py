@@ -1,4 +1,4 @@
-"""The parts of `tools/gpu_check.sh`, one process after the other, each with a time limit of its own; and the table of what they found.
+"""The parts of `tools/gpu_check.sh`, one process after the other, each with its share of the time; and the table of what they found.
 
 What has been found is in the files after each part, and each part writes its rows as it finds them, so whatever ends early leaves the rest.
 """
@@ -33,7 +33,8 @@ class Part:
 
     name: str
     seconds: float
-    """Longest that it may take of 480, and accordingly of others; on a GPU about twice what it should."""
+    """Its weight: of the time that is left it may take as much as this is of all parts that have not begun; on a GPU about twice what it
+    should take, in seconds."""
     timed: bool = True
     """Whether it measures time, and so wants the machine to itself."""
 
@@ -53,6 +54,10 @@ PARTS = (
 )
 """Those come first that say most. Neighbours that measure no time run beside each other, where there are cores for that."""
 CORES = 8
+ENDING = 4.0
+"""Seconds that are kept for the end: for parts to be killed, and the table to be written."""
+KILLED = 5.0
+"""Seconds that a killed part is waited for; one that is in a driver's hands may stay longer."""
 
 Row = dict[str, str]
 
@@ -75,6 +80,12 @@ def groups(parts: list[Part]) -> list[list[Part]]:
     return found
 
 
+def shares(groups: list[list[Part]], left: float) -> list[float]:
+    """Seconds of the parts of the first of these groups, so that what comes after has its share of those that are left too."""
+    after = sum(max(part.seconds for part in group) for group in groups)
+    return [max(0.0, left) * part.seconds / after for part in groups[0]]
+
+
 RUNNING: list[subprocess.Popen[Any]] = []
 """Parts that have not ended."""
 
@@ -84,6 +95,7 @@ def run_part(part: Part, seconds: float, device: str, work: Path, log: Path) -> 
     name, begun = part.name, time.monotonic()
     out = work / f"{name}.json"
     command = [sys.executable, str(HERE / "parts.py"), name, "--device", device, "--work", str(work), "--out", str(out)]
+    command += ["--seconds", f"{seconds:.1f}"]
     own = work / f"{name}.log"
     with own.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -110,7 +122,14 @@ def end(process: subprocess.Popen[Any]) -> None:
     """It, and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED)
+
+
+def passed() -> float:
+    """Seconds since the script began that started this one."""
+    begun = os.environ.get("GPU_CHECK_BEGUN")
+    return max(0.0, time.time() - float(begun)) if begun else 0.0
 
 
 def table(rows: list[Row]) -> str:
@@ -149,21 +168,21 @@ def main() -> None:
         "--only", nargs="+", choices=[p.name for p in PARTS], help="parts to run; machine runs always"
     )
     args = arguments.parse_args()
-    begun, rows, numbers = time.monotonic(), list[Row](), dict[str, Any]()
+    begun, rows, numbers = time.monotonic() - passed(), list[Row](), dict[str, Any]()
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "log.txt"
     log.write_text(f"tools/gpu_check.sh {' '.join(sys.argv[1:])}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a part, and leaves what there is
     work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     try:
-        for group in groups([p for p in PARTS if not args.only or p.name in ("machine", *args.only)]):
-            left = args.seconds - (time.monotonic() - begun)
-            if left < LEAST:
+        ahead = groups([p for p in PARTS if not args.only or p.name in ("machine", *args.only)])
+        for i, group in enumerate(ahead):
+            limits = shares(ahead[i:], args.seconds - ENDING - (time.monotonic() - begun))
+            if max(limits) < LEAST:
                 rows += [{"part": p.name, "what": "all of it", "remark": "not run: no time was left"} for p in group]
                 continue
             names = ", ".join(part.name for part in group)
             print(f"{time.monotonic() - begun:5.0f} s  {names}", file=sys.stderr, flush=True)
-            limits = [min(part.seconds * args.seconds / 480, left) for part in group]
             with ThreadPoolExecutor(len(group)) as pool:
                 run = partial(run_part, device=args.device, work=work, log=log)
                 try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,10 @@ class Found:
     out: Path
     work: Path
     on_gpu: bool
+    ends: float = math.inf
+    """When the part is killed, by `time.monotonic`."""
+    longest: float = 0.0
+    """Seconds of the longest of the part's runs so far."""
     rows: list[dict[str, str]] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
@@ -34,6 +40,13 @@ class Found:
         text = json.dumps({"rows": self.rows, "numbers": self.numbers})
         self.out.with_suffix(".new").write_text(text)
         self.out.with_suffix(".new").replace(self.out)
+
+    def has_time(self, what: str, wanted: float) -> bool:
+        """Whether what may take so many seconds is begun; a row says so if it is not."""
+        left = self.ends - time.monotonic()
+        if left < wanted:
+            self.row(what, "–", "", f"not run: of {wanted:.0f} s that it may take {max(0.0, left):.0f} were left")
+        return left >= wanted
 
     @property
     def data(self) -> Path:

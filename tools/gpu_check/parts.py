@@ -1,6 +1,6 @@
 """One part of `tools/gpu_check.sh`, in a process of its own: its rows and numbers go to a file as they are found.
 
-python tools/gpu_check/parts.py NAME --work FOLDER --out FILE [--device cpu]
+python tools/gpu_check/parts.py NAME --work FOLDER --out FILE [--device cpu] [--seconds 60]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def main() -> None:
     arguments.add_argument("--device", default="auto")
     arguments.add_argument("--work", type=Path, required=True)
     arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--seconds", type=float, default=600.0)
     args = arguments.parse_args()
+    ends = time.monotonic() + args.seconds
     sys.path.insert(0, str(ROOT / "tools"))
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -74,7 +77,7 @@ def main() -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no GPU")
-    FUNCTIONS[args.name](Found(args.out, args.work, torch.cuda.is_available()))
+    FUNCTIONS[args.name](Found(args.out, args.work, torch.cuda.is_available(), ends))
 
 
 if __name__ == "__main__":

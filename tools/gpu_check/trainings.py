@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +49,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """Options of one short run each; those of documents are held against theirs."""
 ALIKE = {"bf16": 0.03, "bf16-true": 0.1, "fp8": 0.1, "TF32": 0.005, "documents, flash_attention_2": 0.03}
 """By how much the last loss may be another than in float32; 0.002 of all else."""
+LATE = "no time"
+"""What the error of a run begins with that the part's end did not let run, or finish."""
+TO_TELL = 2.0
+"""Seconds before the part's end that its runs end, to be told of."""
 OWN_LOSS = ("float32", "documents, sdpa", "a gamma of 0.5, in bases")
 
 
@@ -72,7 +78,7 @@ def settings(found: Found) -> None:
             losses_of_it, error = run.result()
             base = losses.get(BASES[1] if name.startswith("documents") else BASES[0])
             if error:
-                found.row(name, "refused" if error.startswith("error: ") else "FAILED", "", error)
+                found.row(name, outcome(error), "", error)
                 continue
             losses[name] = last = losses_of_it[-1]
             beside, remark = "", ""
@@ -85,6 +91,11 @@ def settings(found: Found) -> None:
             found.row(f"last loss: {name}", f"{last:.4f}", beside, remark, losses_of_it)
 
 
+def outcome(error: str) -> str:
+    """What the table says of a run that gave no losses."""
+    return "refused" if error.startswith("error: ") else "–" if error.startswith(LATE) else "FAILED"
+
+
 def train(found: Found, config: Path, name: str, *options: str) -> tuple[list[float], str]:
     """Losses of a run in a folder of this name, and the last line of its error."""
     folder = found.work / name
@@ -92,9 +103,24 @@ def train(found: Found, config: Path, name: str, *options: str) -> tuple[list[fl
     if not found.on_gpu:
         command += [*TOY, "12"]
     environment = {"OMP_NUM_THREADS": "2", **os.environ}  # others run beside it
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    left = found.ends - time.monotonic() - TO_TELL
+    if left < max(1.0, found.longest):
+        takes = f"one takes {found.longest:.0f} s, and " if found.longest else ""
+        return [], f"{LATE}: {takes}{max(0.0, left):.0f} s were left"
+    begun = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            timeout=left if math.isfinite(left) else None,
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"{LATE}: stopped after {left:.0f} s"
+    found.longest = max(found.longest, time.monotonic() - begun)
     print(f"-- {name}\n{done.stdout}", flush=True)
     if done.returncode:
         return [], last_line(done.stdout)
@@ -116,15 +142,17 @@ def resume(found: Found) -> None:
 
     def both(name: str, options: tuple[str, ...]) -> tuple[list[float], list[float], str]:
         whole, error = train(found, config, f"whole {name}", *options)
+        if error:
+            return whole, [], error
         middle = found.work / f"whole {name}" / "checkpoints" / "step-00000010"
-        resumed, later = train(found, config, f"resumed {name}", *options, "--resume", str(middle))
-        return whole, resumed, error or later
+        resumed, error = train(found, config, f"resumed {name}", *options, "--resume", str(middle))
+        return whole, resumed, error
 
     with ThreadPoolExecutor(2 if found.on_gpu else 1) as pool:
         for name, run in {n: pool.submit(both, n, options) for n, options in kinds.items()}.items():
             whole, resumed, error = run.result()
             if error:
-                found.row(f"resumed after step 10, {name}", "FAILED", "", error)
+                found.row(f"resumed after step 10, {name}", "–" if error.startswith(LATE) else "FAILED", "", error)
                 continue
             folders = [found.work / f"{kind} {name}" / "model" for kind in ("whole", "resumed")]
             first, second = (load_file(folder / "model.safetensors") for folder in folders)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -14,13 +13,12 @@ from typing import Any
 
 from anon_dist.agreement import Group, agree, failures, is_first
 from anon_dist.checkpoint import checksums
-from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.keeping.names import NAME, PROGRESS, is_complete, name_of, named_in, step_of
 from anon_dist.files import sync, sync_tree, unused, write_json
 
 UNFINISHED = ".unfinished"
 """Folder, beside the checkpoints, of what is being written or deleted; all in it is ours. Gone between writes."""
-_NAME = re.compile(r"step-(\d{8,})")
 _DELETING = ".deleting"
 log = logging.getLogger(__name__)
 
@@ -55,15 +53,11 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return [p for p in self.present() if _is_complete(p)]
+        return [p for p in self.present() if is_complete(p)]
 
     def present(self) -> list[Path]:
         """The complete ones, and those that have lost what makes them complete; oldest first."""
-        try:
-            entries = list(self.folder.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted((p for p in entries if _NAME.fullmatch(p.name) and (_is_complete(p) or _was_one(p))), key=step_of)
+        return [p for p in named_in(self.folder) if is_complete(p) or _was_one(p)]
 
     def latest(self) -> Path | None:
         """The one to resume from."""
@@ -80,7 +74,7 @@ class Checkpoints:
         if partial.is_symlink() or not partial.is_dir():
             return
         for path in list(partial.iterdir()):
-            if _NAME.fullmatch(path.name) and _is_complete(path) and not _is_complete(self.folder / path.name):
+            if NAME.fullmatch(path.name) and is_complete(path) and not is_complete(self.folder / path.name):
                 self._put_in_place(path)  # only that was missing
             else:
                 _delete(path)
@@ -174,7 +168,7 @@ class Checkpoints:
     def _put_in_place(self, temporary: Path) -> Path:
         """Give a complete checkpoint its name. An older one of that name goes; what is none is set aside."""
         target = self.folder / temporary.name
-        if _is_complete(target) and not target.is_symlink():
+        if is_complete(target) and not target.is_symlink():
             old = temporary.with_name(temporary.name + _DELETING)
             _delete(old)
             target.rename(old)
@@ -202,17 +196,6 @@ class Checkpoints:
             (self.folder / UNFINISHED).rmdir()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that the name of a checkpoint says."""
-    match = _NAME.match(checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def name_of(step: int) -> str:
-    """The name of the checkpoint of a step."""
-    return f"step-{step:08d}"
-
-
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What `Checkpoints.writing` was given.
 
@@ -230,13 +213,6 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint of a training run: {why}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return (checkpoint / PROGRESS).is_file()
-    except OSError:
-        return False
 
 
 def _was_one(checkpoint: Path) -> bool:

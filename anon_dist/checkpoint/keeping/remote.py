@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
 
-from anon_dist.checkpoint.checksums import NAME, PROGRESS, Checksums, checksums
+from anon_dist.checkpoint.checksums import NAME, Checksums, checksums
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from anon_dist.checkpoint.keeping.folder import UNFINISHED, Checkpoints, name_of, step_of
+from anon_dist.checkpoint.keeping.folder import UNFINISHED, Checkpoints
+from anon_dist.checkpoint.keeping.names import PROGRESS, name_of, step_of
 from anon_dist.files import sync_tree
 from anon_dist.stores import BUCKETS, is_address, open_store, scheme_of, tried
 

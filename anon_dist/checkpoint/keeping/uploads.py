@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from anon_dist.checkpoint.checksums import PROGRESS
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.keeping.folder import Checkpoints
+from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.keeping.remote import Remote
 
 log = logging.getLogger(__name__)

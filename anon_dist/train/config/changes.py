@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 
-from anon_dist.train.config.parsing import Config, flat
+from anon_dist.train.config.parsing import Config, ConfigError, flat
 
 PLACES = ("run_dir", "resume", "data.cache_dir", "data.cache_bytes")
 """Fields that say where something lies, not what a run does."""
@@ -54,6 +54,24 @@ def changes(config: Config, engine: str, source: Path, progress: Mapping[str, An
         if then[name] != value and name not in PLACES and name not in once:
             lines.append(f"resuming with {name} = {value!r}; {source.name} had {then[name]!r}")
     return lines
+
+
+def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -> None:
+    """That GPT-2's positions, which are learned, are as many as in a checkpoint; other families' are computed.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    now, then = config.model, ((progress.get("config") or _beside(source) or {}).get("model") or {})
+    given = (now.config, now.from_pretrained, then.get("config"), then.get("from_pretrained"))
+    old = then.get("context", now.context)
+    if any(given) or {now.family, then.get("family")} != {"gpt2"} or old == now.context:
+        return
+    raise ConfigError(
+        f"model.context = {now.context}, and {source} was trained with {old}: gpt2 learns a vector for each position, so it has none for "
+        f"others. Keep model.context = {old}, and data.seq_len no longer than that; a longer context wants a new run, of a family whose "
+        "positions are computed (llama, say)"
+    )
 
 
 def _beside(source: Path) -> Mapping[str, Any] | None:

@@ -21,6 +21,10 @@ class HarnessError(ValueError):
     """lm-eval, a task or its data is missing, or a task does not go with the model; the message names it, and the remedy."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A Ctrl-C stopped a run of one process; its checkpoint is written, and that is said."""
+
+
 DIVERGED = "steps in a row had a non-finite gradient"
 """What a `SkippedError` says of them; a sweep looks for it."""
 IN_USE = 75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,10 @@ def model_config(config: ModelConfig, vocab_size: int, eod_id: int) -> Pretraine
     Raises:
         ConfigError: `config.config` cannot be read, or is of no causal language model that transformers has.
     """
-    vocab = -(-vocab_size // config.pad_vocab_to) * config.pad_vocab_to
+    vocab = _padded(vocab_size, config)
     tokens = {"vocab_size": vocab, "bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": None}
     if config.config is not None:
-        return _of_file(Path(config.config), tokens)
+        return _of_file(Path(config.config), tokens, _padded(vocab_size + 1, config) - 1)
     if config.family == "gpt2":
         from transformers import GPT2Config
 
@@ -41,6 +42,10 @@ def model_config(config: ModelConfig, vocab_size: int, eod_id: int) -> Pretraine
             **tokens,
         )
     return _with_rotary_positions(config, tokens)
+
+
+def _padded(tokens: int, config: ModelConfig) -> int:
+    return -(-tokens // config.pad_vocab_to) * config.pad_vocab_to
 
 
 def _with_rotary_positions(config: ModelConfig, tokens: dict[str, Any]) -> PretrainedConfig:
@@ -83,8 +88,8 @@ def default_hidden(config: ModelConfig) -> int:
     return 4 * config.width if config.family == "gpt2" else -(-8 * config.width // 3 // 256) * 256
 
 
-def _of_file(path: Path, tokens: dict[str, Any]) -> PretrainedConfig:
-    """A config.json with the data's vocabulary."""
+def _of_file(path: Path, tokens: dict[str, Any], padding: int) -> PretrainedConfig:
+    """A config.json with the data's vocabulary; of a model that must have a token that pads, it is `padding`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
@@ -101,6 +106,9 @@ def _of_file(path: Path, tokens: dict[str, Any]) -> PretrainedConfig:
         )
     if "auto_map" in values:
         raise ConfigError(f"model.config = {path} brings code of its own (auto_map), which is not run; remove the key")
+    types = {f.name: f.type for f in dataclasses.fields(CONFIG_MAPPING[kind])}
+    if types.get("pad_token_id") in (int, "int"):  # such a model must have one: none of the data's
+        tokens = {**tokens, "pad_token_id": padding, "vocab_size": max(tokens["vocab_size"], padding + 1)}
     try:
         found: PretrainedConfig = CONFIG_MAPPING[kind](**{**values, **tokens})
     except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:

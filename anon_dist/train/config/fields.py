@@ -340,6 +340,17 @@ class LogConfig:
     """Text that the exported model continues at the end of the run, as a sample."""
 
 
+CALLED: dict[str, dict[str, str]] = {
+    "train.engine": {
+        "fsdp": "fsdp2",
+        "dp": "ddp",
+        **dict.fromkeys(("zero2", "zero3", "zero"), "deepspeed (train.deepspeed_config says the stage)"),
+    },
+    "train.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16", "float8": "fp8"},
+}
+"""Of fields, what their values are called elsewhere, and here."""
+
+
 @dataclass
 class Config:
     """Pretraining of a GPT-style model."""

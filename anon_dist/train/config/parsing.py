@@ -22,6 +22,7 @@ from anon_dist.arguments import parse, whole_number
 from anon_dist.train.config import strict_yaml, yaml_flags
 from anon_dist.train.config.errors import ConfigError
 from anon_dist.train.config.fields import (
+    CALLED,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -38,7 +39,7 @@ from anon_dist.train.config.idle import refuse_idle
 from anon_dist.train.config.phases import resolved
 from anon_dist.train.config.ranges import Instead, spell
 from anon_dist.train.config.rules import model_rules, optim_rules, phase_rules, train_rules
-from anon_dist.usage import UsageError, meant, parse_or_raise, values_of
+from anon_dist.usage import UsageError, meant, nearest_value, parse_or_raise, values_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -153,9 +154,11 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path} is no configuration: it is not text in UTF-8 ({error.reason})") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(values, dict | None):
+    if values is None:
+        raise ConfigError(f"{path} says nothing; write what is to be other than by default, or leave --config out")
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
-    return _validated(values or {}, lambda name: f"{path}: '{name}'")
+    return _validated(values, lambda name: f"{path}: '{name}'")
 
 
 def parse_args(
@@ -178,7 +181,8 @@ def parse_args(
     default = Config() if file is None else load_config(file)
     shown = options_class()(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
     flags = (tyro.conf.FlagConversionOff,)  # every flag takes a value, as in the file
-    read = partial(parse_or_raise, takes=_takes, others=others)
+    also = {f"--{name.replace('_', '-')}": names for name, names in CALLED.items()}
+    read = partial(parse_or_raise, takes=_takes, others=others, called=also)
     try:
         parsed = parse(type(shown), rest, prog, runs_bare=file is not None, default=shown, config=flags, read=read)
     except UsageError as error:
@@ -377,7 +381,7 @@ def _message(
         return f"{called(name)} is a section, not {given}"
     if kind == "value_error":
         return f"{called(name)} {text.removeprefix('Value error, ')}"
-    return f"{called(name)} must be {spell(hint)}, not {given}"
+    return f"{called(name)} must be {spell(hint)}, not {given}{nearest_value(value, spell(hint), CALLED.get(name))}"
 
 
 def _inner(hint: Any, key: Any) -> Any:

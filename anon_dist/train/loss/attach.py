@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 
 from anon_dist.data.samples.packing import IGNORED
+from anon_dist.train.config.families import expert_share
 from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.loss.cross_entropy import Head, Split, summed_loss, token_losses
 from anon_dist.train.loss.documents import ATTRIBUTE, Documents, know_documents
@@ -121,6 +122,26 @@ def _balance(model: Any) -> tuple[float, Callable[..., Any] | None]:
         )
     weight = getattr(model, "router_aux_loss_coef", None) or getattr(model.config, "aux_loss_coef", None)
     return (float(weight or 0.0), function) if function is not None else (0.0, None)
+
+
+def unbalanced(model: Any, loss: Loss) -> str | None:
+    """What to say of a mixture of experts whose load nothing balances as it trains; None: something does, or it is none."""
+    experts, _ = expert_share(model.config)
+    if experts < 2 or loss.balance > 0.0 or not any(".experts." in name for name, _ in model.named_parameters()):
+        return None
+    if loss.balancing is not None:
+        why = "the weight of its load-balancing loss (router_aux_loss_coef) is 0"
+        remedy = "set that in its config.json"
+    else:
+        why = "its code in transformers has no load-balancing loss"
+        tensors = (*model.named_buffers(), *model.named_parameters())
+        if bias := next((name for name, _ in tensors if name.endswith("e_score_correction_bias")), None):
+            why += f", and the bias of its routers ({bias}) is moved by a rule that only its authors' own training has"
+        remedy = "take one whose code has the loss (mixtral, qwen3_moe)"
+    return (
+        f"{model.config.model_type}: nothing balances its {experts} experts: {why}. A few of them may come to get most tokens, and the "
+        f"others learn nothing; to train from scratch, {remedy}"
+    )
 
 
 # -- what a model does to its logits ----------------------------------------------------------------------------------

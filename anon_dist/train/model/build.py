@@ -11,7 +11,7 @@ from torch import nn
 
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.materialize import materialize
-from anon_dist.train.config.families import expert_share, has_windows, model_config, window_of
+from anon_dist.train.config.families import expert_share, has_windows, model_config
 from anon_dist.train.config.parsing import ConfigError, ModelConfig
 from anon_dist.train.loss.documents import register_causal
 from anon_dist.train.model.initial import initial_weights, make_buffers
@@ -166,55 +166,3 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: what is checkpointed, compiled and sharded as a unit."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [m for m in model.modules() if type(m).__name__ in names]
-
-
-def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
-    """Floating-point operations that one token of a training step costs, forward and backward.
-
-    6 for each parameter that multiplies (all but embedding look-ups; of experts those that a token passes), and 12 · heads · head size ·
-    tokens attended to for each layer's attention, as in PaLM's appendix B (arXiv 2204.02311), where no causality is counted.
-    """
-    config: Any = model.config
-    experts, share = expert_share(config)
-    multiplied = 0.0
-    for name, p in model.named_parameters():
-        multiplied += p.numel() * (share if experts and p.dim() == 3 and ".experts." in name else 1.0)
-    embedding = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()
-    if output is None or output.weight is not embedding:
-        multiplied -= embedding.numel()
-    if getattr(config, "model_type", "") == "gpt2":
-        multiplied -= config.n_positions * config.n_embd
-    count = getattr(config, "num_attention_heads", None)
-    if (
-        not isinstance(count, int) or not count
-    ):  # layers that differ, or none that attend: their products are not counted
-        return 6.0 * multiplied
-    heads = count * (getattr(config, "head_dim", None) or config.hidden_size // count)
-    windows = (window_of(config, layer) for layer in range(config.num_hidden_layers))
-    seen = sum(min(seq_len, window or seq_len) for window in windows)
-    return float(6.0 * multiplied + 12.0 * heads * seen)
-
-
-PEAK_BF16_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-"""Dense half-precision peaks from the vendor's data sheets; the first name that the device's contains."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's peak, if it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)

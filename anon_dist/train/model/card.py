@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -53,7 +55,11 @@ def model_card(name: str, model: Mapping[str, Any], progress: Mapping[str, Any],
     head = HEAD.format(
         family=model.get("model_type", "causal"),
         name=name,
-        start=f"the weights of {pretrained}" if pretrained else "scratch" if config else "a checkpoint",
+        start=f"the weights of {without_folders(pretrained)}"
+        if pretrained
+        else "scratch"
+        if config
+        else "a checkpoint",
         home=HOME,
         version=__version__,
     )
@@ -64,6 +70,22 @@ def model_card(name: str, model: Mapping[str, Any], progress: Mapping[str, Any],
         "Results": _results(results),
     }
     return head + "".join(f"\n## {title}\n\n{_table(rows)}\n" for title, rows in sections.items())
+
+
+def without_folders(place: str) -> str:
+    """What a path on this machine is called, which is nobody else's matter: its last part. Addresses and names of the hub stay.
+
+    Args:
+        place: a path or a name, perhaps behind its kind: `hf:gpt2`, `spm:/home/me/my.model`.
+    """
+    kind, path = re.fullmatch(r"([\w-]+:(?!//))?(.*)", place, re.DOTALL).groups("")  # type: ignore[union-attr]
+    if (
+        "://" in path
+        or (kind and not path.startswith(("/", ".", "~")))
+        or not (kind or os.path.exists(path) or path[:1] in "/.~")
+    ):
+        return place
+    return kind + (os.path.basename(os.path.abspath(path)) or path)
 
 
 def _table(rows: Rows) -> str:
@@ -105,13 +127,14 @@ def _source(source: Mapping[str, Any], data: Mapping[str, Any]) -> Rows:
     try:
         index = Index.load(source["path"])
     except DataError:
-        prepared = None if weight[1] else data.get("prepare") and f"anon-dist data prepare {data['prepare']}"
+        words = " ".join(map(without_folders, (data.get("prepare") or "").split()))
+        prepared = f"anon-dist data prepare {words}" if words and not weight[1] else None
         return [weight, ("prepared by", prepared)]
     train = index.splits["train"]
     return [
         weight,
-        ("source", index.settings.get("source")),
-        ("tokenizer", index.tokenizer),
+        ("source", without_folders(index.settings.get("source") or "") or None),
+        ("tokenizer", without_folders(index.tokenizer)),
         ("training split", f"{train.tokens:,} tokens of {train.text_bytes:,} bytes, {train.documents:,} documents"),
         ("fingerprint", index.fingerprint),
     ]
@@ -133,12 +156,18 @@ def _training(config: Mapping[str, Any], progress: Mapping[str, Any]) -> Rows:
         ("steps", steps),
         ("tokens", None if steps is None or phases else f"{steps * per_step:,} ({per_step:,} a step)"),
         ("batch", f"{t['global_batch']} sequences of {config['data']['seq_len']} tokens"),
-        ("phases", "; ".join(", ".join(f"{k} {v}" for k, v in p.items() if v) for p in phases or ()) or None),
+        ("phases", "; ".join(map(_phase, phases or ())) or None),
         ("gradient clipping", t.get("grad_clip")),
         ("precision", t.get("precision")),
         ("ranks", f"{progress.get('world_size')}, {progress.get('engine')}" if progress.get("world_size") else None),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or None),
     ]
+
+
+def _phase(phase: Mapping[str, Any]) -> str:
+    sources = [f"{name} {source['weight']:g}" for name, source in (phase.get("sources") or {}).items()]
+    said = [f"{key} {value}" for key, value in phase.items() if value and key != "sources"]
+    return ", ".join([*said, *([f"sources {', '.join(sources)}"] if sources else [])])
 
 
 def _settings(optim: Mapping[str, Any]) -> list[str]:

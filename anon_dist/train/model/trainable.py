@@ -19,7 +19,7 @@ from anon_dist.engines.precision import use_tf32
 from anon_dist.train.config.alike import pretrained_settings
 from anon_dist.train.config.parsing import Config, ConfigError, TrainConfig
 from anon_dist.train.config.phases import phases_of
-from anon_dist.train.loss.attach import attach
+from anon_dist.train.loss.attach import attach, unbalanced
 from anon_dist.train.loss.evaluate import mixes_documents, sees_what_comes
 from anon_dist.train.model.build import Planned, blocks, plan_model
 from anon_dist.train.model.pretrained import SavedWeights
@@ -68,6 +68,8 @@ def trainable(config: Config, index: Index, share: float) -> Planned:
     loss = attach(built, config.train.loss, config.train.z_loss, half=config.train.precision != "fp32")
     if loss.why_whole and is_first():
         log.warning("%s: its loss takes the whole logits", loss.why_whole)
+    if (said := unbalanced(built, loss)) and is_first():
+        log.warning("%s", said)
     recompute(blocks(built), config.train.activation_checkpointing)
     _compile(built, config.train)
     return planned

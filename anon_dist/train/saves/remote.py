@@ -8,7 +8,7 @@ from typing import Any
 
 from anon_dist.agreement import first_does_slowly, is_first
 from anon_dist.checkpoint import Checkpoints, DamagedCheckpoint
-from anon_dist.checkpoint.keeping.folder import step_of
+from anon_dist.checkpoint.keeping.names import step_of
 from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
 from anon_dist.checkpoint.keeping.uploads import Uploads
 from anon_dist.train.config.errors import RunError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,7 @@ from typing import Any
 
 from anon_dist.train.config.errors import HarnessError
 from anon_dist.train.reports.metrics import TASK, Record
-
-INSTALL = "pip install 'lm-eval>=0.4.13'"
+from anon_dist.train.tasks.known import no_task, not_installed
 
 
 def check_installed() -> None:
@@ -31,7 +30,7 @@ def check_installed() -> None:
             importlib.import_module(module)
         except ImportError as error:
             missing = (error.name or "lm_eval").partition(".")[0]
-            raise HarnessError(f"tasks are run by lm-eval, and {missing} is not installed: {INSTALL}") from None
+            raise HarnessError(not_installed(missing)) from None
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def _missing(name: str, known: Sequence[str], include_path: str | None) -> str:
             load_yaml(path, resolve_func=False)
         except Exception as error:  # whatever YAML, and lm-eval's extensions of it, raise
             return f"there is no task {name}, and {path} cannot be read: {_line(error)}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no task {name}{f'; did you mean {near[0]}?' if near else ''} (a YAML file can be named too)"
+    return no_task(name, known)
 
 
 def _load(manager: Any, name: str) -> list[Any]:
@@ -94,9 +92,21 @@ def _load(manager: Any, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
     except Exception as error:  # of YAML, of the task's own functions, of `datasets`, of the network
-        raise HarnessError(f"task {name} cannot be loaded: {_line(error)}") from error
+        raise HarnessError(_unreached(name, error) or f"task {name} cannot be loaded: {_line(error)}") from error
     groups = loaded.get("groups") or {}
     return [next(iter(groups.values()))] if groups else list(loaded["tasks"].values())
+
+
+def _unreached(name: str, error: Exception) -> str | None:
+    """What to say of a task whose data set lies on a hub that is not reached; None: that is not what is wrong."""
+    found = re.search(r"reach '([^']+)' on the Hub", str(error))
+    if found is None or not isinstance(error, ConnectionError):
+        return None
+    return (
+        f"task {name}: its data set {found[1]} is on the Hugging Face hub, which cannot be reached from here. Where it can, "
+        f"`python -c \"import datasets; datasets.load_dataset('{found[1]}')\"` fetches it into ~/.cache/huggingface (HF_HOME): copy that "
+        "here, or name task files of your own"
+    )
 
 
 def run_tasks(
@@ -153,7 +163,7 @@ def quiet(bars: bool = True) -> Iterator[None]:
     Args:
         bars: whether a terminal sees them.
     """
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,0 +1,59 @@
+"""What a start is refused for, as far as its configuration, the environment and names of files tell: before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from anon_dist.checkpoint.keeping.names import newest_of, run_problem
+from anon_dist.named import need_checkpoint
+from anon_dist.train.config.errors import ConfigError
+from anon_dist.train.config.fields import Config
+from anon_dist.train.config.parsing import accumulation
+from anon_dist.train.config.phases import phases_of
+from anon_dist.train.config.sources import check_present
+from anon_dist.train.tasks.known import tasks_problem
+from anon_dist.usage import UsageError
+
+
+def check_at_once(config: Config, data: bool = True) -> None:
+    """Look at all of that.
+
+    Args:
+        data: whether the prepared folders are to be there already.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks, a folder is not there, or no task has a name.
+        ShardError: the index of prepared data is missing or malformed.
+    """
+    readers = _readers(config)
+    for _, phase in phases_of(config):
+        accumulation(phase, readers)
+    _check_resumed(config.resume)
+    if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
+        raise ConfigError(f"eval.tasks: {problem}")
+    if data:
+        check_present(config)
+
+
+def _readers(config: Config) -> int:
+    """Ranks, or groups of them, that read samples of their own, as far as the launcher's variables tell; 1 without a launcher."""
+    split = config.train.tensor_parallel or int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+    sharing = config.train.context_parallel or int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
+    readers, left = divmod(int(os.environ.get("WORLD_SIZE", "1")), split * sharing)
+    return 1 if left else readers  # what does not divide is the engine's to refuse
+
+
+def _check_resumed(resume: str) -> None:
+    if resume in ("auto", "never"):
+        return
+    folder = Path(resume)
+    try:
+        need_checkpoint(folder, "a checkpoint's folder")
+    except UsageError as error:
+        raise ConfigError(f"resume = {error}") from None
+    problem = run_problem(folder)
+    if newest := newest_of(folder):
+        problem = f"{folder} is a folder of checkpoints; name one of them, such as {newest}"
+    if problem:
+        raise ConfigError(f"resume = {problem}")
