@@ -29,8 +29,8 @@ class PrepareConfig:
     source: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")]] = ()
     """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines, parquet or Arrow, plain or in `.gz` or
     `.zst`, here or at an address such as `s3://bucket/texts`; or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder
-    that `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a plain
-    string."""
+    that `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a
+    plain string."""
     tokenizer: str = "spm-bpe:4096"
     """`spm-bpe:SIZE` or `spm-unigram:SIZE`, trained on the corpus with SentencePiece; a SentencePiece `.model` file; `hf:NAME_OR_FOLDER`;
     or `bytes`."""
