@@ -19,7 +19,7 @@ def _cpu_count() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Tokenise a corpus into memory-mapped shards.
+    """Tokenise a corpus into shards.
 
     A preparation that was interrupted goes on when the same command is given again, and ends with the same bytes as one that was not.
     """

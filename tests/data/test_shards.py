@@ -1,6 +1,8 @@
 """Shards read as one sequence, and damage is named."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -122,6 +124,31 @@ def test_an_altered_block_is_refused_when_it_is_first_read(blocks, tmp_path, byt
             shards.tokens(start, count)
     flip(folder / "train-00001.bin", byte)  # mended: what failed before is compared again
     assert len(shards.tokens(token, 1)) == 1
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(blocks, tmp_path):
+    """Of a map of it the process would die; what is deleted is there for those that read it."""
+    folder = shutil.copytree(blocks, tmp_path / "data")
+    readers = [TokenShards(folder, verify=how) for how in ("read", "size")]
+    expected = [shards.tokens(300_000, 300_000) for shards in readers]
+    os.truncate(folder / "train-00001.bin", 262_144)
+    for shards in readers:
+        assert np.array_equal(shards.tokens(300_000, 131_072), expected[0][:131_072])
+        with pytest.raises(
+            ShardError, match=r"train-00001\.bin has become shorter than 262,144 bytes\. Copy it again .*--overwrite"
+        ):
+            shards.tokens(300_000 + 131_000, 1000)
+    (folder / "train-00000.bin").unlink()
+    assert all(len(shards.tokens(0, 300_000)) == 300_000 for shards in readers)
+    with pytest.raises(ShardError, match=r"train-00000\.bin is missing\. Copy it again"):
+        TokenShards(folder)
+
+
+def test_what_a_disk_cannot_read_is_named(blocks, monkeypatch):
+    shards = TokenShards(blocks)
+    monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(ShardError, match=r"train-00000\.bin cannot be read \(Input/output error\)\. Copy it again"):
+        shards.tokens(0, 9)
 
 
 def flip(path, byte):
