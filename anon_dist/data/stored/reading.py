@@ -251,8 +251,8 @@ class ShardFile:
 
     def __getitem__(self, span: slice) -> NDArray[Any]:
         """Raises: ShardError: the file is not what it was; naming it, and what brings it back."""
-        first, end, _ = span.indices(self._shard.tokens)
-        tokens = np.empty(end - first, self._dtype)
+        first, last, _ = span.indices(self._shard.tokens)
+        tokens = np.empty(last - first, self._dtype)
         left, at = tokens.view(np.uint8).data, self._shard.start + first * self.itemsize
         while left:
             try:
@@ -260,7 +260,8 @@ class ShardFile:
             except OSError as error:
                 raise ShardError(f"{self._path} cannot be read ({error.strerror}). {remedy(self._shard)}") from error
             if not done:
-                raise ShardError(f"{self._path} has become shorter than {at:,} bytes. {remedy(self._shard)}")
+                size, end = os.fstat(self._file).st_size, self._shard.start + self._shard.bytes
+                raise ShardError(f"{self._path} was cut: {size:,} bytes of {end:,} are left. {remedy(self._shard)}")
             left, at = left[done:], at + done
         return tokens
 
