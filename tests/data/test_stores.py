@@ -400,7 +400,7 @@ def test_an_altered_object_is_not_taken(address, place):
 
 
 def test_ranges_are_whole_blocks_that_are_compared(s3, prepared, tmp_path, caplog):
-    """An altered one is asked for again, once, and a file is said once to have such; without checksums a request has the sample's bytes alone."""
+    """An altered one is asked for again, once, and said once of a file; without checksums a request has the sample's bytes alone."""
     address = upload(prepared, f"s3://bucket{tmp_path}/corpus")
     cache.use(tmp_path / "cache", 0)
     shards, local = TokenShards(address, verify="read"), TokenShards(prepared)
