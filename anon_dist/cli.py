@@ -65,12 +65,17 @@ def data_inspect(args: list[str]) -> None:
     """`anon-dist data inspect`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import InspectConfig
-    from anon_dist.named import need_data
-    from anon_dist.usage import refusing
+    from anon_dist.named import need_bare, need_data, need_picture
+    from anon_dist.usage import UsageError, refusing
 
-    config = parse(InspectConfig, args, "anon-dist data inspect")
     with refusing():
+        need_bare(args, "--folder", "anon-dist data inspect")
+        config = parse(InspectConfig, args, "anon-dist data inspect")
         need_data(config.folder)
+        if config.plot is not None:
+            need_picture(config.plot, "--plot")
+        if config.samples < 0:
+            raise UsageError(f"--samples must be at least 0, not {config.samples}")
     from anon_dist.data import DataError
     from anon_dist.data.inspection import inspect
 
@@ -97,8 +102,12 @@ def data_index(args: list[str]) -> None:
     """`anon-dist data index`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import IndexConfig
+    from anon_dist.named import need_bare
+    from anon_dist.usage import refusing
 
-    config = parse(IndexConfig, args, "anon-dist data index")
+    with refusing():
+        need_bare(args, "--source", "anon-dist data index")
+        config = parse(IndexConfig, args, "anon-dist data index")
     from anon_dist.data import DataError
     from anon_dist.data.preparation.indexing import index_tokens
 

@@ -9,12 +9,14 @@ import json
 import os
 import shlex
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anon_dist.stores import is_address
 from anon_dist.usage import UsageError
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+"""Kinds that matplotlib writes."""
 _WEIGHTS = (".safetensors", ".distcp", ".pt", ".pth", ".bin", ".ckpt")
 _MARKS = ("config.yaml", "config.json", "manifest.json", ".metadata", "latest", "trainer.json", "run.lock")
 """Files that a run, a checkpoint or a model has, besides those of weights."""
@@ -60,6 +62,23 @@ def named_instead(file: str | Path) -> str:
         return f"name the prepared folder, {folder}"
     made = f"anon-dist data prepare --source {shlex.quote(str(file))} --tokenizer … --out DIR"
     return f"name a folder that `anon-dist data prepare` made (`{made}` makes one of it)"
+
+
+def need_picture(path: Path, option: str) -> None:
+    """Raises `UsageError` if no picture can be written there."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"{option} {path} must end with one of {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
+
+
+def need_bare(args: Sequence[str], option: str, command: str) -> None:
+    """Raises `UsageError` if `option` is given, a guess at what stands without one; with the command that is meant."""
+    meant = [arg.removeprefix(f"{option}=") for arg in args if arg != option]
+    if meant != list(args):
+        raise UsageError(f"{option} is no option of `{command}`; leave the word out: {command} {shlex.join(meant)}")
 
 
 def config_problem(folder: Path) -> str | None:

@@ -108,6 +108,13 @@ MISTAKES = [
     ("data inspect notes.txt", "(`anon-dist data prepare --source notes.txt --tokenizer … --out DIR` makes one of it)"),
     ("data verify nowhere", "nowhere does not exist; name a folder that `anon-dist data prepare` made"),
     ("data inspect data/index.json", "data/index.json is a file; name the prepared folder, data"),
+    ("data inspect data --plot nowhere/x.png", "--plot nowhere/x.png: there is no folder nowhere; make it, or name"),
+    ("data inspect data --plot empty", "--plot empty is a folder; name a file in it, such as empty/picture.png"),
+    ("data inspect data --plot x.foo", "--plot x.foo must end with one of .png, .pdf, "),
+    ("data inspect data --plot x", "--plot x must end with one of .png, .pdf, "),
+    ("data inspect data --samples -1", "--samples must be at least 0, not -1"),
+    ("data inspect --folder data --json", "leave the word out: anon-dist data inspect data --json"),
+    ("data index --source=x/*.ds --out y", "leave the word out: anon-dist data index 'x/*.ds' --out y"),
     (
         "train --config quickstart --data.path notes.txt",
         "data.path = notes.txt is a file; name a folder that `anon-dist ",

@@ -89,7 +89,8 @@ def named_rightly(fault: Fault, nodes: list[Node]) -> bool:
     everyone = others + victim.output
     name = f"rank {fault.rank} on {victim.host.name}"
     silent = f"Stopped without a word: {name}"
-    store = fault.rank == 0 and f"The store at {nodes[0].host.address} does not answer" in others
+    at = f"The store at {nodes[0].host.address} on {nodes[0].host.name} does not answer"
+    store = fault.rank == 0 and at in others
     hangs = re.search(rf"This run (waits for|hangs on) {re.escape(name)}\b", everyone) is not None
     # Of two hosts each is cut off from the other; the one with the store is told by its address.
     far = name if fault.rank else ""

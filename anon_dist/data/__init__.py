@@ -1,4 +1,4 @@
-"""Text to training batches: tokenised once into memory-mapped shards, read in an order that one integer can resume.
+"""Text to training batches: tokenised once into shards, read in an order that one integer can resume.
 
 `prepare` makes a folder; `TokenShards`, `SampleOrder` and `BatchLoader` read it. Importing this package imports neither torch nor numpy:
 its modules are imported when something of theirs is asked for.

@@ -19,7 +19,7 @@ def _cpu_count() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Tokenise a corpus into memory-mapped shards.
+    """Tokenise a corpus into shards.
 
     A preparation that was interrupted goes on when the same command is given again, and ends with the same bytes as one that was not.
     """
@@ -27,15 +27,15 @@ class PrepareConfig:
     out: Path
     """Folder to write. It is complete when it holds `index.json`."""
     source: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE")]] = ()
-    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines or parquet, plain or in `.gz` or `.zst`,
-    here or at an address such as `s3://bucket/texts`; or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder that
-    `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a plain
-    string."""
+    """`stdlib` (the Python standard library's sources); a file, folder or glob of text, JSON Lines, parquet or Arrow, plain or in `.gz` or
+    `.zst`, here or at an address such as `s3://bucket/texts`; or `hf:NAME[:CONFIG]`, a dataset of the Hugging Face hub or a local folder
+    that `datasets` loads. Given several times: one after the other, as one corpus. Not given: `stdlib`. In Python one of them may be a
+    plain string."""
     tokenizer: str = "spm-bpe:4096"
     """`spm-bpe:SIZE` or `spm-unigram:SIZE`, trained on the corpus with SentencePiece; a SentencePiece `.model` file; `hf:NAME_OR_FOLDER`;
     or `bytes`."""
     text_field: str = "text"
-    """Field of JSON Lines, parquet and `hf:` sources that holds the text."""
+    """Field of JSON Lines, parquet, Arrow and `hf:` sources that holds the text; `a.b` is `b` of the record in `a`."""
     text_unit: TextUnit = "file"
     """What of a plain-text file is one document. A single large file needs `paragraph` or `line`, or no document is left for validation."""
     on_bad_text: OnBadText = "skip"
@@ -76,7 +76,7 @@ class PrepareConfig:
     """Stop when the tokenizer is there, in the folder `tokenizer` of --out. The same command without this goes on."""
 
     def __post_init__(self) -> None:
-        given: Any = self.source or "stdlib"
+        given: Any = "stdlib" if self.source == () else self.source
         object.__setattr__(self, "source", (given,) if isinstance(given, str) else tuple(given))
 
     def settings(self) -> dict[str, Any]:

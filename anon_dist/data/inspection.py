@@ -19,7 +19,8 @@ from anon_dist.data.preparation.parts import PART_FILE, Part
 from anon_dist.data.preparation.tally import Tally
 from anon_dist.data.preparation.tokenizer import Tokenizer
 from anon_dist.data.samples.stretches import Stretches
-from anon_dist.data.stored.index import TOKENIZER_FOLDER, Index, SplitInfo
+from anon_dist.data.stored.index import TOKENIZER_FOLDER, Index, Origin, SplitInfo
+from anon_dist.data.stored.typed import read_as
 
 BLOCK_BYTES = 1 << 24
 SHOWN_CHARS = 400
@@ -208,7 +209,7 @@ def _head(content: Content) -> list[str]:
     tokenizer, index = content.tokenizer, content.index
     lines = [
         f"{content.folder}: {content.title}{f', fingerprint {index.fingerprint}' if index else ''}",
-        f"source      {_source(content.source)}",
+        f"source      {_source(read_as(Origin, content.source))}",
         f"tokenizer   {tokenizer.spec}: {tokenizer.vocab_size:,} tokens, end of document {tokenizer.eod_id}",
     ]
     for name, split in content.splits.items():
@@ -228,12 +229,12 @@ def _head(content: Content) -> list[str]:
     return lines
 
 
-def _source(source: Mapping[str, Any]) -> str:
-    if source.get("kind") == "several":
-        return " + ".join(map(_source, source["sources"]))
-    if source.get("kind") == "hf":
-        return f"hf:{source['name']}"
-    return f"{source['origin']} ({source['files']:,} files, {source['bytes'] / 1e6:,.1f} MB)"
+def _source(origin: Origin) -> str:
+    if origin.kind == "several":
+        return " + ".join(map(_source, origin.sources))
+    if origin.kind == "hf":
+        return f"hf:{origin.name}"
+    return f"{origin.origin} ({origin.files:,} files, {origin.bytes / 1e6:,.1f} MB)"
 
 
 def _histogram(lengths: Mapping[str, Lengths]) -> list[str]:

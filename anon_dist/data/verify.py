@@ -15,7 +15,7 @@ from tqdm import tqdm
 from anon_dist.data.errors import ShardError, TokenizerError
 from anon_dist.data.preparation.meter import say
 from anon_dist.data.samples.stretches import Stretches
-from anon_dist.data.stored.blocks import RESTORE, BlockDigests, FirstTouch, sums_file
+from anon_dist.data.stored.blocks import RESTORE, BlockDigests, FirstTouch, remedy, sums_file
 from anon_dist.data.stored.digests import tokenizer_hash
 from anon_dist.data.stored.index import INDEX_FILE, TOKENIZER_FOLDER, Index, ShardInfo
 from anon_dist.data.stored.remote import located
@@ -85,7 +85,7 @@ def _hashed(shards: Stretches, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
         bar.update(len(piece))
     if digest.hexdigest() != shard.xxh3_64:
         raise ShardError(
-            f"{shards.place(shard)} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {RESTORE}"
+            f"{shards.place(shard)} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {remedy(shard)}"
         )
     return blocks.sums()
 

@@ -34,14 +34,24 @@ SMALLEST = 1 << 17
 
 
 def chosen_interface(place: Place, backend: str) -> Interface:
-    """The interface that gloo will take, and NCCL where there are GPUs. Loopback is right only for a node that is alone."""
+    """The interface that gloo will take, or NCCL where a variable names one for it: the other, if that cannot be taken, since a run under
+    NCCL saves through gloo. Loopback is right only for a node that is alone."""
+    gloo = _chosen(place, "GLOO_SOCKET_IFNAME")
+    if backend != "nccl" or not os.environ.get("NCCL_SOCKET_IFNAME"):
+        return gloo
+    nccl = _chosen(place, "NCCL_SOCKET_IFNAME")
+    unfit = bool(gloo.problem) or (gloo.is_loopback and place.nodes > 1)
+    return gloo if unfit and not nccl.problem else nccl
+
+
+def _chosen(place: Place, variable: str) -> Interface:
+    """By the variable, or without it by the node's own name."""
     addresses = _addresses()
     present = [name for name, found in addresses.items() if not all(map(_loops, found))]
     found = Interface(present=present, towards=_towards(place, addresses))
-    variable = next((v for v in (f"{backend.upper()}_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if os.environ.get(v)), "")
-    if variable:
-        found.said_by = f"{variable}={os.environ[variable]}"
-        names = _named(os.environ[variable], variable, addresses)
+    if value := os.environ.get(variable):
+        found.said_by = f"{variable}={value}"
+        names = _named(value, variable, addresses)
         if not names:
             found.problem = "no interface of this node has that name"
             return found
@@ -49,10 +59,6 @@ def chosen_interface(place: Place, backend: str) -> Interface:
         if not found.address:
             found.problem = f"{found.name} has no address"
         return found
-    if backend == "nccl" and os.environ.get("GLOO_SOCKET_IFNAME") is None and present:
-        found.name = (
-            found.towards or present[0]
-        )  # NCCL takes the first that is no loopback; gloo, below, what the name says
     try:
         found.address = str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:

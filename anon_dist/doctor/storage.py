@@ -157,7 +157,9 @@ def try_address(config: Config) -> tuple[str, str]:
     if nothing is. Nothing is left there."""
     assert config.checkpoint.remote is not None
     found = list[tuple[str, str]]()
-    looking = threading.Thread(target=lambda: found.append(_address_problem(config)), daemon=True)
+    looking = threading.Thread(
+        target=lambda: found.append(_address_problem(config)), name="checkpoint.remote", daemon=True
+    )
     looking.start()
     looking.join(ANSWER_SECONDS)  # clients have attempts and limits of their own, up to minutes
     if found:

@@ -29,10 +29,14 @@ from anon_dist.launcher import tell_launcher
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
+FIRST_SECONDS = 60.0
+"""How long a rank that has joined the others waits for rank 0's name."""
 HANG_UP_SECONDS = 0.5
 """How long it may take to report, before connections are closed in any case."""
 NAMES = 8
 """Of more ranks than this, the rest goes unnamed."""
+_FIRST_HOST: list[str] = []
+"""Of rank 0, once it is known: with its node the store may be lost that could say it."""
 _OURS: set[int] = set()
 """The sockets that process groups opened, by inode: descriptors are used again."""
 
@@ -41,6 +45,7 @@ def sign_in() -> None:
     """Leave this rank's host with the store. Every rank, once it has joined the others."""
     if several():
         _within(WAIT_SECONDS, lambda: store(WAIT_SECONDS).set(f"host/{os.environ['RANK']}", socket.gethostname()))
+        _started(lambda: _FIRST_HOST.append(store(FIRST_SECONDS).get("host/0").decode()))  # it may come later
 
 
 @contextlib.contextmanager
@@ -137,9 +142,11 @@ def _explain(error: Exception, ending: Ending) -> None:
 
 def _note(heard: _Heard, first: str) -> str | None:
     if not heard.all:
+        place = f"{os.environ['MASTER_ADDR']}{f' on {_FIRST_HOST[-1]}' if _FIRST_HOST else ''}"
+        noticed = f" The first to notice, or to fail, was {first}." if first else ""
         return (
-            f"The store at {os.environ['MASTER_ADDR']} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one "
-            f"is cut off from it.{f' The first to notice, or to fail, was {first}.' if first else ''}"
+            f"The store at {place} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one is cut off from "
+            f"it.{noticed}"
         )
     if heard.silent:
         names = ", ".join(f"rank {rank} on {host}" for rank, host in heard.silent.items())

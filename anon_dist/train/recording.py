@@ -10,8 +10,8 @@ from anon_dist.agreement import describe, first_does
 from anon_dist.train.config.errors import ConfigError, RunError
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.health.signals import StopSignal
-from anon_dist.train.reports.metrics import Console, MetricsFile, Record
-from anon_dist.train.rewind import steps_repeated
+from anon_dist.train.reports.metrics import Console, MetricsFile, Record, read_metrics
+from anon_dist.train.rewind import steps_repeated, unrecorded
 from anon_dist.train.run import Run
 
 
@@ -43,6 +43,9 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
         file = MetricsFile(path, run.step)
         try:
             run.accelerator.init_trackers(run.config.log.project, init_kwargs=settings)
+            for record in unrecorded(run, read_metrics(path)):
+                file.write(record)
+                run.accelerator.log(record, step=int(record["step"]) + steps_repeated(run))
         except BaseException:
             file.close()
             raise

@@ -1,6 +1,7 @@
 """Going back from a spike to the last good checkpoint, and past the samples in between.
 
-What was passed over is written into the run's folder at once: a run that ends before its next checkpoint passes over the same again.
+What was passed over is written into the run's folder at once: a run that ends before its next checkpoint passes over the same again, and
+writes the record of it where its metrics lack that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from anon_dist.train.run import Run, resume_latest
 log = logging.getLogger(__name__)
 
 FILE = "rewinds.json"
-"""Of the run's folder: by which the samples were passed over, in their order; and how many spikes there had been."""
+"""Of the run's folder: by which the samples were passed over, in their order; how many spikes there had been; and what the last one was."""
 
 
 def rewind(run: Run, spike: Judged) -> Record | None:
@@ -52,27 +53,39 @@ def rewind(run: Run, spike: Judged) -> Record | None:
         )
     resume_latest(run, present, run.wanted)
     run.gammas.restart()
-    passed = cursor - run.loader.cursor
-    entry = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor, "spikes": spikes}
+    entry: dict[str, Any] = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor, "spikes": spikes}
+    entry |= {"passed": cursor - run.loader.cursor, "loss": spike.loss, "norm": spike.norm}
     _, error = first_does(lambda: write_json(run.folder / FILE, [*_entries(run.folder, count), entry]))
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
     _go_on_at(run, entry)
     run.predicted, run.waited, run.skipped, run.norm, run.compared = 0, 0.0, 0, None, -1
     _say(
-        f"step {bad} is a spike: {spike}. Gone back to step {run.step}, and past the {passed:,} samples since (time {count + 1} of "
-        f"{run.config.train.max_rewinds})"
+        f"step {bad} is a spike: {spike}. Gone back to step {run.step}, and past the {entry['passed']:,} samples since "
+        f"(time {count + 1} of {run.config.train.max_rewinds})"
     )
+    return _record(entry)
+
+
+def _record(entry: dict[str, Any]) -> Record:
+    """What the metrics say of it."""
     return {
-        "step": run.step,
-        "samples": cursor,
-        "spikes": spikes,
-        "rewinds": count + 1,
-        "rewound_from": bad,
-        "samples_passed_over": passed,
-        "spike_loss": spike.loss,
-        "spike_grad_norm": spike.norm,
+        "step": entry["to"],
+        "samples": entry["cursor"],
+        "spikes": entry["spikes"],
+        "rewinds": entry["rewinds"],
+        "rewound_from": entry["from"],
+        "samples_passed_over": entry["passed"],
+        "spike_loss": entry["loss"],
+        "spike_grad_norm": entry["norm"],
     }
+
+
+def unrecorded(run: Run, metrics: list[Record]) -> list[Record]:
+    """Records of rewinds that the metrics of the run so far lack: it was killed before they were written. For the first rank."""
+    written = {record["rewinds"] for record in metrics if "rewound_from" in record}
+    missing = (e for e in _entries(run.folder, run.rewinds) if "passed" in e and e["rewinds"] not in written)
+    return [_record(entry) for entry in missing]
 
 
 def pass_over_again(run: Run) -> None:
@@ -100,11 +113,14 @@ def _entries(folder: Path, count: int | None) -> list[dict[str, Any]]:
     """The first of them; what a damaged file says is lost."""
     try:
         found = json.loads((folder / FILE).read_text())
-        entries = [{key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found]
-        # Earlier versions did not count them here: each rewind was one.
-        return [
-            {**ours, "spikes": int(e.get("spikes", ours["rewinds"]))} for ours, e in zip(entries, found, strict=True)
-        ][:count]
+        entries: list[dict[str, Any]] = [
+            {key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found
+        ]
+        for ours, e in zip(entries, found, strict=True):
+            ours["spikes"] = int(e.get("spikes", ours["rewinds"]))  # earlier versions: each rewind was one
+            if "passed" in e:  # which they did not say either
+                ours |= {"passed": int(e["passed"]), "loss": float(e["loss"]), "norm": float(e["norm"])}
+        return entries[:count]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

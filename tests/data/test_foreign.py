@@ -240,7 +240,9 @@ def test_options_that_are_wrong(tmp_path):
         ({"tokenizer": "spm-bpe:400"}, r"would be trained; name the one that made the tokens"),
         ({"val_fraction": 1.5}, r"--val-fraction must be in \[0, 1\)"),
         ({"val_fraction": 1e-6}, r"no document is left for the split val; raise --val-fraction"),
-        ({"source": "s3://bucket/x"}, r"is an address; token files are read where they lie"),
+        ({"source": "s3://b/x/*.ds"}, r"is an address, .* \(`aws s3 sync s3://b/x DIR`\), and index the copy"),
+        ({"source": "gs://b/x/"}, r"\(`gcloud storage rsync --recursive gs://b/x DIR`\)"),
+        ({"source": "memory://b/x"}, r"copy them to a file system that all nodes see, and index the copy"),
     ):
         wanted = {"source": str(tmp_path / "a"), "out": tmp_path / "out", "tokenizer": "bytes", **options}
         with pytest.raises(ValueError, match=words):

@@ -212,6 +212,9 @@ def test_several_sources_are_one_corpus_in_the_order_given(tmp_path, capsys):
     assert texts_of(tmp_path / "other", "train") == ["three", "four", "one", "two"]
     with pytest.raises(PreparationError, match="comes twice"):
         prepare(PrepareConfig(source=(sources[0], sources[0]), out=tmp_path / "o", **options))
+    for nothing in ("", " ", (sources[0], "")):
+        with pytest.raises(PreparationError, match="--source '' names nothing"):
+            prepare(PrepareConfig(source=nothing, out=tmp_path / "o", **options))
     for other in (f"{tmp_path}/./b", f"{tmp_path}/b/*"):
         with pytest.raises(PreparationError, match=r"both have .*; it would be read twice"):
             prepare(PrepareConfig(source=(sources[0], other), out=tmp_path / "o", **options))

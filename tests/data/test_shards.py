@@ -1,6 +1,8 @@
 """Shards read as one sequence, and damage is named."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -124,6 +126,32 @@ def test_an_altered_block_is_refused_when_it_is_first_read(blocks, tmp_path, byt
     assert len(shards.tokens(token, 1)) == 1
 
 
+def test_a_shard_that_is_cut_while_it_is_read_is_named(blocks, tmp_path):
+    """Of a map of it the process would die; what is deleted is there for those that read it."""
+    folder = shutil.copytree(blocks, tmp_path / "data")
+    readers = [TokenShards(folder, verify=how) for how in ("read", "size")]
+    expected = [shards.tokens(300_000, 300_000) for shards in readers]
+    os.truncate(folder / "train-00001.bin", 262_144)
+    for shards in readers:
+        assert np.array_equal(shards.tokens(300_000, 131_072), expected[0][:131_072])
+        with pytest.raises(
+            ShardError,
+            match=r"train-00001\.bin was cut: 262,144 bytes of 600,000 are left\. Copy it again .*--overwrite",
+        ):
+            shards.tokens(300_000 + 131_000, 1000)
+    (folder / "train-00000.bin").unlink()
+    assert all(len(shards.tokens(0, 300_000)) == 300_000 for shards in readers)
+    with pytest.raises(ShardError, match=r"train-00000\.bin is missing\. Copy it again"):
+        TokenShards(folder)
+
+
+def test_what_a_disk_cannot_read_is_named(blocks, monkeypatch):
+    shards = TokenShards(blocks)
+    monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(ShardError, match=r"train-00000\.bin cannot be read \(Input/output error\)\. Copy it again"):
+        shards.tokens(0, 9)
+
+
 def flip(path, byte):
     with path.open("r+b") as file:
         file.seek(byte)
@@ -194,10 +222,22 @@ def test_no_index(tmp_path):
     ("edit", "message"),
     [
         (lambda c: c.update(format_version=99), "format_version is 99"),
-        (lambda c: c.pop("splits"), "missing or malformed"),
+        (lambda c: c.pop("splits"), "index.json: splits is missing; the file was edited. Prepare again"),
+        (lambda c: c.update(splits="x"), "index.json: splits must be an object; the file"),
+        (
+            lambda c: c["splits"]["val"]["shards"][0].update(tokens="x"),
+            "splits.val.shards.0.tokens must be a valid integer",
+        ),
+        (lambda c: c["splits"]["val"]["shards"][0].update(file=3), "splits.val.shards.0.file must be a valid string"),
+        (lambda c: c.update(source="texts"), r"index.json: source must be [^;]+; the file was edited. Prepare again"),
+        (lambda c: c["source"].update(files="80"), "source.files must be a valid integer"),
+        (lambda c: c["source"].update(skipped_examples=["x"]), "source.skipped_examples must be"),
+        (lambda c: c.update(settings="x"), "settings must be"),
+        (lambda c: c["tokenizer_behaviour"]["special_tokens"].update(eos_token=3), "special_tokens.eos_token must be"),
+        (lambda c: c["statistics"].update(unigram_entropy="x"), "statistics.unigram_entropy must be a valid number"),
         (lambda c: c["splits"]["train"]["shards"].pop(), "its shards [0-9]+ tokens; the file was edited"),
         (lambda c: c["splits"]["train"].update(tokens=9), "its shards [0-9]+ tokens; the file was edited"),
-        (lambda c: c["splits"]["val"].update(text_bytes="x"), "the file was edited"),
+        (lambda c: c["splits"]["val"].update(text_bytes=-1), "the file was edited"),
         (lambda c: c["splits"]["val"]["shards"][0].update(xxh3_64="0" * 16), "fingerprint does not belong"),
     ],
 )

@@ -102,6 +102,87 @@ def test_hugging_face(tmp_path, hub, streaming, kind):
         read(f"hf:{folder}", streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_datasets_has_saved(tmp_path, streaming):
+    """One split or several, and single Arrow files."""
+    import datasets
+
+    every = datasets.Dataset.from_dict({"text": [*TEXTS * 3, None]})
+    every.save_to_disk(tmp_path / "one", num_shards=2)
+    several = {"train": every, "test": datasets.Dataset.from_dict({"text": ["of a test"]})}
+    datasets.DatasetDict(several).save_to_disk(tmp_path / "several")
+    texts = [t for t in TEXTS * 3 if t]
+    for name in ("one", "several"):
+        source = source_of(f"hf:{tmp_path / name}", streaming=streaming)
+        assert [item.text for item in source.read() if item.skipped is None] == texts
+        assert_resumes_anywhere(source)
+        with pytest.raises(SourceError, match=r"saved by datasets .* Give it as --source hf:\S+/(one|several)\.$"):
+            source_of(tmp_path / name)
+        with pytest.raises(SourceError, match=r"no split 'dev'. Set --split train"):
+            read(f"hf:{tmp_path / name}", split="dev", streaming=streaming)
+    assert read(f"hf:{tmp_path / 'several'}", split="test", streaming=streaming) == ["of a test"]
+    assert read(tmp_path / "one" / "*.arrow") == texts
+    assert_resumes_anywhere(source_of(tmp_path / "one" / "*.arrow"))
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow(tmp_path, new):
+    table = pa.table({"text": [*TEXTS, None], "n": range(5)})
+    with new(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=2)
+    assert read(tmp_path) == [t for t in TEXTS if t]
+    assert skipped(tmp_path) == ["empty", "null"]
+    assert_resumes_anywhere(source_of(tmp_path))
+    with pytest.raises(SourceError, match=r"a\.arrow: no column 'body'; there are text, n\. Set --text-field"):
+        read(tmp_path, text_field="body")
+    whole = (tmp_path / "a.arrow").read_bytes()
+    for kept in range(0, len(whole), 8):  # batches begin at multiples of it
+        (tmp_path / "a.arrow").write_bytes(whole[:kept])
+        assert skipped(tmp_path)[-1] == "damaged"
+    with pytest.raises(SourceError, match=r"a\.arrow: not a readable Arrow file .* Repair or remove the file"):
+        read(tmp_path, on_bad_text="fail")
+
+
+ROWS = [
+    {"meta": {"text": {"en": "one"}, "n": 1}},
+    {"meta": {"text": {"en": "two"}, "n": 2}},
+    {"meta": {"text": None, "n": 3}},
+    {"meta": None},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "hf", "streamed"])
+def test_a_field_of_a_record_in_the_record(tmp_path, hub, kind):
+    path, streaming = tmp_path / "set" / f"train.{kind}", kind == "streamed"
+    path.parent.mkdir()
+    if kind in ("parquet", "arrow"):
+        table = pa.Table.from_pylist(ROWS)
+        if kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
+    else:
+        path = path.with_suffix(".jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    spec = path if kind in ("jsonl", "parquet", "arrow") else f"hf:{path.parent}"
+    options = {"text_field": "meta.text.en", "streaming": streaming}
+    assert read(spec, **options) == ["one", "two"]
+    assert skipped(spec, **options) == ["null", "null"]
+    for field in ("meta.body", "meta.text.de", "body.text"):
+        with pytest.raises(SourceError, match=rf"no (column|field) '{field}'; there are meta.*Set --text-field"):
+            read(spec, text_field=field, streaming=streaming)
+    with pytest.raises(SourceError, match=r"field 'meta.text' is dict, not text|no column 'meta.text'"):
+        read(spec, text_field="meta.text", streaming=streaming)
+
+
+def test_a_name_with_a_dot_is_the_fields_own_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a.b": "own", "a": {"b": "inner"}}\n{"a": {"b": "inner"}}\n')
+    assert read(tmp_path, text_field="a.b") == ["own", "inner"]
+    pq.write_table(pa.table({"a.b": ["own"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_field="a.b") == ["own"]
+
+
 def test_hugging_face_without_data(tmp_path, hub):
     with pytest.raises(SourceError, match=r"--source hf:.*Check the name"):
         read(f"hf:{tmp_path}")

@@ -400,7 +400,7 @@ def test_an_altered_object_is_not_taken(address, place):
 
 
 def test_ranges_are_whole_blocks_that_are_compared(s3, prepared, tmp_path, caplog):
-    """An altered one is asked for again, once; without checksums a request has the sample's bytes alone."""
+    """An altered one is asked for again, once, and said once of a file; without checksums a request has the sample's bytes alone."""
     address = upload(prepared, f"s3://bucket{tmp_path}/corpus")
     cache.use(tmp_path / "cache", 0)
     shards, local = TokenShards(address, verify="read"), TokenShards(prepared)
@@ -422,12 +422,14 @@ def test_ranges_are_whole_blocks_that_are_compared(s3, prepared, tmp_path, caplo
     data[700] ^= 1
     fs.pipe_file(path, bytes(data))
     s3.requests.clear()
-    with pytest.raises(
-        ShardError, match=rf"{address}/{shard.file} is altered: bytes 0 to {shard.bytes:,} have checksum"
-    ):
-        shards.tokens(1100, 50)
-    assert len(s3.fetched(shard.file)) == 2
-    assert "It is asked for again." in caplog.text
+    for times, start in enumerate((1100, 1100, 1200, 1900), 1):
+        with pytest.raises(
+            ShardError, match=rf"{address}/{shard.file} is altered: bytes 0 to {shard.bytes:,} have checksum"
+        ):
+            shards.tokens(start, 50)
+        assert len(s3.fetched(shard.file)) == 2 * times
+    (said,) = (record.message for record in caplog.records if "is altered" in record.message)
+    assert "It is asked for again, as is whatever else" in said
 
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["copies", "ranges"])

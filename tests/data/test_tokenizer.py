@@ -1,6 +1,7 @@
 """Every tokenizer keeps every text, and the saved folder gives the same ids through plain transformers."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -173,13 +174,28 @@ def test_hugging_face_without_an_end(texts, tmp_path):
         ("hf:", "name a tokenizer"),
         ("nowhere/x.model", "No such file"),
         ("hf:nowhere/at/all", "transformers cannot load it"),
-        ("spm-bpe:100", "SentencePiece cannot train it.*at least"),
-        ("spm-unigram:900000", "SentencePiece cannot train it.*smaller vocabulary"),
     ],
 )
 def test_bad_specifications(texts, spec, message, tmp_path):
     with pytest.raises(TokenizerError, match=message):
         build(spec, texts[:20], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["spm-bpe", "spm-unigram"])
+@pytest.mark.parametrize("text", ["a", "".join(map(chr, range(0x4E00, 0x4F00))), "corpus"])
+def test_a_size_that_cannot_be_made_is_answered_with_one_that_can(kind, text, texts, tmp_path):
+    sample, made = texts[:20] if text == "corpus" else [text], []
+    for size in (1, 259, 100_000):
+        with pytest.raises(
+            TokenizerError, match=rf"^--tokenizer {kind}:{size}: .* Take {kind}:\d+, or more"
+        ) as refused:
+            build(f"{kind}:{size}", sample, tmp_path / "out")
+        made.append(int(re.search(r"Take \S+:(\d+),", str(refused.value))[1]))
+    assert made[0] == made[1] <= made[2]
+    for i, size in enumerate(made[1:]):
+        tokenizer = build(f"{kind}:{size}", sample, tmp_path / str(i))
+        assert tokenizer.vocab_size == size
+        assert tokenizer.decode(tokenizer.encode(sample[0])) == sample[0]
 
 
 def test_not_a_model(tmp_path, texts):

@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.train.config import parsing as c
+from anon_dist.train.reports.metrics import read_metrics
 
 SCRIPT = Path(__file__).with_name("kills.py")
 ZERO3 = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3.json"
@@ -118,8 +119,8 @@ GOING_BACK = ("a spike is known", "back to a checkpoint", "loaded in part", "loa
 
 
 def test_in_going_back(command, tmp_path):
-    """From one of two spikes, by any of the ranks: in the end there were two rewinds, no sample came twice, and the weights are those of a
-    run that nobody killed."""
+    """From one of two spikes, by any of the ranks: in the end there were two rewinds, each with its record, no sample came twice, and the
+    weights are those of a run that nobody killed."""
     options = {
         "train__engine": "fsdp2",
         "train__on_spike": "rewind",
@@ -136,6 +137,9 @@ def test_in_going_back(command, tmp_path):
         {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "lr" in r}
         for folder in (calm, run)
     ]
+    told = [[r for r in read_metrics(f / "metrics.jsonl") if "rewound_from" in r] for f in (calm, run)]
+    assert told[0] == told[1]
+    assert [(r["rewinds"], r["samples_passed_over"]) for r in told[0]] == [(1, 16), (2, 16 + 24)]
     for key in ("loss", "samples", "rewinds", "spikes", "update_rms"):
         ours, theirs = ([r.get(key) for r in records.values()] for records in found)
         assert ours == theirs, key

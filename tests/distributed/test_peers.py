@@ -132,6 +132,42 @@ def test_without_a_store_the_exit_does_not_hang(notes, monkeypatch):
     assert found[1][0].startswith(f"The store at 127.0.0.1 does not answer rank 1 on {HERE}: ")
 
 
+def orphan(rank: int, port, known, lost, queue) -> None:
+    """Rank 0 has the store, and waits to be killed; rank 1 fails afterwards."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if rank == 0:
+        socket.gethostname = lambda: "node-a"
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port.put(server.port)
+        port.put(server.port)
+    os.environ["MASTER_PORT"] = str(port.get(timeout=60))
+    peers.sign_in()
+    while rank == 0 or not peers._FIRST_HOST:
+        time.sleep(0.05)
+    known.set()
+    lost.wait(60)
+    with suppress(ValueError), peers.who_stopped():
+        error = ValueError("closed")
+        raise error
+    queue.put(error.__notes__)
+
+
+def test_with_the_node_of_rank_0_its_name_is_not_lost():
+    port, queue, known, lost = FORK.Queue(), FORK.Queue(), FORK.Event(), FORK.Event()
+    first, other = (FORK.Process(target=orphan, args=(rank, port, known, lost, queue)) for rank in range(2))
+    first.start()
+    other.start()
+    assert known.wait(60)
+    first.kill()
+    first.join()
+    lost.set()
+    (note,) = queue.get(timeout=60)
+    assert note.startswith(f"The store at 127.0.0.1 on node-a does not answer rank 1 on {HERE}: the node of rank 0 ")
+    other.join(60)
+    assert other.exitcode == 0
+
+
 def in_a_group(rank: int, port: int, queue) -> None:
     """Rank 0 waits for rank 1, which fails and does not end; each has a connection of its own besides."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from anon_dist.doctor import network
 from anon_dist.doctor.judge import Nodes, Wanted, judge
 from anon_dist.doctor.network import chosen_interface
 from anon_dist.doctor.options import Doctor
@@ -257,3 +258,28 @@ def test_a_node_that_is_alone_has_the_interface_that_is_named(monkeypatch):
     assert finding.text.startswith("node-a: GLOO_SOCKET_IFNAME=eth9: no interface of this node has that name")
     assert finding.remedy == "unset GLOO_SOCKET_IFNAME, or name an interface that is there"
     assert told("lo") == []
+
+
+@pytest.mark.parametrize(
+    ("nccl", "gloo", "named", "text"),
+    [
+        ("eth0", "eth0", "10.0.0.1", ""),
+        ("=ib0", "eth0", "10.1.0.1", ""),
+        ("eth0", "eth9", "to eth0 there", "node-a: GLOO_SOCKET_IFNAME=eth9: no interface of this node has that name"),
+        ("eth0", "lo", "to eth0 there", "node-a: GLOO_SOCKET_IFNAME=lo: no other node can reach the loopback"),
+        ("eth0", "", "to eth0 there", "the name node-a leads to 127.0.1.1: no other node can reach the loopback"),
+        ("eth9", "eth0", "to eth0 there", "node-a: NCCL_SOCKET_IFNAME=eth9: no interface of this node has that name"),
+    ],
+)
+def test_of_a_run_under_nccl_the_interfaces_of_gloo_and_of_nccl_are_looked_at(monkeypatch, nccl, gloo, named, text):
+    there = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "ib0": ["10.1.0.1"]}
+    monkeypatch.setattr(network, "_addresses", lambda: there)
+    monkeypatch.setattr(network, "_towards", lambda *_: "eth0")
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))])
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
+    reports = {0: Report(0, "node-a", interface=chosen_interface(Place(nodes=2), "nccl"))}
+    (finding,) = [f for f in judge(Nodes(reports, {}, {}, 2), None) if f.check == "interface"]
+    assert finding.level == ("fail" if text else "ok")
+    assert text in finding.text
+    assert named in (finding.remedy if text else finding.text)

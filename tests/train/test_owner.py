@@ -3,6 +3,8 @@
 import json
 import shutil
 import threading
+import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -120,7 +122,9 @@ def test_the_doctor_does_not_wait_for_an_address_that_does_not_answer(address, t
     config = c.Config(run_dir=str(tmp_path / "run"))
     config.checkpoint.remote = address
     problem, remedy = storage.try_address(config)
+    (looking,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint.remote")
     answer.set()
+    looking.join()  # or it writes there while the next test is at work
     assert problem == f"{address} does not answer within 0 s"
     assert "network" in remedy
 
@@ -144,7 +148,8 @@ def test_where_nothing_can_be_written_the_start_says_so(error, address, run_conf
         raise error
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", refused)
-    monkeypatch.setattr(stores.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it was tried again"))
+    monkeypatch.setattr(stores, "time", clock)  # of no other thread
     monkeypatch.setattr(loop, "set_up", lambda *_: pytest.fail("set up"))
     words = (
         rf"checkpoint.remote: {address} cannot be written: \w+: .*See to the address .*or leave checkpoint.remote out"

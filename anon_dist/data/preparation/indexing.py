@@ -5,6 +5,7 @@ All tokens are read once: for checksums, to find ids that the tokenizer has not,
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -36,7 +37,7 @@ from anon_dist.data.stored.index import (
     SplitInfo,
 )
 from anon_dist.files import publish, write_json
-from anon_dist.stores import is_address
+from anon_dist.stores import is_address, scheme_of
 
 Int64 = NDArray[np.int64]
 
@@ -45,6 +46,8 @@ STRETCHES = 64
 READ_TOKENS = 1 << 22
 SAMPLE_TOKENS = 1 << 18
 """Tokens of a split whose text is looked at."""
+COPIES = {"s3": "aws s3 sync", "gs": "gcloud storage rsync --recursive"}
+"""What copies a folder of a store."""
 COMPARED = 100
 """Documents whose text is encoded again."""
 
@@ -109,8 +112,11 @@ def index_tokens(config: IndexConfig) -> Index:
 
 def _check(config: IndexConfig) -> None:
     if is_address(config.source):
+        folder = re.sub(r"/[^/]*(\*[^/]*|\.ds|\.bin|\.idx)$", "", config.source.rstrip("/"))
+        by = COPIES.get(scheme_of(config.source))
         raise PreparationError(
-            f"{config.source} is an address; token files are read where they lie, on this machine: copy them here"
+            f"{config.source} is an address, and token files are read where they lie: copy them to a file system that all nodes see"
+            f"{f' (`{by} {folder} DIR`)' if by else ''}, and index the copy. Folders of `anon-dist data prepare` are read from addresses"
         )
     if not 0.0 <= config.val_fraction < 1.0:
         raise PreparationError(f"--val-fraction must be in [0, 1), not {config.val_fraction}")

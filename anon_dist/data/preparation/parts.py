@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.data.errors import ShardError
-from anon_dist.data.stored.index import INDEX_FILE, SplitInfo, split_from_json
+from anon_dist.data.stored.index import INDEX_FILE, Origin, SplitInfo
+from anon_dist.data.stored.typed import read_as
 
 PART_FILE = "part.json"
 PART_VERSION = 1
@@ -52,8 +53,10 @@ class Part:
             content = json.loads(path.read_bytes())
             if content["part_version"] != PART_VERSION:
                 raise ShardError(f"{path} is of another version of anon_dist. Prepare the part again with --overwrite.")
-            content["splits"] = {name: split_from_json(split) for name, split in content["splits"].items()}
-            return cls(**content)
+            part = read_as(cls, content)
+            for key in ("source", "noted"):
+                read_as(Origin, getattr(part, key), key)
+            return part
         except FileNotFoundError:
             if (folder / INDEX_FILE).exists():
                 raise ShardError(

@@ -223,6 +223,8 @@ def _check(config: PrepareConfig) -> None:
         if not ok or (value == 0 and option.startswith("max")):
             raise PreparationError(f"--{option} must be {allowed}, not {value}.")
     check_spec(config.tokenizer)
+    if not all(spec.strip() for spec in config.source):
+        raise PreparationError("--source '' names nothing. Give a path, a glob, an address, hf:NAME or stdlib.")
     if repeated := [spec for spec, count in Counter(config.source).items() if count > 1]:
         raise PreparationError(f"--source {repeated[0]} comes twice; give it once.")
     if config.part:

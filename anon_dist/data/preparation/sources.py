@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, text, JSON Lines and parquet files, or anything that `datasets` loads.
+"""Where documents come from: the standard library, text, JSON Lines, parquet and Arrow files, or anything that `datasets` loads.
 
 A source is a fixed sequence of parts (files), each a sequence of items: documents, and notes of what was skipped. A `Cursor` names a
 place in it, so that an interrupted reader goes on without reading the earlier parts again.
@@ -89,7 +89,7 @@ def open_source(
     """The source that `spec` names: `stdlib`, `hf:NAME[:CONFIG]`, or a file, folder or glob, here or at an address.
 
     Args:
-        text_field: column of JSON Lines, parquet and `hf:` sources that holds the text.
+        text_field: column of JSON Lines, parquet, Arrow and `hf:` sources that holds the text.
         split: split of an `hf:` dataset.
         streaming: whether an `hf:` dataset is streamed instead of downloaded first.
         text_unit: what of a plain-text file is one document.
@@ -103,6 +103,8 @@ def open_source(
     reader = TextReader(text_field, text_unit, on_bad_text)
     if spec.startswith("hf:"):
         return HubSource(spec.removeprefix("hf:"), split, streaming, text_field, reader)
+    if not is_address(spec) and is_saved(Path(spec).expanduser()):
+        raise SourceError(f"--source {spec} was saved by datasets (save_to_disk). Give it as --source hf:{spec}.")
     found = find_at(spec) if is_address(spec) else find_files(spec)
     return FileSource(*found, reader, origin=spec)
 
@@ -120,8 +122,8 @@ def standard_library(on_bad_text: OnBadText = "skip") -> FileSource:
 class FileSource:
     """Documents from files, one part per file.
 
-    A plain-text file is one document (or one per paragraph or line), a line of JSON Lines or a row of parquet is one.
-    The kind follows from the name: `.jsonl`, `.json`, `.ndjson` and `.parquet`; anything else is text. `.gz` and `.zst` are unpacked.
+    A plain-text file is one document (or one per paragraph or line), a line of JSON Lines or a row of parquet or Arrow is one.
+    The kind follows from the name: `.jsonl`, `.json`, `.ndjson`, `.parquet`, `.arrow`; all else is text. `.gz` and `.zst` are unpacked.
 
     Args:
         root, files: the files, in their order, and a folder above them.
@@ -209,7 +211,7 @@ class FileSource:
 
 
 class HubSource:
-    """Documents from a dataset of the Hugging Face hub, or a local folder that `datasets.load_dataset` understands; one part.
+    """Documents from a dataset of the Hugging Face hub, or a local folder that `datasets` loads or has saved; one part.
 
     Raises:
         SourceError: the dataset cannot be loaded, or has no such column.
@@ -253,18 +255,40 @@ class HubSource:
         import datasets
 
         try:
-            data = datasets.load_dataset(self._path, self._config or None, split=self._split, streaming=self._streaming)
+            if is_saved(Path(self._path)):
+                data = self._saved(datasets.load_from_disk(self._path))
+            else:
+                kind = self._config or None
+                data = datasets.load_dataset(self._path, kind, split=self._split, streaming=self._streaming)
+        except SourceError:
+            raise
         except Exception as error:  # datasets raises anything, from its builders too
             raise SourceError(
                 f"--source hf:{self._path}: {type(error).__name__}: {error}. "
                 "Check the name, --split and the network; or name local files with --source PATH."
             ) from error
         columns = data.column_names
-        if columns is not None and self._field not in columns:
+        if columns is not None and self._field not in columns and self._field.partition(".")[0] not in columns:
             raise SourceError(
                 f"--source hf:{self._path}: no column {self._field!r}; there are {', '.join(columns)}. Set --text-field."
             )
         return data
+
+    def _saved(self, found: Any) -> Any:
+        """The split of what `save_to_disk` left. A folder of one split may not say which it is."""
+        splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+        if self._split not in splits:
+            raise SourceError(
+                f"--source hf:{self._path}: there is no split {self._split!r}. Set --split {' or '.join(splits)}."
+            )
+        data = splits[self._split]
+        return data.to_iterable_dataset() if self._streaming else data
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` has saved this, by `save_to_disk`."""
+    one = (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+    return one or (folder / "dataset_dict.json").is_file()
 
 
 class SeveralSources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from anon_dist.data.errors import TokenizerError
 EOD = "<|endofdoc|>"
 SPACE = "▁"
 MAX_SENTENCE_BYTES = 1 << 16
+META_PIECES = 260
+"""Of a model that is trained here: the bytes, the unknown token, the end of a document, newline and tab."""
 TRAPS = ("<0x41>", "<unk>", "</s>", EOD, "a▁b", "   ", "\r\n \n\t\t", "\0", "𝖀\u0301")
 # Values of the enumerations in sentencepiece_model.proto.
 UNIGRAM, BPE = 1, 2
@@ -27,7 +30,7 @@ def train(kind: Literal["bpe", "unigram"], vocab_size: int, texts: Iterable[str]
     Characters that the vocabulary lacks are spelled in bytes, white space is kept as it is, and newlines and tabs are pieces of their own.
 
     Raises:
-        TokenizerError: the trainer cannot make a vocabulary of that size from the texts.
+        TokenizerError: the trainer cannot make a vocabulary of that size from the texts; with the nearest one that it can make.
     """
     import sentencepiece
 
@@ -37,7 +40,7 @@ def train(kind: Literal["bpe", "unigram"], vocab_size: int, texts: Iterable[str]
             sentence_iterator=(line for text in texts for line in _sentences(text)),
             model_writer=model,
             model_type=kind,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, META_PIECES),  # with fewer it cannot say how many are needed
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -59,11 +62,26 @@ def train(kind: Literal["bpe", "unigram"], vocab_size: int, texts: Iterable[str]
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(
-            f"--tokenizer spm-{kind}:{vocab_size}: SentencePiece cannot train it ({error}). "
-            "A small corpus needs a smaller vocabulary, and byte fallback at least 400; or raise --tokenizer-sample-mb."
-        ) from error
+        raise TokenizerError(f"--tokenizer spm-{kind}:{vocab_size}: {_why_not(kind, str(error))}") from error
+    if vocab_size < META_PIECES:
+        raise TokenizerError(f"--tokenizer spm-{kind}:{vocab_size}: {_too_few(kind, META_PIECES)}")
     return model.getvalue()
+
+
+def _why_not(kind: str, said: str) -> str:
+    """What the trainer's error means, with a size that it can make."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", said):
+        return _too_few(kind, int(needed[1]))
+    if most := re.search(r"set it to a value <= (\d+)", said):
+        return (
+            f"so many tokens are not to be had of these texts. Take spm-{kind}:{most[1]}, or more text (another --source; of a large one "
+            "raise --tokenizer-sample-mb)."
+        )
+    return f"SentencePiece cannot train it ({said}). Take another size, or other texts."
+
+
+def _too_few(kind: str, needed: int) -> str:
+    return f"the texts' characters and the 256 bytes need {needed} tokens. Take spm-{kind}:{needed}, or more."
 
 
 def _sentences(text: str) -> Iterable[str]:

@@ -1,13 +1,14 @@
-"""The texts of one file: plain, JSON Lines or parquet, as it is or packed; and what to do with text that is none."""
+"""The texts of one file: plain, JSON Lines, parquet or Arrow, as it is or packed; and what to do with text that is none."""
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from anon_dist.data.config import OnBadText, TextUnit
 from anon_dist.data.errors import SourceError
@@ -18,10 +19,14 @@ from anon_dist.data.preparation.unpacking import COMPRESSIONS, RubbishError, Unp
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 NO_TEXT = (
     *(".warc", ".wet", ".arc", ".pdf", ".docx", ".doc", ".odt", ".epub", ".xlsx", ".pptx", ".rtf"),
-    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".arrow", ".npy", ".pkl", ".safetensors"),
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".npy", ".pkl", ".safetensors"),
 )
 """Formats whose text has to be extracted first, though they may begin like text."""
 PARQUET_ROWS = 256
+ARROW_FILE = b"ARROW1"
+"""What the Arrow format with an index begins with; `datasets` writes the one without, a stream."""
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""Of a stream: one that is cut between two batches reads as a whole one."""
 
 
 class Noted(NamedTuple):
@@ -39,14 +44,14 @@ class TextReader:
     """Reads files one after the other.
 
     Args:
-        field: of JSON Lines and parquet, that holds the text.
+        field: of JSON Lines, parquet and Arrow, that holds the text; `a.b` is `b` of the record in `a`.
         unit: what of a plain-text file is one document.
         on_bad_text: see `PrepareConfig`.
     """
 
     def __init__(self, field: str, unit: TextUnit, on_bad_text: OnBadText) -> None:
         self._field, self._unit, self._bad = field, unit, on_bad_text
-        self._raw: BinaryIO | None = None
+        self._raw: IO[bytes] | None = None
         self._share = 0.0
 
     def position(self, size: int) -> int:
@@ -72,6 +77,8 @@ class TextReader:
                 yield Noted("no text format", shown)
             elif suffix == ".parquet":
                 yield from self._parquet_rows(path, shown, first)
+            elif suffix == ".arrow":
+                yield from self._arrow_rows(path, shown, first)
             elif suffix in JSON_LINES:
                 yield from self._json_lines(path, shown, first)
             else:
@@ -91,11 +98,11 @@ class TextReader:
     def text_of(self, row: dict[str, Any], shown: str, path: str, place: str, first: bool) -> Found:
         """The text of a record. `place` in the file `path`, which is called `shown` among what was left out."""
         where = f"{path}, {place}"
-        if self._field not in row:
-            names = ", ".join(map(str, row))
-            said = f"{where}: no field {self._field!r}; there are {names}. Set --text-field."
+        try:
+            text = _value(row, self._field)
+        except KeyError:
+            said = f"{where}: no field {self._field!r}; there are {', '.join(_names(row))}. Set --text-field."
             return self.bad(f"no field {self._field!r}", f"{shown}, {place}", said, wrong=first)
-        text = row[self._field]
         if text is None:
             return Noted("null", f"{shown}, {place}")
         if not isinstance(text, str):
@@ -225,20 +232,74 @@ class TextReader:
 
         try:
             with path.open("rb") as content, pyarrow.parquet.ParquetFile(content) as file:
-                if self._field not in file.schema_arrow.names:
-                    names = ", ".join(file.schema_arrow.names)
-                    said = f"{path}: no column {self._field!r}; there are {names}. Set --text-field."
-                    yield self.bad(f"no field {self._field!r}", shown, said, wrong=first)
+                leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+                if self._field not in (*file.schema_arrow.names, *leaves):
+                    yield self._no_column(leaves, path, shown, first)
                     return
-                number = 0
-                for batch in file.iter_batches(PARQUET_ROWS, columns=[self._field]):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield self.text_of(row, shown, str(path), f"row {number}", first and number == 1)
+                batches = file.iter_batches(PARQUET_ROWS, columns=[self._field])
+                for number, text in enumerate(self._rows(batches, path, shown, first), 1):
+                    yield text
                     self._share = number / max(1, file.metadata.num_rows)
         except pyarrow.ArrowException as error:
             said = f"{path}: not a readable parquet file ({error}). Repair or remove the file."
             yield self.bad("damaged", f"{shown}: {str(error).splitlines()[0]}", said)
+
+    def _arrow_rows(self, path: Path, shown: str, first: bool) -> Iterator[Found]:
+        import pyarrow
+
+        try:
+            with path.open("rb") as content:
+                self._raw = content
+                indexed = content.read(len(ARROW_FILE)) == ARROW_FILE
+                content.seek(0)
+                with pyarrow.ipc.open_file(content) if indexed else pyarrow.ipc.open_stream(content) as file:
+                    column = self._field if self._field in file.schema.names else self._field.partition(".")[0]
+                    if column not in file.schema.names:
+                        yield self._no_column(file.schema.names, path, shown, first)
+                        return
+                    every = map(file.get_batch, range(file.num_record_batches)) if indexed else file
+                    yield from self._rows((batch.select([column]) for batch in every), path, shown, first)
+                content.seek(-len(ARROW_END), os.SEEK_END)
+                if not indexed and content.read() != ARROW_END:
+                    raise pyarrow.ArrowInvalid("the end of the stream is missing")
+        except pyarrow.ArrowException as error:
+            said = f"{path}: not a readable Arrow file ({error}). Repair or remove the file."
+            yield self.bad("damaged", f"{shown}: {str(error).splitlines()[0]}", said)
+
+    def _rows(self, batches: Iterable[Any], path: Path, shown: str, first: bool) -> Iterator[Found]:
+        """The texts of tables' rows."""
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield self.text_of(row, shown, str(path), f"row {number}", first and number == 1)
+
+    def _no_column(self, names: Sequence[str], path: Path, shown: str, first: bool) -> Noted:
+        said = f"{path}: no column {self._field!r}; there are {', '.join(names)}. Set --text-field."
+        return self.bad(f"no field {self._field!r}", shown, said, wrong=first)
+
+
+def _value(row: Mapping[str, Any], field: str) -> Any:
+    """Of a field, or, where its name has a dot, of one in a record in the record.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if field in row:
+        return row[field]
+    outer, dot, inner = field.partition(".")
+    found = row[outer] if dot else None
+    if dot and found is None:
+        return None
+    if not isinstance(found, Mapping):
+        raise KeyError(field)
+    return _value(found, inner)
+
+
+def _names(row: Mapping[str, Any]) -> Iterator[str]:
+    """Of the fields, as `--text-field` takes them; of records in the record, those of theirs."""
+    for name, value in row.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, Mapping) and value else (str(name),)
 
 
 def _joined(pieces: Iterator[bytes]) -> tuple[bytes, RubbishError | None]:

@@ -1,4 +1,4 @@
-"""How the shards of a split are read: mapped where they lie; of an address, as copies in the cache if they fit, or else by ranges."""
+"""How the shards of a split are read: where they lie; of an address, as copies in the cache if they fit, or else by ranges."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from pathlib import Path
 
 from anon_dist.data.errors import ShardError
 from anon_dist.data.stored import cache
-from anon_dist.data.stored.blocks import RESTORE, FirstTouch
+from anon_dist.data.stored.blocks import AGAIN, RESTORE, FirstTouch, remedy
 from anon_dist.data.stored.index import Index, ShardInfo
 from anon_dist.data.stored.ranges import RangeReader
-from anon_dist.data.stored.reading import CachedReader, MappedReader, Reader
+from anon_dist.data.stored.reading import CachedReader, FolderReader, Reader
 from anon_dist.data.stored.remote import UPLOAD, RemoteFolder, located, torn
 from anon_dist.stores import is_address
-
-AGAIN = "Put it back where it was, or index it again with `anon-dist data index`."
 
 
 def open_reader(directory: str | Path, index: Index, split: str, by_block: bool) -> Reader:
@@ -36,7 +34,7 @@ def open_reader(directory: str | Path, index: Index, split: str, by_block: bool)
     if not is_address(directory):
         for shard in info.shards:
             check_size(Path(directory), shard)
-        return MappedReader(Path(directory), filled, dtype, touch())
+        return FolderReader(Path(directory), filled, dtype, touch())
     remote = RemoteFolder(str(directory))
     check_there(remote, info.shards)
     claim = cache.present().claim(index.fingerprint, filled)
@@ -55,7 +53,7 @@ def check_size(directory: Path, shard: ShardInfo) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing. {AGAIN if shard.is_elsewhere else RESTORE}") from None
+        raise ShardError(f"{path} is missing. {remedy(shard)}") from None
     if shard.is_elsewhere and size < shard.start + shard.bytes:
         raise ShardError(
             f"{path} has {size:,} bytes, and had {shard.start + shard.bytes:,} when it was indexed. {AGAIN}"

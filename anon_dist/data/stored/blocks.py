@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -19,9 +19,15 @@ from anon_dist.data.errors import ShardError
 from anon_dist.data.stored.index import ShardInfo
 
 BLOCK_BYTES = 1 << 17
-"""What the kernel reads anyway for one token of a memory map that is not in memory."""
+"""What the kernel reads anyway for one token that is not in memory."""
 SUM_BYTES = 8
-RESTORE = "Copy it again from where it came from, or prepare the data again with --overwrite."
+RESTORE = "Copy it again from where it came from, or prepare the data again: `anon-dist data prepare … --overwrite`, as at first."
+AGAIN = "Put it back where it was, or index it again with `anon-dist data index`."
+
+
+def remedy(shard: ShardInfo) -> str:
+    """What brings a shard back."""
+    return AGAIN if shard.is_elsewhere else RESTORE
 
 
 def sums_file(split: str) -> str:
@@ -32,6 +38,17 @@ def sums_file(split: str) -> str:
 def blocks_of(shard: ShardInfo) -> int:
     """Blocks of a shard, the last of which may be short."""
     return -(-shard.bytes // BLOCK_BYTES)
+
+
+class Tokens(Protocol):
+    """Of a shard: a stretch of them is read when it is asked for."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one."""
+
+    def __getitem__(self, span: slice) -> NDArray[Any]:
+        """Raises: ShardError: they cannot be read."""
 
 
 class BlockDigests:
@@ -99,7 +116,7 @@ class FirstTouch:
         self._first = (np.cumsum(counts) - counts).tolist()
         self._seen = bytearray(len(self._sums))
 
-    def check(self, shard: int, data: NDArray[Any], start: int, end: int) -> None:
+    def check(self, shard: int, data: Tokens, start: int, end: int) -> None:
         """Tokens [start, end) of a shard, `data`, are about to be read. `shard` is its number.
 
         Raises:
@@ -112,7 +129,7 @@ class FirstTouch:
                 if not self._seen[block]:
                     self._compare(shard, data, block)
 
-    def _compare(self, shard: int, data: NDArray[Any], block: int) -> None:
+    def _compare(self, shard: int, data: Tokens, block: int) -> None:
         at = (block - self._first[shard]) * BLOCK_BYTES
         self.compare(shard, at, data[at // data.itemsize : (at + BLOCK_BYTES) // data.itemsize].data)
         self._seen[block] = 1  # only now: a thread beside this one may compare it too
@@ -126,7 +143,8 @@ class FirstTouch:
         found, wanted = xxhash.xxh3_64_intdigest(content), self._sums[self._first[shard] + at // BLOCK_BYTES]
         if found != wanted:
             info = self._shards[shard]
+            place = info.file if info.is_elsewhere else f"{self._place}/{info.file}"
             raise ShardError(
-                f"{self._place}/{info.file} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
-                f"{found:016x}, {self._called} says {wanted:016x}. {RESTORE}"
+                f"{place} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
+                f"{found:016x}, {self._called} says {wanted:016x}. {remedy(info)}"
             )

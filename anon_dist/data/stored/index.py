@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ import xxhash
 
 from anon_dist.data.errors import DataError, ShardError
 from anon_dist.data.stored.remote import joined, located
+from anon_dist.data.stored.typed import read_as
 from anon_dist.named import named_instead
 from anon_dist.stores import is_address
 
@@ -78,6 +79,30 @@ class Statistics:
     """Tokens at the start of the validation split that were scored."""
     token_cap: int
     """The most tokens of a split that are looked at."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is shown of `Index.source`, which may hold more."""
+
+    kind: str = ""
+    origin: str = ""
+    name: str = ""
+    files: int = 0
+    bytes: int = 0
+    hidden_files: int = 0
+    special_files: int = 0
+    sources: tuple[Origin, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    skipped_examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What is compared of `Index.tokenizer_behaviour`."""
+
+    special_tokens: Mapping[str, tuple[str, Any]] | None = None
+    probe: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,12 +176,12 @@ class Index:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The reverse of `to_json`; keys that a later version may have added are ignored."""
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in content.items() if k in known}
-        values["splits"] = {name: split_from_json(split) for name, split in values["splits"].items()}
-        values["statistics"] = Statistics(**values["statistics"])
-        return cls(**values)
+        """The reverse of `to_json`.
+
+        Raises:
+            ValueError: see `read_as`.
+        """
+        return read_as(cls, content)
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -182,30 +207,24 @@ class Index:
             )
         try:
             index = cls.from_json(content)
-        except (KeyError, TypeError) as error:
-            raise ShardError(
-                f"{path}: a key is missing or malformed ({error}). Prepare again with --overwrite."
-            ) from None
+            read_as(Origin, index.source, "source")
+            read_as(Behaviour, index.tokenizer_behaviour, "tokenizer_behaviour")
+        except ValueError as error:
+            raise ShardError(f"{path}: {error}; the file was edited. Prepare again with --overwrite.") from None
         index._refuse_edited(path)
         return index
 
     def _refuse_edited(self, path: str | Path) -> None:
         """Refuse values that no preparation writes, or that do not belong together."""
         most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(self.dtype, 0)
-        if not (
-            isinstance(self.vocab_size, int)
-            and isinstance(self.eod_id, int)
-            and 0 <= self.eod_id < self.vocab_size <= most
-        ):
+        if not 0 <= self.eod_id < self.vocab_size <= most:
             raise ShardError(
                 f"{path}: eod_id = {self.eod_id!r} must be below vocab_size = {self.vocab_size!r}, and that fit dtype = {self.dtype!r}; "
                 "the file was edited. Prepare again."
             )
-        if not isinstance(self.tokenizer_behaviour, dict):
-            raise ShardError(f"{path}: tokenizer_behaviour is no mapping; the file was edited. Prepare again.")
         for name, split in self.splits.items():
             counts, tokens = (split.tokens, split.documents, split.text_bytes), sum(s.tokens for s in split.shards)
-            if any(type(count) is not int or count < 0 for count in counts) or split.tokens != tokens:
+            if min(counts) < 0 or split.tokens != tokens:
                 raise ShardError(
                     f"{path}: splits.{name} has {counts} tokens, documents and bytes of text, and its shards {tokens} tokens; the file was "
                     "edited. Prepare again."
@@ -240,9 +259,3 @@ def _why_absent(directory: str | Path, path: str | Path) -> str:
         f"preparation unfinished or not a data folder: {path} does not exist. "
         f"`anon-dist data prepare --source … --out {directory}` makes it, or goes on, with the settings it was begun with."
     )
-
-
-def split_from_json(content: Mapping[str, Any]) -> SplitInfo:
-    """The reverse of `dataclasses.asdict`."""
-    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-    return SplitInfo(shards, content["tokens"], content["documents"], content["text_bytes"], content.get("sums", ""))

@@ -55,6 +55,8 @@ class RangeReader:
         self._lock = threading.Lock()
         self._waiting: deque[Piece] = deque()
         """To be asked for."""
+        self._altered: set[int] = set()
+        """Shards of which something came altered, and was said to."""
         self._asked: dict[Piece, deque[_Coming]] = {}
         """Asked for ahead."""
         self._awaited: list[_Coming] = []
@@ -152,7 +154,11 @@ class RangeReader:
         try:
             self._compare(piece.shard, first, data)
         except ShardError as error:
-            log.warning("%s It is asked for again.", error)
+            with self._lock:
+                is_news = piece.shard not in self._altered
+                self._altered.add(piece.shard)
+            if is_news:  # of many samples in one block, and many blocks of one file, one line
+                log.warning("%s It is asked for again, as is whatever else of the file comes altered.", error)
             data = self._remote.piece(shard.file, first, last, shard.bytes)
             self._compare(piece.shard, first, data)
         return np.frombuffer(data[start - first : end - first], self._dtype)  # the rest of the blocks is let go

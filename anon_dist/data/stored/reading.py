@@ -6,8 +6,10 @@ Whoever reads may say before what comes next, in its order: then it is there, or
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anon_dist.data.errors import ShardError
-from anon_dist.data.stored.blocks import FirstTouch
+from anon_dist.data.stored.blocks import FirstTouch, remedy
 from anon_dist.data.stored.cache import Claim
 from anon_dist.data.stored.index import ShardInfo
 from anon_dist.data.stored.remote import RemoteFolder
@@ -56,8 +58,8 @@ class Reader(Protocol):
         """What was said is not read any more; who waits for it is given an error."""
 
 
-class MappedReader:
-    """Files in a folder here, memory-mapped.
+class FolderReader:
+    """Files in a folder here.
 
     Args:
         touch: compares what is read for the first time.
@@ -71,11 +73,11 @@ class MappedReader:
     ) -> None:
         allow_files(len(shards))
         self._touch = touch
-        self._maps = [mapped(directory / shard.file, dtype, shard) for shard in shards]
+        self._files = [ShardFile(directory / shard.file, dtype, shard) for shard in shards]
 
     def read(self, shard: int, start: int, out: Int64) -> None:
         """See `Reader`."""
-        tokens, end = self._maps[shard], start + len(out)
+        tokens, end = self._files[shard], start + len(out)
         if self._touch is not None:
             self._touch.check(shard, tokens, start, end)
         out[:] = tokens[start:end]
@@ -105,14 +107,14 @@ class CachedReader:
     ) -> None:
         allow_files(len(shards))
         self._remote, self._claim, self._shards, self._dtype, self._touch = remote, claim, shards, dtype, touch
-        self._maps: dict[int, NDArray[Any]] = {}
+        self._files: dict[int, ShardFile] = {}
         self._failed: dict[int, Exception] = {}
         self._forgotten = 0
         self._jobs = Jobs(self._bring, DOWNLOADS)
 
     def read(self, shard: int, start: int, out: Int64) -> None:
         """See `Reader`. Waits for the shard."""
-        tokens, end = self._maps.get(shard), start + len(out)
+        tokens, end = self._files.get(shard), start + len(out)
         if tokens is None:
             tokens = self._wait(shard)
         if self._touch is not None:
@@ -127,7 +129,7 @@ class CachedReader:
     def expect(self, pieces: Iterable[Piece]) -> None:
         """See `Reader`."""
         wanted = dict.fromkeys(piece.shard for piece in pieces)
-        self._jobs.add([shard for shard in wanted if shard not in self._maps])
+        self._jobs.add([shard for shard in wanted if shard not in self._files])
 
     def forget(self) -> None:
         """See `Reader`. Shards that are on their way come all the same."""
@@ -136,29 +138,29 @@ class CachedReader:
             self._forgotten += 1
             self._jobs.changed.notify_all()
 
-    def _wait(self, shard: int) -> NDArray[Any]:
+    def _wait(self, shard: int) -> ShardFile:
         with self._jobs.changed:
             self._failed.pop(shard, None)
-            if shard not in self._maps:
+            if shard not in self._files:
                 self._jobs.hurry(shard)
             before = self._forgotten
             self._jobs.changed.wait_for(
-                lambda: shard in self._maps or shard in self._failed or self._forgotten != before
+                lambda: shard in self._files or shard in self._failed or self._forgotten != before
             )
-            if shard in self._maps:
-                return self._maps[shard]
+            if shard in self._files:
+                return self._files[shard]
             error = self._failed.get(shard, ShardError(f"{self._shards[shard].file} is not waited for any more"))
         raise ShardError(str(error)) from error
 
     def _bring(self, number: int) -> None:
         try:
-            self._maps[number] = mapped(self._claim.shard(*self._wanted(number)), self._dtype, self._shards[number])
+            self._files[number] = ShardFile(self._claim.shard(*self._wanted(number)), self._dtype, self._shards[number])
         except Exception as error:  # is raised where the shard is read
             self._failed[number] = error
 
-    def _again(self, number: int) -> NDArray[Any]:
-        self._maps[number] = mapped(self._claim.replace(*self._wanted(number)), self._dtype, self._shards[number])
-        return self._maps[number]
+    def _again(self, number: int) -> ShardFile:
+        self._files[number] = ShardFile(self._claim.replace(*self._wanted(number)), self._dtype, self._shards[number])
+        return self._files[number]
 
     def _wanted(self, number: int) -> tuple[ShardInfo, str, Callable[[], Iterator[bytes]]]:
         shard = self._shards[number]
@@ -228,12 +230,40 @@ class Jobs:
                     self.changed.notify_all()
 
 
-def mapped(path: Path, dtype: np.dtype[Any], shard: ShardInfo) -> NDArray[Any]:
-    """The tokens of a shard, memory-mapped.
+class ShardFile:
+    """The tokens of a shard in a file here, each stretch of which is read when it is asked for.
 
-    A plain array over the map: np.memmap's own slicing costs more than the copy of a short sample.
+    The file is not mapped: where it becomes shorter, or its server loses it, the next look at a map kills the process without a word.
+
+    Raises:
+        OSError: it cannot be opened.
     """
-    return np.memmap(path, dtype, "r", shard.start, (shard.tokens,)).view(np.ndarray)
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shard: ShardInfo) -> None:
+        self._path, self._dtype, self._shard = path, dtype, shard
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return self._dtype.itemsize
+
+    def __getitem__(self, span: slice) -> NDArray[Any]:
+        """Raises: ShardError: the file is not what it was; naming it, and what brings it back."""
+        first, last, _ = span.indices(self._shard.tokens)
+        tokens = np.empty(last - first, self._dtype)
+        left, at = tokens.view(np.uint8).data, self._shard.start + first * self.itemsize
+        while left:
+            try:
+                done = os.preadv(self._file, [left], at)
+            except OSError as error:
+                raise ShardError(f"{self._path} cannot be read ({error.strerror}). {remedy(self._shard)}") from error
+            if not done:
+                size, end = os.fstat(self._file).st_size, self._shard.start + self._shard.bytes
+                raise ShardError(f"{self._path} was cut: {size:,} bytes of {end:,} are left. {remedy(self._shard)}")
+            left, at = left[done:], at + done
+        return tokens
 
 
 def allow_files(shards: int) -> None:

@@ -1,4 +1,4 @@
-"""Reading prepared tokens: shards, mapped or brought from a store, that look like one long sequence."""
+"""Reading prepared tokens: shards, files here or brought from a store, that look like one long sequence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from anon_dist.data.errors import ShardError
 from anon_dist.data.samples.opening import check_size, open_reader
 from anon_dist.data.stored import cache
-from anon_dist.data.stored.blocks import BLOCK_BYTES, RESTORE
+from anon_dist.data.stored.blocks import BLOCK_BYTES, RESTORE, remedy
 from anon_dist.data.stored.digests import file_checksum
 from anon_dist.data.stored.index import Index, ShardInfo, SplitInfo
 from anon_dist.data.stored.ranges import RangeReader
-from anon_dist.data.stored.reading import MappedReader, Piece
+from anon_dist.data.stored.reading import FolderReader, Piece
 from anon_dist.stores import is_address
 
 __all__ = ["Index", "ShardError", "ShardInfo", "SplitInfo", "TokenShards", "file_checksum", "verify_checksums"]
@@ -110,7 +110,7 @@ class TokenShards:
     @property
     def is_here(self) -> bool:
         """Whether the split is a folder's of this machine."""
-        return isinstance(self._reader, MappedReader)
+        return isinstance(self._reader, FolderReader)
 
     @property
     def by_ranges(self) -> bool:
@@ -193,5 +193,5 @@ def _check_contents(directory: Path, shards: tuple[ShardInfo, ...], *, quiet: bo
             ).hexdigest()
             if found != shard.xxh3_64:
                 raise ShardError(
-                    f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {RESTORE}"
+                    f"{directory / shard.file} is altered: checksum {found}, the index says {shard.xxh3_64}. {remedy(shard)}"
                 )
