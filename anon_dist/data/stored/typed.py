@@ -27,10 +27,12 @@ def read_as(kind: type[T], content: Any, key: str = "") -> T:
     """
     from pydantic import ValidationError
 
+    reader = _reader(cast(Any, kind))
+    # As JSON, whose lists are tuples; but it has no names that are not UTF-8, which therefore are taken from the content itself.
+    text = json.dumps(content, ensure_ascii=False).encode(errors="replace")
     try:
-        found: T = _reader(cast(Any, kind)).validate_json(
-            json.dumps(content), strict=True
-        )  # as JSON, in which lists are tuples
+        reader.validate_json(text, strict=True)
+        found: T = reader.validate_python(content)
         return found
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
