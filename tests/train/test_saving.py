@@ -206,8 +206,8 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
     with monkeypatch.context() as patch:
         failing(patch, 1)
         folder = train(run_config(checkpoint__every=7))
-    assert "step-00000007 could not be written: rank 0: [Errno 28] No space left on device" in caplog.text
-    written = [int(n) for n in re.findall(r"Step (\d+) is being written in its place", caplog.text)]
+    assert "the checkpoint of step 7 could not be written (rank 0: [Errno 28] No space left on device" in caplog.text
+    written = [int(n) for n in re.findall(r"; step (\d+) is written in its place", caplog.text)]
     assert len(written) == 1
     assert 7 <= written[0] <= 14  # as soon as it is known
     assert steps(folder) == sorted({*written, 14})
@@ -217,7 +217,7 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
 def test_a_disk_that_stays_full_ends_the_run(run_config, train, tmp_path, monkeypatch):
     config = run_config(checkpoint__every=5)
     at_step(monkeypatch, 8, lambda: failing(monkeypatch, 2))
-    words = r"step-00000010 could not be written: .*goes on from .*step-00000005.*nor could step \d+ in its place"
+    words = r"of step 10 could not be written \(.*\), nor could one in its place: .*goes on from .*step-00000005"
     with pytest.raises(RuntimeError, match=words):
         train(config)
     assert steps(tmp_path / "run") == [5]
