@@ -28,31 +28,32 @@ from anon_dist.train.config.alike import shared_settings
 from anon_dist.train.config.errors import HarnessError, RunError
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import Config, check
-from anon_dist.train.config.phases import phases_from, phases_of, resolved
+from anon_dist.train.config.phases import phases_of, resolved
 from anon_dist.train.health import hangs
 from anon_dist.train.health.pulse import Pulse
 from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.health.stragglers import time_collectives
 from anon_dist.train.health.whereabouts import record_collectives
-from anon_dist.train.inputs.corpora import ValidationSet, first_folder, remarks, use_cache
+from anon_dist.train.inputs.corpora import ValidationSet, first_folder, use_cache
 from anon_dist.train.inputs.samples import enter
+from anon_dist.train.introduction import introduce
 from anon_dist.train.learning import back, learn
 from anon_dist.train.loss.attach import SUMS
 from anon_dist.train.loss.batch import Batch
 from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.model.card import model_card
 from anon_dist.train.model.export import export_model
-from anon_dist.train.model.trainable import cpu_remarks, uses_tf32
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
-from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
 from anon_dist.train.reports.profiling import Profiler
 from anon_dist.train.reports.report import RESULT, finished, report, taken
 from anon_dist.train.rewind import pass_over_again
-from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.run import set_up, wanted_engine
+from anon_dist.train.running import Run
 from anon_dist.train.saves.lock import RunLock, held
-from anon_dist.train.saves.remote import checkpoints_of, claim, finish_uploads, uploads_of
+from anon_dist.train.saves.remote import check_address, checkpoints_of, claim, finish_uploads, uploads_of
 from anon_dist.train.saving import Saver, progress_of
 from anon_dist.train.tasks.during import score_tasks
 
@@ -103,20 +104,23 @@ def _train(
     pulse: Pulse,
     make_optimizer: MakeOptimizer,
 ) -> None:
-    claim(config, checkpoints_of(folder, config.checkpoint))
+    check_address(config, checkpoints_of(folder, config.checkpoint))
     run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock, run.pulse = lock, pulse
     pass_over_again(run)
     _compare_replicas(run)
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
-        _introduce(run, console)
+        introduce(run, console)
     with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         counting = run.stragglers.watching(run.engine.model, accelerator.device)
         saver = Saver(run, stop, partial(_before_saving, run))
         with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
             stopped = _steps(run, stop, write, console, profiler, saver)
+            saver.recover()
+            if saves := saver.finished():
+                write({"step": run.step, **saves})
             if stopped:
                 saver.finish()
     if console:
@@ -132,24 +136,6 @@ def _train(
         saver.finish()
         if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
             end_launcher()
-
-
-def _introduce(run: Run, console: Console) -> None:
-    """Say what is about to run."""
-    config, device, ranks = run.config, run.accelerator.device, run.accelerator.num_processes
-    mib, tokens = 1 << 20, run.loader.global_batch * run.loader.stream.seq_len
-    planned = sum(steps * phase.train.global_batch for steps, phase in phases_from(config, 0))
-    each = (corpus.train.num_samples(config.data.seq_len) for corpus in run.corpora)
-    epochs = planned / (run.loader.stream.num_samples if run.loader.stream.packed else sum(each))
-    for line in (*cpu_remarks(config, device, run.parameters), *remarks(config, run.corpora, run.sets), *run.plan):
-        console.say(line)
-    precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
-    console.say(
-        f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
-        f"{device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
-        f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
-        f"{config.train.steps} steps, {epochs:.2f} epochs"
-    )
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -209,9 +195,7 @@ def _steps(
         if ending and run.step < steps:
             if not saved:
                 saver.save()
-            saver.recover()
             return stop.reason
-    saver.recover()
     return None
 
 
@@ -394,7 +378,6 @@ def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
         file.write(record)
     finally:
         file.close()
-    write_json(
-        run.folder / RESULT, {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": asdict(config)}
-    )
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(run.folder / RESULT, {**to_json(record), "finished": when, "config": asdict(config)})
     report(run.folder, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.corpora import first_path
 from anon_dist.train.reports.metrics import Record
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 from anon_dist.train.saves.remote import finish_uploads, uploads_of
 
 log = logging.getLogger(__name__)
@@ -252,6 +253,7 @@ def progress_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     return {
         "format": 1,
+        "id": secrets.token_hex(8),
         "step": run.step,
         "skipped": run.skipped,
         "spikes": run.spikes.state_dict(),

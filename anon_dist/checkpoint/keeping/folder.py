@@ -144,6 +144,13 @@ class Checkpoints:
             _delete(self.folder / UNFINISHED / name_of(step))
             self._close()
 
+    def remove(self, checkpoint: Path) -> None:
+        """Delete one that is there. For one process, while no other writes."""
+        with self._changing:
+            if checkpoint.is_dir() and not checkpoint.is_symlink():
+                self._remove(checkpoint)
+            self._close()
+
     def _make_anew(self, temporary: Path) -> None:
         with self._changing:
             _delete(temporary)
