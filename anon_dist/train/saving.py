@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anon_dist.agreement import Group, failures, is_first
+from anon_dist.agreement import Group, describe, failures, is_first
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.dcp.linking import Links
 from anon_dist.checkpoint.errors import UnwrittenCheckpoint
@@ -82,7 +82,8 @@ class Saver:
                     "what was being written is no checkpoint: other ranks did not answer within %.0f s", LEAVING_SECONDS
                 )
             elif self._job.error is not None:
-                log.error("%s", self._job.error)
+                reason = self._reason(self._job.error)
+                log.error("the checkpoint of step %d could not be written (%s)", self._job.step, describe(reason))
 
     def _wait_a_while(self) -> None:
         if self._job is not None:
@@ -136,7 +137,7 @@ class Saver:
             self._note(job.record)
             if not failures(job.error):
                 return False
-            failed = f"the checkpoint of step {job.step} could not be written ({failures(self._reason(job.error))})"
+            failed = f"the checkpoint of step {job.step} could not be written ({failures(job.error and self._reason(job.error))})"
             if is_first():
                 stays = ", and stays for ever" if self._run.checkpoints.stays(job.step) else ""
                 log.error("%s; step %d is written in its place%s", failed, self._run.step, stays)
@@ -149,7 +150,7 @@ class Saver:
                 raise CheckpointError(f"{failed}, nor could one in its place: {error}") from error
         return True
 
-    def _reason(self, error: Exception | None) -> Exception | None:
+    def _reason(self, error: Exception) -> Exception:
         """Why a save failed, in words for users."""
         text = str(error)
         if isinstance(error, UnwrittenCheckpoint):
