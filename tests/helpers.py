@@ -159,7 +159,8 @@ def metrics(folder: Path):
         "skipped",
     )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
+    return [record for record in found if set(record) != {"step"}]  # of the last saves
 
 
 class Crash(Exception):  # noqa: N818 - it stands for a machine, not an error

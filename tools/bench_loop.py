@@ -32,7 +32,8 @@ from anon_dist.train.config.parsing import Config, find_config, load_config
 from anon_dist.train.model.build import blocks
 from anon_dist.train.model.flops import peak_flops
 from anon_dist.train.reports.metrics import Stopwatch
-from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.run import set_up, wanted_engine
+from anon_dist.train.running import Run
 
 WARM_UP = 5
 """Steps of each that are not counted."""

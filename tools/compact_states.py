@@ -21,6 +21,7 @@ from rich.table import Table
 
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
+from anon_dist.train.reports.metrics import from_json
 
 HALF = "exp_avg_sq=bfloat16, precond=bfloat16"
 WAYS = {  # name: state_dtype, precision of the parameters, bytes of state per parameter
@@ -62,7 +63,7 @@ def loss(args: argparse.Namespace, way: str, seed: int) -> float:
         for state in (AcceleratorState, GradientState, PartialState):
             state._shared_state.clear()
         loop.train(config)
-    return float(json.loads(result.read_text())["final_loss"])
+    return float(from_json(json.loads(result.read_text()))["final_loss"])
 
 
 def error(values: list[float]) -> float:

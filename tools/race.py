@@ -46,7 +46,7 @@ from anon_dist.optim import param_groups
 from anon_dist.train.config.parsing import OptimConfig, parse_args
 from anon_dist.train.loop import train
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
-from anon_dist.train.reports.metrics import read_metrics
+from anon_dist.train.reports.metrics import from_json, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "base.yaml"
@@ -187,7 +187,7 @@ def collect(out: Path, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     rows, curves = [], []
     for path in sorted(out.glob("*/*/result.json")):
-        result = json.loads(path.read_text())
+        result = from_json(json.loads(path.read_text()))
         config, name = result["config"], path.parent.name.partition("-")[0]
         if result["step"] < config["train"]["steps"]:
             continue

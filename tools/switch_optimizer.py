@@ -29,6 +29,7 @@ from anon_dist.checkpoint.options import WriteOptions
 from anon_dist.checkpoint.schema import Checkpoint, Key
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
+from anon_dist.train.reports.metrics import read_metrics
 
 WAYS = {"adamw": "AdamW to the end", "converted": "Anon, state converted", "fresh": "Anon, state afresh"}
 
@@ -51,7 +52,7 @@ def run(config: c.Config) -> list[dict[str, float]]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     folder = loop.train(config)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder / "metrics.jsonl")
 
 
 class Afresh(Checkpoint):

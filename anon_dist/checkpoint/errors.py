@@ -5,6 +5,20 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read, or used here; the message names the file, the key and the remedy."""
 
 
+class UnwrittenCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
+    """A checkpoint could not be written; nothing of it is left.
+
+    Args:
+        what: could not be written.
+        reason: kept for those who say the rest in words of their own.
+        rest: what is there instead.
+    """
+
+    def __init__(self, what: str, reason: str, rest: str) -> None:
+        super().__init__(f"{what} could not be written: {reason}. {rest}")
+        self.reason = reason
+
+
 class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
     """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""
 

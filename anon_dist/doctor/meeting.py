@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -17,6 +19,10 @@ from anon_dist.doctor.place import Place
 
 PAUSE = 0.05
 STORE_SECONDS = 15.0
+_VALIDATE, _PING = b"\x00" + struct.pack("<I", 0x3C85F7CE), b"\x0d"
+"""What a client of torch's TCPStore says first; the store gives back the four bytes after a ping."""
+_SHOWN = 40
+"""Bytes of a stranger's answer."""
 
 
 class NoMeetingError(Exception):
@@ -103,6 +109,7 @@ def meet(place: Place, seconds: float) -> Meeting:
             raise NoMeetingError(f"port {place.port} of node 0 cannot be opened: {_line(error)}") from None
     else:
         _knock(place, seconds)
+        _greet(place)
         store = _join(place)
     try:
         return Meeting(place, store, seconds)
@@ -129,7 +136,29 @@ def _join(place: Place) -> Store:
     if found and isinstance(found[0], Store):
         return found[0]
     what = _line(found[0]) if found and isinstance(found[0], Exception) else "it says nothing"
-    raise NoMeetingError(f"something else than a doctor listens at {place.address}:{place.port} ({what})")
+    raise NoMeetingError(f"the store at {place.address}:{place.port} lets nobody in ({what})")
+
+
+def _greet(place: Place) -> None:
+    """See that it is a store that listens. What torch's own client is told by another program it prints with a trace, again and again, and
+    a process cannot end well meanwhile."""
+    where = f"{place.address}:{place.port}"
+    word = secrets.token_bytes(4)
+    answer, end = b"", time.monotonic() + STORE_SECONDS
+    try:
+        with socket.create_connection((place.address, place.port), timeout=STORE_SECONDS) as connection:
+            connection.sendall(_VALIDATE + _PING + word)
+            while answer[:4] != word and len(answer) < _SHOWN and (left := end - time.monotonic()) > 0:
+                connection.settimeout(left)
+                if not (more := connection.recv(_SHOWN)):
+                    break
+                answer += more
+                end = min(end, time.monotonic() + 1.0)  # what is no store's answer is shown soon
+    except OSError:
+        pass  # what was said so far is what counts
+    if answer[:4] != word:
+        said = f"its first bytes are {answer[:_SHOWN]!r}" if answer else "it says nothing"
+        raise NoMeetingError(f"something else answers at {where}: {said}")
 
 
 def _check_free(port: int) -> None:

@@ -12,7 +12,8 @@ class Doctor:
 
     Start it as the training will be started: `srun anon-dist doctor`, `torchrun … -m anon_dist.cli doctor`, on every node with --node-rank,
     or on one with --nodes, over ssh. Further options are those of `anon-dist train` (--config, --run-dir, --checkpoint.keep): they say
-    which folder is tried, which data must be there and how much room checkpoints take. Exit code 0: all is well; 1: something is not.
+    which folder is tried, which data must be there and how much room checkpoints take. Exit code 0: all is
+    well; 1: something is not, or the nodes did not meet; 2: the options are wrong.
     """
 
     nodes: str | None = None

@@ -14,7 +14,7 @@ from anon_dist.sweep.early import Curve
 from anon_dist.sweep.grid import Cell
 from anon_dist.train.config.errors import DIVERGED
 from anon_dist.train.config.parsing import Config, to_yaml
-from anon_dist.train.reports.metrics import Record, read_metrics
+from anon_dist.train.reports.metrics import Record, from_json, read_metrics
 
 State = Literal["missing", "unfinished", "finished", "stopped", "failed"]
 LOG_TAIL = 20
@@ -136,7 +136,7 @@ class CellFolder:
 
     def _result(self) -> dict[str, Any] | None:
         try:
-            result: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+            result: dict[str, Any] = from_json(json.loads((self.path / "result.json").read_text()))
         except (OSError, ValueError):
             return None
         return result

@@ -7,7 +7,7 @@ from anon_dist.train.config.phases import phases_from
 from anon_dist.train.inputs.corpora import remarks
 from anon_dist.train.model.trainable import cpu_remarks, uses_tf32
 from anon_dist.train.reports.metrics import Console
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 
 MUCH = 0.1
 """Share of what is moved that may be padding without a word."""

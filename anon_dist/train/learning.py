@@ -9,7 +9,7 @@ import time
 from anon_dist.train.config.errors import DIVERGED, SkippedError
 from anon_dist.train.reports.metrics import Record
 from anon_dist.train.rewind import rewind
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 
 log = logging.getLogger(__name__)
 

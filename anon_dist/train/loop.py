@@ -46,13 +46,14 @@ from anon_dist.train.model.export import export_model
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
-from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch
+from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
 from anon_dist.train.reports.profiling import Profiler
 from anon_dist.train.reports.report import RESULT, finished, report, taken
 from anon_dist.train.rewind import pass_over_again
-from anon_dist.train.run import Run, set_up, wanted_engine
+from anon_dist.train.run import set_up, wanted_engine
+from anon_dist.train.running import Run
 from anon_dist.train.saves.lock import RunLock, held
-from anon_dist.train.saves.remote import checkpoints_of, claim, finish_uploads, uploads_of
+from anon_dist.train.saves.remote import check_address, checkpoints_of, claim, finish_uploads, uploads_of
 from anon_dist.train.saving import Saver, progress_of
 from anon_dist.train.tasks.during import score_tasks
 
@@ -107,7 +108,7 @@ def _train(
     make_optimizer: MakeOptimizer,
 ) -> str | None:
     """What stopped it before the last step, if something did."""
-    claim(config, checkpoints_of(folder, config.checkpoint))
+    check_address(config, checkpoints_of(folder, config.checkpoint))
     run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock, run.pulse = lock, pulse
     pass_over_again(run)
@@ -121,6 +122,9 @@ def _train(
         saver = Saver(run, stop, partial(_before_saving, run))
         with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
             stopped = _steps(run, stop, write, console, profiler, saver)
+            saver.recover()
+            if saves := saver.finished():
+                write({"step": run.step, **saves})
             if stopped:
                 saver.finish()
     if console:
@@ -196,9 +200,7 @@ def _steps(
         if ending and run.step < steps:
             if not saved:
                 saver.save()
-            saver.recover()
             return stop.reason
-    saver.recover()
     return None
 
 
@@ -381,7 +383,6 @@ def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
         file.write(record)
     finally:
         file.close()
-    write_json(
-        run.folder / RESULT, {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": asdict(config)}
-    )
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(run.folder / RESULT, {**to_json(record), "finished": when, "config": asdict(config)})
     report(run.folder, config)

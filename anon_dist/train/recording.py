@@ -12,7 +12,7 @@ from anon_dist.train.config.parsing import Config
 from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.reports.metrics import Console, MetricsFile, Record, read_metrics
 from anon_dist.train.rewind import steps_repeated, unrecorded
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 
 
 def trackers(config: Config) -> list[str] | None:

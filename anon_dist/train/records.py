@@ -14,7 +14,7 @@ from anon_dist.optim.host_copy import HostCopy
 from anon_dist.train.loss.attach import SUMS
 from anon_dist.train.model.flops import peak_flops
 from anon_dist.train.reports.metrics import PARTS, Record
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 
 log = logging.getLogger(__name__)
 

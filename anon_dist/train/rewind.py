@@ -6,22 +6,19 @@ writes the record of it where its metrics lack that.
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.files import write_json
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.health.spikes import Judged
-from anon_dist.train.reports.metrics import Record
-from anon_dist.train.run import Run, resume_latest
+from anon_dist.train.reports.metrics import Record, to_json
+from anon_dist.train.resuming import resume_latest
+from anon_dist.train.rewinds import FILE, entries_of
+from anon_dist.train.running import Run
 
 log = logging.getLogger(__name__)
-
-FILE = "rewinds.json"
-"""Of the run's folder: by which the samples were passed over, in their order; how many spikes there had been; and what the last one was."""
 
 
 def rewind(run: Run, spike: Judged) -> Record | None:
@@ -51,11 +48,15 @@ def rewind(run: Run, spike: Judged) -> Record | None:
             f"lengthen the warm-up, look at the samples up to {cursor:,}, or raise train.max_rewinds; the same command goes on from "
             f"{present[-1]}"
         )
-    resume_latest(run, present, run.wanted)
+    resume_latest(run, present)
     run.gammas.restart()
     entry: dict[str, Any] = {"from": bad, "to": run.step, "rewinds": count + 1, "cursor": cursor, "spikes": spikes}
     entry |= {"passed": cursor - run.loader.cursor, "loss": spike.loss, "norm": spike.norm}
-    _, error = first_does(lambda: write_json(run.folder / FILE, [*_entries(run.folder, count), entry]))
+    if run.resumed is not None:
+        entry["checkpoint"] = run.resumed
+    _, error = first_does(
+        lambda: write_json(run.folder / FILE, [to_json(each) for each in (*entries_of(run.folder, count), entry)])
+    )
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
     _go_on_at(run, entry)
@@ -84,14 +85,16 @@ def _record(entry: dict[str, Any]) -> Record:
 def unrecorded(run: Run, metrics: list[Record]) -> list[Record]:
     """Records of rewinds that the metrics of the run so far lack: it was killed before they were written. For the first rank."""
     written = {record["rewinds"] for record in metrics if "rewound_from" in record}
-    missing = (e for e in _entries(run.folder, run.rewinds) if "passed" in e and e["rewinds"] not in written)
+    missing = (e for e in entries_of(run.folder, run.rewinds) if "passed" in e and e["rewinds"] not in written)
     return [_record(entry) for entry in missing]
 
 
 def pass_over_again(run: Run) -> None:
     """After a resume: what a rewind passed over since the checkpoint was written. Every rank calls it."""
-    entries = agree(_entries(run.folder, None) if is_first() else None)
-    pending = [e for e in entries[run.rewinds :] if e["to"] == run.step]
+    entries = agree(entries_of(run.folder) if is_first() else None)
+    pending = [
+        e for e in entries if e["rewinds"] > run.rewinds
+    ]  # `keep_history` has left only those to this checkpoint
     if pending:
         _go_on_at(run, pending[-1])
         _say(
@@ -101,31 +104,12 @@ def pass_over_again(run: Run) -> None:
 
 def steps_repeated(run: Run) -> int:
     """By how many steps the run has gone back so far. For the first rank."""
-    return sum(entry["from"] - entry["to"] for entry in _entries(run.folder, run.rewinds))
+    return sum(entry["from"] - entry["to"] for entry in entries_of(run.folder, run.rewinds))
 
 
 def _go_on_at(run: Run, entry: dict[str, Any]) -> None:
     run.rewinds, run.spikes.found = entry["rewinds"], entry["spikes"]  # the checkpoint is of before
     run.loader.pass_over(entry["cursor"])
-
-
-def _entries(folder: Path, count: int | None) -> list[dict[str, Any]]:
-    """The first of them; what a damaged file says is lost."""
-    try:
-        found = json.loads((folder / FILE).read_text())
-        entries: list[dict[str, Any]] = [
-            {key: int(e[key]) for key in ("from", "to", "rewinds", "cursor")} for e in found
-        ]
-        for ours, e in zip(entries, found, strict=True):
-            ours["spikes"] = int(e.get("spikes", ours["rewinds"]))  # earlier versions: each rewind was one
-            if "passed" in e:  # which they did not say either
-                ours |= {"passed": int(e["passed"]), "loss": float(e["loss"]), "norm": float(e["norm"])}
-        return entries[:count]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s cannot be read, and is left out of account: %r", folder / FILE, error)
-        return []
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -13,18 +14,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anon_dist.agreement import Group, failures, is_first
+from anon_dist.agreement import Group, describe, failures, is_first
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.dcp.linking import Links
+from anon_dist.checkpoint.errors import UnwrittenCheckpoint
+from anon_dist.checkpoint.keeping.folder import IN_PLACE_OF
 from anon_dist.data.stored.remote import joined
 from anon_dist.engines import peers
 from anon_dist.train.config.changes import recorded, versions
 from anon_dist.train.config.errors import RunError
+from anon_dist.train.health.hangs import limits
 from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.corpora import first_path
 from anon_dist.train.reports.metrics import Record
-from anon_dist.train.run import Run
+from anon_dist.train.running import Run
 from anon_dist.train.saves.remote import finish_uploads, uploads_of
 
 log = logging.getLogger(__name__)
@@ -52,12 +56,18 @@ class Saver:
         self._group: Group = None
         self._job: _Job | None = None
         self._record: Record = {}
+        self._seconds = limits(run.config)[1]
         run.checkpoints.settle = self._wait_a_while
         self._uploads = uploads_of(run.config, run.checkpoints)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Give the saves a process group; in place of one that a failed save may have broken. Every rank must call it."""
         if self._background and dist.is_initialized():
             with peers.connecting():
-                timeout = timedelta(minutes=run.config.train.timeout_minutes)
-                self._group = dist.new_group(backend="gloo", timeout=timeout)
+                if self._group is not None:
+                    dist.destroy_process_group(self._group)
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._seconds))
 
     def __enter__(self) -> Saver:
         return self
@@ -72,7 +82,8 @@ class Saver:
                     "what was being written is no checkpoint: other ranks did not answer within %.0f s", LEAVING_SECONDS
                 )
             elif self._job.error is not None:
-                log.error("%s", self._job.error)
+                reason = self._reason(self._job.error)
+                log.error("the checkpoint of step %d could not be written (%s)", self._job.step, describe(reason))
 
     def _wait_a_while(self) -> None:
         if self._job is not None:
@@ -119,20 +130,39 @@ class Saver:
         """
         if self._job is None:
             return False
+        begun = time.perf_counter()
         job, self._job = self._job, None
         with self._run.pulse.phase("a save", self._run.step, long=True):
             job.join()
-            self._record |= job.record
-            if not (what := failures(job.error)):
+            self._note(job.record)
+            if not failures(job.error):
                 return False
+            failed = f"the checkpoint of step {job.step} could not be written ({failures(job.error and self._reason(job.error))})"
             if is_first():
-                log.error("%s. Step %d is being written in its place", what, self._run.step)
+                stays = ", and stays for ever" if self._run.checkpoints.stays(job.step) else ""
+                log.error("%s; step %d is written in its place%s", failed, self._run.step, stays)
+                self._run.checkpoints.discard(job.step)
+            self._meet()
             self._check()
             try:
-                self._save(background=False, begun=time.perf_counter())
+                self._save(background=False, begun=begun, instead=job.step)
             except CheckpointError as error:
-                raise CheckpointError(f"{what} (nor could step {self._run.step} in its place)") from error
+                raise CheckpointError(f"{failed}, nor could one in its place: {error}") from error
         return True
+
+    def _reason(self, error: Exception) -> Exception:
+        """Why a save failed, in words for users."""
+        text = str(error)
+        if isinstance(error, UnwrittenCheckpoint):
+            return RunError(error.reason)
+        if not isinstance(error, RuntimeError) or isinstance(error, CheckpointError | RunError):
+            return error
+        if "timed out" in text.lower() or "timeout" in text.lower():
+            minutes = f"{self._seconds / 60:.3g} minutes (train.first_timeout_minutes)"
+            return RunError(f"another rank had not written its part after {minutes}")
+        if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+            return RunError("another rank gave up waiting, or is gone")
+        return error
 
     def finish(self) -> None:
         """Wait until what is written is at `checkpoint.remote` too, if there is one.
@@ -143,15 +173,27 @@ class Saver:
         finish_uploads(self._run.config, self._uploads, self._run.pulse, self._run.step)
 
     def finished(self) -> Record:
-        """Once after each save: how long the run stood still for it, and the rest took, in seconds; this rank's bytes. Else {}."""
+        """Of the saves that have ended since the last call, their number, the longest standstill and writing in seconds, this rank's bytes.
+
+        {} if there is none.
+        """
         if self._job is not None and not self._job.is_alive():
-            self._record, self._job.record = self._record | self._job.record, {}
+            self._note(self._job.record)
+            self._job.record = {}
         record, self._record = self._record, {}
         return record
 
-    def _save(self, background: bool, begun: float) -> None:
+    def _note(self, one: Record) -> None:
+        """Add a save to what is to be recorded."""
+        for key, value in one.items():
+            if key in self._record:
+                value = max(value, self._record[key]) if key.endswith("_s") else value + self._record[key]
+            self._record[key] = value
+
+    def _save(self, background: bool, begun: float, instead: int | None = None) -> None:
+        """`instead`: the step whose save failed."""
         run = self._run
-        progress = progress_of(run)
+        progress = progress_of(run) | ({} if instead is None else {IN_PLACE_OF: instead})
         write = run.engine.capture(copied=background)
         write_random = randomness.capture(run.accelerator.process_index)
         step, group = run.step, self._group if background else None
@@ -167,17 +209,21 @@ class Saver:
                 self._uploads.look()
 
         if background:
-            self._job = _Job(write_all, time.perf_counter() - begun, self._links)
+            self._job = _Job(step, write_all, time.perf_counter() - begun, self._links)
             self._job.start()
         else:
+            writing = time.perf_counter()
             write_all()
+            now = time.perf_counter()
+            self._note(_record(now - begun, now - writing, self._links))
 
 
 class _Job(threading.Thread):
     """A save that is being written."""
 
-    def __init__(self, action: Callable[[], None], blocked: float, links: Links) -> None:
+    def __init__(self, step: int, action: Callable[[], None], blocked: float, links: Links) -> None:
         super().__init__(name="checkpoint", daemon=True)
+        self.step = step
         self._action, self._blocked, self._links = action, blocked, links
         self.error: Exception | None = None
         self.record: Record = {}
@@ -190,18 +236,25 @@ class _Job(threading.Thread):
         except BaseException as error:
             self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
             return
-        self.record = {
-            "save_blocked_s": self._blocked,
-            "save_s": time.perf_counter() - begun,
-            "save_written_bytes": self._links.written,
-            "save_linked_bytes": self._links.linked,
-        }
+        self.record = _record(self._blocked, time.perf_counter() - begun, self._links)
+
+
+def _record(blocked: float, seconds: float, links: Links) -> Record:
+    """What the metrics say of one save."""
+    return {
+        "saves": 1,
+        "save_blocked_s": blocked,
+        "save_s": seconds,
+        "save_written_bytes": links.written,
+        "save_linked_bytes": links.linked,
+    }
 
 
 def progress_of(run: Run) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     return {
         "format": 1,
+        "id": secrets.token_hex(8),
         "step": run.step,
         "skipped": run.skipped,
         "spikes": run.spikes.state_dict(),

@@ -64,8 +64,8 @@ def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
         assert store.has(checkpoint)
         assert order[-1] == "trainer.json"  # the marker, last
     assert store.steps() == [1, 2, 3]
-    # The file that is the same in all is copied within the store.
-    assert [order.count(name) for name in ("__0_0.distcp", "__0_1.distcp", "rank")] == [3, 1, 3]
+    # The file that is the same in all is copied within the store, from the last but one.
+    assert [order.count(name) for name in ("__0_0.distcp", "__0_1.distcp", "rank")] == [3, 2, 3]
     order.clear()
     store.upload(here.latest())
     assert order == []
@@ -79,6 +79,18 @@ def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
     assert not store.has(here.latest())
     store.upload(tmp_path / "here" / "step-00000002")
     assert contents(fetch_into(Remote(address), 2, there))["other"] == b"x"
+
+
+def test_damage_there_is_not_copied_for_ever(tmp_path):
+    """Of a file that stays the same: into one more checkpoint, and never into both of the last two."""
+    here, store = checkpoints(tmp_path / "here", range(1, 8)), Remote("memory://there")
+    fs, root = at(store.address)
+    for i, checkpoint in enumerate(here.complete(), 1):
+        store.upload(checkpoint)
+        if i == 1:
+            fs.pipe_file(f"{root}/{checkpoint.name}/__0_1.distcp", b"t" * 100_000)
+    files = [fs.cat_file(f"{root}/{p.name}/__0_1.distcp") for p in here.complete()]
+    assert [i for i, file in enumerate(files, 1) if file != b"s" * 100_000] == [1, 3]
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "a file is missing", "a marker alone", "a torn marker"])

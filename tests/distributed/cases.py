@@ -662,7 +662,7 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
     """Rank 1 has no room for its part of the second checkpoint, or rank 0 for the metrics before it. The run goes on from the first."""
     whole = whole_run("fsdp2")
     for rank, words in (
-        (1, "step-00000008 could not be written: rank 1: "),
+        (1, "the checkpoint of step 8 could not be written (rank 1: "),
         (0, "metrics.jsonl could not be written: "),
     ):
         folder = Path(shared_folder(OUT))

@@ -1,16 +1,21 @@
 """`anon-dist doctor` on two and three hosts (network namespaces), each broken in one way: it must name what, where, and the remedy."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
-from anon_dist.doctor import network
+from anon_dist.doctor import meeting, network
 from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.meeting import NoMeetingError
 from anon_dist.doctor.network import chosen_interface
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
@@ -103,11 +108,40 @@ def test_of_two_hosts_that_are_well_all_is_measured(found):
 def test_a_node_that_meets_nobody_says_so_itself(found):
     """Node 0's port is taken by another program, or nobody is there."""
     (text,) = (findings(found["occupied"][rank])["ports"]["text"] for rank in ("1",))
-    assert "something else than a doctor listens at 10.203.0.1:29500" in text
+    assert "something else answers at 10.203.0.1:29500" in text
     alone = findings(found["alone"]["1"])
     assert found["alone"]["codes"] == {"1": 1}
     assert "node 0 does not answer at 10.203.0.1:29500 in 2 s: refused" in alone["ports"]["text"]
     assert alone["nodes"]["level"] == "skip"
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"SSH"])
+def test_what_is_no_doctor_is_never_let_to_torch(says, monkeypatch, capfd):
+    """Which would say it in a trace, go on, and have the process abort at its end. A store is let in, whoever keeps it."""
+    monkeypatch.setattr(meeting, "_join", lambda place: pytest.fail("torch was let to it"))
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = Place(1, 2, "127.0.0.1", server.getsockname()[1])
+
+        def serve():
+            for _ in range(2):  # the knock, and the greeting
+                connection, _ = server.accept()
+                heard.append(connection.recv(100))
+                with contextlib.suppress(OSError):
+                    connection.sendall(says)
+                connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(NoMeetingError) as refused:
+            meeting.meet(place, 10.0)
+        thread.join()
+    said = f"its first bytes are {says!r}" if says else "it says nothing"
+    assert str(refused.value) == f"something else answers at 127.0.0.1:{place.port}: {said}"
+    assert heard[0] == b""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting._greet(Place(1, 2, "127.0.0.1", store.port))
+    assert capfd.readouterr().err == ""
 
 
 def test_too_little_room_for_the_checkpoints_is_said_in_bytes(found):

@@ -1,10 +1,15 @@
 """The metrics file survives kills and resumes."""
 
 import io
+import json
 import logging
+import math
+
+import pytest
 
 from anon_dist.train.reports.metrics import Console, MetricsFile, add_metrics, read_metrics, table_line
 from anon_dist.train.reports.pace import Pace
+from anon_dist.trained.runs import collect
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path):
@@ -39,6 +44,33 @@ def test_lines_that_are_no_records_end_what_is_kept(tmp_path):
         file.write({"step": 2, "loss": 0.25})
         file.close()
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+def test_what_is_no_finite_number_is_strict_json_and_comes_back(tmp_path):
+    """And lines of earlier versions, with a bare NaN, are read as before."""
+    path = tmp_path / "metrics.jsonl"
+    record = {
+        "step": 1,
+        "loss": math.nan,
+        "val_loss/a b": math.inf,
+        "grad_norm": -math.inf,
+        "lr": 0.5,
+        "slowest_host": "x",
+    }
+    path.write_text('{"step": 0, "loss": NaN, "grad_norm": -Infinity}\n')
+    file = MetricsFile(path, 1)
+    file.write(record)
+    file.close()
+    add_metrics(path, record)
+    old, *lines = path.read_text().splitlines()
+    for line in lines:
+        written = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert [written[k] for k in ("loss", "val_loss/a b", "grad_norm", "lr")] == [None, None, None, 0.5]
+        assert written["not_finite"] == "loss nan; val_loss/a b inf; grad_norm -inf"
+    assert json.dumps(read_metrics(path)) == json.dumps([json.loads(old), record, record])
+    (tmp_path / "config.yaml").write_text("{}")
+    ((run,), _) = collect(tmp_path)  # for `anon-dist runs`
+    assert math.isnan(run.records[-1]["loss"])
 
 
 def test_a_damaged_line_hides_no_others(tmp_path):

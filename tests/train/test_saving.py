@@ -1,5 +1,6 @@
 """Checkpoints that are written while the run goes on, share files, stay, and are copied elsewhere."""
 
+import json
 import re
 import shutil
 import threading
@@ -12,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import Crash, at_step, crash, metrics
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from anon_dist.checkpoint import Checkpoints
+from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.dcp import linking
 from anon_dist.checkpoint.dcp.linking import LinkingWriter, Links
@@ -85,12 +86,15 @@ def test_what_does_not_change_is_shared_with_the_last_but_one(run_config, train,
     assert (shared[3], shared[8], shared[9]) == (set(), {"__0_1.distcp"}, set())
     for step in range(2, 15):  # nothing that befalls one of the last two befalls the other
         assert not {s.st_ino for s in files(at[step]).values()} & {s.st_ino for s in files(at[step - 1]).values()}
-    records = {r["step"]: r for r in map(dict, read(folder.parent)) if "save_linked_bytes" in r}
+    told = [r for r in read(folder.parent) if "saves" in r]
+    assert sum(r["saves"] for r in told) == 14
+    sharing = sum(s.st_size for step in shared for n, s in files(at[step]).items() if n in shared[step])
+    assert sum(r["save_linked_bytes"] for r in told) == sharing
+    alone = [r for r in told if r["saves"] == 1]
     sizes = {n: s.st_size for n, s in files(at[12]).items()}
     one, two = (sizes[name] for name in ("__0_1.distcp", "__0_2.distcp"))
-    assert {r["save_linked_bytes"] for r in records.values()} <= {0, one, two, one + two}
-    assert any(r["save_linked_bytes"] == one + two for r in records.values())
-    assert all(r["save_blocked_s"] < r["save_s"] + 1 for r in records.values())
+    assert {r["save_linked_bytes"] for r in alone} <= {0, one, two, one + two}
+    assert all(r["save_blocked_s"] > 0 for r in told)
 
     # As plain torch reads it, and as the same state says that was written without sharing.
     plain = (
@@ -206,8 +210,8 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
     with monkeypatch.context() as patch:
         failing(patch, 1)
         folder = train(run_config(checkpoint__every=7))
-    assert "step-00000007 could not be written: rank 0: [Errno 28] No space left on device" in caplog.text
-    written = [int(n) for n in re.findall(r"Step (\d+) is being written in its place", caplog.text)]
+    assert "the checkpoint of step 7 could not be written (rank 0: [Errno 28] No space left on device" in caplog.text
+    written = [int(n) for n in re.findall(r"; step (\d+) is written in its place", caplog.text)]
     assert len(written) == 1
     assert 7 <= written[0] <= 14  # as soon as it is known
     assert steps(folder) == sorted({*written, 14})
@@ -217,7 +221,7 @@ def test_a_write_that_fails_is_said_and_the_run_saves_again(run_config, train, t
 def test_a_disk_that_stays_full_ends_the_run(run_config, train, tmp_path, monkeypatch):
     config = run_config(checkpoint__every=5)
     at_step(monkeypatch, 8, lambda: failing(monkeypatch, 2))
-    words = r"step-00000010 could not be written: .*goes on from .*step-00000005.*nor could step \d+ in its place"
+    words = r"of step 10 could not be written \(.*\), nor could one in its place: .*goes on from .*step-00000005"
     with pytest.raises(RuntimeError, match=words):
         train(config)
     assert steps(tmp_path / "run") == [5]
@@ -302,6 +306,22 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(run_config, train, 
     assert "step-00000014 has been copied from" in said
     assert not checksums(newest).verify()
 
+    # What is damaged here and there is taken again from the newest that is whole there.
+    (folder / "result.json").unlink()
+    (newest / "__0_0.distcp").write_bytes(b"torn")
+    store.pipe_file(f"{tmp_path}/step-00000014/__0_0.distcp", b"torn")
+    assert steps(folder) == [14]
+    train(config)
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged, and so is its copy: {address}/step-00000014/__0_0.distcp is damaged" in said
+    assert f"step-00000012 has been copied from {address}" in said
+    assert re.search(r"step-00000014 is damaged, and set aside as step-00000014.damaged-2: .*__0_0.distcp is dam", said)
+    assert "steps 13 to 14 are lost, and taken again from" in said
+    assert metrics(folder)[-1] == metrics(whole)[-1]
+    assert not checksums(newest).verify()
+    train(config)  # what was damaged there is replaced
+    assert store.size(f"{tmp_path}/step-00000014/__0_0.distcp") == (newest / "__0_0.distcp").stat().st_size
+
     # What was left behind by going back counts no more there.
     shutil.copytree(whole / "checkpoints" / "step-00000012", folder / "checkpoints" / "step-00000012")
     config.resume, config.checkpoint.every = str(folder / "checkpoints" / "step-00000012"), 0
@@ -309,6 +329,38 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(run_config, train, 
         at_step(patch, 13, crash)
         train(config)
     assert not store.exists(f"{tmp_path}/step-00000014/trainer.json")
+    store.store.clear()
+
+
+def test_a_start_that_is_refused_takes_the_address_from_nobody(run_config, train, tmp_path, monkeypatch):
+    """By a setting that makes another run, by other data, or by what it would go on from: it is named, and nothing is left of it."""
+    address, store = f"memory://{tmp_path}/there", fsspec.filesystem("memory")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 7, crash)
+        train(run_config(checkpoint__remote=address, checkpoint__every=5))
+    wait(lambda: store.exists(f"{tmp_path}/there/step-00000005/trainer.json"))
+    owner = f"{tmp_path}/there/owner.json"
+    known = store.cat_file(owner)
+
+    def refused(words, error=RunError, **changes):
+        before = {path: store.cat_file(path) for path in store.find(f"{tmp_path}/there")}
+        folder = tmp_path / "another machine" / "run"
+        with pytest.raises(error, match=words):
+            train(run_config(run_dir=str(folder), checkpoint__remote=address, **changes))
+        assert {path: store.cat_file(path) for path in store.find(f"{tmp_path}/there")} == before
+        assert not list(folder.glob("checkpoints/*"))
+        assert not (folder / "owner.json").exists()
+
+    refused(r"\(whose data.seed is 0, and this one's 7\): each run needs an address", data__seed=7)
+    refused("step-00000005 is past train.steps = 4", CheckpointError, train__steps=4)
+    store.pipe_file(owner, json.dumps(json.loads(known) | {"data": ["feed"]}).encode())
+    refused(r"whose data have the fingerprint feed, and this one's \w{16,}")
+    store.pipe_file(owner, known)
+    with monkeypatch.context() as patch, pytest.raises(Crash):  # the same run, on another machine
+        at_step(patch, 6, crash)
+        train(run_config(run_dir=str(tmp_path / "another machine" / "run"), checkpoint__remote=address))
+    assert json.loads(store.cat_file(owner))["id"] == json.loads(known)["id"]
+    assert store.cat_file(owner) != known
     store.store.clear()
 
 

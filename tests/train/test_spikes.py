@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,36 @@ def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path,
     with pytest.raises(RunError, match=r"the run has gone back 2 times already \(train.max_rewinds\)"):
         train(run_config(**options, run_dir=str(end), train__max_rewinds=2))
     assert [(e["rewinds"], e["spikes"]) for e in json.loads((end / "rewinds.json").read_text())] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("how", ["going back", "damage"])
+def test_what_another_history_passed_over_is_read(how, run_config, train, monkeypatch, poison, capsys):
+    """A rewind counts no more where the run goes on from a checkpoint before the one that it went back to, and meets no spike this time."""
+    poison([15])
+    options = {**OPTIONS, "checkpoint__keep": 9}
+    config, calls = run_config(**options, train__on_spike="rewind"), []
+    with monkeypatch.context() as once, pytest.raises(Crash):
+        at_step(once, 14, lambda: (calls.append(1), len(calls) == 2 and crash()))  # when it has gone back to 12
+        train(config)
+    folder = Path(config.run_dir)
+    assert [e["to"] for e in json.loads((folder / "rewinds.json").read_text())] == [12]
+    capsys.readouterr()
+    config.train.on_spike = "record"  # so there is none to go back from
+    if how == "damage":
+        (folder / "checkpoints" / "step-00000012" / "__0_0.distcp").write_bytes(b"torn")
+    else:
+        config.resume = str(folder / "checkpoints" / "step-00000008")
+    with monkeypatch.context() as once, pytest.raises(Crash):
+        at_step(once, 14, crash)
+        train(config)
+    said = capsys.readouterr().out
+    assert "rewinds.json: going back from step 15 to 12 is not of the history of step 8, and counts no more" in said
+    assert (folder / "rewinds.json.aside").exists()
+    config.resume = "auto"
+    records = by_step(train(config))
+    assert "after step 12" in capsys.readouterr().out
+    assert [r["samples"] for r in records.values()] == [8 * t for t in range(1, 21)]
+    assert not any("rewinds" in r for r in records.values())
 
 
 def test_a_spike_before_the_first_checkpoint_is_skipped(run_config, train, poison, caplog):

@@ -126,7 +126,8 @@ def train(found: Found, config: Path, name: str, *options: str) -> tuple[list[fl
         return [], last_line(done.stdout)
     with suppress(OSError, ValueError):
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [record["loss"] for record in records if "loss" in record], ""
+        losses = [record["loss"] for record in records if "loss" in record]
+        return [math.nan if loss is None else loss for loss in losses], ""
     return [], "no metrics were written"
 
 

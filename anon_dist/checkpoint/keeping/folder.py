@@ -13,12 +13,14 @@ from typing import Any
 
 from anon_dist.agreement import Group, agree, failures, is_first
 from anon_dist.checkpoint import checksums
-from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, UnwrittenCheckpoint
 from anon_dist.checkpoint.keeping.names import NAME, PROGRESS, is_complete, name_of, named_in, step_of
 from anon_dist.files import sync, sync_tree, unused, write_json
 
 UNFINISHED = ".unfinished"
 """Folder, beside the checkpoints, of what is being written or deleted; all in it is ours. Gone between writes."""
+IN_PLACE_OF = "in_place_of"
+"""In a checkpoint's progress: the step whose checkpoint could not be written. This one stays if that one would."""
 _DELETING = ".deleting"
 log = logging.getLogger(__name__)
 
@@ -127,10 +129,21 @@ class Checkpoints:
         latest = agree(self.latest(), group)
         if error is not None and not (isinstance(error, OSError | CheckpointError) or type(error) is RuntimeError):
             raise error  # no matter of files
-        raise CheckpointError(
-            f"{self.folder / temporary.name} could not be written: {what}. Nothing of it is left; "
-            + (f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint")
-        ) from error
+        rest = f"the run goes on from {latest}, by the same command" if latest else "there is no earlier checkpoint"
+        raise UnwrittenCheckpoint(f"{self.folder / temporary.name}", what, f"Nothing of it is left; {rest}") from error
+
+    def discard(self, step: int) -> None:
+        """Remove what a write that failed has left, if the ranks could not agree to. For one process, while no other writes."""
+        with self._changing:
+            _delete(self.folder / UNFINISHED / name_of(step))
+            self._close()
+
+    def remove(self, checkpoint: Path) -> None:
+        """Delete one that is there. For one process, while no other writes."""
+        with self._changing:
+            if checkpoint.is_dir() and not checkpoint.is_symlink():
+                self._remove(checkpoint)
+            self._close()
 
     def _make_anew(self, temporary: Path) -> None:
         with self._changing:
@@ -161,9 +174,20 @@ class Checkpoints:
         """
         with self._changing:
             for old in self.complete()[: -self.keep]:
-                if old != placed and not old.is_symlink() and not self.stays(step_of(old)) and self.removable(old):
+                if old != placed and not old.is_symlink() and not self._is_to_stay(old) and self.removable(old):
                     self._remove(old)
             self._close()
+
+    def _is_to_stay(self, checkpoint: Path) -> bool:
+        if self.stays(step_of(checkpoint)):
+            return True
+        if not self._keep_every and not self._keep_steps:
+            return False
+        try:
+            instead = read_progress(checkpoint).get(IN_PLACE_OF)
+        except CheckpointError:
+            return True  # nobody knows
+        return isinstance(instead, int) and self.stays(instead)
 
     def _put_in_place(self, temporary: Path) -> Path:
         """Give a complete checkpoint its name. An older one of that name goes; what is none is set aside."""

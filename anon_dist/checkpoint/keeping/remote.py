@@ -2,6 +2,9 @@
 
 A checkpoint lies there as it does here, a folder `step-00000500` with the same files. `trainer.json` is its marker: it is written last, so
 that a folder without it does not count, and removed first where a checkpoint is replaced.
+
+A file that is what one of the last checkpoint but one was is copied within the store, where nobody reads it: so only if that one was sent
+from here, never if it was such a copy itself, nor from the last. Damage there is in two checkpoints at the most, and never in the last two.
 """
 
 from __future__ import annotations
@@ -60,8 +63,10 @@ class Remote:
         self.address, self._pauses = address.rstrip("/"), pauses
         self._fs, self._root = open_store(address, CheckpointError)
         self._in_bucket = scheme_of(address) in BUCKETS
-        self._copied: list[tuple[str, dict[tuple[int, str], str]]] = []
-        """Of the last two checkpoints that were copied: what is in their files, and where these are."""
+        self._last: list[tuple[str, dict[tuple[int, str], str]]] = []
+        """Of the last two checkpoints that were copied: what is in the files that were sent from here, and where these are."""
+        self._sent: dict[tuple[int, str], str] = {}
+        """The same of the one that is being copied."""
         self.sent = 0
         """Bytes that have been sent there, and files: it grows while a copy makes progress."""
 
@@ -162,20 +167,19 @@ class Remote:
         sums = _read(checkpoint)
         if damaged := sums.verify(_THREADS):
             raise DamagedCheckpoint(f"{checkpoint} is not copied to {self.address}: {damaged[0][1]}")
-        self._copied = [known for known in self._copied if known[0] != checkpoint.name][-2:]
+        self._last, self._sent = [known for known in self._last if known[0] != checkpoint.name], {}
         self._each([*sums.files, NAME], lambda name: self._put(checkpoint, name, sums))
         self._put(checkpoint, PROGRESS, sums)
-        there = {_key(file): self._path(checkpoint.name, name) for name, file in sums.files.items()}
-        self._copied.append((checkpoint.name, there))
+        self._last = [*self._last, (checkpoint.name, self._sent)][-2:]
 
     def _count(self, sent: int) -> None:
         self.sent += sent
 
     def _put(self, checkpoint: Path, name: str, sums: Checksums) -> None:
-        """Copy a file; within the store, where one of the last checkpoints has the same."""
+        """Copy a file; within the store, where the last checkpoint but one has the same, sent from here."""
         source, target = checkpoint / name, self._path(checkpoint.name, name)
         size, key = source.stat().st_size, _key(sums.files[name]) if name in sums.files else None
-        twin = next((known[key] for _, known in self._copied if key in known), None) if key and size > _SMALL else None
+        twin = self._last[0][1].get(key) if key and size > _SMALL and len(self._last) > 1 else None
 
         def put() -> None:
             if not self._in_bucket:
@@ -189,6 +193,8 @@ class Remote:
             self._count(1)
             if (there := self._size(target)) != size:
                 raise OSError(f"{target} has {there} bytes there, and {size} here")
+            if key:
+                self._sent[key] = target
 
         self._tried(f"{source} cannot be copied to {self.address}", put)
 

@@ -314,7 +314,8 @@ class CheckpointConfig:
     keep: Size = 2
     """How many of the latest checkpoints stay."""
     keep_every: StepsOrZero = 0
-    """Steps between checkpoints that stay for ever, besides the latest; they are written whatever every says. 0: none stay."""
+    """Steps between checkpoints that stay for ever, besides the latest; they are written whatever every says. Where one cannot
+    be written, the one in its place stays. 0: none stay."""
     keep_steps: tuple[Steps, ...] = ()
     """Steps of which checkpoints are written, and stay for ever, besides."""
     async_save: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +20,30 @@ from anon_dist.train.reports.pace import Pace
 
 Record = dict[str, Any]
 """Of numbers, but for `WORDS`."""
+NOT_FINITE = "not_finite"
+"""In a file, the metrics that are no finite numbers, by what they are; their own values are null, as JSON has none for them."""
 WORDS = frozenset({"slowest_host"})
 """Metrics that are text."""
 TASK = "task/"
 """Begins the name of a task's metric: task/NAME/METRIC."""
 PARTS = ("data", "forward", "backward", "optimizer", "logging")
 """Of a step, by whose names the loop tells its `Stopwatch`; "other" is what is left."""
+
+
+def to_json(record: Record) -> Record:
+    """A record with nothing in it that strict JSON lacks; `from_json` takes that back."""
+    odd = {k: v for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    told = "; ".join(f"{key} {value}" for key, value in odd.items())
+    return {**record, **dict.fromkeys(odd), NOT_FINITE: told} if odd else record
+
+
+def from_json(record: Record) -> Record:
+    """A record as it was before `to_json`. Earlier versions wrote NaN and Infinity, as Python reads and writes them."""
+    told = record.get(NOT_FINITE)
+    if not isinstance(told, str):
+        return record
+    odd = {key: value for key, _, value in (each.rpartition(" ") for each in told.split("; "))}
+    return {k: float(odd[k]) if v is None and k in odd else v for k, v in record.items() if k != NOT_FINITE}
 
 
 class MetricsFile:
@@ -49,7 +68,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Append a record, as a line."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -66,7 +85,7 @@ def add_metrics(path: Path, record: Record) -> None:
     with path.open("r+b") as file:
         file.seek(data.rfind(b"\n") + 1)  # a line torn by a kill goes
         file.truncate()
-        file.write((json.dumps(record) + "\n").encode())
+        file.write((json.dumps(to_json(record), allow_nan=False) + "\n").encode())
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -86,9 +105,9 @@ def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
 def _record(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
+        return from_json(record) if line.endswith(b"\n") and isinstance(record, dict) and "step" in record else None
     except ValueError:
         return None
-    return record if line.endswith(b"\n") and isinstance(record, dict) and "step" in record else None
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
@@ -133,6 +152,8 @@ class Console:
         if any(key.startswith(TASK) for key in record):
             for line in task_lines(record, self._steps):
                 self.say(line)
+            return
+        if not any(key in record for key, *_ in _COLUMNS):  # what came of the last saves
             return
         self.say(table_line(record, self._steps, self._pace.left()))
         if self._bar is not None:

@@ -14,7 +14,7 @@ from anon_dist.data import Index
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.config.sources import all_sources
 from anon_dist.train.inputs.corpora import first_folder
-from anon_dist.train.reports.metrics import PARTS, Record, read_metrics
+from anon_dist.train.reports.metrics import PARTS, Record, from_json, read_metrics
 from anon_dist.train.reports.plot import plot_loss
 
 RESULT = "result.json"
@@ -72,7 +72,7 @@ def _losses(config: Config, result: dict[str, Any]) -> tuple[dict[str, float], T
 
 def report(folder: Path, config: Config) -> None:
     """Print the result of a finished run, draw `loss.png`, and write a sample of the exported model's text."""
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    result: dict[str, Any] = from_json(json.loads((folder / RESULT).read_text()))
     levels, table = _losses(config, result)
     console = Console()
     console.print(table)

@@ -1,4 +1,4 @@
-"""Whose an address is (`checkpoint.remote`): one run's, which writes so there at its start; that shows, too, that it can write.
+"""Whose an address is (`checkpoint.remote`): one run's, which writes so there once nothing else refuses its start.
 
 A run is known by an id, in its folder and at the address. One whose folder is lost is known by the folder's name and by its settings: the
 same command goes on from the address, on another machine too.
@@ -11,7 +11,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from anon_dist.train.config.parsing import Config, flat
 
 _BEGUN = time.strftime("%Y-%m-%d %H:%M:%S %z")
 """Of this process, nearly: with host and pid no other's."""
-_OWN = ("model.", "optim.", "schedule.", "train.seed", "train.global_batch", "data.seq_len")
+_OWN = (
+    "model.",
+    "optim.",
+    "schedule.",
+    "train.seed",
+    "train.global_batch",
+    "data.seq_len",
+    "data.seed",
+    "data.packing",
+)
 """Settings by which a run is known: the others follow the machine, or are changed on the way."""
 
 
@@ -33,9 +43,10 @@ class Owner:
 
     Args:
         folder: the run's.
+        data: fingerprints of what it reads; none where they are not known yet.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, data: Sequence[str] = ()) -> None:
         self._folder, self._config = folder, config
         self._record: dict[str, Any] = {
             "run_dir": str(folder.absolute()),
@@ -43,10 +54,21 @@ class Owner:
             "process": os.getpid(),
             "since": _BEGUN,
             "settings": _settings(recorded(config)),
+            "data": list(data),
         }
 
+    def look(self, remote: Remote, checkpoints: Checkpoints) -> None:
+        """`check`, and whether anything can be written there. Nothing is left behind.
+
+        Raises:
+            CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
+        """
+        self.check(remote, checkpoints)
+        with _saying_what_helps():
+            remote.probe()
+
     def claim(self, remote: Remote, checkpoints: Checkpoints) -> None:
-        """Make the address this run's, before anything is read from it or written to it.
+        """Make the address this start's, before anything is written to it.
 
         Raises:
             CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
@@ -54,13 +76,9 @@ class Owner:
         """
         found = self.check(remote, checkpoints)
         self._record["id"] = (found or {}).get("id") or self._here() or secrets.token_hex(8)
-        try:
+        self._record["data"] = self._record["data"] or (found or {}).get("data", [])
+        with _saying_what_helps():
             remote.own(self._record)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}. See to the address and to the right to write there, or leave checkpoint.remote out: checkpoints then stay in "
-                "run_dir alone"
-            ) from error
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / OWNER, self._record)
 
@@ -94,7 +112,7 @@ class Owner:
         """
         found = remote.owner()
         if found is None:
-            remote.own(self._record)
+            remote.own(self._record | {"id": self._here() or secrets.token_hex(8)})
         elif any(found.get(key) != self._record[key] for key in ("run_dir", "host", "process", "since")):
             raise TakenError(
                 f"{remote.address} is now that of the run {found.get('run_dir')}, process {found.get('process')} on "
@@ -121,9 +139,24 @@ class Owner:
         if not isinstance(settings, Mapping):
             return "it does not say its settings"
         for key, value in self._record["settings"].items():
-            if settings.get(key) != value:
-                return f"whose {key} is {settings.get(key)!r}, and this one's {value!r}"
+            if key in settings and settings[key] != value:
+                return f"whose {key} is {settings[key]!r}, and this one's {value!r}"
+        theirs, ours = found.get("data"), self._record["data"]
+        if isinstance(theirs, list) and theirs and ours and not set(map(str, theirs)) & set(ours):
+            return f"whose data have the fingerprint {', '.join(map(str, theirs))}, and this one's {', '.join(ours)}"
         return ""
+
+
+@contextmanager
+def _saying_what_helps() -> Iterator[None]:
+    """A block that writes to the address."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. See to the address and to the right to write there, or leave checkpoint.remote out: checkpoints then stay in "
+            "run_dir alone"
+        ) from error
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

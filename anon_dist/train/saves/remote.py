@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anon_dist.agreement import first_does_slowly, is_first
 from anon_dist.checkpoint import Checkpoints, DamagedCheckpoint
@@ -22,23 +22,47 @@ def checkpoints_of(folder: Path, config: CheckpointConfig) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", config.keep, config.keep_every, config.keep_steps)
 
 
-def claim(config: Config, checkpoints: Checkpoints) -> None:
-    """Make the address, if there is one, this run's. Every rank must call it, before anything else here.
+def check_address(config: Config, checkpoints: Checkpoints, data: Sequence[str] = ()) -> None:
+    """See that the address, if there is one, is this run's or nobody's, and can be written; nothing of it is changed. Every rank must call
+    it, before anything else here.
+
+    Args:
+        data: fingerprints of what the run reads, as far as they are known.
 
     Raises:
         RunError: it is another run's, or nothing can be written there; on every rank.
     """
-    _first(config, lambda remote: Owner(config, Path(config.run_dir)).claim(remote, checkpoints))
+    _first(config, lambda remote: Owner(config, Path(config.run_dir), data).look(remote, checkpoints))
 
 
-def fetch_newest(config: Config, checkpoints: Checkpoints) -> None:
+def claim(config: Config, checkpoints: Checkpoints, data: Sequence[str] = ()) -> None:
+    """Make the address, if there is one, this start's: another that is at work with it ends. Every rank must call it, before anything is
+    written there. Arguments and errors as of `check_address`."""
+    _first(config, lambda remote: Owner(config, Path(config.run_dir), data).claim(remote, checkpoints))
+
+
+def fetch_newest(config: Config, checkpoints: Checkpoints) -> Path | None:
     """If the address has a newer checkpoint than the folder, bring the newest that is as it was written. Every rank must call it.
+
+    Returns:
+        What was brought.
 
     Raises:
         RunError: the address does not answer; on every rank.
     """
-    if config.resume == "auto":
-        _first(config, lambda remote: _fetch_newest(remote, checkpoints))
+    if config.resume != "auto":
+        return None
+
+    def fetch(remote: Remote) -> Path | None:
+        latest = checkpoints.latest()
+        return _fetch_between(remote, checkpoints, -1 if latest is None else step_of(latest))
+
+    return cast("Path | None", _first(config, fetch))
+
+
+def fetch_older(config: Config, checkpoints: Checkpoints, above: int, below: int) -> Path | None:
+    """Of the checkpoints of steps between these two, bring the newest that is as it was written. The rest as of `fetch_newest`."""
+    return cast("Path | None", _first(config, lambda remote: _fetch_between(remote, checkpoints, above, below)))
 
 
 def fetch_again(config: Config, checkpoints: Checkpoints, damaged: Path, error: DamagedCheckpoint) -> bool:
@@ -48,13 +72,13 @@ def fetch_again(config: Config, checkpoints: Checkpoints, damaged: Path, error: 
         if step_of(damaged) not in remote.steps():
             return False
         kept = checkpoints.set_aside(damaged, "damaged")
-        _say(f"WARNING: {damaged} is damaged, and set aside as {kept.name}: {error}")
         try:
             fetch_into(remote, step_of(damaged), checkpoints)
         except DamagedCheckpoint as another:
-            _say(f"WARNING: {another}")
             kept.rename(damaged)
+            _say(f"WARNING: {damaged} is damaged, and so is its copy: {another}")
             return False
+        _say(f"WARNING: {damaged} is damaged, and set aside as {kept.name}: {error}")
         _say(f"{damaged.name} has been copied from {remote.address}")
         return True
 
@@ -127,18 +151,20 @@ def _first(config: Config, action: Callable[[Remote], Any]) -> Any:
     return found
 
 
-def _fetch_newest(remote: Remote, checkpoints: Checkpoints) -> None:
-    latest = checkpoints.latest()
+def _fetch_between(remote: Remote, checkpoints: Checkpoints, above: int, below: int | None = None) -> Path | None:
     for step in reversed(remote.steps()):
-        if latest is not None and step <= step_of(latest):
-            return
+        if step <= above:
+            return None
+        if below is not None and step >= below:
+            continue
         try:
             fetched = fetch_into(remote, step, checkpoints)
         except DamagedCheckpoint as error:
             _say(f"WARNING: {error}")
             continue
         _say(f"{fetched.name} has been copied from {remote.address}")
-        return
+        return fetched
+    return None
 
 
 def _say(text: str) -> None:
