@@ -65,17 +65,13 @@ def data_inspect(args: list[str]) -> None:
     """`anon-dist data inspect`"""
     from anon_dist.arguments import parse
     from anon_dist.data.config import InspectConfig
-    from anon_dist.named import need_bare, need_data, need_picture
-    from anon_dist.usage import UsageError, refusing
+    from anon_dist.named import need_bare
+    from anon_dist.usage import refusing
 
     with refusing():
         need_bare(args, "--folder", "anon-dist data inspect")
         config = parse(InspectConfig, args, "anon-dist data inspect")
-        need_data(config.folder)
-        if config.plot is not None:
-            need_picture(config.plot, "--plot")
-        if config.samples < 0:
-            raise UsageError(f"--samples must be at least 0, not {config.samples}")
+        config.check()
     from anon_dist.data import DataError
     from anon_dist.data.inspection import inspect
 

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from anon_dist.named import need_data, need_picture
+from anon_dist.usage import UsageError
+
 TextUnit = Literal["file", "paragraph", "line"]
 OnBadText = Literal["skip", "replace", "fail"]
 
@@ -119,6 +122,18 @@ class InspectConfig:
     """Picture to write of the documents' lengths, such as `lengths.png`."""
     json: bool = False
     """Print all as JSON."""
+
+    def check(self) -> None:
+        """Look at what can be told before anything is read.
+
+        Raises:
+            UsageError: the folder is none of prepared data, or the picture or the number of samples is none.
+        """
+        need_data(self.folder)
+        if self.plot is not None:
+            need_picture(self.plot, "--plot")
+        if self.samples < 0:
+            raise UsageError(f"--samples must be at least 0, not {self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)

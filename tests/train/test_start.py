@@ -107,7 +107,7 @@ def test_what_changes_no_token_is_no_change(data):
     edit_json(data / "index.json", lambda c: c.pop("tokenizer_behaviour"))
     assert Tokenizer.of(data).vocab_size == 257
     edit_json(data / "index.json", lambda c: c.update(tokenizer_behaviour=[]))
-    with pytest.raises(ShardError, match="tokenizer_behaviour is no mapping"):
+    with pytest.raises(ShardError, match="tokenizer_behaviour must be an object"):
         Tokenizer.of(data)
 
 
@@ -172,10 +172,18 @@ def test_a_token_outside_of_the_vocabulary_is_named(split, data, run_config, tra
         TokenShards(data, split).tokens(0, 64)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 100}, {"eod_id": -1}, {"vocab_size": "x"}, {"vocab_size": 1 << 17}])
-def test_an_edited_index_is_refused(change, data):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 100}, "eod_id = .* must be below vocab_size"),
+        ({"eod_id": -1}, "eod_id = .* must be below vocab_size"),
+        ({"vocab_size": "x"}, "vocab_size must be a valid integer"),
+        ({"vocab_size": 1 << 17}, "eod_id = .* must be below vocab_size"),
+    ],
+)
+def test_an_edited_index_is_refused(change, message, data):
     edit_json(data / "index.json", lambda c: c.update(change))
-    with pytest.raises(DataError, match=r"index\.json: eod_id = .* must be below vocab_size"):
+    with pytest.raises(DataError, match=rf"index\.json: {message}"):
         TokenShards(data)
 
 
