@@ -15,6 +15,7 @@ from anon_dist.checkpoint.assemble import model_names
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, TensorInfo
+from anon_dist.train.model.initial import make_buffers
 from anon_dist.trained.find import Trained
 
 
@@ -111,6 +112,7 @@ def load_model(trained: Trained, named: Path | None = None, unsafe: bool = False
         checkpoint.close()
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    make_buffers(model)  # those that no checkpoint has, such as rotary frequencies
     model.load_state_dict(weights, assign=True, strict=False)
     model.tie_weights()
     return model.eval()

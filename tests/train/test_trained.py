@@ -23,6 +23,7 @@ from anon_dist.train.reports import report
 from anon_dist.trained import hub
 from anon_dist.trained.find import find, tokenizer_of
 from anon_dist.trained.generate import continued
+from anon_dist.trained.model import load_model
 from anon_dist.trained.options import Generate
 
 CONTEXT = 48
@@ -31,10 +32,13 @@ CONTEXT = 48
 @pytest.fixture(scope="module")
 def run(prepared, tmp_path_factory):
     """A finished run, with checkpoints of steps 3 and 6; its data is a copy, to be moved away."""
-    folder = tmp_path_factory.mktemp("trained")
+    return trained(prepared, tmp_path_factory.mktemp("trained"))
+
+
+def trained(prepared, folder, **model):
     data = shutil.copytree(prepared, folder / "data")
     config = c.Config(
-        model=c.ModelConfig(layers=2, width=32, heads=2, context=CONTEXT),
+        model=c.ModelConfig(layers=2, width=32, heads=2, context=CONTEXT, **model),
         data=c.DataConfig(path=str(data), seq_len=32),
         optim=c.OptimConfig(lr=3e-3),
         schedule=c.ScheduleConfig(warmup_steps=2),
@@ -50,6 +54,16 @@ def run(prepared, tmp_path_factory):
         made = loop.train(config)
     forget_accelerate()
     return made
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_checkpoint_of_a_rotary_model_is_the_model_that_was_exported(family, prepared, tmp_path):
+    """Its rotary frequencies are in no checkpoint."""
+    run = trained(prepared, tmp_path, family=family)
+    tokens = torch.arange(40).unsqueeze(0)
+    logits = [load_model(find(path)).eval()(tokens).logits for path in (checkpoint(run), run / "model")]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    main(["generate", str(checkpoint(run)), "import", "--max-new-tokens", "3"])
 
 
 def checkpoint(run, step=6):

@@ -9,12 +9,14 @@ from anon_dist.data.preparation.sources import FileSource, HubSource, LimitedSou
 
 
 def check_out(out: Path, source: Source) -> None:
-    """Refuse a folder that holds texts of the source, or that the source takes in.
+    """Refuse a folder that holds texts of the source, that the source takes in, or that is a training's.
 
     Raises:
         PreparationError: naming another place.
     """
     here = out.resolve()
+    if (out / "config.yaml").is_file() and ((out / "checkpoints").is_dir() or (out / "run.lock").exists()):
+        raise PreparationError(f"--out {out} is the folder of a training. Name a folder of its own.")
     for each in _plain(source):
         if isinstance(each, FileSource) and isinstance(each.root, Path):  # and not at an address
             root = each.root.resolve()
