@@ -25,7 +25,7 @@ from anon_dist.launcher import LAUNCHER, end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import records
 from anon_dist.train.config.alike import shared_settings
-from anon_dist.train.config.errors import HarnessError, Interrupted, RunError
+from anon_dist.train.config.errors import ConfigError, HarnessError, Interrupted, RunError
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import Config, check
 from anon_dist.train.config.phases import phases_of, resolved
@@ -48,7 +48,7 @@ from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
 from anon_dist.train.reports.profiling import Profiler
-from anon_dist.train.reports.report import RESULT, finished, report, taken
+from anon_dist.train.reports.report import RESULT, finished, refuse_other, report, taken
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import set_up, wanted_engine
 from anon_dist.train.running import Run
@@ -85,6 +85,8 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     )
     folder = Path(config.run_dir)
     if agree(config.resume == "auto" and finished(folder, config)):
+        if other := agree(refuse_other(folder, config) if accelerator.is_main_process else None):
+            raise ConfigError(other)
         if accelerator.is_main_process:
             print(f"Nothing to do: {taken(folder, config)}. (Raise train.steps to go on.)\n")
             report(folder, config)

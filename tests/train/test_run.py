@@ -220,6 +220,11 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(run_config, train, monk
     assert f"this run has taken {steps} steps, more than train.steps = 5" in capsys.readouterr().out
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
+    config.model.width *= 2
+    with pytest.raises(ConfigError, match=r"finished run, made without model\.width = 64 \(here 32\)"):
+        train(config)
+    config.model.width //= 2
+
     config.train.steps = 18  # more steps: it goes on
     train(config)
     assert metrics(folder)[-1]["step"] == 18

@@ -56,6 +56,34 @@ def changes(config: Config, engine: str, source: Path, progress: Mapping[str, An
     return lines
 
 
+MADE_IT = (
+    "model.",
+    "optim.",
+    "schedule.",
+    "data.seed",
+    "data.seq_len",
+    "data.packing",
+    "data.mask_documents",
+    "train.seed",
+    "train.global_batch",
+)
+"""Fields that say what a model comes out; of those that a prepared folder's contents do not tell."""
+
+
+def other_than_made(config: Config, made: Mapping[str, Any]) -> str | None:
+    """What a configuration asks for that a finished run was not made with, in words.
+
+    Args:
+        made: the finished run's configuration, as its results have it.
+    """
+    then = {**flat(recorded(Config())), **flat(made)}
+    now = flat(recorded(config))
+    found = [
+        f"{k} = {v!r} (here {then.get(k)!r})" for k, v in now.items() if k.startswith(MADE_IT) and then.get(k) != v
+    ]
+    return ", ".join(found) or None
+
+
 def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -> None:
     """That GPT-2's positions, which are learned, are as many as in a checkpoint; other families' are computed.
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from anon_dist.checkpoint import Checkpoints
 from anon_dist.data import Index
+from anon_dist.train.config.changes import other_than_made
 from anon_dist.train.config.parsing import Config
 from anon_dist.train.config.sources import all_sources
 from anon_dist.train.inputs.corpora import first_folder
@@ -27,6 +28,12 @@ def finished(folder: Path, config: Config) -> bool:
     except (OSError, ValueError):
         return False
     return bool(result["step"] >= config.train.steps)
+
+
+def refuse_other(folder: Path, config: Config) -> str | None:
+    """Why the finished run in this folder is not the one that is asked for; None: it is."""
+    other = other_than_made(config, json.loads((folder / RESULT).read_text()).get("config") or {})
+    return other and f"run_dir = {folder} is a finished run, made without {other}; choose another run_dir"
 
 
 def taken(folder: Path, config: Config) -> str:
