@@ -177,7 +177,12 @@ def run(command: str, args: list[str]) -> None:
         parsed.check()
     try:
         action(parsed)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError):
+        named = [path for key in ("src", "a", "b") if (path := getattr(parsed, key, None)) and not is_address(path)]
+        if gone := [path for path in named if not Path(path).exists()]:
+            error = CheckpointError(
+                f"{gone[0]} was there and is gone: a training removes its older checkpoints. Give the command again"
+            )
         sys.exit(f"error: {error}")
 
 

@@ -271,9 +271,8 @@ def _resolve(wanted: Wanted, launched: int) -> Name:
     if engine == "single" and launched > 1:
         raise EngineError(f"train.engine is single, but {launched} processes were launched; use fsdp2 or ddp")
     if (split := splitting_ranks(wanted)) > 1 and (engine != "fsdp2" or launched % split):
-        raise EngineError(
-            f"train.tensor_parallel is {split}: it needs engine fsdp2, here {engine}, and a multiple of {split} ranks, here {launched}"
-        )
+        need = f"engine fsdp2, here {engine}" if engine != "fsdp2" else f"a multiple of {split} ranks, here {launched}"
+        raise EngineError(f"train.tensor_parallel is {split}: it needs {need}")
     if (sharing := sharing_ranks(wanted)) > 1 and (engine not in ("fsdp2", "hsdp") or launched % sharing or split > 1):
         raise EngineError(
             f"train.context_parallel is {sharing}: it needs engine fsdp2 or hsdp, here {engine}, without tensor parallelism, here {split}, "

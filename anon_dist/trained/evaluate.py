@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.checkpoint.options import ReadOptions
 from anon_dist.data import DataError
+from anon_dist.data.errors import SourceError
 from anon_dist.data.preparation.sources import FileSource, open_source
 from anon_dist.files import unused, write_text
 from anon_dist.train.config.errors import HarnessError, RunError
@@ -74,7 +75,12 @@ def _on_tasks(tasks: Tasks, model: PreTrainedModel, tokenizer: Any, options: Eva
 
 
 def _source(spec: str, options: Eval) -> FileSource:
-    source = open_source(spec, text_field=options.text_field, split="", streaming=False, text_unit=options.text_unit)
+    try:
+        source = open_source(
+            spec, text_field=options.text_field, split="", streaming=False, text_unit=options.text_unit
+        )
+    except SourceError as error:
+        raise SourceError(str(error).replace("--source", "--text")) from None
     assert isinstance(source, FileSource)
     return source
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.generation.streamers import BaseStreamer
 
-from anon_dist.checkpoint import CheckpointError
+from anon_dist.checkpoint import CheckpointError, cli
 from anon_dist.cli import main
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
@@ -64,6 +64,24 @@ def test_a_checkpoint_of_a_rotary_model_is_the_model_that_was_exported(family, p
     logits = [load_model(find(path)).eval()(tokens).logits for path in (checkpoint(run), run / "model")]
     torch.testing.assert_close(*logits, rtol=0, atol=0)
     main(["generate", str(checkpoint(run)), "import", "--max-new-tokens", "3"])
+
+
+def test_a_text_that_is_none_is_told_by_its_option(run, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: --text {tmp_path}: no files there"):
+        main(["eval", str(run), "--text", str(tmp_path)])
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile(run, tmp_path, monkeypatch):
+    """As its `keep` does, between the look at the run's folder and the reading."""
+    going = shutil.copytree(run, tmp_path / "run")
+
+    def removed(parsed):
+        shutil.rmtree(parsed.src)
+        raise CheckpointError(f"{parsed.src} does not exist")
+
+    monkeypatch.setattr(cli, "_inspect", removed)
+    with pytest.raises(SystemExit, match=r"step-00000006 was there and is gone: a training removes its older"):
+        main(["ckpt", "inspect", str(going)])
 
 
 def checkpoint(run, step=6):
