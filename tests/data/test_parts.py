@@ -242,6 +242,12 @@ def test_torn_files_and_what_is_in_the_way(copied, tmp_path, monkeypatch):
     with pytest.raises(PreparationError, match=r"train-00000\.bin has 998 bytes, part\.json says 1,000"):
         merge(copied, tmp_path / "data")
     shard.write_bytes(data)
+    before = contents(copied[0])
+    with pytest.raises(
+        PreparationError, match=r"--out \S+part0 is itself a part of a corpus\. Name a new folder, beside"
+    ):
+        merge(copied, copied[0])
+    assert contents(copied[0]) == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "train-00003.bin").write_bytes(b"precious")
     with pytest.raises(PreparationError, match=r"train-00003\.bin is in the way"):

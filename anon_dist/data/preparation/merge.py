@@ -52,6 +52,8 @@ def merge(
     """
     started = time.perf_counter()
     parts = _in_order(folders)
+    if is_part(out):
+        raise PreparationError(f"--out {out} is itself a part of a corpus. Name a new folder, beside the parts.")
     if not ignore_times:
         refuse_other_versions([folder for folder, _ in parts])
     settings, source = parts[0][1].settings, parts[0][1].source
