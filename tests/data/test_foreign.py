@@ -189,6 +189,11 @@ BROKEN = {
         lambda f: edit(f / "a.idx", 34 + 12 * 200, b"\x01"),
         r"list of documents does not go over all",
     ),
+    "idx border beyond": (
+        "bin",
+        lambda f: edit(f / "a.idx", 34 + 12 * 200 + 8 * 100, struct.pack("<q", 400)),
+        r"a\.idx: document 100 ends before sequence 400, of 200; the file is damaged",
+    ),
     "vocabulary": (
         "bin",
         lambda f: edit(f / "a.bin", 2000, b"\x2c\x01"),

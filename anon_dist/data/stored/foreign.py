@@ -147,9 +147,14 @@ def _megatron_ends(index: Path, sequences: int, documents: int, width: int) -> I
     if not np.array_equal(places, ends[:-1] * width):
         raise SourceError(f"{index}: its sequences do not follow each other in the file; merge or make the files again")
     borders = np.fromfile(index, "<i8", documents, offset=HEADER.size + 12 * sequences)
-    if len(borders) < 2 or borders[0] != 0 or borders[-1] != sequences or borders.min() < 0:
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != sequences:
         raise SourceError(f"{index}: its list of documents does not go over all sequences; the file is damaged")
-    return _ascending(index, ends[np.minimum(borders[1:], sequences)])
+    if not 0 <= borders.min() <= borders.max() <= sequences:
+        at = int(np.argmax((borders < 0) | (borders > sequences)))
+        raise SourceError(
+            f"{index}: document {at:,} ends before sequence {borders[at]:,}, of {sequences:,}; the file is damaged, so make it again"
+        )
+    return _ascending(index, ends[borders[1:]])
 
 
 def _ascending(index: Path, ends: Int64) -> Int64:
