@@ -84,8 +84,9 @@ def _hashed(shards: Stretches, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
         blocks.update(memoryview(piece))
         bar.update(len(piece))
     if digest.hexdigest() != shard.xxh3_64:
+        place = shards.place(shard)
         raise ShardError(
-            f"{shards.place(shard)} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {remedy(shard)}"
+            f"{place} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {remedy(shard, place)}"
         )
     return blocks.sums()
 

@@ -179,6 +179,12 @@ def test_a_limit_on_repetition_and_its_remedies(run_config, train, folders, tmp_
         with pytest.raises(ConfigError, match="more than max_epochs"):
             train(wrong)
     assert steps == int(1.5 * samples / 4)
+    phases = (PhaseConfig(until=99), PhaseConfig())
+    for until, what in ((0, "train.steps"), (1, "the phase's until")):
+        given = config(steps=100 + until)
+        given.data.phases = phases if until else (PhaseConfig(until=1), PhaseConfig())
+        with pytest.raises(ConfigError, match=rf"{what} = {99 if until else 100} would read .* {what} to \d+,"):
+            train(given)
     train(config(steps=int(steps)))
 
 
