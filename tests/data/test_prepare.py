@@ -25,9 +25,7 @@ from anon_dist.data import (
 )
 from anon_dist.data.preparation import encode, finish
 from anon_dist.data.preparation.encode import is_validation
-from anon_dist.data.preparation.finish import large_validation
 from anon_dist.data.preparation.writer import SplitWriter
-from anon_dist.data.stored.index import SplitInfo
 from anon_dist.files import exclusive
 
 SPM = "spm-bpe:600"
@@ -134,7 +132,6 @@ import importlib, os, signal, sys
 from pathlib import Path
 from anon_dist.data.preparation import encode
 from anon_dist.data.preparation.writer import SplitWriter
-from anon_dist.data.stored.index import SplitInfo
 
 prepare_module = importlib.import_module("anon_dist.data.preparation.prepare")
 corpus, out, workers, tokenizer, appends = sys.argv[1:]
@@ -353,13 +350,6 @@ def test_a_small_source_gives_more_to_validation_and_what_is_still_too_little_is
             f"WARNING: {out}: the validation split has {val.tokens:,} tokens in {val.documents} documents; below 65,536"
         )
         assert (warned in capsys.readouterr().out) == (documents == 300)
-
-
-def test_a_split_that_takes_much_more_than_was_asked_for_is_said():
-    val, train = SplitInfo((), 40, 1, 40), SplitInfo((), 60, 9, 60)
-    assert "40% of the tokens, in 1 documents: long ones fell to it" in large_validation(val, train, 0.01)
-    assert large_validation(val, train, 0.2)
-    assert not large_validation(val, train, 0.3)
 
 
 def test_no_validation_wanted(corpus, tmp_path):

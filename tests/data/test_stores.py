@@ -231,8 +231,7 @@ def corpora_in_memory(prepared, tmp_path, count):
                 tokens.tofile(folder / shard["file"])
                 shard["xxh3_64"] = cache.file_checksum(folder / shard["file"]).hexdigest()
         index["fingerprint"] = ""
-        index["fingerprint"] = Index.from_json(index).compute_fingerprint()
-        (folder / "index.json").write_text(json.dumps(index))
+        (folder / "index.json").write_text(json.dumps(Index.from_json(index).to_json()))
         found.append(upload(folder, f"memory://{tmp_path}/corpus{i}"))
     return found
 

@@ -81,6 +81,10 @@ def merge(
         else f"the shards' contents were not compared with their checksums; anon-dist data verify {out} does"
     )
     say(compared)
+    if old := [str(folder) for folder, part in parts if not part.checksum]:
+        say(
+            f"of an earlier version, so no checksum covers their counts of documents and of bytes of text: {', '.join(old)}"
+        )
     say(f"the {len(parts)} parts are not needed any more: their shards are those of {out}")
     return index
 

@@ -1,0 +1,27 @@
+"""JSON files that hold a checksum of their own content: what no shard shows, such as bytes of text, cannot be edited without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+KEY = "checksum"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content, with its checksum."""
+    rest = {key: value for key, value in content.items() if key != KEY}
+    return {**rest, KEY: _checksum(rest)}
+
+
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether the content, as it was read, is what was sealed. That of earlier versions has no checksum, and counts as whole."""
+    return KEY not in content or content[KEY] == sealed(content)[KEY]
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits; of what JSON makes of the content, however it is laid out."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
