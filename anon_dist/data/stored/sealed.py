@@ -13,15 +13,16 @@ KEY = "checksum"
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content, with its checksum."""
-    rest = {key: value for key, value in content.items() if key != KEY}
-    return {**rest, KEY: _checksum(rest)}
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return {**plain, KEY: _checksum(plain)}
 
 
 def is_whole(content: Mapping[str, Any]) -> bool:
     """Whether the content, as it was read, is what was sealed. That of earlier versions has no checksum, and counts as whole."""
-    return KEY not in content or content[KEY] == sealed(content)[KEY]
+    return KEY not in content or content[KEY] == _checksum(content)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits; of what JSON makes of the content, however it is laid out."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())
+    """16 hexadecimal digits, of plain JSON values, however they are laid out in the file; all but the checksum itself."""
+    rest = {key: value for key, value in content.items() if key != KEY}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
