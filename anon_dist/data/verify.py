@@ -62,8 +62,15 @@ def verify(folder: str | Path, workers: int = 1) -> Index:
             _replace(folder / sums_file(split), sums)
         splits = {split: replace(info, sums=digests[split]) for split, info in index.splits.items()}
         index = replace(index, splits=splits)
-        write_json(folder / INDEX_FILE, index.to_json())
+        content = index.to_json()
+        if not index.checksum:
+            del content["checksum"]  # it would vouch for counts that nothing has compared
+        write_json(folder / INDEX_FILE, content)
         said += "; checksums of blocks were added"
+    if not index.checksum:
+        said += (
+            f". {INDEX_FILE} is of an earlier version: no checksum covers its counts of documents and of bytes of text"
+        )
     say(said)
     return index
 
@@ -84,8 +91,9 @@ def _hashed(shards: Stretches, shard: ShardInfo, bar: tqdm[NoReturn]) -> bytes:
         blocks.update(memoryview(piece))
         bar.update(len(piece))
     if digest.hexdigest() != shard.xxh3_64:
+        place = shards.place(shard)
         raise ShardError(
-            f"{shards.place(shard)} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {remedy(shard)}"
+            f"{place} is altered: checksum {digest.hexdigest()}, the index says {shard.xxh3_64}. {remedy(shard, place)}"
         )
     return blocks.sums()
 

@@ -111,7 +111,8 @@ def test_a_single_file_and_a_prefix_are_sources_too(tmp_path):
     write_datatrove(tmp_path / "a.ds", docs)
     write_megatron(tmp_path / "b", docs)
     found = [
-        index(tmp_path / name, tmp_path / f"out-{i}") for i, name in enumerate(("a.ds", "b", "b.bin", "b.idx", "*.ds"))
+        index(tmp_path / name, tmp_path / f"out-{i}")
+        for i, name in enumerate(("a.ds", "a.ds.index", "b", "b.bin", "b.idx", "*.ds"))
     ]
     assert len({each.fingerprint for each in found}) == 1
     everything = index(tmp_path / "b", tmp_path / "all", val_fraction=0.0)
@@ -174,6 +175,20 @@ BROKEN = {
         lambda f: (f / "a.ds.metadata").write_text("x|4\n"),
         r"says 4 bytes a token, and the index of the file 2",
     ),
+    "ds of uint32 cut to half": (
+        "ds",
+        lambda f: [
+            write_datatrove(f / "a.ds", documents(), 4, None),
+            torn(f / "a.ds", (f / "a.ds").stat().st_size // 2),
+            (f / "a.ds.metadata").unlink(),
+        ],
+        r"a\.ds is torn: its tokens look like uint32",
+    ),
+    "a single document": (
+        "bin",
+        lambda f: [write_megatron(f / name, documents(1)) for name in "ab"],
+        r"no file has more than one document.*do without it: --val-fraction 0",
+    ),
     "bin torn": ("bin", lambda f: torn(f / "a.bin", 2), r"a\.bin is torn, or is not of its index"),
     "bin without idx": ("bin", lambda f: (f / "a.idx").unlink(), r"a\.idx is missing"),
     "idx torn": ("bin", lambda f: torn(f / "a.idx", 8), r"a\.idx: [\d,]+ bytes; it is torn"),
@@ -188,6 +203,11 @@ BROKEN = {
         "bin",
         lambda f: edit(f / "a.idx", 34 + 12 * 200, b"\x01"),
         r"list of documents does not go over all",
+    ),
+    "idx border beyond": (
+        "bin",
+        lambda f: edit(f / "a.idx", 34 + 12 * 200 + 8 * 100, struct.pack("<q", 400)),
+        r"a\.idx: document 100 ends before sequence 400, of 200; the file is damaged",
     ),
     "vocabulary": (
         "bin",
@@ -234,12 +254,14 @@ def test_files_that_change_afterwards_are_refused(tmp_path):
 def test_options_that_are_wrong(tmp_path):
     write_megatron(tmp_path / "a", documents())
     (tmp_path / "there").mkdir()
+    (tmp_path / "c.idx").touch()
     for options, words in (
         ({"out": tmp_path / "there"}, r"--out .*there is there already"),
         ({"tokenizer": None}, r"a\.bin does not say which tokenizer made it; name it with --tokenizer"),
         ({"tokenizer": "spm-bpe:400"}, r"would be trained; name the one that made the tokens"),
         ({"val_fraction": 1.5}, r"--val-fraction must be in \[0, 1\)"),
         ({"val_fraction": 1e-6}, r"no document is left for the split val; raise --val-fraction"),
+        ({"source": str(tmp_path / "c.idx")}, r"c\.bin is missing: it holds the tokens"),
         ({"source": "s3://b/x/*.ds"}, r"is an address, .* \(`aws s3 sync s3://b/x DIR`\), and index the copy"),
         ({"source": "gs://b/x/"}, r"\(`gcloud storage rsync --recursive gs://b/x DIR`\)"),
         ({"source": "memory://b/x"}, r"copy them to a file system that all nodes see, and index the copy"),

@@ -14,6 +14,7 @@ from test_prepare import config, texts_of
 
 from anon_dist.data import DataError, Index, PreparationError, SourceError, prepare
 from anon_dist.data.config import PrepareConfig
+from anon_dist.data.preparation.encode import is_validation
 from anon_dist.data.preparation.meter import Meter
 from anon_dist.data.preparation.tally import Tally
 from anon_dist.data.verify import verify
@@ -278,9 +279,11 @@ def test_lines_of_json_that_are_not_utf8(mode, tmp_path):
 def test_a_validation_split_of_much_text_is_said(tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in GOOD))
-    prepare(config(folder, tmp_path / "out", tokenizer="bytes", val_fraction=0.6))
-    assert "of the tokens, in" in capsys.readouterr().out
+    chosen = next(text for text in (f"{i} " * 9000 for i in range(999)) if is_validation(text.encode(), 0.05))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (*GOOD, chosen)))
+    for fraction in (0.05, 0.6):
+        prepare(config(folder, tmp_path / str(fraction), tokenizer="bytes", val_fraction=fraction))
+        assert ("long ones fell to it" in capsys.readouterr().out) == (fraction < 0.6)
 
 
 def test_an_address_is_no_unfinished_folder():

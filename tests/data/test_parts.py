@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -201,12 +202,14 @@ def test_an_interrupted_merge_is_gone_on_with(links, copied, one, tmp_path, monk
 
 
 def edited(folder, edit):
+    """The part then is as of a version that had no checksum of part.json."""
     content = json.loads((folder / "part.json").read_text())
+    content.pop("checksum")
     edit(content)
     (folder / "part.json").write_text(json.dumps(content))
 
 
-def test_parts_that_do_not_belong_together(copied, tmp_path):
+def test_parts_that_do_not_belong_together(copied, tmp_path, capsys):
     out = tmp_path / "data"
 
     def refused(error, words, folders=copied):
@@ -233,6 +236,13 @@ def test_parts_that_do_not_belong_together(copied, tmp_path):
         edited(copied[2], edit)
         refused((PreparationError, ShardError), words)
         (copied[2] / "part.json").write_text(original)
+    (copied[2] / "part.json").write_text(re.sub(r'"text_bytes": (\d+)', r'"text_bytes": 9\1', original))
+    refused(ShardError, r"part2/part\.json: its checksum does not belong to its content; the file was edited")
+    edited(copied[2], lambda c: None)
+    merge(copied, out)
+    assert (
+        f"no checksum covers their counts of documents and of bytes of text: {copied[2]}\n" in capsys.readouterr().out
+    )
 
 
 def test_torn_files_and_what_is_in_the_way(copied, tmp_path, monkeypatch):
@@ -242,6 +252,12 @@ def test_torn_files_and_what_is_in_the_way(copied, tmp_path, monkeypatch):
     with pytest.raises(PreparationError, match=r"train-00000\.bin has 998 bytes, part\.json says 1,000"):
         merge(copied, tmp_path / "data")
     shard.write_bytes(data)
+    before = contents(copied[0])
+    with pytest.raises(
+        PreparationError, match=r"--out \S+part0 is itself a part of a corpus\. Name a new folder, beside"
+    ):
+        merge(copied, copied[0])
+    assert contents(copied[0]) == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "train-00003.bin").write_bytes(b"precious")
     with pytest.raises(PreparationError, match=r"train-00003\.bin is in the way"):

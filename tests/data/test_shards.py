@@ -175,8 +175,9 @@ def test_altered_or_missing_sums_are_named(blocks, tmp_path):
 
 
 def test_a_folder_of_an_earlier_version_gets_sums(blocks, tmp_path, capsys):
-    """Then it is byte for byte one of this version; nothing is written for one that is altered."""
+    """Then it is one of this version, but for the checksum of its index; nothing is written for one that is altered."""
     folder, content = shutil.copytree(blocks, tmp_path / "data"), json.loads((blocks / "index.json").read_bytes())
+    del content["checksum"]
     for split in content["splits"].values():
         del split["sums"]
     (folder / "index.json").write_text(json.dumps(content))
@@ -188,12 +189,16 @@ def test_a_folder_of_an_earlier_version_gets_sums(blocks, tmp_path, capsys):
         main(["data", "verify", str(folder)])
     flip(folder / "train-00001.bin", 4)
     assert not list(folder.glob("*.sums"))
-    for said in ("checksums of blocks were added", "are as they were written\n"):
+    for said in (
+        "; checksums of blocks were added. index.json is of",
+        "written. index.json is of an earlier version: no",
+    ):
         main(["data", "verify", str(folder), "--workers", "2"])
         assert said in capsys.readouterr().out
-        assert {p.name: p.read_bytes() for p in folder.glob("*.*")} == {
-            p.name: p.read_bytes() for p in blocks.glob("*.*")
-        }
+        found = {p.name: p.read_bytes() for p in folder.glob("*.*")}
+        wanted = {p.name: p.read_bytes() for p in blocks.glob("*.*")}
+        assert json.loads(found.pop("index.json")).items() < json.loads(wanted.pop("index.json")).items()
+        assert found == wanted
 
 
 def test_the_tokenizer_is_compared_too(folder):
@@ -239,6 +244,12 @@ def test_no_index(tmp_path):
         (lambda c: c["splits"]["train"].update(tokens=9), "its shards [0-9]+ tokens; the file was edited"),
         (lambda c: c["splits"]["val"].update(text_bytes=-1), "the file was edited"),
         (lambda c: c["splits"]["val"]["shards"][0].update(xxh3_64="0" * 16), "fingerprint does not belong"),
+        (
+            lambda c: c["splits"]["val"].update(text_bytes=9),
+            "its checksum does not belong to its content; the file was edited",
+        ),
+        (lambda c: c["splits"]["val"].update(documents=9), "its checksum does not belong to its content"),
+        (lambda c: c.update(documents_end=False), "its checksum does not belong to its content"),
     ],
 )
 def test_bad_index(folder, edit, message):

@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from anon_dist.data import PrepareConfig, TokenShards, prepare
 from anon_dist.train.config.parsing import ConfigError, PhaseConfig, SourceConfig
+from anon_dist.train.inputs.corpora import open_corpora, remarks
 from anon_dist.train.reports import plot, report
 from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.trained.options import Runs
@@ -83,6 +85,37 @@ def test_a_run_on_two_sources_is_validated_on_each(run_config, train, folders, t
         assert f"{result[f'final_loss/{name}']:.4f}" in page
 
 
+def test_sources_that_are_not_validated_are_said(run_config, train, folders, tmp_path, capsys):
+    def warnings(**changes):
+        config = run_config(**changes)
+        corpora, sets = open_corpora(config, Accelerator())
+        return [line for line in remarks(config, corpora, sets) if "says little" not in line]
+
+    paths = {name: SourceConfig(str(folder), 1.0) for name, folder in folders.items()}
+    length = TokenShards(folders["code"], "val").info.tokens
+    assert TokenShards(folders["web"], "val").info.tokens > length
+    long = {"data__seq_len": length, "model__context": length}
+    (short,) = warnings(data__sources={name: paths[name] for name in ("web", "code")}, **long)
+    assert short.startswith(
+        f"WARNING: data.sources.code = {folders['code']}, 50.0% of what is trained on, has {length:,} tokens to validate"
+    )
+    assert (
+        f"too few for data.seq_len = {length}: val_loss is the mean of the other sources. Make it again with" in short
+    )
+    (alone,) = warnings(data__path=str(folders["more"]))
+    assert alone.startswith(f"WARNING: data.path = {folders['more']} has no validation split: there is no val_loss.")
+    assert warnings(data__path=str(folders["web"])) == []
+
+    sources = {"web": SourceConfig(str(folders["web"]), 0.1), "more": SourceConfig(str(folders["more"]), 0.9)}
+    train(run_config(run_dir=str(tmp_path / "run"), data__sources=sources, train__steps=1, schedule__warmup_steps=0))
+    said = capsys.readouterr().out
+    assert ", 90.0% of what is trained on, has no validation split: val_loss is the mean of the other sources." in said
+    assert "mean by weight, without more" in said
+    losses = {f"{key}{name}": 1.0 for key in ("final_loss", "final_bits_per_byte") for name in ("", "/held")}
+    _, table = report._losses(run_config(eval__sets={"held": str(folders["more"])}), losses)
+    assert list(table.columns[0].cells) == ["held", "data.path"]
+
+
 def test_a_source_that_comes_in_at_a_resume(run_config, train, folders, tmp_path, capsys):
     """The samples before are those of the run that had it not; those after are told."""
     alone = {"data__path": str(folders["web"]), "eval__every": 0, "schedule__decay": "constant"}
@@ -146,6 +179,12 @@ def test_a_limit_on_repetition_and_its_remedies(run_config, train, folders, tmp_
         with pytest.raises(ConfigError, match="more than max_epochs"):
             train(wrong)
     assert steps == int(1.5 * samples / 4)
+    phases = (PhaseConfig(until=99), PhaseConfig())
+    for until, what in ((0, "train.steps"), (1, "the phase's until")):
+        given = config(steps=100 + until)
+        given.data.phases = phases if until else (PhaseConfig(until=1), PhaseConfig())
+        with pytest.raises(ConfigError, match=rf"{what} = {99 if until else 100} would read .* {what} to \d+,"):
+            train(given)
     train(config(steps=int(steps)))
 
 

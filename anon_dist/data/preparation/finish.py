@@ -21,6 +21,8 @@ from anon_dist.data.stored.shards import file_checksum
 
 MUCH = 0.25
 """Share of the tokens from which a validation split is warned of; small sources give a tenth of their documents."""
+MUCH_MORE = 1.5
+"""Of the share that was asked for; the larger of both holds."""
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -102,7 +104,9 @@ def say_complete(index: Index, out: Path, seconds: float) -> None:
     say_left_out(Tally.from_json(index.source), index.source, sum(split.documents for split in index.splits.values()))
     if "val" in index.splits and (warning := small_validation(index.splits["val"])):
         say(f"WARNING: {out}: {warning}. Prepare more text, or with a larger --val-fraction")
-    if "val" in index.splits and (warning := large_validation(index.splits["val"], train)):
+    if "val" in index.splits and (
+        warning := large_validation(index.splits["val"], train, index.settings["val_fraction"])
+    ):
         say(f"WARNING: {out}: {warning}. Divide them, with --text-unit or before")
 
 
@@ -130,9 +134,9 @@ def small_validation(split: SplitInfo) -> str:
     )
 
 
-def large_validation(split: SplitInfo, train: SplitInfo) -> str:
-    """Why this split takes more from training than was meant; "" if it does not."""
+def large_validation(split: SplitInfo, train: SplitInfo, fraction: float) -> str:
+    """Why this split takes more from training than was meant, by `fraction`; "" if it does not."""
     share = split.tokens / (split.tokens + train.tokens)
-    if share <= MUCH:
+    if share <= max(MUCH, MUCH_MORE * fraction):
         return ""
     return f"the validation split has {share:.0%} of the tokens, in {split.documents:,} documents: long ones fell to it"

@@ -128,11 +128,7 @@ def _check(config: IndexConfig) -> None:
 
 def _index(config: IndexConfig, files: Sequence[TokenFile], tokenizer: Tokenizer, folder: Path) -> Index:
     spans = [span for file in files for span in _spans(file, sum(f.tokens for f in files), config.val_fraction)]
-    for split, remedy in (("train", "lower"), ("val", "raise")):
-        if not any(span.split == split for span in spans) and (split == "train" or config.val_fraction):
-            raise PreparationError(
-                f"{config.source}: no document is left for the split {split}; {remedy} --val-fraction"
-            )
+    _check_splits(config, files, spans)
     looked = _look(spans, config.workers)
     _check_vocabulary(looked, tokenizer)
     _check_text(spans, tokenizer)
@@ -167,6 +163,17 @@ def _index(config: IndexConfig, files: Sequence[TokenFile], tokenizer: Tokenizer
         tokenizer_behaviour=tokenizer.behaviour(),
         documents_end=ended,
     )
+
+
+def _check_splits(config: IndexConfig, files: Sequence[TokenFile], spans: Sequence[Span]) -> None:
+    for split, remedy in (("train", "lower"), ("val", "raise")):
+        if any(span.split == split for span in spans) or (split == "val" and not config.val_fraction):
+            continue
+        if split == "val" and all(len(file.ends()) == 1 for file in files):
+            raise PreparationError(
+                f"{config.source}: no file has more than one document, of which none can go to validation; do without it: --val-fraction 0"
+            )
+        raise PreparationError(f"{config.source}: no document is left for the split {split}; {remedy} --val-fraction")
 
 
 def _spans(file: TokenFile, total: int, fraction: float) -> Iterator[Span]:

@@ -52,6 +52,8 @@ def merge(
     """
     started = time.perf_counter()
     parts = _in_order(folders)
+    if is_part(out):
+        raise PreparationError(f"--out {out} is itself a part of a corpus. Name a new folder, beside the parts.")
     if not ignore_times:
         refuse_other_versions([folder for folder, _ in parts])
     settings, source = parts[0][1].settings, parts[0][1].source
@@ -79,6 +81,10 @@ def merge(
         else f"the shards' contents were not compared with their checksums; anon-dist data verify {out} does"
     )
     say(compared)
+    if old := [str(folder) for folder, part in parts if not part.checksum]:
+        say(
+            f"of an earlier version, so no checksum covers their counts of documents and of bytes of text: {', '.join(old)}"
+        )
     say(f"the {len(parts)} parts are not needed any more: their shards are those of {out}")
     return index
 

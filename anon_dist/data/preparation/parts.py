@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anon_dist.data.errors import ShardError
 from anon_dist.data.stored.index import INDEX_FILE, Origin, SplitInfo
+from anon_dist.data.stored.sealed import is_whole, sealed
 from anon_dist.data.stored.typed import read_as
 
 PART_FILE = "part.json"
@@ -36,10 +37,12 @@ class Part:
     settings: Mapping[str, Any]
     """As of an index: of the whole."""
     part_version: int = PART_VERSION
+    checksum: str = field(default="", compare=False)
+    """Of the content of `part.json`, as it was read. Empty in parts of earlier versions, whose counts nothing covers."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `part.json`."""
-        return asdict(self)
+        return sealed(asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Part:
@@ -56,6 +59,10 @@ class Part:
             part = read_as(cls, content)
             for key in ("source", "noted"):
                 read_as(Origin, getattr(part, key), key)
+            if not is_whole(content):
+                raise ShardError(
+                    f"{path}: its checksum does not belong to its content; the file was edited. Prepare the part again with --overwrite."
+                )
             return part
         except FileNotFoundError:
             if (folder / INDEX_FILE).exists():

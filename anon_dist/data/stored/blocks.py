@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from anon_dist.data.errors import ShardError
 from anon_dist.data.stored.index import ShardInfo
+from anon_dist.data.stored.remote import UPLOAD
+from anon_dist.stores import is_address
 
 BLOCK_BYTES = 1 << 17
 """What the kernel reads anyway for one token that is not in memory."""
@@ -25,8 +27,10 @@ RESTORE = "Copy it again from where it came from, or prepare the data again: `an
 AGAIN = "Put it back where it was, or index it again with `anon-dist data index`."
 
 
-def remedy(shard: ShardInfo) -> str:
-    """What brings a shard back."""
+def remedy(shard: ShardInfo, place: str = "") -> str:
+    """What brings a shard back; `place`: its folder or itself, which may be at an address."""
+    if is_address(place):
+        return UPLOAD
     return AGAIN if shard.is_elsewhere else RESTORE
 
 
@@ -146,5 +150,5 @@ class FirstTouch:
             place = info.file if info.is_elsewhere else f"{self._place}/{info.file}"
             raise ShardError(
                 f"{place} is altered: bytes {at:,} to {min(at + BLOCK_BYTES, info.bytes):,} have checksum "
-                f"{found:016x}, {self._called} says {wanted:016x}. {remedy(info)}"
+                f"{found:016x}, {self._called} says {wanted:016x}. {remedy(info, place)}"
             )

@@ -28,6 +28,9 @@ DTYPES = {2: "int8", 1: "uint8", 3: "int16", 4: "int32", 5: "int64", 6: "float64
 READ_AS = {"uint16": "uint16", "int32": "uint32", "uint32": "uint32"}
 """Ids are not negative: those of int32 are those of uint32."""
 
+HEAD = 1024
+"""Numbers at the start of a file that are looked at: of uint32 every second is the upper half of an id, which no uint16 are."""
+
 
 @dataclass(frozen=True)
 class TokenFile:
@@ -59,7 +62,8 @@ def find_token_files(source: str) -> list[TokenFile]:
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.suffix in (".ds", ".bin")]
     elif path.is_file():
-        found = [path.with_suffix(".bin") if path.suffix == ".idx" else path]
+        of_ds = path.name.endswith((".ds.index", ".ds.metadata"))
+        found = [path.with_suffix(".bin") if path.suffix == ".idx" else path.with_suffix("") if of_ds else path]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if p.endswith((".ds", ".bin"))]
         found = found or [p for p in [Path(f"{path}.bin")] if p.is_file()]
@@ -77,6 +81,8 @@ def find_token_files(source: str) -> list[TokenFile]:
 
 
 def _datatrove(path: Path) -> TokenFile:
+    if not path.is_file():
+        raise SourceError(f"{path} is missing: it holds the tokens")
     index = path.with_name(path.name + ".index")
     if not index.is_file():
         raise SourceError(
@@ -91,6 +97,12 @@ def _datatrove(path: Path) -> TokenFile:
     if width not in widths or width * tokens != size:
         raise SourceError(
             f"{path} is torn, or is not of its index: {size:,} bytes, and documents end at token {tokens:,}"
+        )
+    head = np.fromfile(path, "<u2", HEAD)
+    if width == 2 and len(head) == HEAD and head[1::2].max() < 4 <= head[::2].max():
+        raise SourceError(
+            f"{path} is torn: its tokens look like uint32 (as uint16 every second is below 4), and it has 2 bytes for each token of its "
+            "index. Copy it again from where it came from"
         )
     name = _named(path.with_name(path.name + ".metadata"), width)
     return TokenFile(path, "datatrove", widths[width], tokens, lambda: _datatrove_ends(index), name)
@@ -113,6 +125,8 @@ def _datatrove_ends(index: Path) -> Int64:
 
 def _megatron(path: Path) -> TokenFile:
     index = path.with_suffix(".idx")
+    if not path.is_file():
+        raise SourceError(f"{path} is missing: it holds the tokens")
     if not index.is_file():
         raise SourceError(f"{index} is missing: it says where documents end, and how wide a token is")
     with index.open("rb") as file:
@@ -147,9 +161,14 @@ def _megatron_ends(index: Path, sequences: int, documents: int, width: int) -> I
     if not np.array_equal(places, ends[:-1] * width):
         raise SourceError(f"{index}: its sequences do not follow each other in the file; merge or make the files again")
     borders = np.fromfile(index, "<i8", documents, offset=HEADER.size + 12 * sequences)
-    if len(borders) < 2 or borders[0] != 0 or borders[-1] != sequences or borders.min() < 0:
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != sequences:
         raise SourceError(f"{index}: its list of documents does not go over all sequences; the file is damaged")
-    return _ascending(index, ends[np.minimum(borders[1:], sequences)])
+    if not 0 <= borders.min() <= borders.max() <= sequences:
+        at = int(np.argmax((borders < 0) | (borders > sequences)))
+        raise SourceError(
+            f"{index}: document {at:,} ends before sequence {borders[at]:,}, of {sequences:,}; the file is damaged, so make it again"
+        )
+    return _ascending(index, ends[borders[1:]])
 
 
 def _ascending(index: Path, ends: Int64) -> Int64:

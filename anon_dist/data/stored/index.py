@@ -15,6 +15,7 @@ import xxhash
 
 from anon_dist.data.errors import DataError, ShardError
 from anon_dist.data.stored.remote import joined, located
+from anon_dist.data.stored.sealed import is_whole, sealed
 from anon_dist.data.stored.typed import read_as
 from anon_dist.named import named_instead
 from anon_dist.stores import is_address
@@ -135,6 +136,9 @@ class Index:
     documents_end: bool = True
     """Whether each document ends with `eod_id`: those of other tools may not."""
 
+    checksum: str = field(default="", compare=False)
+    """Of the content of `index.json`, as it was read. Empty in folders of earlier versions, whose counts nothing covers."""
+
     def __post_init__(self) -> None:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", self.compute_fingerprint())
@@ -172,7 +176,7 @@ class Index:
             for shard in content["splits"][name]["shards"]:
                 if not shard["start"]:  # earlier versions do not know it
                     del shard["start"]
-        return content
+        return sealed(content)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -212,6 +216,10 @@ class Index:
         except ValueError as error:
             raise ShardError(f"{path}: {error}; the file was edited. Prepare again with --overwrite.") from None
         index._refuse_edited(path)
+        if not is_whole(content):
+            raise ShardError(
+                f"{path}: its checksum does not belong to its content; the file was edited. Copy it again, or prepare again."
+            )
         return index
 
     def _refuse_edited(self, path: str | Path) -> None:

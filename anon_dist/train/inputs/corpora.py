@@ -79,7 +79,7 @@ def open_corpora(config: Config, accelerator: Accelerator) -> tuple[list[Corpus]
         DataError: see `Index.load` and `TokenShards`.
     """
     sources = all_sources(config)
-    longest = max(phase.data.seq_len for _, phase in phases_of(config))
+    longest = _longest(config)
     check_present(config)
     check: Check = "read" if config.data.verify == "checksum" else "size"
     if check == "read":
@@ -126,10 +126,11 @@ def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> Non
 
 
 def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:
-    """A line on each source at an address, how it is read; a warning for each set on which a loss says little."""
+    """A line on each source at an address, how it is read; a warning for each source that is not validated, and for each set on which a
+    loss says little."""
     far = [corpus for corpus in corpora if not corpus.train.is_here]
     read = [f"{called(c.name)} = {c.source.path}: {c.train.read_how(config.data.seq_len)}" for c in far]
-    return [*read, *(f"WARNING: {line}" for line in _small_sets(sets))]
+    return [*read, *(f"WARNING: {line}" for line in (*_not_validated(config, corpora, sets), *_small_sets(sets)))]
 
 
 def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
@@ -143,6 +144,33 @@ def _check_tokens(first: Index, path: str, index: Index, place: str) -> None:
             f"{place} has another tokenizer ({index.tokenizer}, {index.vocab_size:,} tokens) than {path} ({first.tokenizer}, "
             f"{first.vocab_size:,} tokens); prepare it with that one: --tokenizer hf:{shlex.quote(str(located(path) / 'tokenizer'))}"
         )
+
+
+def _not_validated(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:
+    """A warning for each source that has no part in val_loss."""
+    validated = {each.name for each in sets if each.weight}
+    found = []
+    for corpus in corpora:
+        if corpus.name in validated:
+            continue
+        place = f"{called(corpus.name)} = {corpus.source.path}"
+        share = f", {corpus.source.weight:.1%} of what is trained on," if corpus.name else ""
+        if "val" in corpus.index.splits:
+            tokens, longest = corpus.index.split("val").tokens, _longest(config)
+            what = f"has {tokens:,} tokens to validate on, too few for data.seq_len = {longest}"
+        else:
+            what = "has no validation split"
+        left = "val_loss is the mean of the other sources" if validated else "there is no val_loss"
+        found.append(
+            f"{place}{share} {what}: {left}. Make it again with a larger --val-fraction, or name texts like "
+            "it in eval.sets"
+        )
+    return found
+
+
+def _longest(config: Config) -> int:
+    """Tokens of a sample, of the phase that has most."""
+    return max(phase.data.seq_len for _, phase in phases_of(config))
 
 
 def _small_sets(sets: Sequence[ValidationSet]) -> list[str]:

@@ -131,10 +131,11 @@ def _check_limits(phase: Config, stream: Stream, cursor: int, end: int, step: in
         fits = int(room / per_step)
         while fits and stream.epochs(cursor + fits * phase.train.global_batch)[name] > most:
             fits -= 1
-        what = "the phase's until" if phase.data.phases else "train.steps"
+        what = "train.steps" if step + steps == phase.train.steps else "the phase's until"
         fitting = f"{what} to {step + fits}"
-        if phase.train.tokens is not None and not phase.data.phases:  # which sets the steps
-            fitting = f"train.tokens to {(step + fits) * phase.train.global_batch * phase.data.seq_len}"
+        if phase.train.tokens is not None and what == "train.steps":  # which it sets
+            tokens = phase.train.tokens - (steps - fits) * phase.train.global_batch * phase.data.seq_len
+            fitting = f"train.tokens to {tokens}"
         others = sum(s.weight for s in sources.values()) - source.weight
         share = room / (end - cursor)  # of the positions, which is near enough to that of the tokens
         weight = f"its weight to {_below(share / (1.0 - share) * others)}, or " if others and 0 < share < 1 else ""

@@ -64,7 +64,10 @@ def _losses(config: Config, result: dict[str, Any]) -> tuple[dict[str, float], T
             unigram = Index.load(paths[name]).statistics.unigram_entropy
             table.add_row(name, f"{loss:.3f}", f"{result[f'final_bits_per_byte/{name}']:.3f}", f"{unigram:.3f}")
         if "final_loss" in result:
-            table.add_row("mean by weight", f"{result['final_loss']:.3f}", f"{result['final_bits_per_byte']:.3f}", "")
+            sources = [name for name in all_sources(config) if name]
+            missing = ", ".join(name for name in sources if name not in sets)
+            mean = "mean by weight" + f", without {missing}" * bool(missing) if sources else "data.path"
+            table.add_row(mean, f"{result['final_loss']:.3f}", f"{result['final_bits_per_byte']:.3f}", "")
         return {}, table
     statistics = Index.load(first_folder(config)).statistics
     levels = {"unigram entropy of the corpus": statistics.unigram_entropy}
