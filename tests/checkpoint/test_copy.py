@@ -352,4 +352,7 @@ def test_the_command(script, tmp_path):
     assert "hyperparameter lr" in " ".join(done.stdout.split())
     done = run("inspect", Path(tmp_path / "nothing"))
     assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path / 'nothing'} does not exist; name a checkpoint's file or folder"
+    assert (
+        done.stderr.strip()
+        == f"error: {tmp_path / 'nothing'} does not exist; name a run, or a checkpoint's file or folder"
+    )

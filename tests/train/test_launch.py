@@ -154,7 +154,9 @@ def test_one_run_in_a_folder_and_none_without_its_launcher(config, tmp_path):
     process.stdout.close()
     name = f"accelerate.commands.launch, process {process.pid}"
     assert f"Stopped by the end of its launcher ({name}) after step" in output
-    assert len(metrics(tmp_path / "run")) <= taken + 4
+    assert (
+        len(metrics(tmp_path / "run")) <= taken + 200
+    )  # of 100,000; a step takes milliseconds, and the count came after the kill
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
