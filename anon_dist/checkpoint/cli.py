@@ -177,13 +177,11 @@ def run(command: str, args: list[str]) -> None:
         parsed.check()
     try:
         action(parsed)
-    except (CheckpointError, OSError):
+    except (CheckpointError, OSError) as error:
         named = [path for key in ("src", "a", "b") if (path := getattr(parsed, key, None)) and not is_address(path)]
-        if gone := [path for path in named if not Path(path).exists()]:
-            error = CheckpointError(
-                f"{gone[0]} was there and is gone: a training removes its older checkpoints. Give the command again"
-            )
-        sys.exit(f"error: {error}")
+        gone = [path for path in named if not Path(path).exists()]
+        removed = "{} was there and is gone: a training removes its older checkpoints. Give the command again"
+        sys.exit(f"error: {removed.format(gone[0]) if gone else error}")
 
 
 def _named(source: str) -> str:
