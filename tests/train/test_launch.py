@@ -148,16 +148,15 @@ def test_one_run_in_a_folder_and_none_without_its_launcher(config, tmp_path):
     assert output.count("\n") == 1
     assert output.startswith(f"error: run_dir = {tmp_path / 'run'} is in use by process ")
     process.kill()
-    taken = len(metrics(tmp_path / "run"))
     output = process.stdout.read()  # the ranks have the pipe, until they end
     process.wait()
     process.stdout.close()
     name = f"accelerate.commands.launch, process {process.pid}"
     assert f"Stopped by the end of its launcher ({name}) after step" in output
-    assert (
-        len(metrics(tmp_path / "run")) <= taken + 200
-    )  # of 100,000; a step takes milliseconds, and the count came after the kill
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    # How soon is the machine's load to say; but long before the end, and with the checkpoint of the very step that was the last.
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert last < 10_000
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 
 def test_one_process_instead_of_several_is_noticed(config, tmp_path):
