@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from anon_dist.bench.asked import Asked
-from anon_dist.bench.memory import Job
-from anon_dist.bench.options import EngineName, Hardware, InitOptions
+from anon_dist.bench.memory import MAX_INTERVAL, Job
+from anon_dist.bench.options import EngineName, Hardware, InitOptions, OptimizerName
 from anon_dist.bench.plan import Row, predict
 from anon_dist.bench.shapes import Shape, shape_of
 from anon_dist.files import write_text
@@ -29,6 +29,7 @@ LARGE = 80.0
 MFU = 0.4
 STATES = "exp_avg_sq=bfloat16, precond=bfloat16"
 """As in the presets: 8 bytes a parameter."""
+PLANNED: OptimizerName = "anon-columns"
 
 
 def init(options: InitOptions, asked: Asked) -> str:
@@ -131,7 +132,7 @@ def choose(options: InitOptions, machine: Machine, shape: Shape, seq_len: int, t
                     bf16=machine.precision == "bf16",
                     checkpointing=checkpointing,
                 )
-                row = predict(engine, "anon-bf16", job, hardware, MFU, 10_000)
+                row = predict(engine, PLANNED, job, hardware, MFU, 10_000)
                 if row.trouble is None:
                     fitting.append((row.tokens_per_s, micro, engine, row))
                 elif least is None or row.memory.device < least.memory.device:
@@ -223,6 +224,10 @@ data:
 optim:
   lr: {learning_rate(chosen.parameters):.1e}  # usual at this size; try half and twice as much in a short run (anon-dist sweep)
   state_dtype: {STATES}  # 8 bytes a parameter, as AdamW
+  basis: columns  # with the next three: lower losses (configs/study); under FSDP1 and DeepSpeed's ZeRO 1 and 2 write null
+  nesterov: true
+  betas: [0.95, 0.95]
+  max_interval: {MAX_INTERVAL}
 schedule:
   warmup_steps: {max(1, min(2000, chosen.steps // 25))}
   decay: cosine

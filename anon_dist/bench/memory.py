@@ -300,11 +300,14 @@ NAMED: dict[OptimizerName, Optimizer] = {
     "anon-bf16": Optimizer(4.0, 2.0, 2.0),
     "anon-bf16-m": Optimizer(2.0, 2.0, 2.0),
     "anon-8bit-m": Optimizer(1.0 + 1.0 / BLOCK, 2.0, 2.0),
-    "anon-columns": Optimizer(4.0, 4.0, 4.0, Bases("columns")),
+    "anon-columns": Optimizer(4.0, 2.0, 2.0, Bases("columns")),
     "adamw": Optimizer(4.0, 4.0),
 }
-"""anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits; -columns: float32 states, and
-columns of matrices in bases of their own."""
+"""anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits; -columns: as anon-bf16,
+and columns of matrices in bases of their own, with a refresh every `MAX_INTERVAL` steps at least (the presets)."""
+
+MAX_INTERVAL = 4
+"""optim.max_interval of the presets. A basis gains from refreshes that are near each other."""
 
 
 @lru_cache
@@ -313,8 +316,10 @@ def shares(
     refresh_ratio: float = OptimConfig.refresh_ratio,
     beta2: float = 0.95,
     window: Window = OptimConfig.window,
+    max_interval: int | None = None,
 ) -> tuple[float, float]:
-    """Shares of the first `steps` in which Anon accumulates and refreshes; the presets' without further arguments."""
-    schedule = Schedule((Phase(0, refresh_ratio, beta2, window),))
+    """Shares of the first `steps` in which Anon accumulates and refreshes. Without further arguments: as in the presets, but for what these
+    set because of their basis (`MAX_INTERVAL`)."""
+    schedule = Schedule((Phase(0, refresh_ratio, beta2, window, max_interval),))
     plans = [schedule.at(t) for t in range(1, steps + 1)]
     return sum(p.accumulate for p in plans) / steps, sum(p.refresh for p in plans) / steps

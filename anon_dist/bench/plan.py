@@ -23,6 +23,7 @@ from rich.table import Table
 
 from anon_dist.bench.bases import MOVED, bases_table, cost, why_not
 from anon_dist.bench.memory import (
+    MAX_INTERVAL,
     NAMED,
     Bases,
     Job,
@@ -133,13 +134,15 @@ def predict(
 ) -> Row:
     """A row of the table; `block`: of bases."""
     needed, messages = memory(engine, job, NAMED[name]), traffic(engine, job)
+    bases = NAMED[name].bases
+    accumulating, refreshing = shares(steps, max_interval=None if bases is None else MAX_INTERVAL)
     sent = {c: sum(m.sent for m in messages if m.collective == c) for c in COLLECTIVES}
-    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(*shares(steps))
+    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(accumulating, refreshing)
     optimizer = optimizer_seconds(engine, job, stepping, hardware)
     trouble = None
-    if (bases := NAMED[name].bases) is not None:
+    if bases is not None:
         trouble = why_not(engine, job)
-        found, refreshing = cost(engine, job, replace(bases, block=block)), shares(steps)[1]
+        found = cost(engine, job, replace(bases, block=block))
         needed = replace(needed, state=needed.state + found.bytes)
         sent["all-reduce"] += refreshing * found.refresh_bytes
         communication += refreshing * found.refresh_bytes / link_of(sharding(engine, job)[0], hardware)

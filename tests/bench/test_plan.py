@@ -119,9 +119,13 @@ def test_bases_in_stage_3_where_rows_divide():
     assert cost("zero3", two, bases) == cost("fsdp2", two, bases)
     row = predict("zero3", "anon-columns", two, Hardware(), 0.4, 1000)
     assert row.trouble is None
-    plain = predict("zero3", "anon", two, Hardware(), 0.4, 1000)
+    plain = predict("zero3", "anon-bf16", two, Hardware(), 0.4, 1000)
     assert row.memory.state - plain.memory.state == cost("zero3", two, Bases("columns")).bytes
-    assert 0 < row.sent["all-reduce"] == shares(1000)[1] * cost("zero3", two, Bases("columns")).refresh_bytes
+    assert (
+        0
+        < row.sent["all-reduce"]
+        == shares(1000, max_interval=4)[1] * cost("zero3", two, Bases("columns")).refresh_bytes
+    )
     assert predict("zero3", "anon-columns", four, Hardware(), 0.4, 1000).trouble == "rows of 2 matrices do not divide"
 
 

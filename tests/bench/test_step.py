@@ -93,7 +93,7 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
         assert row["gb_per_s"] == pytest.approx(row["moved_bytes"] * 393_216 / row["milliseconds"][1] / 1e6)
         assert row["optimizer"] in printed
     ratios = {row["step"]: row["ratio"] for row in last["rows"] if row["optimizer"] == "Anon float32"}
-    assert len(last["means"]) == 4
+    assert len(last["means"]) == 6
     for mean in last["means"]:
         assert min(r[0] for r in ratios.values()) <= mean["ratio"][1] <= max(r[2] for r in ratios.values())
     assert {k: v for k, v in last["state_bytes"].items() if "AdamW" in k} == {
