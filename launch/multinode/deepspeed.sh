@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Pretrain on several nodes with DeepSpeed's launcher and host file. Options are those of launch/pretrain.py:
 #
-#   bash launch/multinode/deepspeed.sh --config gpt2-small --run-dir /shared/runs/gpt2-small      over ssh, from one node
-#   NODE_RANK=0 bash launch/multinode/deepspeed.sh …                                              without ssh, on every node
+#   bash launch/multinode/deepspeed.sh --config gpt2-small --optim.basis None --run-dir /shared/runs/a    over ssh, from one node
+#   NODE_RANK=0 bash launch/multinode/deepspeed.sh …                                                      without ssh, on every node
 #
+# The presets have a basis, which ZeRO's stage 2 cannot hold; with --train.deepspeed-config configs/deepspeed/zero3.json it stays.
 # ZeRO does not need this launcher: accelerate.sh starts it too. To stop a run with a checkpoint, signal any one of its ranks (SIGTERM to
 # a pretrain.py; they agree): DeepSpeed's launcher does not pass signals on without ssh, and over ssh it kills.
 set -euo pipefail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -23,12 +24,18 @@ def check_at_once(config: Config, data: bool = True) -> None:
         data: whether the prepared folders are to be there already.
 
     Raises:
-        ConfigError: the batch does not divide among the ranks, a folder is not there, or no task has a name.
+        ConfigError: the batch does not divide among the ranks, the engine cuts what a basis needs whole, a folder is not there, or no task
+            has a name.
         ShardError: the index of prepared data is missing or malformed.
     """
     readers = _readers(config)
     for _, phase in phases_of(config):
         accumulation(phase, readers)
+    if config.optim.name == "anon" and config.optim.basis and (cutter := _cutter_of_rows(config)):
+        raise ConfigError(
+            f"optim.basis = {config.optim.basis} needs whole rows of matrices, and {cutter} cuts them anywhere: add --optim.basis None, or "
+            "choose train.engine fsdp2, ddp or zero1, or DeepSpeed's stage 3 (configs/deepspeed/zero3.json)"
+        )
     _check_resumed(config.resume)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
         raise ConfigError(f"eval.tasks: {problem}")
@@ -42,6 +49,26 @@ def _readers(config: Config) -> int:
     sharing = config.train.context_parallel or int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
     readers, left = divmod(int(os.environ.get("WORLD_SIZE", "1")), split * sharing)
     return 1 if left else readers  # what does not divide is the engine's to refuse
+
+
+def _cutter_of_rows(config: Config) -> str | None:
+    """The engine that was chosen, if it cuts matrices within rows, in words."""
+
+    def uses(name: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+    if uses("FSDP") or config.train.engine == "fsdp1":
+        return "FSDP1" if os.environ.get("FSDP_VERSION", "1") == "1" else None
+    if not uses("DEEPSPEED") and config.train.engine != "deepspeed":
+        return None
+    file = config.train.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or "none"
+    stage = 2  # of this package's own configuration
+    if str(file) != "none":
+        try:
+            stage = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        except (OSError, ValueError, AttributeError):
+            return None  # the engine's to refuse
+    return f"DeepSpeed's stage {stage}" if stage in (1, 2) else None
 
 
 def _check_resumed(resume: str) -> None:
