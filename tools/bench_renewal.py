@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""What the renewal of bases costs beside a training step, GPT-2 small's shapes: CPU time on one thread.
+"""What bases cost beside a training step, GPT-2 small's shapes: CPU time on one thread.
 
 Of an optimizer's step, of the renewal after a refresh, and of the forward and backward passes over the tokens of a step. The passes are
-measured on one sequence.
+measured on one sequence. The last column is the mean of a whole step of training over 10,000 steps, with the refreshes of the presets, by
+that of torch's fused AdamW.
 
     python tools/bench_renewal.py [--tokens 8192] [--repeats 3]
 """
@@ -17,12 +18,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from anon_dist.bench.optimizers import PRESET, Contestant, contestants, make
+from anon_dist.bench.optimizers import BASE, PRESET, Contestant, anon_settings, contestants, make, weights
 from anon_dist.bench.shape_lists import VOCABULARY
 from anon_dist.optim import Anon
 from anon_dist.train.config.families import model_config
 from anon_dist.train.config.parsing import find_config, load_config
 
+STEPS = 10_000
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -46,18 +48,29 @@ def passes(model: nn.Module, tokens: Tensor, dtype: torch.dtype | None) -> float
 
 
 def steps(contestant: Contestant, params: list[nn.Parameter], repeats: int) -> tuple[float, float]:
-    """Seconds of CPU time of a plain step, and of the renewal after a refresh."""
+    """Seconds of CPU time of a step in a window, and of the renewal after a refresh."""
     optimizer, kinds = make(contestant, params)
     assert isinstance(optimizer, Anon)
-    plain, renewal = [], []
+    step, renewal = [], []
     for _ in range(repeats):
-        for name, times, run in (("plain", plain, optimizer.step), ("refreshing", renewal, optimizer.settle)):
+        for name, times, run in (("accumulating", step, optimizer.step), ("refreshing", renewal, optimizer.settle)):
             kinds[name].prepare()
             optimizer.step() if name == "refreshing" else None
             begun = time.process_time()
             run()
             times.append(time.process_time() - begun)
-    return statistics.median(plain), statistics.median(renewal)
+    return statistics.median(step), statistics.median(renewal)
+
+
+def adamw(params: list[nn.Parameter], repeats: int) -> float:
+    """Seconds of CPU time of a step of torch's fused AdamW."""
+    (step,) = make(next(c for c in contestants() if c.name == BASE), params)[1].values()
+    times = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        step.run()
+        times.append(time.process_time() - begun)
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -67,6 +80,7 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    settings = anon_settings(load_config(find_config(PRESET)).optim)
     model, tokens = model_and_tokens()
     of_tokens = {
         name: statistics.median(passes(model, tokens, dtype) for _ in range(given.repeats))
@@ -74,19 +88,20 @@ def main() -> None:
         / tokens.numel()
         for name, dtype in PRECISIONS.items()
     }
+    base, renewed = adamw(list(model.parameters()), given.repeats), weights(settings, STEPS)["refreshing"]
+    print(f"torch's fused AdamW: {base:.2f} s a step; renewals: {renewed:.1%} of the first {STEPS:,} steps\n")
     print(
-        f"| bases | passes in | {given.tokens:,} tokens, s | plain step, s | renewal, s | renewal / (tokens + step) |"
+        f"| bases | passes in | {given.tokens:,} tokens, s | step, s | renewal, s | renewal / (tokens + step) | mean / AdamW's |"
     )
-    print("|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|", flush=True)
     for contestant in contestants():
         if not contestant.name.endswith("turned"):
             continue
         step, renewal = steps(contestant, list(model.parameters()), given.repeats)
         for name, seconds in of_tokens.items():
-            share = renewal / (seconds + step)
-            print(
-                f"| {contestant.name} | {name} | {seconds:.1f} | {step:.2f} | {renewal:.2f} | {share:.1%} |", flush=True
-            )
+            share, mean = renewal / (seconds + step), (seconds + step + renewed * renewal) / (seconds + base)
+            numbers = f"{seconds:.1f} | {step:.2f} | {renewal:.2f} | {share:.1%} | {mean:.3f}"
+            print(f"| {contestant.name} | {name} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
