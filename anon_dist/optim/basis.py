@@ -6,13 +6,15 @@ and the rotations R are laid out in the same way. Every function here treats eac
 two blocks.
 
     x' = x Q                                         turn: the columns of an m × n matrix
-    C ← β3 C + (1 − β3) b x'ᵀx' / tr(x'ᵀx')          rotation: mix the covariance of the side, in the basis, into the mean C
+    y = Λ^(−1/2) x', Λ = diag(C) of the rows         whitened: where the rows have a basis too
+    C ← β3 C + (1 − β3) b yᵀy / tr(yᵀy)              rotation: mix the covariance of the side, in the basis, into the mean C
     R = qr(C + δ tr(C)/b)                            rotation: a step of orthogonal iteration; the diagonal of qr's triangle is positive
     Q ← Q R,  C ← Rᵀ C R,  x' ← x' R                 renew, in float64
 
 After some steps C is nearly diagonal, largest first, and Q holds its eigenvectors (SOAP, arXiv 2409.11321, does the same). C is kept in the
 basis, and not in the coordinates of x: then small eigenvalues are as exact as large ones. δ leaves directions in which nothing moves
-as they are.
+as they are. Where both sides have a basis, each is made of a matrix that the other side has whitened: else a few strong rows would say
+alone what the columns' basis is. It is the estimate that minimises the Kullback-Leibler divergence (KL-SOAP, arXiv 2509.03378).
 """
 
 from __future__ import annotations
@@ -143,6 +145,23 @@ def covariance(x: Tensor, block_size: int, side: Side) -> Tensor:
         part = blocks(x, side, where, len(c))
         torch.bmm(*((part.mT, part) if side == "columns" else (part, part.mT)), out=c)
     return found
+
+
+def whitened(x: Tensor, mean: Tensor, side: Side) -> Tensor:
+    """An m × n matrix, turned, with each direction of a side divided by the root of its eigenvalue's ratio to the mean one of its block, or
+    to `RIDGE` of that if it is less. A new tensor.
+
+    Args:
+        mean: C of that side. A block whose C is 0 divides nothing.
+    """
+    scales = torch.ones(mean.shape[0], dtype=torch.float64, device=mean.device)
+    for where, c in squares(mean):
+        eigenvalues = c.diagonal(dim1=-2, dim2=-1).double()
+        average = eigenvalues.mean(-1, keepdim=True)
+        ratios = torch.where(average > 0.0, eigenvalues / average.clamp_min(torch.finfo(c.dtype).tiny), 1.0)
+        scales[where] = ratios.add_(RIDGE).rsqrt_().flatten()
+    scales = scales.to(x.dtype)
+    return x * (scales if side == "columns" else scales.unsqueeze(1))
 
 
 def rotation(mean: Tensor, latest: Tensor, keep: float) -> tuple[Tensor, Tensor]:

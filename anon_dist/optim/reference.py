@@ -105,10 +105,13 @@ class ReferenceAnon:
         m = self._turned(self.m, back=True)
         power = self.gamma if abs(self.gamma) >= 0.25 else 1.0  # below, d itself is turned
         sigma = self.v ** (-2 / power)
+        of_rows, of_columns = m @ m.T, m.T @ m
+        if self.left is not None and self.right is not None:
+            of_rows, of_columns = m @ self.right.inverse() @ m.T, m.T @ self.left.inverse() @ m
         if self.left is not None:
-            sigma = (self.left.renew(m @ m.T, keep) ** 2).T @ sigma
+            sigma = (self.left.renew(of_rows, keep) ** 2).T @ sigma
         if self.right is not None:
-            sigma = sigma @ self.right.renew(m.T @ m, keep) ** 2
+            sigma = sigma @ self.right.renew(of_columns, keep) ** 2
         if self.gamma:
             self.v = sigma ** (-power / 2)
         self.m = self._turned(m)
@@ -153,6 +156,16 @@ class _Side:
         self.q = torch.eye(n, dtype=torch.float64)
         self.c = torch.zeros(n, n, dtype=torch.float64)
         self.blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
+
+    def inverse(self) -> Tensor:
+        """About C⁻¹: Q diag(1 / (λ / mean λ + δ)) Qᵀ with λ = diag(Qᵀ C Q), and the identity where C is 0."""
+        found = torch.zeros_like(self.c)
+        for b in self.blocks:
+            q = self.q[b, b]
+            eigenvalues = (q.T @ self.c[b, b] @ q).diagonal()
+            ratios = eigenvalues / eigenvalues.mean() if eigenvalues.mean() > 0 else torch.ones_like(eigenvalues)
+            found[b, b] = q @ torch.diag(1 / (ratios + 1e-3)) @ q.T
+        return found
 
     def renew(self, outer: Tensor, keep: float) -> Tensor:
         """Mix in a covariance, of whatever scale; step to the basis that iterates orthogonally towards its eigenvectors.

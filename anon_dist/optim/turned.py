@@ -164,7 +164,9 @@ class Renewal:
                 m = _momentum(member.state)
                 for side in member.sides:
                     block_size = member.state[KEYS[side][0]].shape[1]
-                    member.covariances[side] = basis.covariance(m, block_size, side)
+                    other: Side = "rows" if side == "columns" else "columns"
+                    y = basis.whitened(m, local(member.state[KEYS[other][1]]), other) if other in member.sides else m
+                    member.covariances[side] = basis.covariance(y, block_size, side)
                     groups, device = flat.summed_over(member.p, side)
                     key = (*(group.group_name for group in groups), str(m.device))
                     together.setdefault(key, ((groups, device), []))[1].append((member, side))

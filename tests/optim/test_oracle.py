@@ -391,7 +391,7 @@ def check_renewal(frame, stored, before, after, refresh):
     exponent = -2.0 / (refresh.gamma if abs(refresh.gamma) >= 0.25 else 1.0)
     turned, sigma, esigma = m, v**exponent, np.zeros_like(v)
     loose = 1e-12 if all(x.dtype == torch.float64 for key, x in before.items() if "basis" in key) else 3e-6
-    for side in ("columns", "rows"):
+    for side, other in (("columns", "rows"), ("rows", "columns")):
         if f"basis_{side}" not in before:
             continue
         (q, c), (new_q, new_c) = (
@@ -400,6 +400,8 @@ def check_renewal(frame, stored, before, after, refresh):
         r, block = q.T @ new_q, before[f"basis_{side}"].shape[1]
         close(f"basis_{side}: orthogonality", new_q.T @ new_q, np.eye(len(q)), np.full_like(q, loose))
         vectors = m if side == "columns" else m.T
+        if f"basis_{other}" in before:
+            vectors = vectors / np.sqrt(eigenvalues(array(before[f"covariance_{other}"])) + 1e-3)[:, None]
         for i in range(0, len(q), block):
             part = slice(i, i + block)
             check_block(r[part, part], c[part, part], new_c[part, part], vectors[:, part], refresh.keep, loose)
@@ -414,6 +416,16 @@ def check_renewal(frame, stored, before, after, refresh):
     error = np.maximum(np.abs(wanted - low), np.abs(wanted - high)) + 20 * loose * wanted
     error += rounding(wanted, stored["precond"], True)
     close("turned precond", array(after["precond"]).reshape(frame.shape), wanted, error)
+
+
+def eigenvalues(covariance):
+    """As ratios to the mean one of their block; 1 where nothing is known yet."""
+    n, size = covariance.shape
+    found = np.array([covariance[i, i % size] for i in range(n)])
+    for i in range(0, n, size):
+        average = found[i : i + size].mean()
+        found[i : i + size] = found[i : i + size] / average if average > 0 else 1.0
+    return found
 
 
 def check_block(r, c, new_c, vectors, keep, loose):
