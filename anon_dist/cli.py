@@ -15,6 +15,7 @@ from functools import partial
 
 from anon_dist import __version__
 from anon_dist.columns import listing
+from anon_dist.exits import INTERRUPTED, code_of
 from anon_dist.launcher import end_launcher, leave, on_one_node
 from anon_dist.refusal import refuse_alike, say_last
 
@@ -35,8 +36,10 @@ def data_prepare(args: list[str]) -> None:
 
     config = parse(PrepareConfig, args, "anon-dist data prepare")
     from anon_dist.data import DataError, prepare
+    from anon_dist.usage import ending
 
-    _or_exit(lambda: prepare(config), DataError, OSError)
+    with ending(DataError, OSError):
+        prepare(config)
 
 
 def data_merge(args: list[str]) -> None:
@@ -47,18 +50,16 @@ def data_merge(args: list[str]) -> None:
     config = parse(MergeConfig, args, "anon-dist data merge")
     from anon_dist.data import DataError
     from anon_dist.data.preparation.merge import merge
+    from anon_dist.usage import ending
 
-    _or_exit(
-        lambda: merge(
+    with ending(DataError, OSError):
+        merge(
             config.parts,
             config.out,
             check=config.verify,
             ignore_times=config.ignore_times,
             workers=max(1, config.workers),
-        ),
-        DataError,
-        OSError,
-    )
+        )
 
 
 def data_inspect(args: list[str]) -> None:
@@ -66,16 +67,17 @@ def data_inspect(args: list[str]) -> None:
     from anon_dist.arguments import parse
     from anon_dist.data.config import InspectConfig
     from anon_dist.named import need_bare
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
-    with refusing():
+    with ending():
         need_bare(args, "--folder", "anon-dist data inspect")
         config = parse(InspectConfig, args, "anon-dist data inspect")
         config.check()
     from anon_dist.data import DataError
     from anon_dist.data.inspection import inspect
 
-    _or_exit(lambda: inspect(config), DataError, OSError)
+    with ending(DataError, OSError):
+        inspect(config)
 
 
 def data_verify(args: list[str]) -> None:
@@ -83,15 +85,16 @@ def data_verify(args: list[str]) -> None:
     from anon_dist.arguments import parse
     from anon_dist.data.config import VerifyConfig
     from anon_dist.named import need_data
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
     config = parse(VerifyConfig, args, "anon-dist data verify")
-    with refusing():
+    with ending():
         need_data(config.folder)
     from anon_dist.data import DataError
     from anon_dist.data.verify import verify
 
-    _or_exit(lambda: verify(config.folder, max(1, config.workers)), DataError, OSError)
+    with ending(DataError, OSError):
+        verify(config.folder, max(1, config.workers))
 
 
 def data_index(args: list[str]) -> None:
@@ -99,15 +102,16 @@ def data_index(args: list[str]) -> None:
     from anon_dist.arguments import parse
     from anon_dist.data.config import IndexConfig
     from anon_dist.named import need_bare
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
-    with refusing():
+    with ending():
         need_bare(args, "--source", "anon-dist data index")
         config = parse(IndexConfig, args, "anon-dist data index")
     from anon_dist.data import DataError
     from anon_dist.data.preparation.indexing import index_tokens
 
-    _or_exit(lambda: index_tokens(config), DataError, OSError)
+    with ending(DataError, OSError):
+        index_tokens(config)
 
 
 def checkpoints(command: str, args: list[str]) -> None:
@@ -146,7 +150,6 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
     """
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
-    from anon_dist.usage import USAGE
 
     try:
         config = parse_args(args, prog)
@@ -154,7 +157,7 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
 
         check_at_once(config, data)
     except (ConfigError, DataError) as error:
-        refuse_alike(f"error: {error}", USAGE)
+        refuse_alike(f"error: {error}", code_of(error))
 
 
 def _train(args: list[str], prog: str) -> None:
@@ -162,10 +165,9 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
-    from anon_dist.train.config.errors import IN_USE, Interrupted, RunError, RunInUseError
+    from anon_dist.train.config.errors import Interrupted, RunError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
-    from anon_dist.usage import USAGE
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
@@ -177,7 +179,7 @@ def _train(args: list[str], prog: str) -> None:
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
         text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}"
-        code = USAGE if isinstance(error, ConfigError) else IN_USE if isinstance(error, RunInUseError) else 1
+        code = code_of(error)
     finally:
         import torch.distributed as dist
 
@@ -195,10 +197,10 @@ def sweep(args: list[str]) -> None:
 
     parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
     from anon_dist.train.config.parsing import ConfigError, parse_args
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
     others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
-    with refusing(ConfigError):
+    with ending(ConfigError):
         base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
         from anon_dist.sweep import cli
 
@@ -210,10 +212,10 @@ def sweep_report(args: list[str]) -> None:
     from anon_dist.arguments import parse
     from anon_dist.named import need, need_folder
     from anon_dist.sweep.options import Report
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
     parsed = parse(Report, args, "anon-dist sweep report")
-    with refusing():
+    with ending():
         need_folder(parsed.folder, "the --out of a sweep")
         need(parsed.folder / "sweep.json", "the --out of a sweep")
     from anon_dist.sweep import cli
@@ -250,16 +252,16 @@ def init(args: list[str]) -> None:
     options = parse(InitOptions, args, "anon-dist init")
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.errors import ConfigError
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
-    with refusing(ConfigError, DataError):
+    with ending(ConfigError, DataError, OSError):
         options.check()
         from anon_dist.bench.asked import ask  # numpy
 
         asked = ask(options)
         from anon_dist.bench.init import init as run
 
-        _or_exit(lambda: print(f"{options.out} is written {run(options, asked)}"), OSError)
+        print(f"{options.out} is written {run(options, asked)}")
 
 
 def runs(args: list[str]) -> None:
@@ -321,8 +323,6 @@ COMMANDS = (
 )
 """In the order in which they are shown; of two that begin alike the longer comes first."""
 HELP = ("-h", "--help", "help")
-INTERRUPTED = 130
-"""Exit code after a Ctrl-C: 128 and the signal's number, as shells say it, which end a loop or a list of commands for it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -384,14 +384,6 @@ def _piped() -> Iterator[None]:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
-    """Run it; an error that the user can mend is one line, without a traceback, and exit code 1."""
-    try:
-        action()
-    except expected as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

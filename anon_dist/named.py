@@ -101,9 +101,23 @@ def config_problem(folder: Path) -> str | None:
 
 
 def need_no(path: Path, overwrite: bool) -> None:
-    """Raises `UsageError` if there is something where a command is to write, and it is not to be replaced."""
+    """Raises `UsageError` if there is something where a command is to write, and it is not to be replaced; or no room for it."""
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} exists; choose another target, or replace it with --overwrite")
+    need_room(path.parent)
+
+
+def need_room(folder: str | Path, option: str = "") -> None:
+    """Raises `UsageError` if a file is where a command is to make a folder, or above it."""
+    if is_address(folder):
+        return
+    for place in (Path(folder), *Path(folder).parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise UsageError(
+                    f"{option}{' ' * bool(option)}{folder} cannot be a folder: {place} is none; name another"
+                )
+            return
 
 
 def need_checkpoint(path: str | Path, what: str) -> None:

@@ -39,6 +39,7 @@ from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
 from anon_dist.engines.tensor_parallel import SPLIT
 from anon_dist.train.config.parsing import ConfigError, OptimConfig
+from anon_dist.usage import ending
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -213,10 +214,8 @@ def job_of(options: PlanOptions) -> Job:
 
 def main(options: PlanOptions) -> None:
     """`anon-dist bench plan`"""
-    try:
+    with ending(ConfigError):
         job = job_of(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     rows = [
         predict(engine, optimizer, job, options.hardware, options.mfu, options.steps, options.basis_block)
         for engine in options.engines

@@ -19,6 +19,7 @@ import yaml
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, verify_checksums
+from anon_dist.exits import INTERRUPTED
 from anon_dist.files import write_json
 from anon_dist.machine import processor
 from anon_dist.optim.matching import Spectra
@@ -35,31 +36,25 @@ from anon_dist.train.config.sources import all_sources, called
 from anon_dist.train.inputs.corpora import use_cache
 from anon_dist.train.optimizer.spectrum import load_spectra
 from anon_dist.train.saves.lock import held
+from anon_dist.usage import ending
 
 
 def sweep(parsed: Sweep, base: Config, args: list[str]) -> None:
-    """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it.
+    """`anon-dist sweep`; one line and an exit code of `anon_dist.exits` if something is wrong, or a signal ended it.
 
     Args:
         base: what all cells have of the training's options.
         args: all, as the user typed them, for the report.
-
-    Raises:
-        ConfigError: see `run_sweep`.
     """
-    try:
+    with ending(ConfigError, DataError, CheckpointError, RunError, OSError):
         if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
-            sys.exit(130)
-    except (DataError, CheckpointError, RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+            sys.exit(INTERRUPTED)
 
 
 def report(parsed: Report) -> None:
     """`anon-dist sweep report`"""
-    try:
+    with ending(ConfigError, OSError):
         print(f"Report: {write_report(parsed.folder)}, and with its pictures in one file: report.html")
-    except (ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_command) -> bool:

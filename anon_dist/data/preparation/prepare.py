@@ -38,6 +38,7 @@ from anon_dist.data.preparation.versions import (
 from anon_dist.data.preparation.writer import SplitState, SplitWriter
 from anon_dist.data.stored.index import INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index, SplitInfo
 from anon_dist.data.stored.shards import TokenShards
+from anon_dist.exits import may_pass
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
 COMMIT_BYTES = 64 << 20
@@ -73,8 +74,10 @@ def prepare(config: PrepareConfig) -> Index | None:
                 return _already_complete(config, source)
             return _Preparation(config, source, mine).run()
     except InUseError:
-        raise PreparationError(
-            f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
+        raise may_pass(
+            PreparationError(
+                f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
+            )
         ) from None
 
 
@@ -234,8 +237,6 @@ def _check(config: PrepareConfig) -> None:
                 f"--part {config.part}: a tokenizer that each machine trains may differ. Make it once, with the same options, "
                 f"--only-tokenizer in place of --part, and --out TOK; then give the parts --tokenizer hf:TOK/tokenizer."
             )
-    if config.out.exists() and not config.out.is_dir():
-        raise PreparationError(f"--out {config.out} is a file. Name a folder.")
 
 
 def _source(config: PrepareConfig) -> Source:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
-from anon_dist.named import need_checkpoint
+from anon_dist.named import need_checkpoint, need_room
 from anon_dist.train.config.errors import ConfigError
 from anon_dist.train.config.fields import Config
 from anon_dist.train.config.parsing import accumulation
@@ -23,12 +23,16 @@ def check_at_once(config: Config, data: bool = True) -> None:
         data: whether the prepared folders are to be there already.
 
     Raises:
-        ConfigError: the batch does not divide among the ranks, a folder is not there, or no task has a name.
+        ConfigError: the batch does not divide among the ranks, a folder is not there, or cannot be, or no task has a name.
         ShardError: the index of prepared data is missing or malformed.
     """
     readers = _readers(config)
     for _, phase in phases_of(config):
         accumulation(phase, readers)
+    try:
+        need_room(config.run_dir, "run_dir =")
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
     _check_resumed(config.resume)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
         raise ConfigError(f"eval.tasks: {problem}")
