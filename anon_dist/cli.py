@@ -36,9 +36,11 @@ def data_prepare(args: list[str]) -> None:
 
     config = parse(PrepareConfig, args, "anon-dist data prepare")
     from anon_dist.data import DataError, prepare
+    from anon_dist.named import need_room
     from anon_dist.usage import ending
 
     with ending(DataError, OSError):
+        need_room(config.out, "--out")
         prepare(config)
 
 
@@ -50,9 +52,11 @@ def data_merge(args: list[str]) -> None:
     config = parse(MergeConfig, args, "anon-dist data merge")
     from anon_dist.data import DataError
     from anon_dist.data.preparation.merge import merge
+    from anon_dist.named import need_room
     from anon_dist.usage import ending
 
     with ending(DataError, OSError):
+        need_room(config.out, "--out")
         merge(
             config.parts,
             config.out,
@@ -196,15 +200,19 @@ def sweep(args: list[str]) -> None:
     from anon_dist.sweep.options import Sweep
 
     parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
+    from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.usage import ending
 
     others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
-    with ending(ConfigError):
+    with ending(ConfigError, DataError):
         base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
+        from anon_dist.sweep.asked import ask
+
+        asked = ask(parsed, base)
         from anon_dist.sweep import cli
 
-        cli.sweep(parsed, base, args)
+        cli.sweep(parsed, asked, args)
 
 
 def sweep_report(args: list[str]) -> None:

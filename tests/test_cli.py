@@ -86,6 +86,28 @@ MISTAKES = [
         "train --config quickstart --train.global-batch 6",
         "train.global_batch = 6 is not a multiple of train.micro_batch · ranks = 4 · 1; change one of them",
     ),
+    (
+        "train --config quickstart --model.config torn/config.json",
+        "model.config = torn/config.json: Expecting property name",
+    ),
+    (
+        "train --config quickstart --model.config short.json",
+        "data.seq_len = 256 is longer than the context of model.config = short.json, n_positions = 64; lower it, or raise n_positions",
+    ),
+    (
+        "train --config quickstart --model.from-pretrained short",
+        "the context of model.from_pretrained = short, n_positions = 64; lower it, or take a model with a longer context",
+    ),
+    ("train --config quickstart --run-dir notes.txt/x", "run_dir = notes.txt/x cannot be a folder: notes.txt is none"),
+    ("data prepare --source nowhere --out y", "--source nowhere: no such file or folder"),
+    (
+        "data prepare --source notes.txt --tokenizer spm-bpe:x --out y",
+        "SIZE must be a whole number, as in spm-bpe:4096",
+    ),
+    ("data prepare --source notes.txt --out notes.txt", "--out notes.txt cannot be a folder: notes.txt is none"),
+    ("data inspect empty", "not a data folder: empty/index.json does not exist"),
+    ("data merge empty --out y", "empty is no finished part: empty/part.json does not exist"),
+    ("data index empty --out y", "empty: no .ds files of datatrove there, and no .bin and .idx files of Megatron-LM"),
     ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
     ("generate empty x", "empty holds no weights (*.safetensors, "),
     ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),
@@ -137,6 +159,15 @@ MISTAKES = [
     ("runs empty", "there is no run in or below empty: no folder with config.yaml and metrics.jsonl"),
     ("sweep report empty", "empty/sweep.json does not exist; name the --out of a sweep"),
     ("sweep --config quikstart --grid optim.gamma=1 --out out", "; did you mean quickstart?"),
+    (
+        "sweep --config quickstart --grid optim.gama=1 --out out",
+        "--grid optim.gama=1: unknown field 'optim.gama'; did you mean 'optim.gamma'?",
+    ),
+    ("sweep --config quickstart --grid optim.lr=1e-3 --seeds 0 --out out", "--seeds 0: expected a number of seeds"),
+    (
+        "sweep --config quickstart --grid optim.gamma=1 --out out",
+        "data.path = data/stdlib is not there, or not finished",
+    ),
 ]
 
 
@@ -148,6 +179,9 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "w.pt").write_bytes(b"\x80")
+    (tmp_path / "short").mkdir()
+    for file in ("short.json", "short/config.json"):
+        (tmp_path / file).write_text('{"model_type": "gpt2", "n_positions": 64}')
     for name in ("new", "old"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         for file in ("config.yaml", "run.lock"):
@@ -176,6 +210,8 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         "model",
         "notes.txt",
         "runs",
+        "short",
+        "short.json",
         "torn",
         "w.pt",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.named import need_checkpoint, need_room
 from anon_dist.train.config.errors import ConfigError
+from anon_dist.train.config.families import check_length, read_config
 from anon_dist.train.config.fields import Config
 from anon_dist.train.config.parsing import accumulation
 from anon_dist.train.config.phases import phases_of
@@ -23,7 +24,8 @@ def check_at_once(config: Config, data: bool = True) -> None:
         data: whether the prepared folders are to be there already.
 
     Raises:
-        ConfigError: the batch does not divide among the ranks, a folder is not there, or cannot be, or no task has a name.
+        ConfigError: the batch does not divide among the ranks, a folder is not there, or cannot be, no task has a name, or samples are
+            longer than the model's context.
         ShardError: the index of prepared data is missing or malformed.
     """
     readers = _readers(config)
@@ -34,6 +36,7 @@ def check_at_once(config: Config, data: bool = True) -> None:
     except UsageError as error:
         raise ConfigError(str(error)) from None
     _check_resumed(config.resume)
+    _check_model(config)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
         raise ConfigError(f"eval.tasks: {problem}")
     if data:
@@ -46,6 +49,19 @@ def _readers(config: Config) -> int:
     sharing = config.train.context_parallel or int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
     readers, left = divmod(int(os.environ.get("WORLD_SIZE", "1")), split * sharing)
     return 1 if left else readers  # what does not divide is the engine's to refuse
+
+
+def _check_model(config: Config) -> None:
+    """The config.json of a model that is named, if it is a file here."""
+    model = config.model
+    if model.config is not None:
+        says = read_config(Path(model.config))
+    elif model.from_pretrained is not None and (Path(model.from_pretrained) / "config.json").is_file():
+        says = read_config(Path(model.from_pretrained) / "config.json", "model.from_pretrained")
+        says = says.get("text_config", says)
+    else:
+        return
+    check_length(model, says, max(phase.data.seq_len for _, phase in phases_of(config)))
 
 
 def _check_resumed(resume: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.materialize import materialize
-from anon_dist.train.config.families import expert_share, has_windows, model_config
+from anon_dist.train.config.families import check_length, expert_share, has_windows, model_config
 from anon_dist.train.config.parsing import ConfigError, ModelConfig
 from anon_dist.train.loss.documents import register_causal
 from anon_dist.train.model.initial import initial_weights, make_buffers
@@ -45,9 +45,7 @@ def plan_model(
     if config.from_pretrained is not None:
         return _pretrained(config, vocab_size, seq_len)
     shape = model_config(config, vocab_size, eod_id)
-    context = getattr(shape, "max_position_embeddings", None)
-    if context is not None and context < seq_len:
-        raise ConfigError(f"data.seq_len = {seq_len} is longer than the context of model.config, {context}")
+    check_length(config, shape.to_dict(), seq_len)
     _check_memory(shape, share)
     model = _on_meta(config, shape)
     return Planned(model, initial_weights(model, seed))
@@ -138,14 +136,12 @@ def _pretrained(config: ModelConfig, vocab_size: int, seq_len: int) -> Planned:
 
 def _check_pretrained(config: ModelConfig, shape: Any, vocab_size: int, seq_len: int) -> None:
     """That the model is large enough for the data."""
-    context = getattr(shape, "max_position_embeddings", seq_len)
     if shape.vocab_size < vocab_size:
         raise ConfigError(
             f"model.from_pretrained = {config.from_pretrained} has {shape.vocab_size} embeddings and the data {vocab_size} tokens; prepare "
             f"the data with that model's own tokenizer (--tokenizer hf:{config.from_pretrained})"
         )
-    if context < seq_len:
-        raise ConfigError(f"data.seq_len = {seq_len} is longer than the pretrained model's context, {context}")
+    check_length(config, shape.to_dict(), seq_len)
 
 
 def _check_memory(shape: PretrainedConfig, share: float) -> None:
