@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import NoReturn
 
 from anon_dist import __version__
 from anon_dist.columns import listing
@@ -29,93 +30,11 @@ class Command:
     run: Callable[[list[str]], None]
 
 
-def data_prepare(args: list[str]) -> None:
-    """`anon-dist data prepare`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import PrepareConfig
+def data(command: str, args: list[str]) -> None:
+    """`anon-dist data …`"""
+    from anon_dist.data.cli import run
 
-    config = parse(PrepareConfig, args, "anon-dist data prepare")
-    from anon_dist.data import DataError, prepare
-    from anon_dist.named import need_room
-    from anon_dist.usage import ending
-
-    with ending(DataError, OSError):
-        need_room(config.out, "--out")
-        prepare(config)
-
-
-def data_merge(args: list[str]) -> None:
-    """`anon-dist data merge`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import MergeConfig
-
-    config = parse(MergeConfig, args, "anon-dist data merge")
-    from anon_dist.data import DataError
-    from anon_dist.data.preparation.merge import merge
-    from anon_dist.named import need_room
-    from anon_dist.usage import ending
-
-    with ending(DataError, OSError):
-        need_room(config.out, "--out")
-        merge(
-            config.parts,
-            config.out,
-            check=config.verify,
-            ignore_times=config.ignore_times,
-            workers=max(1, config.workers),
-        )
-
-
-def data_inspect(args: list[str]) -> None:
-    """`anon-dist data inspect`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import InspectConfig
-    from anon_dist.named import need_bare
-    from anon_dist.usage import ending
-
-    with ending():
-        need_bare(args, "--folder", "anon-dist data inspect")
-        config = parse(InspectConfig, args, "anon-dist data inspect")
-        config.check()
-    from anon_dist.data import DataError
-    from anon_dist.data.inspection import inspect
-
-    with ending(DataError, OSError):
-        inspect(config)
-
-
-def data_verify(args: list[str]) -> None:
-    """`anon-dist data verify`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import VerifyConfig
-    from anon_dist.named import need_data
-    from anon_dist.usage import ending
-
-    config = parse(VerifyConfig, args, "anon-dist data verify")
-    with ending():
-        need_data(config.folder)
-    from anon_dist.data import DataError
-    from anon_dist.data.verify import verify
-
-    with ending(DataError, OSError):
-        verify(config.folder, max(1, config.workers))
-
-
-def data_index(args: list[str]) -> None:
-    """`anon-dist data index`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import IndexConfig
-    from anon_dist.named import need_bare
-    from anon_dist.usage import ending
-
-    with ending():
-        need_bare(args, "--source", "anon-dist data index")
-        config = parse(IndexConfig, args, "anon-dist data index")
-    from anon_dist.data import DataError
-    from anon_dist.data.preparation.indexing import index_tokens
-
-    with ending(DataError, OSError):
-        index_tokens(config)
+    run(command, args)
 
 
 def checkpoints(command: str, args: list[str]) -> None:
@@ -299,11 +218,11 @@ def completion(args: list[str]) -> None:
 
 
 COMMANDS = (
-    Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
-    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
-    Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
-    Command(("data", "inspect"), "show what a prepared folder holds, with samples", data_inspect),
-    Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
+    Command(("data", "prepare"), "tokenise text into shards for pretraining", partial(data, "prepare")),
+    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", partial(data, "index")),
+    Command(("data", "merge"), "make one folder of parts that several machines prepared", partial(data, "merge")),
+    Command(("data", "inspect"), "show what a prepared folder holds, with samples", partial(data, "inspect")),
+    Command(("data", "verify"), "compare a prepared folder's contents with its checksums", partial(data, "verify")),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
@@ -342,8 +261,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(args: list[str]) -> None:
     for command in COMMANDS:
         if tuple(args[: len(command.words)]) == command.words:
+            rest = args[len(command.words) :]
+            below = [c.words[-1] for c in COMMANDS if c.words[:-1] == command.words]
+            if below and rest and not rest[0].startswith("-"):  # such a command takes options alone
+                _unknown(command.words, rest[0], below)
             with _interruptible("Interrupted."):
-                return command.run(args[len(command.words) :])
+                return command.run(rest)
     if args[:1] == ["--version"]:
         print(f"anon-dist {__version__}")
         return
@@ -354,9 +277,15 @@ def _run(args: list[str]) -> None:
     if not rest or rest[0] in HELP:
         print(_usage(prog, group))
         return
-    from anon_dist.arguments import unknown
+    known = [c.words[len(group)] for c in COMMANDS if c.words[: len(group)] == group]
+    _unknown(group, rest[0], [*known, *(() if group else ("--version",)), "--help"])
 
-    unknown(prog, rest[0], [c.words[len(group)] for c in COMMANDS if c.words[: len(group)] == group])
+
+def _unknown(words: Sequence[str], word: str, known: Sequence[str]) -> NoReturn:
+    """`word` follows these, and is none of those that may."""
+    from anon_dist.arguments import unknown  # tyro, which listing the commands does without
+
+    unknown(" ".join(("anon-dist", *words)), word, known)
 
 
 def _usage(prog: str, group: tuple[str, ...]) -> str:

@@ -385,6 +385,9 @@ def test_an_option_that_is_like_none_is_answered_without_a_guess(capsys):
         (["ckpt", "inspct"], "anon-dist ckpt inspect"),
         (["data", "prepar"], "anon-dist data prepare"),
         (["bench", "plans"], "anon-dist bench plan"),
+        (["sweep", "repotr", "runs/gamma"], "anon-dist sweep report"),
+        (["--verison"], "anon-dist --version"),
+        (["data", "--hlep"], "anon-dist data --help"),
     ],
 )
 def test_a_misspelt_command_is_answered_in_a_line_with_the_one_that_was_meant(words, meant, capsys):

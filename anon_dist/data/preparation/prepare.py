@@ -237,6 +237,8 @@ def _check(config: PrepareConfig) -> None:
                 f"--part {config.part}: a tokenizer that each machine trains may differ. Make it once, with the same options, "
                 f"--only-tokenizer in place of --part, and --out TOK; then give the parts --tokenizer hf:TOK/tokenizer."
             )
+    if config.out.exists() and not config.out.is_dir():
+        raise PreparationError(f"--out {config.out} is a file. Name a folder.")
 
 
 def _source(config: PrepareConfig) -> Source:
