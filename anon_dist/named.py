@@ -114,9 +114,8 @@ def need_room(folder: str | Path, option: str = "") -> None:
     for place in (Path(folder), *Path(folder).parents):
         if os.path.lexists(place):
             if not place.is_dir():
-                raise UsageError(
-                    f"{option}{' ' * bool(option)}{folder} cannot be a folder: {place} is none; name another"
-                )
+                where = f"{folder}: {place}" if Path(folder) != place else f"{folder}"
+                raise UsageError(f"{option}{' ' * bool(option)}{where} is a file; name a folder")
             return
 
 

@@ -98,6 +98,8 @@ def offload_seconds(engine: EngineName, job: Job, pcie: float) -> float:
 
 def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware) -> str | None:
     """Why the engine cannot run the job."""
+    if job.pure and engine not in ("ddp", "fsdp2", "hsdp"):
+        return "no bf16-true"
     if engine == "fsdp2+tp":
         sizes = job.shape.heads, job.shape.kv_heads, job.shape.hidden
         if (
@@ -135,11 +137,11 @@ def predict(
     """A row of the table; `block`: of bases."""
     needed, messages = memory(engine, job, NAMED[name]), traffic(engine, job)
     sent = {c: sum(m.sent for m in messages if m.collective == c) for c in COLLECTIVES}
-    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(*shares(steps))
+    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(*shares(steps), job.stored)
     optimizer = optimizer_seconds(engine, job, stepping, hardware)
-    trouble = None
+    trouble = "bf16-true needs Anon" if job.pure and name == "adamw" else None
     if (bases := NAMED[name].bases) is not None:
-        trouble = why_not(engine, job)
+        trouble = trouble or why_not(engine, job)
         found, refreshing = cost(engine, job, replace(bases, block=block)), shares(steps)[1]
         needed = replace(needed, state=needed.state + found.bytes)
         sent["all-reduce"] += refreshing * found.refresh_bytes
@@ -184,9 +186,9 @@ def job_of(options: PlanOptions) -> Job:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     if not 0.0 < options.mfu <= 1.0:
         raise ConfigError(f"--mfu is a share of the peak, in (0, 1], not {options.mfu}")
-    if options.precision not in ("bf16", "fp32"):
-        raise ConfigError(f"--precision is bf16 or fp32, not {options.precision}")
-    if options.accumulate not in ("sharded", "whole"):
+    if options.precision not in ("bf16", "bf16-true", "fp32"):
+        raise ConfigError(f"--precision is bf16, bf16-true or fp32, not {options.precision}")
+    if options.accumulate not in (None, "sharded", "whole"):
         raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
     if options.loss not in ("chunked", "whole"):
         raise ConfigError(f"--loss is chunked or whole, not {options.loss}")
@@ -194,7 +196,7 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--checkpointing is none, full or selective, not {options.checkpointing}")
     if options.compile not in ("none", "blocks"):
         raise ConfigError(f"--compile is none or blocks, not {options.compile}")
-    shape = find_shape(options.model, options.vocab)
+    shape, pure = find_shape(options.model, options.vocab), options.precision == "bf16-true"
     return Job(
         shape,
         options.ranks,
@@ -203,9 +205,10 @@ def job_of(options: PlanOptions) -> Job:
         options.micro_batch,
         options.accumulation,
         options.seq_len or shape.context,
-        options.precision == "bf16",
+        options.precision != "fp32",
+        pure,
         options.checkpointing,
-        options.accumulate == "whole",
+        (options.accumulate or ("whole" if pure else "sharded")) == "whole",
         options.loss == "whole",
         options.context_parallel,
         compiled=options.compile == "blocks",

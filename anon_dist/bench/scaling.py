@@ -72,7 +72,7 @@ def job_of(options: ScalingOptions, ranks: int) -> Job:
     shape, pair = find_shape(options.model, options.vocab), min(2, ranks)
     bf16 = options.precision == "bf16"
     sizes = (options.micro_batch, options.accumulation, options.seq_len)
-    return Job(shape, ranks, pair, pair, *sizes, bf16, options.checkpointing, options.accumulate == "whole")
+    return Job(shape, ranks, pair, pair, *sizes, bf16, False, options.checkpointing, options.accumulate == "whole")
 
 
 def engines_on(ranks: int, engines: tuple[EngineName, ...]) -> list[EngineName]:
