@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _some(kinds: dict[str, list[str]]) -> str:
     return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in kinds.items() if keys)
 
 
-@cache
 def _say_nothing_of_single_processes() -> None:
-    """DCP warns that it is used without a process group, which is what a single process is. For good: saves have threads of their own."""
+    """DCP warns that it is used without a process group, which is what a single process is. For good: saves have threads of their own.
+    Each time: a `catch_warnings` around the last time has ended that."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming")

@@ -68,6 +68,12 @@ def build_model(
     return planned.model
 
 
+MARKS = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+"""By which a model of transformers says that it has an implementation of attention; eager is what each has."""
 MASKLESS = ("gpt2", "llama", "qwen3", "olmo2", "mixtral")
 """Model types that attend causally to everything where no mask is made for them."""
 
@@ -75,13 +81,14 @@ MASKLESS = ("gpt2", "llama", "qwen3", "olmo2", "mixtral")
 def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    _check_attention(config.attention, shape)
     unmasked = config.attention == "sdpa" and shape.model_type in MASKLESS and not has_windows(shape)
     attention = register_causal() if unmasked else config.attention
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
     except (ImportError, ValueError) as error:
-        remedy = "" if config.attention == "eager" else "; model.attention eager is what every model has"
+        remedy = "" if config.attention == "eager" else "; set it to eager, which every model has"
         raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}{remedy}") from error
     except Exception as error:  # of a model's own code, for sizes that it did not expect
         if config.config is None:
@@ -93,6 +100,21 @@ def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
     _name_blocks(model)
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _check_attention(attention: str, shape: PretrainedConfig) -> None:
+    """Refuse an implementation that transformers does not have of the model.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    if attention in MARKS and not getattr(kind, MARKS[attention], False):
+        raise ConfigError(
+            f"model.attention = {attention}: transformers does not have it for {shape.model_type}; set it to eager, which every model has"
+        )
 
 
 def _name_blocks(model: PreTrainedModel) -> None:
