@@ -24,11 +24,8 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 def code_of(error: BaseException) -> int:
     """The exit code of a command that the error ends."""
-    if isinstance(
-        error, NotADirectoryError | IsADirectoryError
-    ):  # a path leads through a file, or names a folder for one
-        return USAGE
-    return int(getattr(error, "exit_code", FAILED))
+    misnamed = isinstance(error, NotADirectoryError | IsADirectoryError)  # through a file, or a folder in place of one
+    return int(getattr(error, "exit_code", USAGE if misnamed else FAILED))
 
 
 def may_pass(error: _Error) -> _Error:

@@ -66,10 +66,15 @@ def named_instead(file: str | Path) -> str:
 
 def need_picture(path: Path, option: str) -> None:
     """Raises `UsageError` if no picture can be written there."""
-    if path.is_dir():
-        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    need_place(path, option, "picture.png")
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option} {path} must end with one of {', '.join(PICTURES)}")
+
+
+def need_place(path: Path, option: str, such_as: str) -> None:
+    """Raises `UsageError` if no file can be written there; `such_as`: a name of one."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / such_as}")
     if not path.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
 

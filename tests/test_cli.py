@@ -11,11 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from anon_dist.arguments import whole_number
+from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.cli import COMMANDS, main
-from anon_dist.train.config.errors import Interrupted
-from anon_dist.train.config.parsing import ConfigError, parse_args
+from anon_dist.data.errors import ShardError, TokenizerError, UnpreparedError
+from anon_dist.engines.errors import EngineError
+from anon_dist.exits import at_work, code_of
+from anon_dist.train.config.errors import ConfigError, Interrupted, RunError, RunInUseError
+from anon_dist.train.config.parsing import parse_args
 
 ROOT = Path(__file__).parents[1]
 GROUPS = [["data"], ["ckpt"], ["bench"]]
@@ -157,6 +162,9 @@ MISTAKES = [
     ("ckpt convert w.pt out --to dcp --groups nowhere", "--groups nowhere is neither 'decay' nor a file"),
     ("runs nowhere", "nowhere does not exist; name one with runs in it, or below it"),
     ("runs empty", "there is no run in or below empty: no folder with config.yaml and metrics.jsonl"),
+    ("runs runs --out notes.txt", "--out notes.txt is a file; name a folder"),
+    ("bench plan --json nowhere/x.json", "--json nowhere/x.json: there is no folder nowhere; make it, or name another"),
+    ("bench step --json empty", "--json empty is a folder; name a file in it, such as empty/bench.json"),
     ("sweep report empty", "empty/sweep.json does not exist; name the --out of a sweep"),
     ("sweep --config quikstart --grid optim.gamma=1 --out out", "; did you mean quickstart?"),
     (
@@ -215,6 +223,48 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         "torn",
         "w.pt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError, 2),
+        (EngineError, 2),
+        (CheckpointError, 2),
+        (TokenizerError, 2),
+        (UnpreparedError, 2),
+        (NotADirectoryError, 2),
+        (ShardError, 1),
+        (DamagedCheckpoint, 1),
+        (RunError, 1),
+        (OSError, 1),
+        (RunInUseError, 75),
+    ],
+)
+def test_an_error_says_the_exit_code_of_the_command_and_none_at_work_is_a_refusal(error, code):
+    """Where a scheduler gives up at a 2 and not at a 1."""
+    assert code_of(error()) == code
+    with pytest.raises(error) as raised, at_work():
+        raise error
+    assert code_of(raised.value) == (1 if code == 2 else code)
+
+
+def test_a_refusal_that_takes_torch_to_find_ends_with_2_and_one_at_work_with_1(tmp_path, prepared, monkeypatch, capsys):
+    given = ["train", "--config", "quickstart", "--data.path", str(prepared), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--train.tensor-parallel", "2"])
+    assert ended.value.code == 2
+    assert "train.tensor_parallel is 2: it needs engine fsdp2, here single" in capsys.readouterr().err
+
+    def fail(*rest):
+        raise CheckpointError("no room")
+
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    monkeypatch.setattr("anon_dist.checkpoint.convert.write_files", fail)
+    for words, code in (("--to hf", 1), ("--to hf --optimizer anon", 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(["ckpt", "convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), *words.split()])
+        assert ended.value.code == code, capsys.readouterr().err
 
 
 def interrupt(*args):
