@@ -21,6 +21,7 @@ from anon_dist.checkpoint.dcp.linking import LinkingWriter, Links
 from anon_dist.checkpoint.dcp.load import Planner, Reader
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.together import on_every_rank
+from anon_dist.exits import may_pass
 
 _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
 
@@ -90,8 +91,11 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         reason = next((e for e in found if isinstance(e, CheckpointError)), None)
         if reason is not None:
             raise type(reason)(str(reason)) from error
-        raise CheckpointError(
-            f"{folder} cannot be loaded: {found[0]}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
+        raise may_pass(
+            CheckpointError(
+                f"{folder} cannot be loaded: {found[0]}. If it is not of another model, it is damaged; take an earlier one "
+                "(--resume FOLDER)"
+            )
         ) from error
 
 
