@@ -112,10 +112,11 @@ def _parse(
 
 
 def unknown(prog: str, word: str, known: Iterable[str]) -> NoReturn:
-    """Say that there is no such command, and which is nearest."""
+    """Say that there is no such command or option, and which is nearest."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     hint = f"; did you mean '{prog} {nearest[0]}'?" if nearest else ""
-    sys.exit(_error(f"{prog}: unknown command '{word}'{hint} ({prog} --help lists them)"))
+    kind = "option" if word.startswith("-") else "command"
+    sys.exit(_error(f"{prog}: unknown {kind} '{word}'{hint} ({prog} --help lists them)"))
 
 
 def _error(text: str) -> int:

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import NoReturn
 
 from anon_dist import __version__
 from anon_dist.columns import listing
+from anon_dist.exits import INTERRUPTED, code_of
 from anon_dist.launcher import end_launcher, leave, on_one_node
 from anon_dist.refusal import refuse_alike, say_last
 
@@ -28,86 +30,11 @@ class Command:
     run: Callable[[list[str]], None]
 
 
-def data_prepare(args: list[str]) -> None:
-    """`anon-dist data prepare`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import PrepareConfig
+def data(command: str, args: list[str]) -> None:
+    """`anon-dist data …`"""
+    from anon_dist.data.cli import run
 
-    config = parse(PrepareConfig, args, "anon-dist data prepare")
-    from anon_dist.data import DataError, prepare
-
-    _or_exit(lambda: prepare(config), DataError, OSError)
-
-
-def data_merge(args: list[str]) -> None:
-    """`anon-dist data merge`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import MergeConfig
-
-    config = parse(MergeConfig, args, "anon-dist data merge")
-    from anon_dist.data import DataError
-    from anon_dist.data.preparation.merge import merge
-
-    _or_exit(
-        lambda: merge(
-            config.parts,
-            config.out,
-            check=config.verify,
-            ignore_times=config.ignore_times,
-            workers=max(1, config.workers),
-        ),
-        DataError,
-        OSError,
-    )
-
-
-def data_inspect(args: list[str]) -> None:
-    """`anon-dist data inspect`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import InspectConfig
-    from anon_dist.named import need_bare
-    from anon_dist.usage import refusing
-
-    with refusing():
-        need_bare(args, "--folder", "anon-dist data inspect")
-        config = parse(InspectConfig, args, "anon-dist data inspect")
-        config.check()
-    from anon_dist.data import DataError
-    from anon_dist.data.inspection import inspect
-
-    _or_exit(lambda: inspect(config), DataError, OSError)
-
-
-def data_verify(args: list[str]) -> None:
-    """`anon-dist data verify`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import VerifyConfig
-    from anon_dist.named import need_data
-    from anon_dist.usage import refusing
-
-    config = parse(VerifyConfig, args, "anon-dist data verify")
-    with refusing():
-        need_data(config.folder)
-    from anon_dist.data import DataError
-    from anon_dist.data.verify import verify
-
-    _or_exit(lambda: verify(config.folder, max(1, config.workers)), DataError, OSError)
-
-
-def data_index(args: list[str]) -> None:
-    """`anon-dist data index`"""
-    from anon_dist.arguments import parse
-    from anon_dist.data.config import IndexConfig
-    from anon_dist.named import need_bare
-    from anon_dist.usage import refusing
-
-    with refusing():
-        need_bare(args, "--source", "anon-dist data index")
-        config = parse(IndexConfig, args, "anon-dist data index")
-    from anon_dist.data import DataError
-    from anon_dist.data.preparation.indexing import index_tokens
-
-    _or_exit(lambda: index_tokens(config), DataError, OSError)
+    run(command, args)
 
 
 def checkpoints(command: str, args: list[str]) -> None:
@@ -146,7 +73,6 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
     """
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
-    from anon_dist.usage import USAGE
 
     try:
         config = parse_args(args, prog)
@@ -154,7 +80,7 @@ def check_training(args: list[str], prog: str, data: bool = True) -> None:
 
         check_at_once(config, data)
     except (ConfigError, DataError) as error:
-        refuse_alike(f"error: {error}", USAGE)
+        refuse_alike(f"error: {error}", code_of(error))
 
 
 def _train(args: list[str], prog: str) -> None:
@@ -162,10 +88,9 @@ def _train(args: list[str], prog: str) -> None:
     from anon_dist.data import DataError
     from anon_dist.engines.errors import EngineError
     from anon_dist.engines.peers import who_stopped
-    from anon_dist.train.config.errors import IN_USE, Interrupted, RunError, RunInUseError
+    from anon_dist.train.config.errors import Interrupted, RunError
     from anon_dist.train.config.parsing import ConfigError, parse_args
     from anon_dist.train.loop import train as run
-    from anon_dist.usage import USAGE
 
     refusals = (ConfigError, EngineError, CheckpointError, DataError, RunError)
     try:
@@ -177,7 +102,7 @@ def _train(args: list[str], prog: str) -> None:
     except refusals as error:
         rank = "0" if ending.alike else os.environ.get("RANK", "0")
         text = f"error{f' (rank {rank})' if rank != '0' else ''}: {error}"
-        code = USAGE if isinstance(error, ConfigError) else IN_USE if isinstance(error, RunInUseError) else 1
+        code = code_of(error)
     finally:
         import torch.distributed as dist
 
@@ -194,15 +119,19 @@ def sweep(args: list[str]) -> None:
     from anon_dist.sweep.options import Sweep
 
     parsed, rest = parse_known(Sweep, args, "anon-dist sweep")
+    from anon_dist.data.errors import DataError
     from anon_dist.train.config.parsing import ConfigError, parse_args
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
     others = [f"--{f.name.replace('_', '-')}" for f in fields(Sweep)]
-    with refusing(ConfigError):
+    with ending(ConfigError, DataError):
         base = parse_args(["--config", parsed.config, *rest], "anon-dist sweep", others=others)
+        from anon_dist.sweep.asked import ask
+
+        asked = ask(parsed, base)
         from anon_dist.sweep import cli
 
-        cli.sweep(parsed, base, args)
+        cli.sweep(parsed, asked, args)
 
 
 def sweep_report(args: list[str]) -> None:
@@ -210,10 +139,10 @@ def sweep_report(args: list[str]) -> None:
     from anon_dist.arguments import parse
     from anon_dist.named import need, need_folder
     from anon_dist.sweep.options import Report
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
     parsed = parse(Report, args, "anon-dist sweep report")
-    with refusing():
+    with ending():
         need_folder(parsed.folder, "the --out of a sweep")
         need(parsed.folder / "sweep.json", "the --out of a sweep")
     from anon_dist.sweep import cli
@@ -250,16 +179,16 @@ def init(args: list[str]) -> None:
     options = parse(InitOptions, args, "anon-dist init")
     from anon_dist.data.errors import DataError
     from anon_dist.train.config.errors import ConfigError
-    from anon_dist.usage import refusing
+    from anon_dist.usage import ending
 
-    with refusing(ConfigError, DataError):
+    with ending(ConfigError, DataError, OSError):
         options.check()
         from anon_dist.bench.asked import ask  # numpy
 
         asked = ask(options)
         from anon_dist.bench.init import init as run
 
-        _or_exit(lambda: print(f"{options.out} is written {run(options, asked)}"), OSError)
+        print(f"{options.out} is written {run(options, asked)}")
 
 
 def runs(args: list[str]) -> None:
@@ -289,11 +218,11 @@ def completion(args: list[str]) -> None:
 
 
 COMMANDS = (
-    Command(("data", "prepare"), "tokenise text into shards for pretraining", data_prepare),
-    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", data_index),
-    Command(("data", "merge"), "make one folder of parts that several machines prepared", data_merge),
-    Command(("data", "inspect"), "show what a prepared folder holds, with samples", data_inspect),
-    Command(("data", "verify"), "compare a prepared folder's contents with its checksums", data_verify),
+    Command(("data", "prepare"), "tokenise text into shards for pretraining", partial(data, "prepare")),
+    Command(("data", "index"), "use token files of datatrove or Megatron-LM where they lie", partial(data, "index")),
+    Command(("data", "merge"), "make one folder of parts that several machines prepared", partial(data, "merge")),
+    Command(("data", "inspect"), "show what a prepared folder holds, with samples", partial(data, "inspect")),
+    Command(("data", "verify"), "compare a prepared folder's contents with its checksums", partial(data, "verify")),
     Command(("init",), "write a configuration for a model size, a data folder and a machine", init),
     Command(
         ("train",), "pretrain a model, in this process (for several: accelerate launch -m anon_dist.cli train …)", train
@@ -321,8 +250,6 @@ COMMANDS = (
 )
 """In the order in which they are shown; of two that begin alike the longer comes first."""
 HELP = ("-h", "--help", "help")
-INTERRUPTED = 130
-"""Exit code after a Ctrl-C: 128 and the signal's number, as shells say it, which end a loop or a list of commands for it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -334,8 +261,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(args: list[str]) -> None:
     for command in COMMANDS:
         if tuple(args[: len(command.words)]) == command.words:
+            rest = args[len(command.words) :]
+            below = [c.words[-1] for c in COMMANDS if c.words[:-1] == command.words]
+            if below and rest and not rest[0].startswith("-"):  # such a command takes options alone
+                _unknown(command.words, rest[0], below)
             with _interruptible("Interrupted."):
-                return command.run(args[len(command.words) :])
+                return command.run(rest)
     if args[:1] == ["--version"]:
         print(f"anon-dist {__version__}")
         return
@@ -346,9 +277,15 @@ def _run(args: list[str]) -> None:
     if not rest or rest[0] in HELP:
         print(_usage(prog, group))
         return
-    from anon_dist.arguments import unknown
+    known = [c.words[len(group)] for c in COMMANDS if c.words[: len(group)] == group]
+    _unknown(group, rest[0], [*known, *(() if group else ("--version",)), "--help"])
 
-    unknown(prog, rest[0], [c.words[len(group)] for c in COMMANDS if c.words[: len(group)] == group])
+
+def _unknown(words: Sequence[str], word: str, known: Sequence[str]) -> NoReturn:
+    """`word` follows these, and is none of those that may."""
+    from anon_dist.arguments import unknown  # tyro, which listing the commands does without
+
+    unknown(" ".join(("anon-dist", *words)), word, known)
 
 
 def _usage(prog: str, group: tuple[str, ...]) -> str:
@@ -384,14 +321,6 @@ def _piped() -> Iterator[None]:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def _or_exit(action: Callable[[], object], *expected: type[Exception]) -> None:
-    """Run it; an error that the user can mend is one line, without a traceback, and exit code 1."""
-    try:
-        action()
-    except expected as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

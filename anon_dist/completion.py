@@ -42,14 +42,14 @@ def _tree() -> dict[str, Any]:
     from anon_dist.bench.cli import KINDS
     from anon_dist.bench.options import InitOptions
     from anon_dist.checkpoint.cli import COMMANDS
-    from anon_dist.data.config import PrepareConfig
+    from anon_dist.data.cli import COMMANDS as DATA
     from anon_dist.doctor.options import Doctor
     from anon_dist.sweep.options import Sweep
     from anon_dist.train.config.parsing import options_class
     from anon_dist.trained.options import Eval, Export, Generate, Runs
 
     return {
-        "data": {"prepare": PrepareConfig},
+        "data": DATA,
         "init": InitOptions,
         "train": options_class(),
         "doctor": Doctor,

@@ -66,10 +66,15 @@ def named_instead(file: str | Path) -> str:
 
 def need_picture(path: Path, option: str) -> None:
     """Raises `UsageError` if no picture can be written there."""
-    if path.is_dir():
-        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / 'picture.png'}")
+    need_place(path, option, "picture.png")
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option} {path} must end with one of {', '.join(PICTURES)}")
+
+
+def need_place(path: Path, option: str, such_as: str) -> None:
+    """Raises `UsageError` if no file can be written there; `such_as`: a name of one."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it, such as {path / such_as}")
     if not path.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
 
@@ -101,9 +106,22 @@ def config_problem(folder: Path) -> str | None:
 
 
 def need_no(path: Path, overwrite: bool) -> None:
-    """Raises `UsageError` if there is something where a command is to write, and it is not to be replaced."""
+    """Raises `UsageError` if there is something where a command is to write, and it is not to be replaced; or no room for it."""
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} exists; choose another target, or replace it with --overwrite")
+    need_room(path.parent)
+
+
+def need_room(folder: str | Path, option: str = "") -> None:
+    """Raises `UsageError` if a file is where a command is to make a folder, or above it."""
+    if is_address(folder):
+        return
+    for place in (Path(folder), *Path(folder).parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                where = f"{folder}: {place}" if Path(folder) != place else f"{folder}"
+                raise UsageError(f"{option}{' ' * bool(option)}{where} is a file; name a folder")
+            return
 
 
 def need_checkpoint(path: str | Path, what: str) -> None:

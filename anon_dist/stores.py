@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anon_dist.exits import may_pass
 from anon_dist.outages import OUTAGES
 
 BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
@@ -75,11 +76,11 @@ def tried(
             raise
         except Exception as error:  # each store has its own
             if _is_final(error):
-                raise failure(f"{what}: {type(error).__name__}: {error}") from error
+                raise may_pass(failure(f"{what}: {type(error).__name__}: {error}")) from error
             if pause is None:
                 attempts, took = len(pauses) + 1, time.monotonic() - begun
-                raise failure(
-                    f"{what}: {type(error).__name__}: {error} (attempt {attempts}, after {took:.0f} s){remedy}"
+                raise may_pass(
+                    failure(f"{what}: {type(error).__name__}: {error} (attempt {attempts}, after {took:.0f} s){remedy}")
                 ) from error
             OUTAGES.failed(what, error, pause)
             (sleep or time.sleep)(pause)

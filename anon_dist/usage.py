@@ -9,48 +9,42 @@ import io
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 import tyro
 from tyro.conf import UseAppendAction
 
 from anon_dist.columns import filled
+from anon_dist.exits import USAGE, code_of
 
 _OPTION = re.compile(r"--[a-zA-Z][\w.-]*")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "text", "PATH": "a path"}
 """What tyro calls a type, and a person."""
 
 
-USAGE = 2
-"""Exit code of what the command line or the configuration is to blame for; nothing was done."""
-
-
 class UsageError(ValueError):
     """A command line that cannot be read, or names what is not there; the message names option, value and remedy."""
 
+    exit_code = USAGE
 
-class _Refused(SystemExit):
+
+class _Ended(SystemExit):
     """Of whose words a caller in Python gets to know."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
-        self.code = USAGE
-
-
-def refuse(text: object) -> NoReturn:
-    """End with a line on what is wrong with a command line, and exit code 2."""
-    print(f"error: {text}", file=sys.stderr)
-    raise _Refused(f"error: {text}")
+        self.code = code
 
 
 @contextlib.contextmanager
-def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """A block that looks at what a command line says: a `UsageError`, or an error of these kinds, is its end."""
+def ending(*kinds: type[Exception]) -> Iterator[None]:
+    """A block of a command, that a `UsageError`, or an error of these kinds, ends: in one line, and with the exit code of its class."""
     expected: tuple[type[Exception], ...] = (UsageError, *kinds)
     try:
         yield
     except expected as error:
-        refuse(error)
+        print(f"error: {error}", file=sys.stderr)
+        raise _Ended(f"error: {error}", code_of(error)) from None
 
 
 def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
@@ -63,7 +57,7 @@ def parse(kind: Any, args: Sequence[str], prog: str, **tyros: Any) -> Any:
     Raises:
         SystemExit: after that line, or after the help.
     """
-    with refusing():
+    with ending():
         return parse_or_raise(kind, args, prog, **tyros)
 
 

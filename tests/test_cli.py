@@ -11,11 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from anon_dist.arguments import whole_number
+from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
 from anon_dist.cli import COMMANDS, main
-from anon_dist.train.config.errors import Interrupted
-from anon_dist.train.config.parsing import ConfigError, parse_args
+from anon_dist.data.errors import ShardError, TokenizerError, UnpreparedError
+from anon_dist.engines.errors import EngineError
+from anon_dist.exits import at_work, code_of
+from anon_dist.train.config.errors import ConfigError, Interrupted, RunError, RunInUseError
+from anon_dist.train.config.parsing import parse_args
 
 ROOT = Path(__file__).parents[1]
 GROUPS = [["data"], ["ckpt"], ["bench"]]
@@ -86,6 +91,28 @@ MISTAKES = [
         "train --config quickstart --train.global-batch 6",
         "train.global_batch = 6 is not a multiple of train.micro_batch · ranks = 4 · 1; change one of them",
     ),
+    (
+        "train --config quickstart --model.config torn/config.json",
+        "model.config = torn/config.json: Expecting property name",
+    ),
+    (
+        "train --config quickstart --model.config short.json",
+        "data.seq_len = 256 is longer than the context of model.config = short.json, n_positions = 64; lower it, or raise n_positions",
+    ),
+    (
+        "train --config quickstart --model.from-pretrained short",
+        "the context of model.from_pretrained = short, n_positions = 64; lower it, or take a model with a longer context",
+    ),
+    ("train --config quickstart --run-dir notes.txt/x", "run_dir = notes.txt/x: notes.txt is a file; name a folder"),
+    ("data prepare --source nowhere --out y", "--source nowhere: no such file or folder"),
+    (
+        "data prepare --source notes.txt --tokenizer spm-bpe:x --out y",
+        "SIZE must be a whole number, as in spm-bpe:4096",
+    ),
+    ("data prepare --source notes.txt --out notes.txt", "--out notes.txt is a file; name a folder"),
+    ("data inspect empty", "not a data folder: empty/index.json does not exist"),
+    ("data merge empty --out y", "empty is no finished part: empty/part.json does not exist"),
+    ("data index empty --out y", "empty: no .ds files of datatrove there, and no .bin and .idx files of Megatron-LM"),
     ("generate nowhere x", "nowhere does not exist; name a run, a checkpoint or an exported model"),
     ("generate empty x", "empty holds no weights (*.safetensors, "),
     ("generate notes.txt x", "notes.txt is no file of weights (*.safetensors, "),
@@ -135,8 +162,20 @@ MISTAKES = [
     ("ckpt convert w.pt out --to dcp --groups nowhere", "--groups nowhere is neither 'decay' nor a file"),
     ("runs nowhere", "nowhere does not exist; name one with runs in it, or below it"),
     ("runs empty", "there is no run in or below empty: no folder with config.yaml and metrics.jsonl"),
+    ("runs runs --out notes.txt", "--out notes.txt is a file; name a folder"),
+    ("bench plan --json nowhere/x.json", "--json nowhere/x.json: there is no folder nowhere; make it, or name another"),
+    ("bench step --json empty", "--json empty is a folder; name a file in it, such as empty/bench.json"),
     ("sweep report empty", "empty/sweep.json does not exist; name the --out of a sweep"),
     ("sweep --config quikstart --grid optim.gamma=1 --out out", "; did you mean quickstart?"),
+    (
+        "sweep --config quickstart --grid optim.gama=1 --out out",
+        "--grid optim.gama=1: unknown field 'optim.gama'; did you mean 'optim.gamma'?",
+    ),
+    ("sweep --config quickstart --grid optim.lr=1e-3 --seeds 0 --out out", "--seeds 0: expected a number of seeds"),
+    (
+        "sweep --config quickstart --grid optim.gamma=1 --out out",
+        "data.path = data/stdlib is not there, or not finished",
+    ),
 ]
 
 
@@ -148,6 +187,9 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "w.pt").write_bytes(b"\x80")
+    (tmp_path / "short").mkdir()
+    for file in ("short.json", "short/config.json"):
+        (tmp_path / file).write_text('{"model_type": "gpt2", "n_positions": 64}')
     for name in ("new", "old"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
         for file in ("config.yaml", "run.lock"):
@@ -176,9 +218,53 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path):
         "model",
         "notes.txt",
         "runs",
+        "short",
+        "short.json",
         "torn",
         "w.pt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError, 2),
+        (EngineError, 2),
+        (CheckpointError, 2),
+        (TokenizerError, 2),
+        (UnpreparedError, 2),
+        (NotADirectoryError, 2),
+        (ShardError, 1),
+        (DamagedCheckpoint, 1),
+        (RunError, 1),
+        (OSError, 1),
+        (RunInUseError, 75),
+    ],
+)
+def test_an_error_says_the_exit_code_of_the_command_and_none_at_work_is_a_refusal(error, code):
+    """Where a scheduler gives up at a 2 and not at a 1."""
+    assert code_of(error()) == code
+    with pytest.raises(error) as raised, at_work():
+        raise error
+    assert code_of(raised.value) == (1 if code == 2 else code)
+
+
+def test_a_refusal_that_takes_torch_to_find_ends_with_2_and_one_at_work_with_1(tmp_path, prepared, monkeypatch, capsys):
+    given = ["train", "--config", "quickstart", "--data.path", str(prepared), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--train.tensor-parallel", "2"])
+    assert ended.value.code == 2
+    assert "train.tensor_parallel is 2: it needs engine fsdp2, here single" in capsys.readouterr().err
+
+    def fail(*rest):
+        raise CheckpointError("no room")
+
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    monkeypatch.setattr("anon_dist.checkpoint.convert.write_files", fail)
+    for words, code in (("--to hf", 1), ("--to hf --optimizer anon", 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(["ckpt", "convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), *words.split()])
+        assert ended.value.code == code, capsys.readouterr().err
 
 
 def interrupt(*args):
@@ -349,6 +435,9 @@ def test_an_option_that_is_like_none_is_answered_without_a_guess(capsys):
         (["ckpt", "inspct"], "anon-dist ckpt inspect"),
         (["data", "prepar"], "anon-dist data prepare"),
         (["bench", "plans"], "anon-dist bench plan"),
+        (["sweep", "repotr", "runs/gamma"], "anon-dist sweep report"),
+        (["--verison"], "anon-dist --version"),
+        (["data", "--hlep"], "anon-dist data --help"),
     ],
 )
 def test_a_misspelt_command_is_answered_in_a_line_with_the_one_that_was_meant(words, meant, capsys):

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anon_dist"
 
 FOLDERS = (
-    ("files", "machine", "launcher", "columns", "page", "outages"),
+    ("files", "machine", "launcher", "columns", "page", "outages", "exits"),
     ("stores", "refusal", "usage"),
     ("arguments", "named"),
     ("agreement", "optim"),

@@ -96,9 +96,11 @@ def shaped(wanted: int, vocab: int, context: int) -> ModelConfig:
             best = score, dataclasses.replace(shape, layers=layers)
     assert best is not None
     found = best[1]
-    if not 0.7 < count(found, vocab) / wanted < 1.4:
+    has = count(found, vocab)
+    if not 0.7 < has / wanted < 1.4:
+        least = f", the smallest there is: MODEL {-(-has // 1000)}k, or more" if has > wanted else ""
         raise ConfigError(
-            f"MODEL: no shape of {wanted:,} parameters with the data's vocabulary of {vocab:,}; the nearest has {count(found, vocab):,}"
+            f"MODEL: no shape of {wanted:,} parameters with the data's vocabulary of {vocab:,}; the nearest has {has:,}{least}"
         )
     return found
 

@@ -8,6 +8,8 @@ from typing import Any
 from anon_dist.arguments import parse, unknown
 from anon_dist.bench.options import PlanOptions, ScalingOptions, StepOptions, TrainOptions
 from anon_dist.columns import listing
+from anon_dist.named import need_picture, need_place
+from anon_dist.usage import ending
 
 KINDS: dict[str, tuple[Any, str]] = {
     "step": (
@@ -37,4 +39,9 @@ def main(argv: list[str]) -> None:
     else:
         unknown("anon-dist bench", argv[0], KINDS)
     options = parse(KINDS[kind][0], argv, f"anon-dist bench {kind}", runs_bare=True)
+    with ending():
+        if options.json is not None:
+            need_place(options.json, "--json", "bench.json")
+        if (plot := getattr(options, "plot", None)) is not None:
+            need_picture(plot, "--plot")
     import_module(f"anon_dist.bench.{kind}").main(options)

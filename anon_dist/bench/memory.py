@@ -39,6 +39,8 @@ class Job:
     seq_len: int = 4096
     bf16: bool = True
     """Compute in bfloat16, with float32 masters; else in float32."""
+    pure: bool = False
+    """Parameters and gradients are bfloat16 too, without masters (train.precision bf16-true)."""
     checkpointing: str = "full"
     """What of a block's activations is computed again in the backward pass: none, full, selective."""
     whole_gradients: bool = False
@@ -57,6 +59,11 @@ class Job:
     def width(self) -> int:
         """Bytes of a number that is computed with."""
         return 2 if self.bf16 else 4
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a number of the parameters that are stepped, and of their gradients."""
+        return 2 if self.pure else 4
 
     @property
     def tokens(self) -> int:
@@ -137,7 +144,7 @@ class Memory:
     """Bytes on a rank: of the accelerator, but for `host`."""
 
     parameters: float
-    """What the model computes with; under torch's engines float32, and the masters at once."""
+    """What the model computes with; under torch's engines float32 (or `Job.pure`), and the masters at once."""
     masters: float
     """DeepSpeed's separate float32 copies."""
     gradients: float
@@ -162,7 +169,9 @@ def memory(engine: EngineName, job: Job, optimizer: Optimizer) -> Memory:
     owned = owned_elements(engine, job)
     state = optimizer.state_bytes * owned
     if not is_deepspeed(engine):
-        parameters = gradients = 4.0 * (sum(p.numel for p in job.shape.parameters()) if engine == "zero1" else owned)
+        parameters = gradients = float(job.stored) * (
+            sum(p.numel for p in job.shape.parameters()) if engine == "zero1" else owned
+        )
         activations = activation_bytes(engine, job, gradients)
         return Memory(parameters, 0.0, gradients, state, working_bytes(engine, job), activations)
     activations = activation_bytes(engine, job)
@@ -184,7 +193,8 @@ def working_bytes(engine: EngineName, job: Job) -> float:
     """Beyond what lasts from step to step, without activations."""
     whole, w = sum(p.numel for p in job.shape.parameters()), job.width
     if engine in ("ddp", "zero1"):  # DDP's buckets, which one process has not; autocast's bfloat16 copies
-        return (4.0 * whole if job.ranks > 1 else 0.0) + (2.0 * whole if job.bf16 else 0.0)
+        copies = 2.0 * whole if job.bf16 and not job.pure else 0.0
+        return (job.stored * whole if job.ranks > 1 else 0.0) + copies
     if not is_deepspeed(engine):  # two units gathered, one's gradient before and in its float32 reduction
         sizes = sorted(
             units(job.shape.parameters(), *sharding(engine, job), fsdp2=engine in ("fsdp2", "hsdp")).values()
@@ -229,13 +239,13 @@ def _block_bytes(job: Job, tensor: int) -> float:
     """That a block saves for a token."""
     parts = [job.shape.saved_per_token()]
     if not job.compiled:
-        parts.append(job.shape.eager_per_token(job.bf16))
+        parts.append(job.shape.eager_per_token(job.bf16, job.pure))
     return job.width * sum(whole + split / tensor for whole, split in parts)
 
 
 def _stream_width(engine: EngineName, job: Job) -> int:
     """Bytes of a number between blocks: autocast leaves them in float32, FSDP and DeepSpeed have none there."""
-    return 4 if engine in ("ddp", "zero1") else job.width
+    return 4 if engine in ("ddp", "zero1") and not job.pure else job.width
 
 
 def loss_bytes(job: Job, tensor: int = 1) -> float:
@@ -283,13 +293,14 @@ class Optimizer:
         """All of the state."""
         return self.exp_avg + self.exp_avg_sq + self.precond
 
-    def moved(self, accumulating: float, refreshing: float) -> float:
-        """Read and written by a step, float32 parameters and gradients among it.
+    def moved(self, accumulating: float, refreshing: float, stored: int = 4) -> float:
+        """Read and written by a step, parameters and gradients among it.
 
         Args:
+            stored: bytes of a parameter, and of its gradient.
             accumulating, refreshing: shares of the steps in which Anon's second moment is read and written, its preconditioner written.
         """
-        fixed = 12.0 + 2.0 * self.exp_avg  # θ twice, g once; m twice
+        fixed = 3.0 * stored + 2.0 * self.exp_avg  # θ twice, g once; m twice
         if not self.precond:
             return fixed + 2.0 * self.exp_avg_sq
         return fixed + self.precond * (1.0 + refreshing) + 2.0 * self.exp_avg_sq * accumulating

@@ -41,8 +41,8 @@ def traffic(engine: EngineName, job: Job) -> list[Message]:
     if is_deepspeed(engine):
         return _deepspeed_traffic(engine, job)
     if engine in ("ddp", "zero1"):
-        reduced = [Message("all-reduce", 4.0 * whole, n)]
-        return reduced + ([Message("broadcast", 4.0 * whole, n)] if engine == "zero1" else [])
+        reduced = [Message("all-reduce", float(job.stored * whole), n)]
+        return reduced + ([Message("broadcast", float(job.stored * whole), n)] if engine == "zero1" else [])
     ranks, tensor = sharding(engine, job)
     padded = units(parameters, 1 if engine == "fsdp1" else ranks, tensor, fsdp2=engine in ("fsdp2", "hsdp"))
     gathered = sum(size * gathers(unit) for unit, size in padded.items())

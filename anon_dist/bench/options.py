@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from anon_dist.named import need_data
+from anon_dist.named import need_data, need_room
 from anon_dist.usage import UsageError
 
 EngineName = Literal[
@@ -160,14 +160,15 @@ class PlanOptions:
     """Sequences that a rank, or a tensor-parallel group, takes at once."""
     accumulation: int = 1
     """Micro-batches of a step."""
-    accumulate: Annotated[str, tyro.conf.arg(metavar="{sharded,whole}")] = "sharded"
-    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate)."""
+    accumulate: Annotated[str | None, tyro.conf.arg(metavar="{sharded,whole}")] = None
+    """FSDP: gradients are reduced after each micro-batch, or kept whole and reduced once a step (train.accumulate). None: sharded, but
+    whole for bf16-true."""
     loss: Annotated[str, tyro.conf.arg(metavar="{chunked,whole}")] = "chunked"
     """Logits of a piece of the tokens at a time, or of all at once (train.loss)."""
     seq_len: int | None = None
     """Tokens of a sequence. None: the model's context."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{bf16,fp32}")] = "bf16"
-    """Of the computation."""
+    precision: Annotated[str, tyro.conf.arg(metavar="{bf16,bf16-true,fp32}")] = "bf16"
+    """Of the computation; bf16-true: of parameters and gradients too (train.precision)."""
     checkpointing: Annotated[str, tyro.conf.arg(metavar="{none,full,selective}")] = "full"
     """What of a block's activations is computed again (train.activation_checkpointing)."""
     compile: Annotated[str, tyro.conf.arg(metavar="{none,blocks}")] = "blocks"
@@ -233,4 +234,5 @@ class InitOptions:
             raise UsageError(f"--memory is GB of one accelerator, from 0.1 to 100,000, not {self.memory:g}")
         if os.path.lexists(self.out):
             raise UsageError(f"--out {self.out} exists; name another file, or remove it")
+        need_room(self.out.parent, "--out")
         need_data(self.data, "--data")

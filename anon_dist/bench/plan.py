@@ -40,6 +40,7 @@ from anon_dist.bench.shapes import find_shape
 from anon_dist.bench.traffic import COLLECTIVES
 from anon_dist.engines.tensor_parallel import SPLIT
 from anon_dist.train.config.parsing import ConfigError, OptimConfig
+from anon_dist.usage import ending
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,8 @@ def offload_seconds(engine: EngineName, job: Job, pcie: float) -> float:
 
 def trouble_of(engine: EngineName, job: Job, needed: Memory, hardware: Hardware) -> str | None:
     """Why the engine cannot run the job."""
+    if job.pure and engine not in ("ddp", "fsdp2", "hsdp"):
+        return "no bf16-true"
     if engine == "fsdp2+tp":
         sizes = job.shape.heads, job.shape.kv_heads, job.shape.hidden
         if (
@@ -137,11 +140,11 @@ def predict(
     bases = NAMED[name].bases
     accumulating, refreshing = shares(steps, max_interval=None if bases is None else MAX_INTERVAL)
     sent = {c: sum(m.sent for m in messages if m.collective == c) for c in COLLECTIVES}
-    communication, stepping = sum(m.seconds(hardware) for m in messages), NAMED[name].moved(accumulating, refreshing)
-    optimizer = optimizer_seconds(engine, job, stepping, hardware)
-    trouble = None
+    communication = sum(m.seconds(hardware) for m in messages)
+    optimizer = optimizer_seconds(engine, job, NAMED[name].moved(accumulating, refreshing, job.stored), hardware)
+    trouble = "bf16-true needs Anon" if job.pure and name == "adamw" else None
     if bases is not None:
-        trouble = why_not(engine, job)
+        trouble = trouble or why_not(engine, job)
         found = cost(engine, job, replace(bases, block=block))
         needed = replace(needed, state=needed.state + found.bytes)
         sent["all-reduce"] += refreshing * found.refresh_bytes
@@ -186,9 +189,9 @@ def job_of(options: PlanOptions) -> Job:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     if not 0.0 < options.mfu <= 1.0:
         raise ConfigError(f"--mfu is a share of the peak, in (0, 1], not {options.mfu}")
-    if options.precision not in ("bf16", "fp32"):
-        raise ConfigError(f"--precision is bf16 or fp32, not {options.precision}")
-    if options.accumulate not in ("sharded", "whole"):
+    if options.precision not in ("bf16", "bf16-true", "fp32"):
+        raise ConfigError(f"--precision is bf16, bf16-true or fp32, not {options.precision}")
+    if options.accumulate not in (None, "sharded", "whole"):
         raise ConfigError(f"--accumulate is sharded or whole, not {options.accumulate}")
     if options.loss not in ("chunked", "whole"):
         raise ConfigError(f"--loss is chunked or whole, not {options.loss}")
@@ -196,7 +199,7 @@ def job_of(options: PlanOptions) -> Job:
         raise ConfigError(f"--checkpointing is none, full or selective, not {options.checkpointing}")
     if options.compile not in ("none", "blocks"):
         raise ConfigError(f"--compile is none or blocks, not {options.compile}")
-    shape = find_shape(options.model, options.vocab)
+    shape, pure = find_shape(options.model, options.vocab), options.precision == "bf16-true"
     return Job(
         shape,
         options.ranks,
@@ -205,9 +208,10 @@ def job_of(options: PlanOptions) -> Job:
         options.micro_batch,
         options.accumulation,
         options.seq_len or shape.context,
-        options.precision == "bf16",
+        options.precision != "fp32",
+        pure,
         options.checkpointing,
-        options.accumulate == "whole",
+        (options.accumulate or ("whole" if pure else "sharded")) == "whole",
         options.loss == "whole",
         options.context_parallel,
         compiled=options.compile == "blocks",
@@ -216,10 +220,8 @@ def job_of(options: PlanOptions) -> Job:
 
 def main(options: PlanOptions) -> None:
     """`anon-dist bench plan`"""
-    try:
+    with ending(ConfigError):
         job = job_of(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     rows = [
         predict(engine, optimizer, job, options.hardware, options.mfu, options.steps, options.basis_block)
         for engine in options.engines

@@ -21,6 +21,7 @@ from anon_dist.bench.messages import traffic
 from anon_dist.bench.options import EngineName, OptimizerName, ScalingOptions
 from anon_dist.bench.shapes import find_shape
 from anon_dist.train.config.parsing import ConfigError
+from anon_dist.usage import ending
 
 SENT_TOLERANCE = 0.03
 """Bytes sent may differ by this share: DDP's buffers, the gradient's norm, and what else is small."""
@@ -71,7 +72,7 @@ def job_of(options: ScalingOptions, ranks: int) -> Job:
     shape, pair = find_shape(options.model, options.vocab), min(2, ranks)
     bf16 = options.precision == "bf16"
     sizes = (options.micro_batch, options.accumulation, options.seq_len)
-    return Job(shape, ranks, pair, pair, *sizes, bf16, options.checkpointing, options.accumulate == "whole")
+    return Job(shape, ranks, pair, pair, *sizes, bf16, False, options.checkpointing, options.accumulate == "whole")
 
 
 def engines_on(ranks: int, engines: tuple[EngineName, ...]) -> list[EngineName]:
@@ -170,10 +171,8 @@ def run(options: ScalingOptions) -> list[Row]:
 def main(options: ScalingOptions) -> None:
     """`anon-dist bench scaling`"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended too
-    try:
+    with ending(BenchError, ConfigError):
         rows = run(options)
-    except (BenchError, ConfigError) as error:
-        sys.exit(f"error: {error}")
     show(options, rows)
     if options.json:
         options.json.write_text(json.dumps(as_json(options, rows), indent=1) + "\n")

@@ -136,11 +136,12 @@ class Shape:
         gathered = 2 * self.width * self.experts_per_token  # each expert's input and output
         return 4.0 * self.width + gathered, 2.0 * self.query_width + 2.0 * self.kv_width + hidden + normed
 
-    def eager_per_token(self, half: bool) -> tuple[float, float]:
+    def eager_per_token(self, half: bool, pure: bool = False) -> tuple[float, float]:
         """What it saves besides where nothing is compiled, whole and split: counted in transformers' code, op by op.
 
         Args:
             half: under autocast, whose casts are saved for each matrix beside norms' float32 numbers; counted in numbers of 2 bytes.
+            pure: of bfloat16 parameters without autocast, where norms compute in float32 all the same.
         """
         h, q, kv, experts = self.width, self.query_width, self.kv_width, self.experts_per_token
         if self.family == "gpt2":  # its GELU is six operations
@@ -148,7 +149,7 @@ class Shape:
         norms = {"gemma3": (6, 17), "mixtral": (2, 8)}.get(self.family, (2, 9))[half] * h
         heads = {"qwen3": (1, 2), "gemma3": (1, 3), "olmo2": (1, 3)}.get(self.family, (0, 0))[half] * (q + kv)
         repeated = 2.0 * (q - kv) if self.family == "gemma3" else 0.0  # keys and values, where there is a mask
-        wide = experts if half else 0  # experts' grouped products are in float32 there
+        wide = experts if half and not pure else 0  # experts' grouped products are in float32 there
         gate = self.hidden * max(1, experts)  # after its SiLU or GELU
         return norms + 2.0 * h * wide, heads + repeated + gate + 4.0 * self.hidden * wide
 

@@ -35,6 +35,7 @@ from anon_dist.bench.step_result import MEAN_STEPS, Mean, Measured, Result, Row
 from anon_dist.optim import Anon
 from anon_dist.optim.backends.build import BuildError
 from anon_dist.train.config.parsing import ConfigError
+from anon_dist.usage import ending
 
 STREAM = {"cpu": "stream, 4 read 2 written", "cuda": "torch copy"}
 SLOW = 3.0
@@ -154,10 +155,8 @@ def _say(text: str) -> None:
 
 def main(options: StepOptions) -> None:
     """`anon-dist bench step`"""
-    try:
+    with ending(ConfigError):
         result = bench(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     show(result)
     if options.json:
         options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")

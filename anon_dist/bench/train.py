@@ -28,6 +28,7 @@ from rich.table import Table
 from anon_dist.bench.options import TrainOptions
 from anon_dist.data import DataError, Index
 from anon_dist.train.config.parsing import Config, ConfigError, accumulation, check, find_config, load_config, to_yaml
+from anon_dist.usage import ending
 
 Kind = Literal["anon", "adamw", "trainer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -145,12 +146,9 @@ def measure(config: Config, options: TrainOptions, folder: Path) -> dict[Kind, R
 
 def main(options: TrainOptions) -> None:
     """`anon-dist bench train`"""
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            config = config_of(options, Path(name))
-            results = measure(config, options, Path(name))
-    except (BenchError, ConfigError, DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with ending(BenchError, ConfigError, DataError, OSError), tempfile.TemporaryDirectory() as name:
+        config = config_of(options, Path(name))
+        results = measure(config, options, Path(name))
     show(options, config, results)
     if options.json:
         options.json.write_text(json.dumps(as_json(options, config, results), indent=1) + "\n")

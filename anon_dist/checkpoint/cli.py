@@ -19,9 +19,10 @@ from anon_dist.arguments import parse
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, Layout, ReadOptions, WriteOptions
+from anon_dist.exits import FAILED, may_pass
 from anon_dist.named import need_checkpoint, need_file, need_no
 from anon_dist.stores import is_address
-from anon_dist.usage import UsageError, refusing
+from anon_dist.usage import UsageError, ending
 
 _Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
 _Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
@@ -168,20 +169,21 @@ COMMANDS: dict[str, Any] = {"inspect": Inspect, "convert": Convert, "verify": Ve
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run `inspect`, `convert` or `verify`; exit code 2 with one line where the command line is wrong, 1 for what is found out later."""
+    """Run `inspect`, `convert` or `verify`; one line and an exit code of `anon_dist.exits` if something is wrong."""
     actions: dict[str, Any] = {"inspect": _inspect, "convert": _convert, "verify": _verify}
     kind, action = COMMANDS[command], actions[command]
     parsed = parse(kind, args, f"anon-dist ckpt {command}", called={"--to": _CALLED})
-    with refusing(CheckpointError):
+    with ending(CheckpointError, OSError):
         _check_options(args)
         parsed.check()
-    try:
-        action(parsed)
-    except (CheckpointError, OSError) as error:
-        named = [path for key in ("src", "a", "b") if (path := getattr(parsed, key, None)) and not is_address(path)]
-        gone = [path for path in named if not Path(path).exists()]
-        removed = "{} was there and is gone: a training removes its older checkpoints. Give the command again"
-        sys.exit(f"error: {removed.format(gone[0]) if gone else error}")
+        try:
+            action(parsed)
+        except (CheckpointError, OSError):
+            named = [path for key in ("src", "a", "b") if (path := getattr(parsed, key, None)) and not is_address(path)]
+            if gone := [path for path in named if not Path(path).exists()]:
+                removed = "was there and is gone: a training removes its older checkpoints. Give the command again"
+                raise may_pass(CheckpointError(f"{gone[0]} {removed}")) from None
+            raise
 
 
 def _named(source: str) -> str:
@@ -301,4 +303,4 @@ def _verify(args: Verify) -> None:
     if len(found) > _SHOWN:
         table.add_row(f"and {len(found) - _SHOWN} more", "")
     Console().print(table)
-    sys.exit(1)
+    sys.exit(FAILED)

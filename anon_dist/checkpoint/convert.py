@@ -20,6 +20,7 @@ from anon_dist.checkpoint.options import AdamWOptions, AnonOptions, ReadOptions,
 from anon_dist.checkpoint.recognise import BASIS_STATES
 from anon_dist.checkpoint.regroup import Groups, regroup
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Manifest
+from anon_dist.exits import at_work
 
 
 def convert(
@@ -65,9 +66,10 @@ def convert(
         files = formats.plan(checkpoint, to, options or WriteOptions())
         fresh = target.with_name(target.name + ".new") if target.exists() else target
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_files(files, checkpoint, [fingerprint(source), repr(optimizer), repr(groups)], fresh, workers, quiet)
-        if fresh != target:
-            _replace(target, fresh)
+        with at_work():
+            write_files(files, checkpoint, [fingerprint(source), repr(optimizer), repr(groups)], fresh, workers, quiet)
+            if fresh != target:
+                _replace(target, fresh)
     finally:
         checkpoint.close()
     return checkpoint.manifest.notes

@@ -25,6 +25,7 @@ from anon_dist.checkpoint.inside import is_inside
 from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
 from anon_dist.checkpoint.torchfiles.mapped import will_need
+from anon_dist.exits import may_pass
 from anon_dist.files import sync, sync_tree, write_json
 
 BLOCK = 8 << 20
@@ -97,7 +98,7 @@ class _Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"another process is writing {partial}; wait for it") from None
+            raise may_pass(CheckpointError(f"another process is writing {partial}; wait for it")) from None
         header = json.dumps(identity, sort_keys=True)
         self._file.seek(0)
         lines = self._file.read().split("\n")[:-1]  # the last one may be cut off

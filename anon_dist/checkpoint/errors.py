@@ -1,8 +1,12 @@
 """What goes wrong with checkpoints."""
 
+from anon_dist.exits import FAILED, USAGE
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read, or used here; the message names the file, the key and the remedy."""
+
+    exit_code = USAGE
 
 
 class UnwrittenCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
@@ -14,6 +18,8 @@ class UnwrittenCheckpoint(CheckpointError):  # noqa: N818 - it says what is the 
         rest: what is there instead.
     """
 
+    exit_code = FAILED
+
     def __init__(self, what: str, reason: str, rest: str) -> None:
         super().__init__(f"{what} could not be written: {reason}. {rest}")
         self.reason = reason
@@ -21,6 +27,8 @@ class UnwrittenCheckpoint(CheckpointError):  # noqa: N818 - it says what is the 
 
 class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the matter
     """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""
+
+    exit_code = FAILED
 
 
 class NamesWanted(CheckpointError):  # noqa: N818 - the same

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from anon_dist.exits import FAILED, USAGE
+
 
 class DataError(ValueError):
     """Something about the data, its source or its settings that the user can put right."""
+
+    exit_code = USAGE
 
 
 class SourceError(DataError):
@@ -21,3 +25,11 @@ class PreparationError(DataError):
 
 class ShardError(DataError):
     """A prepared folder whose shards are missing, torn or altered."""
+
+    exit_code = FAILED
+
+
+class UnpreparedError(ShardError):
+    """A folder that is no prepared one, or of another version."""
+
+    exit_code = USAGE

@@ -201,14 +201,19 @@ def checkpoint_bytes(config: Config, vocab: int) -> int | None:
         return None
     optim, deepspeed = config.optim, config.train.engine == "deepspeed"
     bf16 = config.train.precision != "fp32"
-    job = Job(shape_of(config.model, vocab), 1, seq_len=config.data.seq_len, bf16=bf16 and deepspeed)
+    job = Job(
+        shape_of(config.model, vocab),
+        1,
+        seq_len=config.data.seq_len,
+        bf16=bf16 and deepspeed,
+        pure=config.train.precision == "bf16-true",
+    )
     needed = memory("zero2" if deepspeed else "fsdp2", job, _optimizer(config))
     whole = needed.parameters + needed.masters + needed.state
     if not deepspeed:
         whole += (
-            4.0 * job.shape.vocab * job.shape.width * job.shape.tied
+            job.stored * job.shape.vocab * job.shape.width * job.shape.tied
         )  # DCP has the tied matrix under both its names
-        whole -= needed.parameters / 2 * (config.train.precision == "bf16-true")
     if optim.name == "anon" and optim.basis is not None:
         sides = Bases("both" if optim.basis == "both" else "columns", optim.basis_block)
         whole += cost("fsdp2", job, sides).bytes

@@ -161,7 +161,31 @@ def checked_state(
         values.pop(EXPONENTS, None)  # torch's flattened state dicts give {} for what they lack
     values = decoded(values)
     bases = flat.initial(p, group, dtypes["precond"])
-    keys = {*STATE_KEYS, *bases}
+    _check_keys(name, values, {*STATE_KEYS, *bases}, group["basis"])
+    state = {"step": _step_count(name, values["step"])}
+    for key in (*STATE_KEYS[1:], *bases):
+        like = bases.get(key, p)
+        value = _checked(f"{key} of {name}", values[key], like, p, key in bases)
+        if key in bases:
+            state[key] = value.to(dtype=like.dtype, device=p.device)
+            continue
+        if value.dtype == torch.int8:
+            raise ValueError(
+                f"Anon: {key} of {name} is int8, and the exponents of its blocks ({EXPONENTS}) are missing"
+            )
+        wanted = dtypes[key]
+        state[key] = value.to(dtype=torch.float32 if wanted == torch.int8 else wanted, device=p.device)
+        if bases and p.dim() > 2:
+            state[key] = state[key].contiguous()  # to be seen as a matrix
+    return encoded(state) if dtypes["exp_avg"] == torch.int8 else state
+
+
+def _check_keys(name: str, values: dict[str, Any], keys: set[str], basis: str | None) -> None:
+    """Refuse a state of other keys than these.
+
+    Raises:
+        ValueError: it is empty, another optimizer's, or of another basis.
+    """
     if not values:
         raise ValueError(
             f"Anon: the state of {name} is empty. torch fills a flattened state dict (flatten_optimizer_state_dict) by the state that the "
@@ -180,40 +204,32 @@ def checked_state(
             else "Load the weights and start Anon's state afresh, or load the state into the optimizer that wrote it"
         )
         raise ValueError(
-            f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's, with basis={group['basis']!r}, has {sorted(keys)}: it "
+            f"Anon: the state of {name} has {sorted(map(str, values))} where Anon's, with basis={basis!r}, has {sorted(keys)}: it "
             f"is {theirs}. {remedy}"
         )
-    state = {"step": _step_count(name, values["step"])}
-    for key in (*STATE_KEYS[1:], *bases):
-        value, like = values[key], bases.get(key, p)
-        if key in bases and value == {}:
-            raise ValueError(
-                f"Anon: the loaded state dict has no {key} of {name}, or has it under the name of an earlier version, which torch does not "
-                "find in a flattened state dict: write the checkpoint anew with anon-dist ckpt convert SRC DST --to dcp"
-            )
-        if not isinstance(value, Tensor) or value.shape != like.shape or _layout(value) != _layout(like):
-            should = f"the parameter is a {_describe(p)}" + (
-                f" and it should be a {_describe(like)}" if key in bases else ""
-            )
-            raise ValueError(
-                f"Anon: {key} of {name} is a {_describe(value)}, but {should}: the checkpoint is of another model or basis_block, or "
-                "sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
-            )
-        if value.layout != torch.strided or not (value.is_floating_point() or value.dtype == torch.int8):
-            kind = str(value.dtype if value.layout == torch.strided else value.layout).removeprefix("torch.")
-            raise ValueError(f"Anon: {key} of {name} is {kind}, and should be dense and of floating point. {_AFRESH}")
-        if key in bases:
-            state[key] = value.to(dtype=like.dtype, device=p.device)
-            continue
-        if value.dtype == torch.int8:
-            raise ValueError(
-                f"Anon: {key} of {name} is int8, and the exponents of its blocks ({EXPONENTS}) are missing"
-            )
-        wanted = dtypes[key]
-        state[key] = value.to(dtype=torch.float32 if wanted == torch.int8 else wanted, device=p.device)
-        if bases and p.dim() > 2:
-            state[key] = state[key].contiguous()  # to be seen as a matrix
-    return encoded(state) if dtypes["exp_avg"] == torch.int8 else state
+
+
+def _checked(what: str, value: Any, like: Tensor, p: Tensor, of_basis: bool) -> Tensor:
+    """A loaded value of the parameter `p`, if it is in place of `like`.
+
+    Raises:
+        ValueError: it is none, or has another shape, sharding or kind.
+    """
+    if of_basis and value == {}:
+        raise ValueError(
+            f"Anon: the loaded state dict has no {what}, or has it under the name of an earlier version, which torch does not "
+            "find in a flattened state dict: write the checkpoint anew with anon-dist ckpt convert SRC DST --to dcp"
+        )
+    if not isinstance(value, Tensor) or value.shape != like.shape or _layout(value) != _layout(like):
+        should = f"the parameter is a {_describe(p)}" + (f" and it should be a {_describe(like)}" if of_basis else "")
+        raise ValueError(
+            f"Anon: {what} is a {_describe(value)}, but {should}: the checkpoint is of another model or basis_block, or "
+            "sharded otherwise (load sharded ones with torch.distributed.checkpoint)"
+        )
+    if value.layout != torch.strided or not (value.is_floating_point() or value.dtype == torch.int8):
+        kind = str(value.dtype if value.layout == torch.strided else value.layout).removeprefix("torch.")
+        raise ValueError(f"Anon: {what} is {kind}, and should be dense and of floating point. {_AFRESH}")
+    return value
 
 
 _AFRESH = "Load another checkpoint; or load the weights alone and start Anon's state afresh"

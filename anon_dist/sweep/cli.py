@@ -16,56 +16,55 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch import nn
 
 from anon_dist.checkpoint import CheckpointError
 from anon_dist.data import DataError, Index, verify_checksums
+from anon_dist.exits import INTERRUPTED
 from anon_dist.files import write_json
 from anon_dist.machine import processor
 from anon_dist.optim.matching import Spectra
 from anon_dist.stores import is_address
+from anon_dist.sweep.asked import Asked
 from anon_dist.sweep.calibrate import calibrate
 from anon_dist.sweep.cells import CellFolder
-from anon_dist.sweep.grid import Grid, parse_axes, parse_axis, parse_seeds
+from anon_dist.sweep.grid import BY_NAME, Cell, Grid
 from anon_dist.sweep.options import Report, Sweep
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.run import Command, Room, Scheduler, train_command
 from anon_dist.train.config.errors import RunError, RunInUseError
-from anon_dist.train.config.parsing import Config, ConfigError, to_yaml
+from anon_dist.train.config.parsing import Config, ConfigError, to_yaml, with_fields
 from anon_dist.train.config.sources import all_sources, called
 from anon_dist.train.inputs.corpora import use_cache
+from anon_dist.train.optimizer.build import build_optimizer
 from anon_dist.train.optimizer.spectrum import load_spectra
 from anon_dist.train.saves.lock import held
+from anon_dist.usage import ending
 
 
-def sweep(parsed: Sweep, base: Config, args: list[str]) -> None:
-    """`anon-dist sweep`; exit code 1 with one line for an error that the user can mend, 130 when a signal ended it.
+def sweep(parsed: Sweep, asked: Asked, args: list[str]) -> None:
+    """`anon-dist sweep`; one line and an exit code of `anon_dist.exits` if something is wrong, or a signal ended it.
 
     Args:
-        base: what all cells have of the training's options.
+        asked: what these ask for.
         args: all, as the user typed them, for the report.
-
-    Raises:
-        ConfigError: see `run_sweep`.
     """
-    try:
-        if not run_sweep(parsed, base, shlex.join(["anon-dist", "sweep", *args])):
-            sys.exit(130)
-    except (DataError, CheckpointError, RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with ending(ConfigError, DataError, CheckpointError, RunError, OSError):
+        if not run_sweep(parsed, asked, shlex.join(["anon-dist", "sweep", *args])):
+            sys.exit(INTERRUPTED)
 
 
 def report(parsed: Report) -> None:
     """`anon-dist sweep report`"""
-    try:
+    with ending(ConfigError, OSError):
         print(f"Report: {write_report(parsed.folder)}, and with its pictures in one file: report.html")
-    except (ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
-def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_command) -> bool:
+def run_sweep(args: Sweep, asked: Asked, command: str, trainer: Command = train_command) -> bool:
     """Run a sweep, or go on with it, and write its report.
 
     Args:
+        asked: what `args` ask for.
         command: as the user typed it, for the report.
         trainer: what trains a cell.
 
@@ -73,31 +72,17 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
         False if a signal ended it early.
 
     Raises:
-        ConfigError: the grid is wrong, or the folder is another sweep's; before anything is run or changed.
+        ConfigError: a hyperparameter is out of its range, or the folder is another sweep's; before anything is run or changed.
         RunInUseError: another sweep is at work there, or others in some cells, of which nothing is recorded then.
         DataError, CheckpointError: see there.
     """
-    base = shared(base)
-    grid = Grid(
-        parse_axes(args.grid, base),
-        parse_seeds(args.seeds),
-        args.baseline is not None,
-        _baseline_lr(args, base),
-    )
-    if args.parallel is not None and args.parallel < 1:
-        raise ConfigError(f"--parallel {args.parallel}: at least 1")
-    matched = args.match_rms or args.match_from is not None
-    if matched and base.optim.match is not None:
-        raise ConfigError("optim.match matches learning rates already; remove it, or --match-rms and --match-from")
-    if matched and any(name in ("optim.basis", "optim.basis_block") for name, _ in grid.axes):
-        raise ConfigError(
-            "--match-rms measures in one basis, and optim.basis or basis_block is in the grid: sweep each by itself"
-        )
-    kept, common = args.out / "calibration" / "spectrum.json", copy.deepcopy(base)
-    by_group = matched and grid.has_own_gammas(base)
-    if by_group:
-        base.optim.match = str(kept.resolve())
-    grid.cells(base)  # for its errors
+    grid, matched, kept = asked.grid, asked.matched, args.out / "calibration" / "spectrum.json"
+    base = copy.deepcopy(asked.base)
+    common = copy.deepcopy(base)
+    if asked.by_group:  # of this folder's own making
+        common.optim.match = None
+    for cell in replace(grid, seeds=grid.seeds[:1]).cells(base):
+        _check_optimizer(cell, base)
     indices = _check_data(base)
     args.out.mkdir(parents=True, exist_ok=True)
     room = Room.of_this_machine(base, indices[0].vocab_size, args.parallel)
@@ -107,7 +92,7 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
             spectra = _spectra(args, kept, base, grid, room, trainer)
             if spectra is None:
                 return False
-            grid = _matched(grid, base, spectra, by_group)
+            grid = _matched(grid, base, spectra, asked.by_group)
         whole, in_use = _run_cells(args, grid, base, room, trainer)
     print(f"Report: {write_report(args.out)}, and with its pictures in one file: report.html")
     if in_use and whole:
@@ -116,6 +101,16 @@ def run_sweep(args: Sweep, base: Config, command: str, trainer: Command = train_
             f"{in_use[0].last_line().removeprefix('error: ')}). The same command runs them when those have ended"
         )
     return whole
+
+
+def _check_optimizer(cell: Cell, base: Config) -> None:
+    """Refuse hyperparameters that its optimizer does; patterns of names are of the model's parameters, which is not there yet."""
+    where = f"--grid, at {cell.setting}"
+    config = with_fields(cell.config(base), {name: {} for name in BY_NAME}, where)
+    try:
+        build_optimizer(config.optim, nn.Linear(1, 1))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _matched(grid: Grid, base: Config, spectra: Spectra, by_group: bool) -> Grid:
@@ -152,36 +147,6 @@ def _run_cells(args: Sweep, grid: Grid, base: Config, room: Room, trainer: Comma
         say=lambda text: print(text, flush=True),
     )
     return scheduler.run(), scheduler.in_use
-
-
-def shared(base: Config) -> Config:
-    """What all cells have in common: one process each, no sample, one checkpoint; the corpus is verified once.
-
-    Raises:
-        ConfigError: the configuration needs several processes, or another optimizer.
-    """
-    base = copy.deepcopy(base)
-    if base.optim.name != "anon":
-        raise ConfigError(f"optim.name = {base.optim.name}: a sweep's cells are Anon's; --baseline adamw adds AdamW's")
-    if (
-        base.train.tensor_parallel not in (None, 1)
-        or base.train.engine == "deepspeed"
-        or base.train.precision == "fp16"
-    ):
-        raise ConfigError("a sweep's cell is one process on one device: no tensor_parallel, deepspeed or fp16")
-    base.train.engine, base.train.shard_ranks, base.run_dir = "single", None, "."
-    base.data.prepare, base.resume = None, "auto"
-    base.log.sample_prompt, base.checkpoint.keep = None, 1
-    base.train.tokens = base.train.global_batch_tokens = None  # steps and batch say the same
-    return base
-
-
-def _baseline_lr(args: Sweep, base: Config) -> list[float] | None:
-    if args.baseline_lr is None:
-        return None
-    if args.baseline is None:
-        raise ConfigError("--baseline-lr without --baseline adamw")
-    return parse_axis(f"optim.lr={args.baseline_lr}", base, "--baseline-lr, that is")[1]
 
 
 def _check_data(base: Config) -> list[Index]:

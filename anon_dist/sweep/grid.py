@@ -12,12 +12,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import yaml
-from torch import nn
 
 from anon_dist.train.config import strict_yaml
 from anon_dist.train.config.parsing import Config, ConfigError, accumulation, check, field_types, with_fields
 from anon_dist.train.config.ranges import spell
-from anon_dist.train.optimizer.build import build_optimizer
 
 Axis = tuple[str, list[Any]]
 """A field's dotted name, and its values."""
@@ -124,7 +122,6 @@ class Cell:
         try:
             check(config)
             accumulation(config, 1)
-            build_optimizer(with_fields(config, {name: {} for name in BY_NAME}, where).optim, nn.Linear(1, 1))
         except ValueError as error:  # ConfigError is one
             raise ConfigError(f"{where}: {error}") from None
         return config

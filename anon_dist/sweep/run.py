@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from anon_dist.exits import IN_USE
 from anon_dist.machine import free_memory
 from anon_dist.sweep.cells import CellFolder, Outcome
 from anon_dist.sweep.early import Curve, Peer, hopeless
-from anon_dist.train.config.errors import IN_USE
 from anon_dist.train.config.parsing import Config
 
 Command = Callable[[Path], list[str]]

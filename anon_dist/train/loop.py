@@ -20,6 +20,7 @@ from anon_dist.agreement import agree, failures
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
+from anon_dist.exits import at_work, may_pass
 from anon_dist.files import write_json
 from anon_dist.launcher import LAUNCHER, end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
@@ -118,7 +119,7 @@ def _train(
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         introduce(run, console)
-    with StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
+    with at_work(), StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         counting = run.stragglers.watching(run.engine.model, accelerator.device)
         saver = Saver(run, stop, partial(_before_saving, run))
@@ -137,7 +138,7 @@ def _train(
             if stopped == signal.SIGINT.name:
                 end_launcher()
     if not stopped:
-        with pulse.phase("the end", run.step, long=True):
+        with at_work(), pulse.phase("the end", run.step, long=True):
             _finish(run)
         saver.finish()
         if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
@@ -347,10 +348,12 @@ def _compare_replicas(run: Run) -> None:
     except ReplicasDifferError as error:
         last = run.checkpoints.last()
         remedy = f"Resume from {last}" if last else "Start again"
-        raise EngineError(
-            f"replicas have drifted apart by step {run.step}: {error}. A step has gone wrong on one of these ranks (memory, device, or "
-            f"hardware or libraries that compute differently), and nothing was saved of it. {remedy} (the same command does so); if it "
-            "happens again, without that rank's machine"
+        raise may_pass(
+            EngineError(
+                f"replicas have drifted apart by step {run.step}: {error}. A step has gone wrong on one of these ranks (memory, device, or "
+                f"hardware or libraries that compute differently), and nothing was saved of it. {remedy} (the same command does so); if it "
+                "happens again, without that rank's machine"
+            )
         ) from None
     run.compared = run.step
 

@@ -21,8 +21,8 @@ from anon_dist.train.config.parsing import ConfigError, to_yaml
 from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.samples import check_repetition, enter
 from anon_dist.train.optimizer.build import apply_hyperparameters, hyperparameters
+from anon_dist.train.passed_over import keep_history
 from anon_dist.train.reports.report import RESULT
-from anon_dist.train.rewinds import keep_history
 from anon_dist.train.running import Run
 from anon_dist.train.saves.remote import (
     check_address,

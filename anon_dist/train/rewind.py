@@ -13,9 +13,9 @@ from anon_dist.agreement import agree, first_does, is_first
 from anon_dist.files import write_json
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.health.spikes import Judged
+from anon_dist.train.passed_over import FILE, entries_of
 from anon_dist.train.reports.metrics import Record, to_json
 from anon_dist.train.resuming import resume_latest
-from anon_dist.train.rewinds import FILE, entries_of
 from anon_dist.train.running import Run
 
 log = logging.getLogger(__name__)

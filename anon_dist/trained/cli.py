@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import TypeVar
 
 from anon_dist.arguments import parse
+from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.exits import at_work
 from anon_dist.trained.options import Eval, Export, Generate, Runs
-from anon_dist.usage import refusing
+from anon_dist.usage import ending
 
 _Kind = TypeVar("_Kind", Generate, Eval, Export, Runs)
 
 
 def generate(args: list[str]) -> None:
-    """`anon-dist generate`; exit code 2 with one line where the command line is wrong, 1 for what is found out later, 130 if
-    interrupted."""
+    """`anon-dist generate`; one line and an exit code of `anon_dist.exits` if something is wrong."""
     options = _options(Generate, args, "anon-dist generate")
     _quietly()
     from anon_dist.trained.generate import generate as run
 
-    _or_exit(lambda: run(options))
+    with ending(CheckpointError, OSError):
+        run(options)
 
 
 def evaluate(args: list[str]) -> None:
@@ -29,13 +29,15 @@ def evaluate(args: list[str]) -> None:
     _quietly()
     from anon_dist.trained.evaluate import evaluate as run
 
-    _or_exit(lambda: run(options))
+    with ending(CheckpointError, OSError):
+        run(options)
 
 
 def export(args: list[str]) -> None:
     """`anon-dist export`; as above."""
     options = _options(Export, args, "anon-dist export")
-    _or_exit(lambda: _export(options))
+    with ending(CheckpointError, OSError):
+        _export(options)
 
 
 def runs(args: list[str]) -> None:
@@ -43,7 +45,8 @@ def runs(args: list[str]) -> None:
     options = _options(Runs, args, "anon-dist runs")
     from anon_dist.trained.runs import runs as run
 
-    _or_exit(lambda: run(options))
+    with ending(CheckpointError, OSError):
+        run(options)
 
 
 def _export(options: Export) -> None:
@@ -56,13 +59,14 @@ def _export(options: Export) -> None:
         print(f"note: {note}")
     print(f"{options.target} is complete")
     if options.push:
-        print(f"uploaded: {push(options.target, options.push, options.private, api)}")
+        with at_work():
+            print(f"uploaded: {push(options.target, options.push, options.private, api)}")
 
 
 def _options(kind: type[_Kind], args: list[str], prog: str) -> _Kind:
     """Read and checked, before seconds go into imports."""
     options = parse(kind, args, prog)
-    with refusing():
+    with ending():
         options.check()
     return options
 
@@ -73,15 +77,3 @@ def _quietly() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def _or_exit(action: Callable[[], object]) -> None:
-    from anon_dist.checkpoint.errors import CheckpointError
-
-    try:
-        action()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")

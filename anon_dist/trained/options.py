@@ -12,7 +12,7 @@ import tyro
 
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.data.config import TextUnit
-from anon_dist.named import need, need_checkpoint, need_file, need_folder, need_no
+from anon_dist.named import need, need_checkpoint, need_file, need_folder, need_no, need_room
 from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.usage import UsageError
 
@@ -184,6 +184,8 @@ class Runs:
     def check(self) -> None:
         """Raises `UsageError`: there is no such folder, or no run in it."""
         need_folder(self.folder, "one with runs in it, or below it")
+        if self.out is not None and self.pictures:
+            need_room(self.out, "--out")
         if not any({"config.yaml", "metrics.jsonl"} <= set(files) for _, _, files in os.walk(self.folder)):
             raise UsageError(f"there is no run in or below {self.folder}: no folder with config.yaml and metrics.jsonl")
 

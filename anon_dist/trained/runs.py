@@ -309,7 +309,7 @@ def page_of(folder: Path, columns: Sequence[str], rows: Sequence[Sequence[str]],
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
 
-    title = f"Runs in {folder}"
+    title = f"Runs in {folder if folder.name else folder.resolve()}"
     lines = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return page(
         title,

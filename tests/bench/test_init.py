@@ -108,12 +108,13 @@ def test_presets_and_published_models_keep_their_shape(tmp_path, prepared):
     ("words", "message"),
     [
         ("giant", "MODEL giant is no number of parameters .*none of 7b, 70b, 405b, small, and no configuration"),
+        ("20k", r"nearest has [\d,]+, the smallest there is: MODEL \d+k, or more"),
         ("12", "MODEL 12: from 10k to 1000B parameters"),
         ("1M --ranks 0", "--ranks must be at least 1, not 0"),
         ("1M --memory 0", "--memory is GB of one accelerator"),
         ("gpt2-small --seq-len 4k", "--seq-len 4000 is longer than the model's context, 1024"),
         ("1M --out there.yaml", "--out there.yaml exists; name another file, or remove it"),
-        ("1M --out there.yaml/x", "File exists: 'there.yaml'"),
+        ("1M --out there.yaml/x", "--out there.yaml is a file; name a folder"),
         ("1M --data gone", "--data gone does not exist; name a folder that `anon-dist data prepare` made"),
     ],
 )

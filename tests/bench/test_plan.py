@@ -81,6 +81,7 @@ def test_bytes_of_states_and_of_a_step():
     assert NAMED["anon-8bit-m"].state_bytes == 5 + 1 / 32
     assert NAMED["adamw"].moved(1.0, 1.0) == 28
     assert [NAMED["anon"].moved(*x) for x in ((0, 0), (1, 0), (1, 1))] == [24, 32, 36]
+    assert NAMED["anon"].moved(0, 0, stored=2) == 18
     accumulating, refreshing = shares(
         100_000, 2.0, 0.95, "auto"
     )  # 17 powers of 2; windows of 325 steps, or all where they are closer
@@ -160,6 +161,10 @@ def test_what_does_not_fit():
     roomy = predict("fsdp2", "anon", Job(MODELS["7b"], 64), Hardware(), 0.4, 1000)
     assert roomy.trouble is None
     assert predict("fsdp2", "anon", Job(MODELS["7b"], 64), Hardware(memory=10e9), 0.4, 1000).trouble is not None
+    pure = Job(MODELS["7b"], 64, pure=True)
+    assert predict("fsdp2", "anon", pure, Hardware(), 0.4, 1000).trouble is None
+    assert predict("zero2", "anon", pure, Hardware(), 0.4, 1000).trouble == "no bf16-true"
+    assert "needs Anon" in predict("fsdp2", "adamw", pure, Hardware(), 0.4, 1000).trouble
     assert "cannot split" in predict("fsdp2+tp", "anon", Job(GPT2, 8, tensor=2), Hardware(), 0.4, 1000).trouble
     offload = memory("zero3-offload", big, NAMED["anon"])
     assert offload.state == 0 < offload.host
@@ -209,32 +214,41 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("checkpointing", "bf16", "loss"),
+    ("checkpointing", "precision", "loss"),
     [
-        ("none", False, "chunked"),
-        ("selective", True, "chunked"),
-        ("full", True, "whole"),
+        ("none", "fp32", "chunked"),
+        ("selective", "bf16", "chunked"),
+        ("full", "bf16", "whole"),
+        ("none", "bf16-true", "chunked"),
     ],
 )
-def test_peaks_are_those_that_torch_allocates(family, checkpointing, bf16, loss):
+def test_peaks_are_those_that_torch_allocates(family, checkpointing, precision, loss):
     """A step of a small model, not compiled, on the CPU: all that its tensors take at once beside what lasts."""
     sizes = {"layers": 3, "width": 64, "heads": 4, "kv_heads": 4, "hidden": 224, "vocab": 700, "context": 128}
     shape = Shape(family, **{**sizes, "tied": True, **FAMILIES[family]})
     model = build_model(config_of(shape), shape.vocab, 0, 128, seed=1)
+    pure = precision == "bf16-true"
+    model.to(torch.bfloat16 if pure else torch.float32)
     attach(model, "whole" if loss == "whole" else "auto")
     recompute(blocks(model), checkpointing)
-    optimizer = Anon(param_groups(model))
+    optimizer = Anon(param_groups(model), stochastic_rounding=pure)
     optimizer.init_state()
     samples = torch.randint(0, shape.vocab, (4, 129))
     for _ in range(2):  # the first allocates what lasts
         with growth(torch.device("cpu")) as most:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 value = mean_loss(model, samples)
             value.backward()
             del value
             optimizer.step()
             optimizer.zero_grad()
-    sizes = {"micro_batch": 4, "seq_len": 128, "bf16": bf16, "checkpointing": checkpointing}
+    sizes = {
+        "micro_batch": 4,
+        "seq_len": 128,
+        "bf16": precision != "fp32",
+        "pure": pure,
+        "checkpointing": checkpointing,
+    }
     job = Job(shape, 1, **sizes, whole_logits=loss == "whole", device="cpu", compiled=False)
     planned = memory("ddp", job, NAMED["anon"])
     lasting = planned.parameters + planned.state

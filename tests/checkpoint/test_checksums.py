@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_missing_truncated_and_foreign_files(checkpoint):
 def present_and_loaded(checkpoint):
     check_present(checkpoint)
     load_all(checkpoint)
+
+
+def test_a_single_process_is_not_warned_that_it_is_one(tmp_path):
+    """Nor the second time, after a block whose filters of warnings ended with it."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            save_sharded(tmp_path / name, *make(4))
+            load_sharded(tmp_path / name, *make(4))
+        assert not [str(w.message) for w in said if "torch.distributed is disabled" in str(w.message)]
 
 
 def test_only_the_blocks_of_a_part_are_read(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from anon_dist.usage import USAGE
+from anon_dist.exits import USAGE
 
 FOLDER = Path(__file__).parents[2] / "launch" / "multinode"
 VERSION = "1.37"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from anon_dist.sweep import report, run
+from anon_dist.sweep.asked import ask
 from anon_dist.sweep.cells import CellFolder
 from anon_dist.sweep.cli import Sweep, run_sweep
 from anon_dist.sweep.plots import draw_all
@@ -40,7 +41,8 @@ def sweep(base, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "draw_all", draw_all if pictures else lambda results, folder: [])  # slow
         fake = [sys.executable, str(Path(__file__).with_name("fake_trainer.py"))]
         args = Sweep(config="", grid=grid, out=tmp_path / "sweep", **{"parallel": 2, **options})
-        return run_sweep(args, base(**(changes or {})), "the command", trainer or (lambda config: [*fake, str(config)]))
+        asked = ask(args, base(**(changes or {})))
+        return run_sweep(args, asked, "the command", trainer or (lambda config: [*fake, str(config)]))
 
     return go
 

@@ -15,11 +15,12 @@ import pytest
 from fake_trainer import CRASH, DIVERGE, HELD, HOPELESS, PATIENCE, final_loss
 from helpers import browse
 
+from anon_dist.exits import IN_USE
 from anon_dist.sweep import run
 from anon_dist.sweep.report import write_report
 from anon_dist.sweep.results import Results
 from anon_dist.sweep.run import Room
-from anon_dist.train.config.errors import IN_USE, RunInUseError
+from anon_dist.train.config.errors import RunInUseError
 from anon_dist.train.config.parsing import ConfigError
 
 STEPS = list(range(1, 13))

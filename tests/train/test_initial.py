@@ -130,7 +130,16 @@ def test_a_config_json_is_any_model_of_transformers(tmp_path):
     assert (type(model).__name__, model.config.vocab_size, model.config.eos_token_id) == ("Phi3ForCausalLM", 128, 5)
     assert model(input_ids=torch.arange(10)[None]).logits.isfinite().all()
     for change, seq_len, words in (
-        ({}, 65, r"data\.seq_len = 65 is longer than the context of model\.config, 64"),
+        (
+            {},
+            65,
+            r"data\.seq_len = 65 is longer than the context of model\.config = \S+, max_position_embeddings = 64; lower it, or raise",
+        ),
+        (
+            {"model_type": "mpt", "max_seq_len": 48, "max_position_embeddings": None},
+            64,
+            "max_seq_len = 48; lower it, or raise max_seq_len",
+        ),
         ({"model_type": "bert"}, 64, r"config\.json: model_type 'bert' is no causal language model"),
         ({"model_type": None}, 64, "model_type None is no causal"),
         ({"auto_map": {}}, 64, "brings code of its own"),

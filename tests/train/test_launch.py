@@ -13,7 +13,7 @@ import pytest
 from helpers import metrics
 from ranks import run_ranks
 
-from anon_dist.train.config.errors import IN_USE
+from anon_dist.exits import IN_USE
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

@@ -87,11 +87,12 @@ def test_of_many_that_start_at_once_one_has_it(other, tmp_path):
 
 
 def test_a_removed_file_is_made_anew_and_a_taken_folder_is_left(other, tmp_path):
-    _, said, release = other()
+    process, said, release = other()
     assert said.get(timeout=120) == ""
     (tmp_path / LOCK).unlink()
     release.set()
     assert said.get(timeout=120) == ""  # nobody else was there: it goes on
+    process.join()
 
     _, said, release = other()
     assert said.get(timeout=120) == ""

@@ -84,7 +84,16 @@ def test_starting_from_a_pretrained_model(tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match=r"has 128 embeddings and the data 200 tokens"):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 200, EOD, 64)
-    with pytest.raises(ConfigError, match=r"longer than the pretrained model's context, 64"):
+    with pytest.raises(
+        ConfigError, match=r"longer than the context of model\.from_pretrained = \S+, n_positions = 64; lower it"
+    ):
+        build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 65)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(path.read_text().replace('"n_positions": 64', '"n_positions": 128'))
+    with pytest.raises(
+        ConfigError,
+        match=r"wpe\.weight has shape \(64, \d+\) in model\.safetensors, and by config\.json \(128",
+    ):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "m")), 100, EOD, 65)
     with pytest.raises(ConfigError, match=r"model.from_pretrained = .*nowhere"):
         build_model(ModelConfig(from_pretrained=str(tmp_path / "nowhere")), 100, EOD, 64)

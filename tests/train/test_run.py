@@ -308,7 +308,10 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(run_config, train, t
             r"data\.mask_documents is true, and .*see earlier documents",
         ),
         ({"model_type": "qwen3_next", "intermediate_size": 32}, r"is initialised by copy_ from what its code computes"),
-        ({"model_type": "bloom"}, r"model\.attention = sdpa: .*; model\.attention eager is what every model has"),
+        (
+            {"model_type": "gpt_oss"},
+            r"model\.attention = sdpa: transformers does not have it for gpt_oss; set it to eager",
+        ),
     ],
     ids=["documents", "weights", "attention"],
 )

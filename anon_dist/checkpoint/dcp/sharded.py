@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from anon_dist.checkpoint.dcp.linking import LinkingWriter, Links
 from anon_dist.checkpoint.dcp.load import Planner, Reader
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.together import on_every_rank
+from anon_dist.exits import may_pass
 
 _HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
 
@@ -91,8 +91,11 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         reason = next((e for e in found if isinstance(e, CheckpointError)), None)
         if reason is not None:
             raise type(reason)(str(reason)) from error
-        raise CheckpointError(
-            f"{folder} cannot be loaded: {found[0]}. If it is not of another model, it is damaged; take an earlier one (--resume FOLDER)"
+        raise may_pass(
+            CheckpointError(
+                f"{folder} cannot be loaded: {found[0]}. If it is not of another model, it is damaged; take an earlier one "
+                "(--resume FOLDER)"
+            )
         ) from error
 
 
@@ -124,7 +127,7 @@ def _some(kinds: dict[str, list[str]]) -> str:
     return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in kinds.items() if keys)
 
 
-@cache
 def _say_nothing_of_single_processes() -> None:
-    """DCP warns that it is used without a process group, which is what a single process is. For good: saves have threads of their own."""
+    """DCP warns that it is used without a process group, which is what a single process is. For good: saves have threads of their own.
+    Each time: a `catch_warnings` around the last time has ended that."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming")

@@ -22,6 +22,7 @@ from anon_dist.data.preparation.sources import START, Cursor, Item
 from anon_dist.data.preparation.tally import Tally
 from anon_dist.data.preparation.tokenizer import Tokenizer
 from anon_dist.data.preparation.writer import EncodedDocuments
+from anon_dist.exits import may_pass
 
 CHUNK_CHARS = 1 << 20
 """Text that travels to a worker at once: a tenth of a second of its time."""
@@ -155,9 +156,11 @@ def encode_chunks(source: Iterator[Chunk], make: Callable[[], Encoder], workers:
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise PreparationError(
-            "a tokenisation worker died, most often for want of memory. Run the same command with fewer --workers: "
-            "it goes on where it was."
+        raise may_pass(
+            PreparationError(
+                "a tokenisation worker died, most often for want of memory. Run the same command with fewer --workers: "
+                "it goes on where it was."
+            )
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -36,6 +36,7 @@ from anon_dist.data.stored.index import (
     ShardInfo,
     SplitInfo,
 )
+from anon_dist.exits import may_pass
 from anon_dist.files import publish, write_json
 from anon_dist.stores import is_address, scheme_of
 
@@ -241,7 +242,7 @@ def _pieces(span: Span) -> Iterator[tuple[int, NDArray[Any]]]:
         while at < end:
             tokens = np.frombuffer(file.read(min(READ_TOKENS, end - at) * dtype.itemsize), dtype)
             if not len(tokens):
-                raise PreparationError(f"{span.file.path} has become shorter while it was read")
+                raise may_pass(PreparationError(f"{span.file.path} has become shorter while it was read"))
             yield at, tokens
             at += len(tokens)
 

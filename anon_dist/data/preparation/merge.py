@@ -29,6 +29,7 @@ from anon_dist.data.preparation.versions import refuse_other_versions
 from anon_dist.data.stored.blocks import SUM_BYTES, BlockDigests, blocks_of, sums_file
 from anon_dist.data.stored.digests import file_checksum
 from anon_dist.data.stored.index import INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index, ShardInfo, SplitInfo
+from anon_dist.exits import may_pass
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
 BUILDING = TOKENIZER_FOLDER + ".tmp"
@@ -73,7 +74,7 @@ def merge(
             index = make_index(out, tokenizer, splits, source, noted, settings)
             write_json(out / INDEX_FILE, index.to_json())
     except InUseError:
-        raise PreparationError(f"--out {out}: another process is writing it. Wait for it.") from None
+        raise may_pass(PreparationError(f"--out {out}: another process is writing it. Wait for it.")) from None
     say_complete(index, out, time.perf_counter() - started)
     compared = (
         "all shards were compared with the parts' checksums"

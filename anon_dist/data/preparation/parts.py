@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anon_dist.data.errors import ShardError
+from anon_dist.data.errors import UnpreparedError
 from anon_dist.data.stored.index import INDEX_FILE, Origin, SplitInfo
 from anon_dist.data.stored.sealed import is_whole, sealed
 from anon_dist.data.stored.typed import read_as
@@ -49,30 +49,32 @@ class Part:
         """Read it.
 
         Raises:
-            ShardError: there is none, or it is not one that this version reads.
+            UnpreparedError: there is none, or it is not one that this version reads.
         """
         path = folder / PART_FILE
         try:
             content = json.loads(path.read_bytes())
             if content["part_version"] != PART_VERSION:
-                raise ShardError(f"{path} is of another version of anon_dist. Prepare the part again with --overwrite.")
+                raise UnpreparedError(
+                    f"{path} is of another version of anon_dist. Prepare the part again with --overwrite."
+                )
             part = read_as(cls, content)
             for key in ("source", "noted"):
                 read_as(Origin, getattr(part, key), key)
             if not is_whole(content):
-                raise ShardError(
+                raise UnpreparedError(
                     f"{path}: its checksum does not belong to its content; the file was edited. Prepare the part again with --overwrite."
                 )
             return part
         except FileNotFoundError:
             if (folder / INDEX_FILE).exists():
-                raise ShardError(
+                raise UnpreparedError(
                     f"{folder} is a whole corpus, and no part of one. There is nothing to merge."
                 ) from None
-            raise ShardError(
+            raise UnpreparedError(
                 f"{folder} is no finished part: {path} does not exist. Give the command that prepares it again; it goes on where it was."
             ) from None
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ShardError):
+            if isinstance(error, UnpreparedError):
                 raise
-            raise ShardError(f"{path} is damaged ({error!r}). Prepare the part again with --overwrite.") from None
+            raise UnpreparedError(f"{path} is damaged ({error!r}). Prepare the part again with --overwrite.") from None

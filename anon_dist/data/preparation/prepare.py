@@ -38,6 +38,7 @@ from anon_dist.data.preparation.versions import (
 from anon_dist.data.preparation.writer import SplitState, SplitWriter
 from anon_dist.data.stored.index import INDEX_FILE, SPLITS, TOKENIZER_FOLDER, Index, SplitInfo
 from anon_dist.data.stored.shards import TokenShards
+from anon_dist.exits import may_pass
 from anon_dist.files import InUseError, exclusive, sync, sync_tree, write_json
 
 COMMIT_BYTES = 64 << 20
@@ -73,8 +74,10 @@ def prepare(config: PrepareConfig) -> Index | None:
                 return _already_complete(config, source)
             return _Preparation(config, source, mine).run()
     except InUseError:
-        raise PreparationError(
-            f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
+        raise may_pass(
+            PreparationError(
+                f"--out {config.out}: another process is preparing it. Wait for it, or name another folder."
+            )
         ) from None
 
 

@@ -23,6 +23,7 @@ from anon_dist.data.preparation.source_files import Version, find_files, stamp, 
 from anon_dist.data.preparation.tally import UNREAD
 from anon_dist.data.preparation.texts import Found, Noted, TextReader
 from anon_dist.data.stored.remote_files import find_at
+from anon_dist.exits import may_pass
 from anon_dist.stores import is_address
 
 
@@ -184,12 +185,14 @@ class FileSource:
         try:
             now = path.stat()
         except OSError as error:
-            raise SourceError(
-                f"{path} is gone while it was read ({error}). Put it back; the same command goes on."
+            raise may_pass(
+                SourceError(f"{path} is gone while it was read ({error}). Put it back; the same command goes on.")
             ) from error
         if (now.st_size, stamp(now)) != (before.st_size, stamp(before)):
-            raise SourceError(
-                f"{path} was changed while the source was read. Start again with --overwrite, when nothing writes there."
+            raise may_pass(
+                SourceError(
+                    f"{path} was changed while the source was read. Start again with --overwrite, when nothing writes there."
+                )
             )
 
     def position(self) -> int:

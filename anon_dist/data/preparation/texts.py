@@ -15,6 +15,7 @@ from anon_dist.data.errors import SourceError
 from anon_dist.data.preparation.encodings import PROBE, UTF8_MARK, wide_encoding
 from anon_dist.data.preparation.tally import REPLACED
 from anon_dist.data.preparation.unpacking import COMPRESSIONS, RubbishError, Unpacked, lines
+from anon_dist.exits import may_pass
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 NO_TEXT = (
@@ -93,7 +94,7 @@ class TextReader:
             elif getattr(error, "errno", None) is None:  # not the system's: of what unpacks it
                 yield self.bad("damaged", f"{shown}: {error}", f"{what}. Repair or remove the file.")
             else:
-                raise SourceError(f"{what}. The same command goes on when it can be.") from error
+                raise may_pass(SourceError(f"{what}. The same command goes on when it can be.")) from error
 
     def text_of(self, row: dict[str, Any], shown: str, path: str, place: str, first: bool) -> Found:
         """The text of a record. `place` in the file `path`, which is called `shown` among what was left out."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from anon_dist.data.errors import DataError, ShardError
+from anon_dist.data.errors import DataError, ShardError, UnpreparedError
 from anon_dist.data.stored.remote import joined, located
 from anon_dist.data.stored.sealed import is_whole, sealed
 from anon_dist.data.stored.typed import read_as
@@ -192,21 +192,22 @@ class Index:
         """Read the index of a prepared folder, which may be at an address.
 
         Raises:
-            ShardError: there is no index, or it is not one that this version reads.
+            UnpreparedError: there is no index, or it is not one that this version reads.
+            ShardError: it cannot be read.
         """
         path = joined(directory, INDEX_FILE) if is_address(directory) else Path(directory) / INDEX_FILE
         here = located(directory) / INDEX_FILE
         try:
             content = json.loads(here.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            raise ShardError(_why_absent(directory, path)) from None
+            raise UnpreparedError(_why_absent(directory, path)) from None
         except OSError as error:
             raise ShardError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
-            raise ShardError(f"{path} is not JSON ({error}). Prepare the folder again with --overwrite.") from None
+            raise UnpreparedError(f"{path} is not JSON ({error}). Prepare the folder again with --overwrite.") from None
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise ShardError(
+            raise UnpreparedError(
                 f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}. Prepare again."
             )
         try:
@@ -214,10 +215,10 @@ class Index:
             read_as(Origin, index.source, "source")
             read_as(Behaviour, index.tokenizer_behaviour, "tokenizer_behaviour")
         except ValueError as error:
-            raise ShardError(f"{path}: {error}; the file was edited. Prepare again with --overwrite.") from None
+            raise UnpreparedError(f"{path}: {error}; the file was edited. Prepare again with --overwrite.") from None
         index._refuse_edited(path)
         if not is_whole(content):
-            raise ShardError(
+            raise UnpreparedError(
                 f"{path}: its checksum does not belong to its content; the file was edited. Copy it again, or prepare again."
             )
         return index
@@ -226,19 +227,19 @@ class Index:
         """Refuse values that no preparation writes, or that do not belong together."""
         most = {"uint16": 1 << 16, "uint32": 1 << 32}.get(self.dtype, 0)
         if not 0 <= self.eod_id < self.vocab_size <= most:
-            raise ShardError(
+            raise UnpreparedError(
                 f"{path}: eod_id = {self.eod_id!r} must be below vocab_size = {self.vocab_size!r}, and that fit dtype = {self.dtype!r}; "
                 "the file was edited. Prepare again."
             )
         for name, split in self.splits.items():
             counts, tokens = (split.tokens, split.documents, split.text_bytes), sum(s.tokens for s in split.shards)
             if min(counts) < 0 or split.tokens != tokens:
-                raise ShardError(
+                raise UnpreparedError(
                     f"{path}: splits.{name} has {counts} tokens, documents and bytes of text, and its shards {tokens} tokens; the file was "
                     "edited. Prepare again."
                 )
         if self.fingerprint != self.compute_fingerprint():
-            raise ShardError(
+            raise UnpreparedError(
                 f"{path}: the fingerprint does not belong to the shards listed; the file was edited. Prepare again."
             )
 

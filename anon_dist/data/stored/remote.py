@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anon_dist.data.errors import DataError, ShardError
+from anon_dist.data.errors import DataError, ShardError, UnpreparedError
 from anon_dist.data.stored import cache
 from anon_dist.data.stored.digests import file_checksum, tokenizer_hash
 from anon_dist.files import write_text
@@ -187,7 +187,7 @@ def _copy_small_files(remote: RemoteFolder) -> Path:
     try:
         text = remote.whole("index.json").decode()
     except FileNotFoundError:
-        raise ShardError(
+        raise UnpreparedError(
             f"not a data folder: {remote.address}/index.json does not exist. Prepare the data with `anon-dist data prepare`, and copy the "
             "folder there, index.json last"
         ) from None
@@ -196,7 +196,7 @@ def _copy_small_files(remote: RemoteFolder) -> Path:
     content = _json(text)
     fingerprint = content.get("fingerprint")
     if not isinstance(fingerprint, str) or not re.fullmatch(r"[0-9a-f]{32}", fingerprint):
-        raise ShardError(f"{remote.address}/index.json is not the index of a prepared folder. {UPLOAD}")
+        raise UnpreparedError(f"{remote.address}/index.json is not the index of a prepared folder. {UPLOAD}")
     place = cache.present()
     folder = place.copy_of(fingerprint)
     with place.guarded(folder / "small.lock"):

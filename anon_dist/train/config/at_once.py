@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
-from anon_dist.named import need_checkpoint
+from anon_dist.named import need_checkpoint, need_room
 from anon_dist.train.config.errors import ConfigError
+from anon_dist.train.config.families import check_length, read_config
 from anon_dist.train.config.fields import Config
 from anon_dist.train.config.parsing import accumulation
 from anon_dist.train.config.phases import phases_of
@@ -24,8 +25,8 @@ def check_at_once(config: Config, data: bool = True) -> None:
         data: whether the prepared folders are to be there already.
 
     Raises:
-        ConfigError: the batch does not divide among the ranks, the engine cuts what a basis needs whole, a folder is not there, or no task
-            has a name.
+        ConfigError: the batch does not divide among the ranks, the engine cuts what a basis needs whole, a folder is not there, or cannot
+            be, no task has a name, or samples are longer than the model's context.
         ShardError: the index of prepared data is missing or malformed.
     """
     readers = _readers(config)
@@ -36,7 +37,12 @@ def check_at_once(config: Config, data: bool = True) -> None:
             f"optim.basis = {config.optim.basis} needs whole rows of matrices, and {cutter} cuts them anywhere: add --optim.basis None, or "
             "choose train.engine fsdp2, ddp or zero1, or DeepSpeed's stage 3 (configs/deepspeed/zero3.json)"
         )
+    try:
+        need_room(config.run_dir, "run_dir =")
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
     _check_resumed(config.resume)
+    _check_model(config)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
         raise ConfigError(f"eval.tasks: {problem}")
     if data:
@@ -69,6 +75,19 @@ def _cutter_of_rows(config: Config) -> str | None:
         except (OSError, ValueError, AttributeError):
             return None  # the engine's to refuse
     return f"DeepSpeed's stage {stage}" if stage in (1, 2) else None
+
+
+def _check_model(config: Config) -> None:
+    """The config.json of a model that is named, if it is a file here."""
+    model = config.model
+    if model.config is not None:
+        says = read_config(Path(model.config))
+    elif model.from_pretrained is not None and (Path(model.from_pretrained) / "config.json").is_file():
+        says = read_config(Path(model.from_pretrained) / "config.json", "model.from_pretrained")
+        says = says.get("text_config", says)
+    else:
+        return
+    check_length(model, says, max(phase.data.seq_len for _, phase in phases_of(config)))
 
 
 def _check_resumed(resume: str) -> None:

@@ -1,8 +1,12 @@
 """The errors of a configuration, of a run's folder, of an evaluation."""
 
+from anon_dist.exits import IN_USE, USAGE
+
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message says which file or flag, which key, and the remedy."""
+
+    exit_code = USAGE
 
 
 class RunError(RuntimeError):
@@ -16,6 +20,8 @@ class SkippedError(RunError):
 class RunInUseError(RunError):
     """Another process is at work in the folder."""
 
+    exit_code = IN_USE
+
 
 class HarnessError(ValueError):
     """lm-eval, a task or its data is missing, or a task does not go with the model; the message names it, and the remedy."""
@@ -27,5 +33,3 @@ class Interrupted(KeyboardInterrupt):
 
 DIVERGED = "steps in a row had a non-finite gradient"
 """What a `SkippedError` says of them; a sweep looks for it."""
-IN_USE = 75
-"""Exit code of a run that is refused for that (EX_TEMPFAIL of sysexits.h): it may be started again later."""

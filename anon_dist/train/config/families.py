@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 GLOBAL_EVERY = 6
 """Of Gemma 3's layers, every so many attends to everything, the others to a window."""
+
+CONTEXT = ("n_positions", "max_position_embeddings", "max_seq_len", "max_target_positions")
+"""What the longest sequence of tokens is called in a config.json."""
 
 
 def model_config(config: ModelConfig, vocab_size: int, eod_id: int) -> PretrainedConfig:
@@ -118,8 +122,8 @@ def _of_file(path: Path, tokens: dict[str, Any], padding: int) -> PretrainedConf
     return found
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What is in a config.json.
+def read_config(path: Path, key: str = "model.config") -> dict[str, Any]:
+    """What is in a config.json, which `key` names.
 
     Raises:
         ConfigError: it cannot be read, or is no JSON object.
@@ -127,10 +131,32 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.config = {path}: {error}") from None
+        raise ConfigError(f"{key} = {path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"model.config = {path}: expected a JSON object, found {type(values).__name__}")
+        raise ConfigError(f"{key} = {path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def check_length(config: ModelConfig, says: Mapping[str, Any], seq_len: int) -> None:
+    """Refuse samples that are longer than the model's context.
+
+    Args:
+        config: what names the model.
+        says: its config.json, or as much of it as is known.
+
+    Raises:
+        ConfigError: they are; with the key that says how long it is.
+    """
+    key = next((key for key in CONTEXT if isinstance(says.get(key), int)), None)
+    if key is None or says[key] >= seq_len:
+        return
+    if config.from_pretrained is None:
+        source, other = f"model.config = {config.config}", f"raise {key}"
+    else:
+        source, other = f"model.from_pretrained = {config.from_pretrained}", "take a model with a longer context"
+    raise ConfigError(
+        f"data.seq_len = {seq_len} is longer than the context of {source}, {key} = {says[key]}; lower it, or {other}"
+    )
 
 
 def has_windows(shape: PretrainedConfig) -> bool:

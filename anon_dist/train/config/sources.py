@@ -42,11 +42,9 @@ def check_present(config: Config) -> None:
     """That each folder on this machine is prepared: its shards are looked at later. What lies at an address is not asked for.
 
     Raises:
-        ConfigError: a source is not there, or not finished; with the command that makes it. Or run_dir is a file.
+        ConfigError: a source is not there, or not finished; with the command that makes it.
         ShardError: its index, or that of a set to validate on, is missing or malformed.
     """
-    if os.path.isfile(config.run_dir):
-        raise ConfigError(f"run_dir = {config.run_dir} is a file; name a folder, which the run makes")
     for name, source in all_sources(config).items():
         _check_begun(name, source, config.data.prepare)
         if not is_address(source.path):

@@ -13,7 +13,8 @@ from typing import Literal
 from accelerate import Accelerator
 
 from anon_dist.agreement import all_do_slowly
-from anon_dist.data import DataError, Index, TokenShards, verify_checksums
+from anon_dist.data import Index, TokenShards, verify_checksums
+from anon_dist.data.errors import ShardError
 from anon_dist.data.preparation.sample import VALIDATION_TOKENS
 from anon_dist.data.stored import cache
 from anon_dist.data.stored.remote import located
@@ -104,7 +105,7 @@ def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> Non
     """Folders of earlier versions can only be checked as a whole: the ranks of each node share the work.
 
     Raises:
-        DataError: on every rank, as of `verify_checksums`.
+        ShardError: on every rank, as of `verify_checksums`.
     """
     old = [path for path in dict.fromkeys(folders) if not (is_address(path) or Index.load(path).has_sums)]
     if old and accelerator.is_main_process:
@@ -122,7 +123,7 @@ def _check_without_sums(folders: Sequence[str], accelerator: Accelerator) -> Non
             verify_checksums(path, reader=accelerator.local_process_index % readers, readers=readers)
 
     if error := all_do_slowly(check):
-        raise DataError(error)
+        raise ShardError(error)
 
 
 def remarks(config: Config, corpora: Sequence[Corpus], sets: Sequence[ValidationSet]) -> list[str]:

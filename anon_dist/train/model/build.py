@@ -11,7 +11,7 @@ from torch import nn
 
 from anon_dist.checkpoint.schema import Checkpoint
 from anon_dist.engines.materialize import materialize
-from anon_dist.train.config.families import expert_share, has_windows, model_config
+from anon_dist.train.config.families import check_length, expert_share, has_windows, model_config
 from anon_dist.train.config.parsing import ConfigError, ModelConfig
 from anon_dist.train.loss.documents import register_causal
 from anon_dist.train.model.initial import initial_weights, make_buffers
@@ -45,9 +45,7 @@ def plan_model(
     if config.from_pretrained is not None:
         return _pretrained(config, vocab_size, seq_len)
     shape = model_config(config, vocab_size, eod_id)
-    context = getattr(shape, "max_position_embeddings", None)
-    if context is not None and context < seq_len:
-        raise ConfigError(f"data.seq_len = {seq_len} is longer than the context of model.config, {context}")
+    check_length(config, shape.to_dict(), seq_len)
     _check_memory(shape, share)
     model = _on_meta(config, shape)
     return Planned(model, initial_weights(model, seed))
@@ -70,6 +68,12 @@ def build_model(
     return planned.model
 
 
+MARKS = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+"""By which a model of transformers says that it has an implementation of attention; eager is what each has."""
 MASKLESS = ("gpt2", "llama", "qwen3", "olmo2", "mixtral")
 """Model types that attend causally to everything where no mask is made for them."""
 
@@ -77,13 +81,14 @@ MASKLESS = ("gpt2", "llama", "qwen3", "olmo2", "mixtral")
 def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    _check_attention(config.attention, shape)
     unmasked = config.attention == "sdpa" and shape.model_type in MASKLESS and not has_windows(shape)
     attention = register_causal() if unmasked else config.attention
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
     except (ImportError, ValueError) as error:
-        remedy = "" if config.attention == "eager" else "; model.attention eager is what every model has"
+        remedy = "" if config.attention == "eager" else "; set it to eager, which every model has"
         raise ConfigError(f"model.attention = {config.attention}: {' '.join(str(error).split())}{remedy}") from error
     except Exception as error:  # of a model's own code, for sizes that it did not expect
         if config.config is None:
@@ -95,6 +100,21 @@ def _on_meta(config: ModelConfig, shape: PretrainedConfig) -> PreTrainedModel:
     _name_blocks(model)
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def _check_attention(attention: str, shape: PretrainedConfig) -> None:
+    """Refuse an implementation that transformers does not have of the model.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    if attention in MARKS and not getattr(kind, MARKS[attention], False):
+        raise ConfigError(
+            f"model.attention = {attention}: transformers does not have it for {shape.model_type}; set it to eager, which every model has"
+        )
 
 
 def _name_blocks(model: PreTrainedModel) -> None:
@@ -138,14 +158,12 @@ def _pretrained(config: ModelConfig, vocab_size: int, seq_len: int) -> Planned:
 
 def _check_pretrained(config: ModelConfig, shape: Any, vocab_size: int, seq_len: int) -> None:
     """That the model is large enough for the data."""
-    context = getattr(shape, "max_position_embeddings", seq_len)
     if shape.vocab_size < vocab_size:
         raise ConfigError(
             f"model.from_pretrained = {config.from_pretrained} has {shape.vocab_size} embeddings and the data {vocab_size} tokens; prepare "
             f"the data with that model's own tokenizer (--tokenizer hf:{config.from_pretrained})"
         )
-    if context < seq_len:
-        raise ConfigError(f"data.seq_len = {seq_len} is longer than the pretrained model's context, {context}")
+    check_length(config, shape.to_dict(), seq_len)
 
 
 def _check_memory(shape: PretrainedConfig, share: float) -> None:

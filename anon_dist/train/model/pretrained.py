@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.schema import WEIGHT, Checkpoint, Key, Manifest, TensorInfo
+from anon_dist.train.config.errors import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -66,9 +67,10 @@ _PIECE = 1 << 22
 
 
 def saved_weights(source: str, model: nn.Module) -> SavedWeights | None:
-    """The weights in a folder of safetensors files; None where it is none, or its tensors are not the model's parameters by name and shape.
+    """The weights in a folder of safetensors files; None where it is none, or its tensors are not the model's parameters by their names.
 
     Raises:
+        ConfigError: they are by their names, and not by their shapes.
         OSError, ValueError: a file cannot be read.
     """
     folder = Path(source)
@@ -80,12 +82,15 @@ def saved_weights(source: str, model: nn.Module) -> SavedWeights | None:
     else:
         return None
     files, infos = {}, {}
+    if any(name not in where for name, _ in model.named_parameters()):
+        return None
     for name, p in model.named_parameters():
-        if name not in where:
-            return None
         with safe_open(where[name], "pt") as file:
             shape = tuple(file.get_slice(name).get_shape())
         if shape != tuple(p.shape):
-            return None
+            raise ConfigError(
+                f"model.from_pretrained = {source}: {name} has shape {shape} in {where[name].name}, and by config.json {tuple(p.shape)}; "
+                "put the config.json of these weights in its place"
+            )
         files[name], infos[name] = where[name], TensorInfo(shape, torch.float32)
     return SavedWeights(files, infos)
