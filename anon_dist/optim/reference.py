@@ -105,13 +105,14 @@ class ReferenceAnon:
         m = self._turned(self.m, back=True)
         power = self.gamma if abs(self.gamma) >= 0.25 else 1.0  # below, d itself is turned
         sigma = self.v ** (-2 / power)
-        of_rows, of_columns = m @ m.T, m.T @ m
-        if self.left is not None and self.right is not None:
-            of_rows, of_columns = m @ self.right.inverse() @ m.T, m.T @ self.left.inverse() @ m
-        if self.left is not None:
-            sigma = (self.left.renew(of_rows, keep) ** 2).T @ sigma
-        if self.right is not None:
-            sigma = sigma @ self.right.renew(of_columns, keep) ** 2
+        left, right = self.left, self.right
+        by_left, by_right = (
+            None if side is None else side.inverse() for side in (left, right)
+        )  # before either is renewed
+        if left is not None:
+            sigma = (left.renew(m @ m.T if by_right is None else m @ by_right @ m.T, keep) ** 2).T @ sigma
+        if right is not None:
+            sigma = sigma @ right.renew(m.T @ m if by_left is None else m.T @ by_left @ m, keep) ** 2
         if self.gamma:
             self.v = sigma ** (-power / 2)
         self.m = self._turned(m)
