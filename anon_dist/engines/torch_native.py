@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
@@ -154,7 +156,7 @@ class TorchEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""
-        return full_weights(self.model, cpu_offload=True)
+        return full_weights(self.model)
 
 
 def _write(state: dict[str, Any], folder: Path, group: Group = None, links: Links | None = None) -> None:
@@ -185,8 +187,22 @@ def _told(optimizer: Any, norm: Tensor, clip: float | None, none: Tensor) -> Ite
         del optimizer.grad_scale, optimizer.found_inf
 
 
-def full_weights(model: nn.Module, cpu_offload: bool) -> dict[str, Tensor]:
-    """See `base.Engine`. `cpu_offload`: gather on the first rank only."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {name: value.to("cpu", torch.float32) for name, value in weights.items()}
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """See `base.Engine`. Gathered one by one: besides the result, a rank has one whole parameter at a time."""
+    first, once = not dist.is_initialized() or dist.get_rank() == 0, {copy.name for copy in copies_of(model)}
+    weights = {}
+    for name, value in get_model_state_dict(model).items():
+        if name in once:  # of tied ones one
+            whole = _whole(value)
+            if first:
+                weights[name] = whole.to("cpu", torch.float32)
+            del whole  # before the next one
+    return weights
+
+
+def _whole(value: Any) -> Tensor:
+    """A parameter or buffer, gathered if it is shared out among ranks; every rank must call it."""
+    if not isinstance(value, DTensor):
+        return torch.as_tensor(value)
+    device = value.device_mesh.device_type  # which it has left, where it is offloaded
+    return value.detach().to(device).full_tensor() if value.device.type != device else value.detach().full_tensor()
