@@ -204,5 +204,6 @@ def _whole(value: Any) -> Tensor:
     """A parameter or buffer, gathered if it is shared out among ranks; every rank must call it."""
     if not isinstance(value, DTensor):
         return torch.as_tensor(value)
-    device = value.device_mesh.device_type  # which it has left, where it is offloaded
-    return value.detach().to(device).full_tensor() if value.device.type != device else value.detach().full_tensor()
+    there: Any = value.detach().to(value.device_mesh.device_type)  # which it has left, where it is offloaded
+    whole: Tensor = there.full_tensor()
+    return whole
