@@ -170,7 +170,7 @@ class Chaos:
         self._wait(lambda: "Resuming" in nodes[0].output or self._over(nodes), LIMIT)
         found = re.findall(r"Resuming \S+ after step (\d+)", nodes[0].output)
         fault.lost = max(0, fault.step - int(found[-1])) if found else fault.step
-        fault.older = newest - int(found[-1] if found else 0)
+        fault.older = max(0, newest - int(found[-1] if found else 0))  # a later one may have lacked its name alone
         if fault.older:
             print(f"the run did NOT GO ON FROM step {newest}: {[node.output[-1500:] for node in nodes]}", flush=True)
         if fault.kind == "file truncated":
