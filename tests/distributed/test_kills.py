@@ -99,6 +99,16 @@ def test_in_a_save(command, tmp_path):
     assert not (here / ".unfinished").exists()
 
 
+def test_in_a_save_of_torchs_zero1(command, tmp_path):
+    """Between the writing of all parts and the name, in the background: by either rank."""
+    command("calm", train__engine="zero1")
+    for point, resumed in (("all parts are there", None), ("without a name", 4), ("", 12)):
+        said = command("run", point, train__engine="zero1")
+        found = re.search(r"Resuming \S+ after step (\d+)", said)
+        assert resumed == (found and int(found[1])), said
+    assert weights(tmp_path / "run") == weights(tmp_path / "calm")
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero1.json", "zero2.json"])
 def test_a_rank_that_is_stopped_is_named(engine, command, tmp_path):
     """Under torch's ZeRO-1, and under DeepSpeed's stages 1 and 2, whose gradients are reduced while the backward pass goes on."""
