@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
@@ -61,6 +62,7 @@ class TorchEngine:
         self.name, self._accelerator, self._sharded_sums = name, accelerator, sharded_sums
         with told_apart(model):
             self.model, prepared = accelerator.prepare(model, optimizer)
+        lay_out(self.model)
         if weights is not None:
             offload = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
             materialize(self.model, weights, torch.device("cpu") if offload else accelerator.device)
@@ -185,6 +187,16 @@ def _told(optimizer: Any, norm: Tensor, clip: float | None, none: Tensor) -> Ite
         yield
     finally:
         del optimizer.grad_scale, optimizer.found_inf
+
+
+def lay_out(model: nn.Module) -> None:
+    """Have DDP, on CPUs, keep gradients from the first step on where it will keep them.
+
+    It lays them out anew after its first step, by the order in which they came; and where they lie decides in which order those of three
+    ranks and more are summed. The first step after a resume would have other bits than the same step of a run that went on.
+    """
+    if isinstance(model, DistributedDataParallel) and model.device_type == "cpu":
+        model.reducer._push_all_rebuilt_params()  # of the first forward pass
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
