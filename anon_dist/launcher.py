@@ -113,11 +113,25 @@ def on_one_node() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
 
 
-def tell_launcher(line: str) -> None:
-    """Have torch's launchers show the line, as its handler does an error, but for the traceback."""
+def tell_launcher(line: str, when: int | None = None) -> None:
+    """Have torch's launchers show the line, as its handler does an error, but for the traceback.
+
+    Args:
+        when: of the error, in seconds since 1970; None: now.
+    """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        details = {"py_callstack": line, "timestamp": str(int(time.time()) if when is None else when)}
         Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+
+
+def date_error(when: int) -> None:
+    """Have torch's launchers take the error that they are told of for one of this second since 1970, whenever it was written."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = json.loads(Path(file).read_text())
+        told["message"]["extraInfo"]["timestamp"] = str(when)
+        dated = Path(f"{file}.dated")
+        dated.write_text(json.dumps(told))
+        dated.replace(file)
 
 
 def end_launcher(grace: float = _GRACE) -> None:

@@ -6,7 +6,7 @@
 Every round is a run to its last step, with faults on the way; what a scheduler does is done here: when a fault has ended the run, what is
 left of it is killed, and the same command starts it again. Nodes' launchers and ranks are forked from this process, which has imported
 already what takes long; a launcher keeps the store, as torchrun's does. The table: how soon a fault was found, whether the run named what
-it was and where, steps that were taken twice, and runs that were lost for good.
+it was and where, steps that were taken twice, whether it went on from the newest whole checkpoint, and runs that were lost for good.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class Fault:
     named: bool = False
     lost: int = 0
     """Steps that were taken twice."""
+    older: int = 0
+    """By how many steps the checkpoint that the run went on from was older than the newest that was whole."""
     for_good: bool = False
     why: str = ""
 
@@ -137,9 +139,10 @@ class Chaos:
         logs.mkdir(parents=True)
         fault: Fault | None = None
         for _ in range(200):
+            here = [0, *(int(each.name.removeprefix("step-")) for each in checkpoints(run))]
             nodes, before = self._start(run, logs), step_of(run)
             if fault is not None:
-                self._resumed(fault, nodes)
+                self._resumed(fault, nodes, here[-2 if fault.kind == "file truncated" else -1])
                 fault = None
             while fault is None and expected is not None and time.monotonic() < end and self._some_steps(run, nodes):
                 made = self._disturb(run, nodes)
@@ -162,11 +165,14 @@ class Chaos:
         self._verdict(b"", b"lost")
         return None
 
-    def _resumed(self, fault: Fault, nodes: list[Node]) -> None:
-        """From where the run goes on after a fault."""
+    def _resumed(self, fault: Fault, nodes: list[Node], newest: int) -> None:
+        """From where the run goes on after a fault; it should be from the `newest` step that has a whole checkpoint."""
         self._wait(lambda: "Resuming" in nodes[0].output or self._over(nodes), LIMIT)
         found = re.findall(r"Resuming \S+ after step (\d+)", nodes[0].output)
         fault.lost = max(0, fault.step - int(found[-1])) if found else fault.step
+        fault.older = max(0, newest - int(found[-1] if found else 0))  # a later one may have lacked its name alone
+        if fault.older:
+            print(f"the run did NOT GO ON FROM step {newest}: {[node.output[-1500:] for node in nodes]}", flush=True)
         if fault.kind == "file truncated":
             fault.named, fault.found = "is damaged, and set aside" in nodes[0].output, time.monotonic() - fault.since
             if not fault.named:
@@ -295,14 +301,15 @@ def table(chaos: Chaos) -> str:
     for fault in chaos.faults:
         by_kind[fault.kind].append(fault)
     lines = [
-        "| fault | times | found after, s (median, most) | named rightly | steps taken twice (median, most) | lost for good |"
+        "| fault | times | found after, s (median, most) | named rightly | steps taken twice (median, most) "
+        "| from an older checkpoint | lost for good |"
     ]
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|")
     for kind, found in [*sorted(by_kind.items()), ("all", chaos.faults)]:
         seconds, lost = [f.found for f in found], [f.lost for f in found]
         lines.append(
             f"| {kind} | {len(found)} | {statistics.median(seconds):.1f}, {max(seconds):.1f} | {sum(f.named for f in found)} "
-            f"| {statistics.median(lost):.0f}, {max(lost)} | {sum(f.for_good for f in found)} |"
+            f"| {statistics.median(lost):.0f}, {max(lost)} | {sum(f.older != 0 for f in found)} | {sum(f.for_good for f in found)} |"
         )
     return "\n".join(lines)
 
@@ -376,7 +383,7 @@ def run(minutes: float, seed: int, number: int, engine: str, faults: int) -> Cha
 
 
 def main() -> None:
-    """Run it, and print the table; exit code 1 if a run was lost or a fault was not named."""
+    """Run it, and print the table; exit code 1 if a run was lost, went on from too old a checkpoint, or a fault was not named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
@@ -389,7 +396,7 @@ def main() -> None:
         f"\n{len(chaos.faults)} faults in {chaos.rounds - 1} runs of {STEPS} steps; {chaos.alarms} runs ended without one\n"
     )
     print(table(chaos))
-    sys.exit(any(f.for_good or not f.named for f in chaos.faults))
+    sys.exit(any(f.for_good or f.older or not f.named for f in chaos.faults))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecision
 from torch.optim import Optimizer
 
@@ -20,7 +22,7 @@ from anon_dist.engines.check import StateBytes, state_bytes_of_ranks
 from anon_dist.engines.grads import global_norm
 from anon_dist.engines.materialize import materialize
 from anon_dist.engines.replicas import Copy, copies_of
-from anon_dist.engines.torch_native import TorchEngine, full_weights
+from anon_dist.engines.torch_native import TorchEngine
 
 
 def fsdp1_plugin(bf16: bool) -> FullyShardedDataParallelPlugin:
@@ -97,8 +99,11 @@ class Fsdp1Engine(TorchEngine):
         # On a CPU "offloading to the CPU" is no copy, and FSDP1 frees what it points to: a segmentation fault (torch 2.13).
         offload = self._accelerator.device.type != "cpu"
         with _quiet():
-            weights = full_weights(self.model, offload)
-        return weights if self._accelerator.is_main_process else {}
+            options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+            weights: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        if not self._accelerator.is_main_process:
+            return {}
+        return {name: weights.pop(name).to("cpu", torch.float32) for name in list(weights)}
 
 
 def _quiet() -> warnings.catch_warnings:

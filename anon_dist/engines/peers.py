@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from anon_dist.engines.errors import EngineError
 from anon_dist.exits import may_pass
-from anon_dist.launcher import tell_launcher
+from anon_dist.launcher import date_error, tell_launcher
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
@@ -67,6 +67,9 @@ class Ending:
     """Whether all ranks failed by the same error."""
     speaks: bool = True
     """Whether it is for this rank to say which: the first that failed so, or that could not ask."""
+    when: int = 0
+    """Seconds since 1970, for the launchers, which take the rank with the earliest for the cause: of the first that failed earlier than of
+    any other that heard of it, whenever that came to write it."""
 
 
 @contextlib.contextmanager
@@ -84,14 +87,15 @@ def who_stopped(*refusals: type[Exception]) -> Iterator[Ending]:
     try:
         yield ending
     except Exception as error:
-        refused = isinstance(error, refusals)
+        refused, ending.when = isinstance(error, refusals), int(time.time())
         with contextlib.suppress(Exception):  # the error is what matters
             if several():
                 _explain(error, ending)
             if not refused:
                 get_error_handler().record_exception(error)
+                date_error(ending.when)
             elif ending.speaks or os.environ.get("LOCAL_RANK") == "0":  # the launcher of each node reports its first
-                tell_launcher(_line(error))
+                tell_launcher(_line(error), ending.when)
         raise
 
 
@@ -110,6 +114,8 @@ class _Heard:
     """This rank's own error has reached the store."""
     first: str = ""
     """The rank that failed first, where, when and how."""
+    since: int = 0
+    """When that was, in seconds since 1970."""
     speaks: bool = True
     """Whether no rank reported the same error before."""
     alike: bool = False
@@ -138,7 +144,8 @@ def _explain(error: Exception, ending: Ending) -> None:
     if note := _note(heard, f"this one, {own}" if is_first else heard.first):
         error.add_note(note)
     if not is_first and not heard.alike:
-        time.sleep(1)  # torch's launchers take the first second of a report for the cause
+        ending.when = max(ending.when, heard.since + 1)
+        time.sleep(1)  # the launcher of the first is to end first
 
 
 def _note(heard: _Heard, first: str) -> str | None:
@@ -162,11 +169,13 @@ def _listen(error: Exception, heard: _Heard) -> None:
     """Report this rank's error, and wait for the others' reports."""
     rank, ranks, text = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), _line(error)
     met, end = store(WAIT_SECONDS), time.monotonic() + WAIT_SECONDS
-    met.set(f"report/{met.add('place', 1)}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
+    place = met.add("place", 1)
+    met.set(f"since/{place}", str(int(time.time())))
+    met.set(f"report/{place}", f"{_own_name()} at {time.strftime('%T')}\n{text}")
     heard.speaks = met.add(f"same/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
     heard.reported.set()
     name, first_text = _first_report(met)
-    heard.first = f"{name} ({first_text})"
+    heard.first, heard.since = f"{name} ({first_text})", int(met.get("since/1"))
     if text != first_text:
         met.set("differ", "")
     met.set(f"failed/{rank}", "")

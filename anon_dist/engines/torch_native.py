@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group
@@ -59,6 +62,7 @@ class TorchEngine:
         self.name, self._accelerator, self._sharded_sums = name, accelerator, sharded_sums
         with told_apart(model):
             self.model, prepared = accelerator.prepare(model, optimizer)
+        lay_out(self.model)
         if weights is not None:
             offload = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
             materialize(self.model, weights, torch.device("cpu") if offload else accelerator.device)
@@ -154,7 +158,7 @@ class TorchEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `base.Engine`."""
-        return full_weights(self.model, cpu_offload=True)
+        return full_weights(self.model)
 
 
 def _write(state: dict[str, Any], folder: Path, group: Group = None, links: Links | None = None) -> None:
@@ -185,8 +189,36 @@ def _told(optimizer: Any, norm: Tensor, clip: float | None, none: Tensor) -> Ite
         del optimizer.grad_scale, optimizer.found_inf
 
 
-def full_weights(model: nn.Module, cpu_offload: bool) -> dict[str, Tensor]:
-    """See `base.Engine`. `cpu_offload`: gather on the first rank only."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {name: value.to("cpu", torch.float32) for name, value in weights.items()}
+def lay_out(model: nn.Module) -> None:
+    """Have DDP, on CPUs, keep gradients from the first step on where it will keep them.
+
+    It lays them out anew after its first step, by the order in which they came; and where they lie decides in which order those of three
+    ranks and more are summed. The first step after a resume would have other bits than the same step of a run that went on.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.device_type != "cpu":
+        return
+    # A sum of two has one order, and DDP's own layout overlaps more of it with the backward pass.
+    if dist.get_world_size(model.process_group) > 2:
+        model.reducer._push_all_rebuilt_params()  # of the first forward pass
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """See `base.Engine`. Gathered one by one: besides the result, a rank has one whole parameter at a time."""
+    first, once = not dist.is_initialized() or dist.get_rank() == 0, {copy.name for copy in copies_of(model)}
+    weights = {}
+    for name, value in get_model_state_dict(model).items():
+        if name in once:  # of tied ones one
+            whole = _whole(value)
+            if first:
+                weights[name] = whole.to("cpu", torch.float32)
+            del whole  # before the next one
+    return weights
+
+
+def _whole(value: Any) -> Tensor:
+    """A parameter or buffer, gathered if it is shared out among ranks; every rank must call it."""
+    if not isinstance(value, DTensor):
+        return torch.as_tensor(value)
+    there: Any = value.detach().to(value.device_mesh.device_type)  # which it has left, where it is offloaded
+    whole: Tensor = there.full_tensor()
+    return whole

@@ -23,7 +23,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import Copy, copies_of
 from anon_dist.engines.restore import check_present, opened, parameter_order, restore
 from anon_dist.engines.saved_bases import groups_in, groups_of, take_over
-from anon_dist.engines.torch_native import TorchEngine
+from anon_dist.engines.torch_native import TorchEngine, lay_out
 from anon_dist.optim.frame import BASIS_KEYS, KEYS, sides
 from anon_dist.optim.regime import HISTORY
 from anon_dist.optim.state import decoded_states
@@ -37,6 +37,7 @@ class ZeroRedundancyEngine(TorchEngine):
         self._order = parameter_order(model, optimizer)
         self.name, self._accelerator = name, accelerator
         self.model = accelerator.prepare(model)
+        lay_out(self.model)
         accepted = inspect.signature(type(optimizer)).parameters  # AdamW's defaults hold more than it takes
         self._shared = ZeroRedundancyOptimizer(
             [dict(g) for g in optimizer.param_groups],

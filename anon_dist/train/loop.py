@@ -379,10 +379,11 @@ def _finish(run: Run) -> None:
 
 
 def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
-    """What one rank writes when all steps are taken."""
+    """What one rank writes when all steps are taken. The weights are taken out of their dictionary."""
     config = run.config
     card = model_card(run.folder.name, run.model_config.to_dict(), progress_of(run), record)
     export_model(run.folder / "model", weights, run.model_config, first_folder(config) / "tokenizer", card)
+    weights.clear()  # the sample loads them anew
     file = MetricsFile(run.folder / "metrics.jsonl", run.step)
     try:
         file.write(record)

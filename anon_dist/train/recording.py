@@ -34,9 +34,14 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
     Where they cannot be written, all ranks end: a checkpoint must not be ahead of the metrics.
 
     Trackers drop what is not of a later step than the last (W&B), or show both (TensorBoard): theirs counts on where a run goes back. The
-    run's own step is among the values.
+    run's own step is among the values. They come before the file: what a killed run has not written there is told anew by the next.
     """
     path, settings = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
+
+    def tell(record: Record, repeated: int) -> None:
+        """To the trackers."""
+        values = {k: v for k, v in record.items() if not isinstance(v, str)}
+        run.accelerator.log(values, step=int(record["step"]) + repeated)
 
     def begin() -> None:
         """Open the file, and begin with the trackers."""
@@ -44,8 +49,8 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
         try:
             run.accelerator.init_trackers(run.config.log.project, init_kwargs=settings)
             for record in unrecorded(run, read_metrics(path)):
+                tell(record, steps_repeated(run, record["rewinds"]))
                 file.write(record)
-                run.accelerator.log(record, step=int(record["step"]) + steps_repeated(run))
         except BaseException:
             file.close()
             raise
@@ -59,7 +64,7 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
         yield lambda record: None
         return
     (file,) = open_files
-    repeated = steps_repeated(run)
+    repeated = steps_repeated(run, run.rewinds)
 
     def write(record: Record) -> None:
         """To all of them; what goes wrong with the files ends the run after this step. A run that has gone back repeats steps: what there
@@ -72,8 +77,8 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
                 file.close()
                 file = MetricsFile(path, step)
                 repeated += int(record["rewound_from"]) - step
+            tell(record, repeated)
             file.write(record)
-            run.accelerator.log({k: v for k, v in record.items() if not isinstance(v, str)}, step=step + repeated)
         except OSError as error:
             stop.fail(
                 RunError(

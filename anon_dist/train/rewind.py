@@ -102,9 +102,9 @@ def pass_over_again(run: Run) -> None:
         )
 
 
-def steps_repeated(run: Run) -> int:
-    """By how many steps the run has gone back so far. For the first rank."""
-    return sum(entry["from"] - entry["to"] for entry in entries_of(run.folder, run.rewinds))
+def steps_repeated(run: Run, rewinds: int) -> int:
+    """By how many steps the run has gone back in so many rewinds. For the first rank."""
+    return sum(entry["from"] - entry["to"] for entry in entries_of(run.folder, rewinds))
 
 
 def _go_on_at(run: Run, entry: dict[str, Any]) -> None:

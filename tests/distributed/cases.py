@@ -57,6 +57,7 @@ from anon_dist.train.run import set_up, wanted_engine
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from damage import PAYLOADS, altered, flip, poison, poison_entry, refused, unsealed
 from family_cases import (  # noqa: F401 - run_cases finds them here
+    case_an_export_takes_one_copy_of_the_weights,
     case_every_family_has_the_bits_and_gradients_of_plain_transformers,
     case_no_rank_ever_has_a_whole_model,
     case_what_sharing_sequences_cannot_do_is_refused,

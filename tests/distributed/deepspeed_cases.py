@@ -31,8 +31,8 @@ from helpers import (
     metrics,
     write_tasks,
 )
-from launch_cases import Patch, raises, run_cases, shared_folder
-from spike_cases import check_nan, check_spikes
+from launch_cases import Patch, raises, run_cases, shared_folder, step_back
+from spike_cases import check_nan, check_spikes, goes_on_after_going_back, spiked
 from torch import nn
 
 from anon_dist import Anon
@@ -411,18 +411,6 @@ def goes_on_to_the_bit(config, folder):
     assert before == metrics(folder)
 
 
-def step_back(folder):
-    """Have a run that has ended be one that was stopped at its last checkpoint but one, which is returned."""
-    dist.barrier()
-    complete = Checkpoints(folder / "checkpoints", 1).complete()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(complete[-1])
-        (folder / "result.json").unlink()
-    dist.barrier()
-    return complete[-2]
-
-
 def case_a_copy_is_written_as_deepspeed_writes():
     """The same files, and all that is in them, to the bit; though weights and states have changed before it is written."""
     for name in ("zero0", "zero2", "zero3"):
@@ -707,6 +695,9 @@ def case_a_full_disk_ends_all_ranks_in_a_line():
 
 def case_spikes_are_met_by_all_ranks():
     check_spikes(run, lambda: run_config("zero2", shared_folder(OUT)), run_config("zero3", shared_folder(OUT)))
+    stage1 = run_config("zero1", shared_folder(OUT))
+    spiked(run, stage1, "rewind")
+    goes_on_after_going_back(run, stage1)
 
 
 def case_leave_runs_for_one_process():

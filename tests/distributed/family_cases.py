@@ -1,5 +1,6 @@
 """Models of every family under FSDP2, tensor and context parallelism: the bits that one process begins with, and its gradients."""
 
+import ctypes
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,14 +49,14 @@ def plain_gradients(model, batch):
     return loss.detach(), {name: p.grad for name, p in plain.named_parameters()}
 
 
-def engine_of(planned, tensor=1, context=1, engine="fsdp2", **changes):
+def engine_of(planned, tensor=1, context=1, engine="fsdp2", precision="fp32", **changes):
     """The engine over a model that no rank has had whole, and what a rank makes of a batch."""
     from anon_dist.engines.context import ContextParallel
 
     forget_accelerate()
     wanted = Wanted(
         engine,
-        "fp32",
+        precision,
         timedelta(minutes=1),
         2,
         lambda ranks: 1,
@@ -72,7 +73,7 @@ def engine_of(planned, tensor=1, context=1, engine="fsdp2", **changes):
     shared = ContextParallel(context, accelerator.device) if context > 1 else None
     if shared is not None:
         shared.attach(planned.model)
-    optimizer = Anon(param_groups(planned.model, 0.1), lr=1e-3)
+    optimizer = Anon(param_groups(planned.model, 0.1), lr=1e-3, stochastic_rounding=precision == "bf16-true")
     made = wrap(name, accelerator, planned.model, optimizer, tensor, weights=planned.weights)
     return made, shared
 
@@ -122,6 +123,13 @@ def status(key):
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def peak_begins():
+    """MiB that this process has now; from here on its peak is counted."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free counts too, and would hide what is taken from it
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
 def case_no_rank_ever_has_a_whole_model():
     """The peak of resident memory is what the rank keeps, and far from the half more that the whole parameters would be."""
     config = ModelConfig(family="qwen3", layers=8, width=512, heads=8, kv_heads=4, hidden=2048, context=LENGTH)
@@ -130,12 +138,25 @@ def case_no_rank_ever_has_a_whole_model():
         config.tie_embeddings = tied
         planned = plan_model(config, 32000, 0, LENGTH, seed=1)
         whole = 4 * sum(p.numel() for p in planned.model.parameters()) / 2**20
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = status("VmRSS")
+        before = peak_begins()
         engine, _ = engine_of(planned)
         kept = whole / dist.get_world_size() + engine.state_bytes().local / 2**20
         grown = status("VmHWM") - before
         assert 0.9 * kept < grown < kept + 0.15 * whole, (tied, whole, kept, grown)
+
+
+def case_an_export_takes_one_copy_of_the_weights():
+    """In float32, of parameters in bfloat16, on the first rank; besides there is never more than one parameter whole, on no rank."""
+    config = ModelConfig(family="qwen3", layers=8, width=512, heads=8, kv_heads=4, hidden=2048, context=LENGTH)
+    planned = plan_model(config, 8000, 0, LENGTH, seed=1)
+    planned.model.to(torch.bfloat16)
+    whole = 4 * sum(p.numel() for p in planned.model.parameters()) / 2**20
+    engine, _ = engine_of(planned, precision="bf16-true")
+    before = peak_begins()
+    weights = engine.full_weights()
+    grown, first = status("VmHWM") - before, dist.get_rank() == 0
+    assert grown < first * whole + 0.6 * whole, (whole, grown)
+    assert sum(w.nbytes for w in weights.values()) == first * whole * 2**20
 
 
 def case_what_sharing_sequences_cannot_do_is_refused():

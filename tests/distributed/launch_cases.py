@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from anon_dist.checkpoint import Checkpoints
 from anon_dist.train.reports import report
 
 
@@ -60,6 +62,18 @@ def shared_folder(parent: str) -> str:
     dist.broadcast_object_list(names)
     assert names[0] is not None
     return names[0]
+
+
+def step_back(folder: Path) -> Path:
+    """Have a run that has ended be one that was stopped at its last checkpoint but one, which is returned."""
+    dist.barrier()
+    complete = Checkpoints(folder / "checkpoints", 1).complete()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(complete[-1])
+        (folder / "result.json").unlink()
+    dist.barrier()
+    return complete[-2]
 
 
 def raises(error: type[Exception], words: str, action: Callable[[], object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launch_cases import Patch
+from launch_cases import Patch, step_back
 
 from anon_dist.checkpoint.verify import verify
 from anon_dist.data import BatchLoader
@@ -70,7 +70,8 @@ def check_spikes(run, config_of, other=None):
     config = config_of()
     config.checkpoint.keep_steps = (8, 9, 10, 11)
     skipped = spiked(run, config, "skip", nan=11)
-    back = spiked(run, config_of(), "rewind")
+    back = spiked(run, config := config_of(), "rewind")
+    goes_on_after_going_back(run, config)
     by_hand = spiked(run, config_of(), "record", jump=8)
     if dist.get_rank() == 0:
         (steps, _), (again, (told,)), (wanted, _) = records(skipped), records(back), records(by_hand)
@@ -96,6 +97,23 @@ def check_spikes(run, config_of, other=None):
                     others,
                     theirs,
                 )
+
+
+def goes_on_after_going_back(run, config):
+    """A `spiked` run that went back, resumed from the checkpoint to which it did, as after a kill: it passes over the same samples, and has
+    the records and weights that it had."""
+
+    def history():
+        told = ("step", "samples", "loss", "grad_norm", "update_rms", "lr", "spikes", "rewinds", "rewound_from")
+        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept = [[r.get(key) for key in told] for r in found if "lr" in r or "rewound_from" in r]
+        return kept, (folder / "rewinds.json").read_text(), (folder / "model" / "model.safetensors").read_bytes()
+
+    folder = Path(config.run_dir)
+    before = history()
+    assert step_back(folder).name == "step-00000008"
+    spiked(run, config, "rewind")
+    assert history() == before
 
 
 def with_nan(run, config, at, action=None, jump=None):

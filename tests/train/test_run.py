@@ -597,9 +597,17 @@ def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
         train(run_config(data__path=str(tmp_path / "altered")))
 
 
-def test_trackers(run_config, train):
+def test_trackers_and_what_the_report_finds_in_memory(run_config, train, monkeypatch):
+    """The exported weights are gone before a sample loads them anew."""
+    export, held, left = loop.export_model, [], []
+    monkeypatch.setattr(
+        loop, "export_model", lambda folder, weights, *rest: (held.append(weights), export(folder, weights, *rest))
+    )
+    monkeypatch.setattr(loop, "report", lambda *_: left.append(len(held[0])))
     folder = train(run_config(log__trackers=("tensorboard",)))
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    assert (folder / "model" / "model.safetensors").exists()
+    assert left == [0]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(run_config, tmp_path, monkeypatch):

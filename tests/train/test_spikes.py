@@ -16,6 +16,7 @@ from anon_dist.train import loop
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.health import spikes
 from anon_dist.train.health.spikes import SpikeDetector
+from anon_dist.train.reports.metrics import MetricsFile
 
 
 def plainly(series, sigma=6.0, span=128, warm=64):
@@ -237,6 +238,27 @@ def test_going_back_outlives_a_crash_and_has_an_end(run_config, train, tmp_path,
     with pytest.raises(RunError, match=r"the run has gone back 2 times already \(train.max_rewinds\)"):
         train(run_config(**options, run_dir=str(end), train__max_rewinds=2))
     assert [(e["rewinds"], e["spikes"]) for e in json.loads((end / "rewinds.json").read_text())] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("killed", [(Accelerator, "log"), (MetricsFile, "write")], ids=["tracker", "file"])
+def test_no_tracker_misses_a_rewind(killed, run_config, train, monkeypatch, poison):
+    """A run is killed while the record of one goes to the trackers, or to the file: after the resume both have it."""
+    poison([15])
+    target, name = killed
+    config, told = run_config(**OPTIONS, train__on_spike="rewind"), []
+
+    def until_then(self, values, *args, **options):
+        return crash() if "rewound_from" in values else original(self, values, *args, **options)
+
+    with monkeypatch.context() as once, pytest.raises(Crash):
+        original = getattr(target, name)
+        once.setattr(target, name, until_then)
+        train(config)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: told.append((values, step)))
+    lines = (train(config) / "metrics.jsonl").read_text().splitlines()
+    (record,) = [r for r in map(json.loads, lines) if "rewound_from" in r]
+    assert [(values, step) for values, step in told if "rewound_from" in values] == [(record, 15)]
+    assert [step for _, step in told] == sorted(step for _, step in told)
 
 
 @pytest.mark.parametrize("how", ["going back", "damage"])
