@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from anon_dist.agreement import Group, describe
@@ -100,11 +103,38 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
 
 
 def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """`{"model": …, "optimizer": …}`, by parameter name; the tensors are the live ones, or this rank's parts of them."""
+    """`{"model": …, "optimizer": …}`, by parameter name; the tensors are the live ones, or this rank's parts of them.
+
+    FSDP1 makes new ones, and gathers all states of a parameter in one dtype: there bfloat16 states beside float32 ones come as float32.
+    """
     if hasattr(optimizer, "init_state"):
         optimizer.init_state()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    flattens = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    with _in_one_dtype(optimizer) if flattens else nullcontext():
+        model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _in_one_dtype(optimizer: Optimizer) -> Iterator[None]:
+    """Within it `state_dict` has all floating states of a parameter in the widest of their dtypes."""
+    of_class = optimizer.state_dict
+
+    def state_dict() -> dict[str, Any]:
+        found = of_class()
+        return {**found, "state": {index: _widened(state) for index, state in found["state"].items()}}
+
+    optimizer.state_dict = state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.state_dict
+
+
+def _widened(state: dict[str, Any]) -> dict[str, Any]:
+    floating = {k: x for k, x in state.items() if isinstance(x, torch.Tensor) and x.dim() and x.is_floating_point()}
+    widest = max((x.dtype for x in floating.values()), key=lambda dtype: dtype.itemsize, default=None)
+    return {**state, **{key: x.to(widest) for key, x in floating.items()}}
 
 
 def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: str) -> None:
