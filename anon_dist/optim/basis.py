@@ -34,6 +34,8 @@ Side = Literal["columns", "rows"]
 NOISE = 8.0
 """An element of a product is taken for rounding if it is below so many units of rounding of the norm of its vector, within a block. The
 rounding of a sum of a hundred products is about 2 units."""
+LEAST_ORTHOGONAL = 1e-3
+"""A basis is damaged where the norm of QᵀQ − I is larger than this in a block. Rounding to float32 leaves about 1e-5 at b = 1,024."""
 SILENCED_AT_ONCE = 1 << 14
 """Elements, on a CPU: they stay in its caches."""
 
@@ -200,6 +202,34 @@ def renewed(basis: Tensor, turning: Tensor) -> Tensor:
         # A step of Newton's: Q was rounded to float32, to 1e-7; this leaves the square of that.
         out.copy_(1.5 * x - 0.5 * x @ (x.mT @ x))
     return product
+
+
+def is_basis(blocked: Tensor) -> Tensor:
+    """Whether each block is orthogonal, and 0 where a smaller last block has no columns; a 0-dim bool on the tensor's device."""
+    fine = _padding(blocked).count_nonzero() == 0
+    with true_float32(blocked.device):
+        for _, q in squares(blocked):
+            error = q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+            fine &= (torch.linalg.vector_norm(error, dim=(-2, -1)) <= LEAST_ORTHOGONAL).all()  # not so for NaN
+    return fine
+
+
+def is_covariance(blocked: Tensor) -> Tensor:
+    """Whether all is finite, no diagonal is negative, and it is 0 where a smaller last block has no columns; a 0-dim bool.
+
+    Where there are fewer momentum vectors than directions, rounding leaves eigenvalues just below 0. What δ outweighs is fine.
+    """
+    fine = blocked.isfinite().all() & (_padding(blocked).count_nonzero() == 0)
+    for _, c in squares(blocked):
+        fine &= (c.diagonal(dim1=-2, dim2=-1) >= -RIDGE * _mean_eigenvalue(c)[..., 0]).all()
+    return fine
+
+
+def _padding(blocked: Tensor) -> Tensor:
+    """The columns that a smaller last block does not have; a view."""
+    n, block_size = blocked.shape
+    rest = n % block_size
+    return blocked[n - rest :, rest:]
 
 
 def _mean_eigenvalue(c: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis
 from anon_dist.optim.frame import BASIS_KEYS
@@ -392,6 +394,97 @@ def test_other_states_are_refused():
             Anon([nn.Parameter(torch.zeros(8, 8))]).load_state_dict(wrong)
 
 
+def spoilt(state, how):
+    """In the smaller last block of a basis, or of a covariance, of 4 blocks and one of 2."""
+    q, c = state["basis_rows"], state["covariance_rows"]
+    last, padding = (slice(16, None), slice(0, 2)), (17, 3)
+    match how:
+        case "doubled":
+            q[last] *= 2.0
+        case "zero":
+            q[last] = 0.0
+        case "NaN":
+            q[last] = torch.nan
+        case "mirrored":  # orthogonal, too
+            q[last] *= -1.0
+        case "rounded":
+            q[last] *= 1.0 + 1e-4
+        case "padded":
+            q[padding] = 1.0
+        case "covariance NaN":
+            c[16, 1] = torch.nan
+        case "covariance negative":
+            c[16, 0] = -1e-2 * c[16, 0]
+        case "covariance negative by rounding":
+            c[16, 0] = -1e-5 * c[17, 1]
+        case "covariance padded":
+            c[padding] = 1.0
+        case "covariance zero":  # as before the first refresh
+            c.zero_()
+
+
+ORTHOGONAL, NEGATIVE = (
+    "basis_rows of parameter 0 .* is not orthogonal",
+    "some of covariance_rows of parameter 0 .* is neg",
+)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        *((how, ORTHOGONAL) for how in ("doubled", "zero", "NaN", "padded")),
+        *((f"covariance {how}", NEGATIVE) for how in ("NaN", "negative", "padded")),
+        *((how, None) for how in ("mirrored", "rounded", "covariance negative by rounding", "covariance zero")),
+    ],
+)
+def test_damaged_bases_are_warned_of(how, said):
+    """By Anon's own loading, by torch's, which gives whole state dicts, and by copies."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 18, bias=False)
+    optimizer = Anon(model.named_parameters(), **LM, basis="both", basis_block=4)
+    for grad in gradients((18, 10), 8):
+        model.weight.grad = grad
+        optimizer.step()
+    own, whole = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    spoilt(own["state"][0], how)
+    spoilt(whole["state"]["weight"], how)
+    ways = (
+        lambda: optimizer.load_state_dict(own),
+        lambda: set_optimizer_state_dict(model, optimizer, whole),
+        lambda: copy.deepcopy(optimizer),
+    )
+    for load in ways:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            load()
+        found = [str(w.message) for w in told if "in the loaded state" in str(w.message)]
+        assert bool(found) == (said is not None)
+        assert not found or re.match(f"Anon: in the loaded state {said}.*Load another checkpoint; or", found[0])
+        assert len(found) < 2
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (2, 70)])
+def test_the_bases_of_any_run_are_none_that_are_damaged(shape):
+    """With fewer vectors than directions the covariance is singular, and rounding leaves negative eigenvalues."""
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Anon([p], lr=0.1, betas=(0.0, 0.9), beta3=0.0, max_interval=1, basis="both", basis_block=64)
+    least = 0.0
+    for t in range(60):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t)) * torch.logspace(0, -8, shape[1])
+        optimizer.step()
+        optimizer.settle()
+        state = optimizer.state[p]
+        assert all(basis.is_basis(state[f"basis_{side}"]) for side in ("rows", "columns"))
+        assert all(basis.is_covariance(state[f"covariance_{side}"]) for side in ("rows", "columns"))
+        least = min(least, *(float(c.diagonal(0, 1, 2).min()) for _, c in basis.squares(state["covariance_columns"])))
+    assert least < 0.0
+
+
+def test_a_rank_without_rows_has_bases_that_are_fine():
+    assert basis.is_basis(torch.zeros(0, 4))
+    assert basis.is_covariance(torch.zeros(0, 4))
+
+
 def test_bad_arguments():
     p = nn.Parameter(torch.zeros(4, 4))
     for wrong in (
@@ -416,6 +509,19 @@ def test_a_flat_parameter_in_place_of_matrices_is_refused():
     q.grad = torch.ones_like(q)
     with pytest.warns(UserWarning, match="this optimizer has none"):
         Anon([q], basis="columns").step()
+
+
+def test_matrices_that_the_basis_leaves_alone_are_no_flat_parameters():
+    """Long vectors beside them, too."""
+    tall, long, plain = (nn.Parameter(torch.zeros(s)) for s in ((5000, 200), (10_000,), (5000, 200)))
+    for groups in ([tall, long], [{"params": [plain], "basis": None}, {"params": [long]}]):
+        optimizer = Anon(groups, basis="rows")
+        for p in (tall, long, plain):
+            p.grad = torch.ones_like(p)
+        with pytest.warns(UserWarning, match=r"turns none of this optimizer's matrices, of .* \(5000, 200\)") as told:
+            optimizer.step()
+        assert len(told) == 1
+    assert all((p < 0).all() for p in (tall, long, plain))
 
 
 def test_an_edited_basis_is_refused_and_rebase_named():
