@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis
+from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis, frame
 from anon_dist.optim.frame import BASIS_KEYS
 
 LM = {"lr": 0.02, "betas": (0.9, 0.95), "refresh_ratio": 1.3, "beta3": 0.8, "weight_decay": 0.1}
@@ -483,6 +483,45 @@ def test_the_bases_of_any_run_are_none_that_are_damaged(shape):
 def test_a_rank_without_rows_has_bases_that_are_fine():
     assert basis.is_basis(torch.zeros(0, 4))
     assert basis.is_covariance(torch.zeros(0, 4))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_which_blocks_lie_on_one_rank(ranks):
+    """As torch cuts: `chunk`."""
+    for n in range(1, 30):
+        shards = {int(i): rank for rank, shard in enumerate(torch.arange(n).chunk(ranks)) for i in shard}
+        for block in range(1, 32):
+            whole = all(len({shards[i] for i in range(s, min(s + block, n))}) == 1 for s in range(0, n, block))
+            found = frame.Cut((n, 50), "rows", (ranks,)).fits(block)
+            assert found == whole or (
+                whole and n % ranks
+            )  # with fewer shards than ranks some that would do are refused
+
+
+def test_a_refused_block_comes_with_one_that_fits_the_whole_group():
+    def refusal(shapes, block=128, ranks=4):
+        cuts = [frame.Cut(shape, "rows", (ranks,)) for shape in shapes]
+        with pytest.raises(RuntimeError) as told:
+            frame.check_cut(cuts[0], block, lambda: cuts)
+        return str(told.value), cuts
+
+    for shapes, fitting in (
+        ([(64, 9)], 16),
+        ([(64, 9), (32, 9)], 8),
+        ([(96, 9), (512, 9)], 8),
+        ([(48, 9), (1, 9)], 12),
+    ):
+        said, cuts = refusal(shapes)
+        assert f"basis_block={fitting} would fit" in said
+        assert all(cut.fits(fitting) for cut in cuts[: len(shapes)] if cut.shape[0] > 1)
+    assert (
+        "no basis_block fits (4, 9): basis=None in a param group of their own" in refusal([(64, 9), (4, 9), (32, 9)])[0]
+    )
+    assert "nor do blocks fit those of shape (32, 9), (4, 9)" in refusal([(64, 9), (4, 9), (32, 9)])[0]
+    said, _ = refusal([(64, 9), (36, 9)])
+    assert (
+        "no basis_block fits all of its param group (9 for (36, 9), 16 for (64, 9)): param groups of their own" in said
+    )
 
 
 def test_bad_arguments():
