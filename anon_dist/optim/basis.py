@@ -1,18 +1,32 @@
 """Orthogonal bases of matrices, in blocks: to turn a matrix into one, and to renew it.
 
-A side of n elements is cut into blocks of b; the last one may be smaller. Each block has an orthogonal b × b matrix Q. The *basis* of the
-side is a tensor (n, b) of these matrices, one below the other; columns that a smaller last block does not have are 0. The covariances C
-and the rotations R are laid out in the same way. Every function here treats each block for itself, so a side may be sharded between any
-two blocks.
+A side of n elements is cut into blocks of b; the last one may be smaller, and b is its own size there. Each block has an orthogonal b × b
+matrix Q. The *basis* of the side is a tensor (n, b) of these matrices, one below the other; columns that a smaller last block does not have
+are 0. The covariances C and the rotations R are laid out in the same way. Every function here treats each block for itself, so a side may
+be sharded between any two blocks.
 
-    x' = x Q                                         turn: the columns of an m × n matrix
-    y = Λ^(−1/2) x', Λ = diag(C) of the rows         whitened: where the rows have a basis too
+For the columns of a matrix; for rows all is transposed. g is the gradient, m the momentum (exp_avg), ' means turned. At first Q is the
+identity and C is 0. In every step:
+
+    g' = g Q                                         turn, then denoise; m', s and v are made of g', element by element
+    u = u' Qᵀ                                        turn back: the update, not denoised
+
+and after a step that refreshes:
+
+    y = Λ^(−1/2) m', Λ = λ / mean λ + δ              whitened: where the rows have a basis too, λ = diag(C) of these; else y = m'
     C ← β3 C + (1 − β3) b yᵀy / tr(yᵀy)              rotation: mix the covariance of the side, in the basis, into the mean C
     R = qr(C + δ tr(C)/b)                            rotation: a step of orthogonal iteration; the diagonal of qr's triangle is positive
-    Q ← Q R,  C ← Rᵀ C R,  x' ← x' R                 renew, in float64
+    Q ← Q R,  C ← Rᵀ C R                             renew, in float64
+    m' ← m' R                                        then denoise; v is turned too, see `turned.py`
+
+- β3 is 0 at the first refresh, and wherever a refresh keeps nothing of the old preconditioner (γ has left 0, say): C is the latest alone.
+- δ is 1e-3. mean λ is that of the block. δ is added to the ratio, which is 1 in a block whose C is 0.
+- Denoise: an element is made 0 if it is below 8 ε of the norm of its vector, a row's part in one block; ε = 2^-23 in float32.
+- Of two sides the columns are turned first, and denoised, then the rows.
+- A block whose yᵀy is 0 or not finite stays as it is: R is the identity there.
 
 After some steps C is nearly diagonal, largest first, and Q holds its eigenvectors (SOAP, arXiv 2409.11321, does the same). C is kept in the
-basis, and not in the coordinates of x: then small eigenvalues are as exact as large ones. δ leaves directions in which nothing moves
+basis, and not in the coordinates of m: then small eigenvalues are as exact as large ones. δ leaves directions in which nothing moves
 as they are. Where both sides have a basis, each is made of a matrix that the other side has whitened: else a few strong rows would say
 alone what the columns' basis is. It is the estimate that minimises the Kullback-Leibler divergence (KL-SOAP, arXiv 2509.03378).
 """
@@ -27,13 +41,15 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3
-"""δ, as a share of the mean eigenvalue of C."""
+"""δ, which is added to eigenvalues, as a share of their mean in a block."""
 
 Side = Literal["columns", "rows"]
 
 NOISE = 8.0
 """An element of a product is taken for rounding if it is below so many units of rounding of the norm of its vector, within a block. The
 rounding of a sum of a hundred products is about 2 units."""
+LEAST_ORTHOGONAL = 1e-3
+"""A basis is damaged where the norm of QᵀQ − I is larger than this in a block. Rounding to float32 leaves about 1e-5 at b = 1,024."""
 SILENCED_AT_ONCE = 1 << 14
 """Elements, on a CPU: they stay in its caches."""
 
@@ -148,11 +164,10 @@ def covariance(x: Tensor, block_size: int, side: Side) -> Tensor:
 
 
 def whitened(x: Tensor, mean: Tensor, side: Side) -> Tensor:
-    """An m × n matrix, turned, with each direction of a side divided by the root of its eigenvalue's ratio to the mean one of its block, or
-    to `RIDGE` of that if it is less. A new tensor.
+    """An m × n matrix, turned, with each direction of a side divided by √Λ, Λ = λ / mean λ + δ; mean λ is of its block. A new tensor.
 
     Args:
-        mean: C of that side. A block whose C is 0 divides nothing.
+        mean: C of that side; λ is its diagonal. λ / mean λ is 1 in a block whose C is 0.
     """
     scales = torch.ones(mean.shape[0], dtype=torch.float64, device=mean.device)
     for where, c in squares(mean):
@@ -200,6 +215,34 @@ def renewed(basis: Tensor, turning: Tensor) -> Tensor:
         # A step of Newton's: Q was rounded to float32, to 1e-7; this leaves the square of that.
         out.copy_(1.5 * x - 0.5 * x @ (x.mT @ x))
     return product
+
+
+def is_basis(blocked: Tensor) -> Tensor:
+    """Whether each block is orthogonal, and 0 where a smaller last block has no columns; a 0-dim bool on the tensor's device."""
+    fine = _padding(blocked).count_nonzero() == 0
+    with true_float32(blocked.device):
+        for _, q in squares(blocked):
+            error = q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+            fine &= (torch.linalg.vector_norm(error, dim=(-2, -1)) <= LEAST_ORTHOGONAL).all()  # not so for NaN
+    return fine
+
+
+def is_covariance(blocked: Tensor) -> Tensor:
+    """Whether all is finite, no diagonal is negative, and it is 0 where a smaller last block has no columns; a 0-dim bool.
+
+    Where there are fewer momentum vectors than directions, rounding leaves eigenvalues just below 0. What δ outweighs is fine.
+    """
+    fine = blocked.isfinite().all() & (_padding(blocked).count_nonzero() == 0)
+    for _, c in squares(blocked):
+        fine &= (c.diagonal(dim1=-2, dim2=-1) >= -RIDGE * _mean_eigenvalue(c)[..., 0]).all()
+    return fine
+
+
+def _padding(blocked: Tensor) -> Tensor:
+    """The columns that a smaller last block does not have; a view."""
+    n, block_size = blocked.shape
+    rest = n % block_size
+    return blocked[n - rest :, rest:]
 
 
 def _mean_eigenvalue(c: Tensor) -> Tensor:

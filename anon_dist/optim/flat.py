@@ -104,9 +104,9 @@ def turned(layout: Layout, group: Group) -> list[Turned]:
             f"Anon: basis={group['basis']!r} needs whole rows on each rank, and the {cut[0].shape[0]} rows of {cut[0].name}{more} do not "
             f"divide among {layout.ranks} ranks. Take basis=None for their param group, FSDP2, or another number of ranks"
         )
-    for share, sides in found:
-        if "rows" in sides:
-            frame.check_cuts(share.shape, "rows", [layout.ranks], min(group["basis_block"], share.shape[0]))
+    cuts = [frame.Cut(share.shape, "rows", (layout.ranks,)) for share, sides in found if "rows" in sides]
+    for one in cuts:
+        frame.check_cut(one, group["basis_block"], lambda: cuts)
     return found
 
 

@@ -8,7 +8,9 @@ Ranks that hold different rows of a matrix all have the same basis of its column
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -102,7 +104,7 @@ def initial(p: Tensor, side: Side, group: Group, dtype: torch.dtype) -> dict[str
     block_size = min(group["basis_block"], n)
     if not isinstance(p, DTensor):
         return dict(zip(KEYS[side], initial_of(n, block_size, dtype, p.device), strict=True))
-    placements = _placements(p, side, n, block_size)
+    placements = _placements(p, side, group)
     own = p.to_local()
     here = own.shape[0] if side == "rows" else math.prod(own.shape[1:])
     own_bases = initial_of(here, block_size, dtype, own.device)
@@ -126,16 +128,29 @@ def check(p: Tensor, group: Group) -> None:
         RuntimeError: naming the remedy; on every rank alike.
     """
     for side in sides(p, group) if isinstance(p, DTensor) else ():
-        n = length(p, side)
-        _placements(p, side, n, min(group["basis_block"], n))  # type: ignore[arg-type]
+        _placements(p, side, group)  # type: ignore[arg-type]
 
 
-def _placements(p: DTensor, side: Side, n: int, block_size: int) -> list[Placement]:
+def _placements(p: DTensor, side: Side, group: Group) -> list[Placement]:
     """How the states of a side are placed; see `initial` for what is refused."""
     placements = [_placement(p, x, side) for x in p.placements]
-    cuts = [s for s, x in zip(p.device_mesh.shape, placements, strict=True) if not x.is_replicate() and s > 1]
-    check_cuts(p.shape, side, cuts, block_size)
+    check_cut(_cut(p, side, placements), group["basis_block"], lambda: _cuts(group))
     return placements
+
+
+def _cut(p: DTensor, side: Side, placements: Sequence[Placement]) -> Cut:
+    sizes = zip(p.device_mesh.shape, placements, strict=True)
+    return Cut(tuple(p.shape), side, tuple(s for s, x in sizes if not x.is_replicate() and s > 1))
+
+
+def _cuts(group: Group) -> list[Cut]:
+    """How the sides of all of a group's parameters are cut, but for those that allow no basis at all."""
+    found = []
+    for p in group.get("params", ()):
+        for side in sides(p, group) if isinstance(p, DTensor) else ():
+            with suppress(RuntimeError):
+                found.append(_cut(p, side, [_placement(p, x, side) for x in p.placements]))
+    return found
 
 
 def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
@@ -153,27 +168,64 @@ def _placement(p: DTensor, placement: Placement, side: Side) -> Placement:
     )
 
 
-def check_cuts(shape: Sequence[int], side: Side, cuts: list[int], block_size: int) -> None:
+@dataclass(frozen=True)
+class Cut:
+    """How a side of a parameter is cut into shards."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    side: Side
+    over: tuple[int, ...]
+    """Over how many ranks each mesh dimension shards the side; more than one number where shards are sharded again."""
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.over)
+
+    @property
+    def share(self) -> int:
+        """The length of the largest shard."""
+        return -(-length_of(self.shape, self.side) // self.ranks)
+
+    def fits(self, basis_block: int) -> bool:
+        """Whether no block lies on two ranks."""
+        n = length_of(self.shape, self.side)
+        even = len(self.over) == 1 or n % self.ranks == 0
+        return self.ranks == 1 or (self.share % min(basis_block, n) == 0 and even)
+
+
+def check_cut(cut: Cut, basis_block: int, every: Callable[[], Iterable[Cut]]) -> None:
     """Refuse blocks of a side that would lie on two ranks; on every rank alike.
 
     Args:
-        shape: of the whole parameter.
-        cuts: over how many ranks each mesh dimension shards the side; more than one number where shards are sharded again.
+        every: gives the cuts of all parameters in the param group.
 
     Raises:
-        RuntimeError: naming the block size that fits.
+        RuntimeError: naming the block size that fits all of the param group.
     """
-    n, ranks = length_of(shape, side), math.prod(cuts)
-    share = -(-n // ranks)
-    if ranks == 1 or (share % block_size == 0 and (len(cuts) == 1 or n % ranks == 0)):
+    if cut.fits(basis_block):
         return
-    fitting = max((b for b in range(1, block_size + 1) if share % b == 0), default=1)
-    remedy = f"basis_block={fitting} would fit" if n % ranks == 0 else "no basis_block fits: give it basis=None"
-    other = "'columns'" if side == "rows" else "'rows'"
+    others = set(every()) - {cut}
+    wrong = sorted(str(other.shape) for other in others if not other.fits(basis_block))
+    more = f" (nor do blocks fit those of shape {', '.join(wrong[:4])}{', …' if wrong[4:] else ''})" if wrong else ""
+    own = "'columns'" if cut.side == "rows" else "'rows'"
     raise RuntimeError(
-        f"Anon: the {side} of a parameter of shape {tuple(shape)} are cut into {ranks} shards of {share}, across the basis's blocks of "
-        f"{block_size}: {remedy}, or basis={other} for its param group"
+        f"Anon: the {cut.side} of a parameter of shape {cut.shape} are cut into {cut.ranks} shards of {cut.share}, across the basis's "
+        f"blocks of {min(basis_block, length_of(cut.shape, cut.side))}{more}: {_remedy({cut, *others}, basis_block)}, or basis={own} for "
+        "its param group"
     )
+
+
+def _remedy(cuts: Collection[Cut], most: int) -> str:
+    """A `basis_block` that fits all of these. Blocks of 1 turn nothing, and count as none."""
+    sizes = range(most, 1, -1)
+    if (common := next((b for b in sizes if all(cut.fits(b) for cut in cuts)), None)) is not None:
+        return f"basis_block={common} would fit" + (" all of its param group" if len(cuts) > 1 else "")
+    single = {cut.shape: next((b for b in sizes if cut.fits(b)), None) for cut in sorted(cuts, key=str)}
+    if none := [str(shape) for shape, size in single.items() if size is None]:
+        return f"no basis_block fits {', '.join(none[:4])}{', …' if none[4:] else ''}: basis=None in a param group of their own"
+    listed = ", ".join(f"{size} for {shape}" for shape, size in list(single.items())[:4])
+    return f"no basis_block fits all of its param group ({listed}{', …' if len(single) > 4 else ''}): param groups of their own"
 
 
 def rebase(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anon_dist.optim import flat, update
-from anon_dist.optim.frame import BASIS_KEYS
+from anon_dist.optim import basis, flat, update
+from anon_dist.optim.frame import BASIS_KEYS, KEYS
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.state import LazyState, checked_state, initial_state, local, named_parameters
 
@@ -62,11 +62,11 @@ def checked(groups: Groups, states: Mapping[Any, dict[str, Any]]) -> LazyState:
     for p, values in states.items():
         if p in names:
             found[p] = checked_state(names[p], p, values, state_dtypes(group_of[p]), group_of[p])
-    _warn_of_damage(found, names)
+    _warn_of_damage(found, names, group_of)
     return found
 
 
-def _warn_of_damage(states: States, names: Mapping[Tensor, str]) -> None:
+def _warn_of_damage(states: States, names: Mapping[Tensor, str], group_of: Mapping[Tensor, dict[str, Any]]) -> None:
     """Warn, once, of loaded values that no step makes of finite gradients.
 
     They are taken all the same: the state of a run that has diverged may be copied and saved as any other.
@@ -80,7 +80,9 @@ def _warn_of_damage(states: States, names: Mapping[Tensor, str]) -> None:
                 if (weights := local(p)).shape == fine.shape and weights.device == fine.device:
                     fine |= ~weights.isfinite()  # what pads a flat tensor of DeepSpeed's may be anything
                 fine = fine.all()
-                flags.setdefault(values.device, []).append((f"{key} of {names[p]} is {kinds[key]}", fine))
+                flags.setdefault(values.device, []).append((f"some of {key} of {names[p]} is {kinds[key]}", fine))
+        for what, fine in _basis_flags(p, own, group_of[p], names[p]):
+            flags.setdefault(fine.device, []).append((what, fine))
     wrong = [
         what
         for of_device in flags.values()
@@ -90,10 +92,25 @@ def _warn_of_damage(states: States, names: Mapping[Tensor, str]) -> None:
     if wrong:
         more = f", and {len(wrong) - 1} more are not right" if len(wrong) > 1 else ""
         warnings.warn(
-            f"Anon: in the loaded state some of {wrong[0]}{more}: the file is damaged, or the run had diverged. These elements do not "
+            f"Anon: in the loaded state {wrong[0]}{more}: the file is damaged, or the run had diverged. These elements do not "
             "recover. Load another checkpoint; or load the weights alone and start Anon's state afresh",
             stacklevel=5,
         )
+
+
+def _basis_flags(
+    p: Tensor, own: Mapping[str, Tensor], group: Mapping[str, Any], name: str
+) -> Iterator[tuple[str, Tensor]]:
+    """For each basis and covariance of this rank: what is wrong with it, and whether it is not."""
+    if not any(key in own for key in BASIS_KEYS) or local(own["precond"]).is_meta:
+        return
+    every: Iterable[tuple[str, Mapping[str, Tensor]]] = [(name, own)]
+    if flat.layout_of(p) is not None:
+        every = ((f"{name} ({share.name})", state) for (share, _), state in flat.matrices(p, own, group))
+    for whose, state in every:
+        for q, c in (keys for keys in KEYS.values() if keys[0] in state):
+            yield f"{q} of {whose} is not orthogonal", basis.is_basis(local(state[q]))
+            yield f"some of {c} of {whose} is negative or no number", basis.is_covariance(local(state[c]))
 
 
 def complete(groups: Groups, states: States) -> None:

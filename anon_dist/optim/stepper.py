@@ -315,11 +315,19 @@ def _plans(regime: Regime, bucket: Bucket, new: NewGamma | None, scaling: GradSc
 
 def _check_matrices(groups: Groups) -> None:
     """Refuse a basis where an engine has flattened the matrices. Warn where there are only vectors, which ZeroRedundancyOptimizer may leave
-    to a rank."""
+    to a rank, or only matrices that the basis leaves alone."""
     asked = next((group["basis"] for group in groups if group["basis"]), None)
     if asked is None or any(flat.kind(p, group) for group in groups for p in group["params"]):
         return
-    longest = max((p.numel() for group in groups for p in group["params"]), default=0)
+    present = [p for group in groups for p in group["params"] if p.numel()]
+    if shape := next((tuple(p.shape) for p in present if p.dim() >= 2), None):
+        warnings.warn(
+            f"Anon: basis={asked!r} turns none of this optimizer's matrices, of which one has the shape {shape}: a side of one element has "
+            f"no basis, nor have rows if there are more than {frame.MOST_ROWS} to a column, nor groups with basis=None",
+            stacklevel=5,
+        )
+        return
+    longest = max((p.numel() for p in present), default=0)
     words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
     if longest > LONGEST_VECTOR:
         raise RuntimeError(

@@ -4,7 +4,13 @@ A step turns the gradient into the frame. A backend computes the update there, e
 back, and moves the parameter.
 
 A step that refreshes makes the preconditioner in the present bases. The renewal comes after that step: it makes new bases from the
-momentum's covariance, and turns the momentum and the preconditioner into them.
+momentum's covariance, and turns the momentum and the preconditioner into them. s is 0 then. The equations are in `basis.py`; beside them:
+
+- Both sides, where both have a basis, are whitened by the C of before this renewal, and their covariances are of the same momentum. Only
+  then are they renewed.
+- Of v only σ = v^(−2/γ) of each element is known. It is turned as a diagonal matrix is: σ'_j = Σ_i R_ij² σ_i within
+  each row (for rows, each column), then v' = σ'^(−γ/2). Two sides are turned one after the other. Where |γ| < 1/4, v^(−2) takes the place
+  of σ. At γ = 0 v stays as it is, 1.
 
 Ranks communicate in a renewal alone. The covariance of a matrix's columns is a sum over its rows. A rank that holds some of the rows
 computes the sum over these, and an all-reduce adds up the sums of all ranks that hold rows of the matrix. All of them then compute the same

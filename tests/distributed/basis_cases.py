@@ -142,9 +142,11 @@ def case_rows_of_whole_blocks():
         assert ranks == 1 or row.placements == model.a.placements
     if ranks > 1:
         model = fully_shard(Bag(shapes))
-        raises(
-            RuntimeError, "basis_block=16 would fit", Anon(model.parameters(), basis="rows", basis_block=128).init_state
-        )
+        for words, parameters in (
+            ("basis_block=16 would fit, or basis='columns'", [model.a]),
+            ("basis_block=8 would fit all of its param group", model.parameters()),
+        ):
+            raises(RuntimeError, words, Anon(parameters, basis="rows", basis_block=128).init_state)
 
 
 def case_replicas_and_shards():

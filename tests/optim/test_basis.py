@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis
+from anon_dist.optim import STATE_KEYS, Anon, ReferenceAnon, basis, frame
 from anon_dist.optim.frame import BASIS_KEYS
 
 LM = {"lr": 0.02, "betas": (0.9, 0.95), "refresh_ratio": 1.3, "beta3": 0.8, "weight_decay": 0.1}
@@ -392,6 +394,136 @@ def test_other_states_are_refused():
             Anon([nn.Parameter(torch.zeros(8, 8))]).load_state_dict(wrong)
 
 
+def spoilt(state, how):
+    """In the smaller last block of a basis, or of a covariance, of 4 blocks and one of 2."""
+    q, c = state["basis_rows"], state["covariance_rows"]
+    last, padding = (slice(16, None), slice(0, 2)), (17, 3)
+    match how:
+        case "doubled":
+            q[last] *= 2.0
+        case "zero":
+            q[last] = 0.0
+        case "NaN":
+            q[last] = torch.nan
+        case "mirrored":  # orthogonal, too
+            q[last] *= -1.0
+        case "rounded":
+            q[last] *= 1.0 + 1e-4
+        case "padded":
+            q[padding] = 1.0
+        case "covariance NaN":
+            c[16, 1] = torch.nan
+        case "covariance negative":
+            c[16, 0] = -1e-2 * c[16, 0]
+        case "covariance negative by rounding":
+            c[16, 0] = -1e-5 * c[17, 1]
+        case "covariance padded":
+            c[padding] = 1.0
+        case "covariance zero":  # as before the first refresh
+            c.zero_()
+
+
+ORTHOGONAL, NEGATIVE = (
+    "basis_rows of parameter 0 .* is not orthogonal",
+    "some of covariance_rows of parameter 0 .* is neg",
+)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        *((how, ORTHOGONAL) for how in ("doubled", "zero", "NaN", "padded")),
+        *((f"covariance {how}", NEGATIVE) for how in ("NaN", "negative", "padded")),
+        *((how, None) for how in ("mirrored", "rounded", "covariance negative by rounding", "covariance zero")),
+    ],
+)
+def test_damaged_bases_are_warned_of(how, said):
+    """By Anon's own loading, by torch's, which gives whole state dicts, and by copies."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 18, bias=False)
+    optimizer = Anon(model.named_parameters(), **LM, basis="both", basis_block=4)
+    for grad in gradients((18, 10), 8):
+        model.weight.grad = grad
+        optimizer.step()
+    own, whole = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    spoilt(own["state"][0], how)
+    spoilt(whole["state"]["weight"], how)
+    ways = (
+        lambda: optimizer.load_state_dict(own),
+        lambda: set_optimizer_state_dict(model, optimizer, whole),
+        lambda: copy.deepcopy(optimizer),
+    )
+    for load in ways:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            load()
+        found = [str(w.message) for w in told if "in the loaded state" in str(w.message)]
+        assert bool(found) == (said is not None)
+        assert not found or re.match(f"Anon: in the loaded state {said}.*Load another checkpoint; or", found[0])
+        assert len(found) < 2
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (2, 70)])
+def test_the_bases_of_any_run_are_none_that_are_damaged(shape):
+    """With fewer vectors than directions the covariance is singular, and rounding leaves negative eigenvalues."""
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Anon([p], lr=0.1, betas=(0.0, 0.9), beta3=0.0, max_interval=1, basis="both", basis_block=64)
+    least = 0.0
+    for t in range(60):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t)) * torch.logspace(0, -8, shape[1])
+        optimizer.step()
+        optimizer.settle()
+        state = optimizer.state[p]
+        assert all(basis.is_basis(state[f"basis_{side}"]) for side in ("rows", "columns"))
+        assert all(basis.is_covariance(state[f"covariance_{side}"]) for side in ("rows", "columns"))
+        least = min(least, *(float(c.diagonal(0, 1, 2).min()) for _, c in basis.squares(state["covariance_columns"])))
+    assert least < 0.0
+
+
+def test_a_rank_without_rows_has_bases_that_are_fine():
+    assert basis.is_basis(torch.zeros(0, 4))
+    assert basis.is_covariance(torch.zeros(0, 4))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_which_blocks_lie_on_one_rank(ranks):
+    """As torch cuts: `chunk`."""
+    for n in range(1, 30):
+        shards = {int(i): rank for rank, shard in enumerate(torch.arange(n).chunk(ranks)) for i in shard}
+        for block in range(1, 32):
+            whole = all(len({shards[i] for i in range(s, min(s + block, n))}) == 1 for s in range(0, n, block))
+            found = frame.Cut((n, 50), "rows", (ranks,)).fits(block)
+            assert found == whole or (
+                whole and n % ranks
+            )  # with fewer shards than ranks some that would do are refused
+
+
+def test_a_refused_block_comes_with_one_that_fits_the_whole_group():
+    def refusal(shapes, block=128, ranks=4):
+        cuts = [frame.Cut(shape, "rows", (ranks,)) for shape in shapes]
+        with pytest.raises(RuntimeError) as told:
+            frame.check_cut(cuts[0], block, lambda: cuts)
+        return str(told.value), cuts
+
+    for shapes, fitting in (
+        ([(64, 9)], 16),
+        ([(64, 9), (32, 9)], 8),
+        ([(96, 9), (512, 9)], 8),
+        ([(48, 9), (1, 9)], 12),
+    ):
+        said, cuts = refusal(shapes)
+        assert f"basis_block={fitting} would fit" in said
+        assert all(cut.fits(fitting) for cut in cuts[: len(shapes)] if cut.shape[0] > 1)
+    assert (
+        "no basis_block fits (4, 9): basis=None in a param group of their own" in refusal([(64, 9), (4, 9), (32, 9)])[0]
+    )
+    assert "nor do blocks fit those of shape (32, 9), (4, 9)" in refusal([(64, 9), (4, 9), (32, 9)])[0]
+    said, _ = refusal([(64, 9), (36, 9)])
+    assert (
+        "no basis_block fits all of its param group (9 for (36, 9), 16 for (64, 9)): param groups of their own" in said
+    )
+
+
 def test_bad_arguments():
     p = nn.Parameter(torch.zeros(4, 4))
     for wrong in (
@@ -416,6 +548,19 @@ def test_a_flat_parameter_in_place_of_matrices_is_refused():
     q.grad = torch.ones_like(q)
     with pytest.warns(UserWarning, match="this optimizer has none"):
         Anon([q], basis="columns").step()
+
+
+def test_matrices_that_the_basis_leaves_alone_are_no_flat_parameters():
+    """Long vectors beside them, too."""
+    tall, long, plain = (nn.Parameter(torch.zeros(s)) for s in ((5000, 200), (10_000,), (5000, 200)))
+    for groups in ([tall, long], [{"params": [plain], "basis": None}, {"params": [long]}]):
+        optimizer = Anon(groups, basis="rows")
+        for p in (tall, long, plain):
+            p.grad = torch.ones_like(p)
+        with pytest.warns(UserWarning, match=r"turns none of this optimizer's matrices, of .* \(5000, 200\)") as told:
+            optimizer.step()
+        assert len(told) == 1
+    assert all((p < 0).all() for p in (tall, long, plain))
 
 
 def test_an_edited_basis_is_refused_and_rebase_named():

@@ -115,6 +115,10 @@ def test_a_state_dict_goes_on_to_the_bit():
     for t in range(7, 12):
         step(own, separate, other, resumed, t)
     assert_same(own, separate, other, resumed)
+    damaged = copy.deepcopy(together.state_dict())
+    damaged["state"][0]["basis_columns"][-1] += 1.0
+    with pytest.warns(UserWarning, match=r"basis_columns of parameter 0 \(.*\) is not orthogonal: the file is damaged"):
+        resumed.load_state_dict(damaged)
     with pytest.raises(ValueError, match="should be a Tensor"):
         Anon([other], **LM).load_state_dict(
             {
