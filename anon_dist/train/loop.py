@@ -50,6 +50,7 @@ from anon_dist.train.records import Step
 from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
 from anon_dist.train.reports.profiling import Profiler
 from anon_dist.train.reports.report import RESULT, finished, refuse_other, report, taken
+from anon_dist.train.resuming import settled
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import set_up, wanted_engine
 from anon_dist.train.running import Run
@@ -84,6 +85,7 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
         log_with=trackers(config),
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
+    config = settled(config)
     folder = Path(config.run_dir)
     if agree(config.resume == "auto" and finished(folder, config)):
         if other := agree(refuse_other(folder, config) if accelerator.is_main_process else None):
@@ -133,8 +135,9 @@ def _train(
     if console:
         console.close()
         if stopped:
-            again = "the same command goes on" if config.resume == "auto" else "--resume auto goes on"
-            console.say(f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and {again} from it.")
+            console.say(
+                f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and the same command goes on from it."
+            )
             if stopped == signal.SIGINT.name:
                 end_launcher()
     if not stopped:

@@ -6,6 +6,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from anon_dist.checkpoint.keeping.names import PROGRESS, step_of
 from anon_dist.files import unused, write_text
 from anon_dist.train.config.changes import changes, check_positions
 from anon_dist.train.config.errors import RunError
-from anon_dist.train.config.parsing import ConfigError, to_yaml
+from anon_dist.train.config.parsing import Config, ConfigError, to_yaml
+from anon_dist.train.config.resumed import Note, what_resume_comes_to
 from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.samples import check_repetition, enter
 from anon_dist.train.optimizer.build import apply_hyperparameters, hyperparameters
@@ -66,6 +68,21 @@ def _in_folder(folder: Path, action: Callable[[], object]) -> None:
     _, error = first_does(action)
     if error:
         raise RunError(f"run_dir = {folder} cannot be written: {error}")
+
+
+def settled(config: Config) -> Config:
+    """The configuration with what `resume` comes to in this start (see `what_resume_comes_to`); every rank calls it.
+
+    Raises:
+        RunError: the run's folder cannot be written.
+    """
+    found, error = first_does(lambda: what_resume_comes_to(config.resume, Path(config.run_dir)))
+    if error:
+        raise RunError(f"run_dir = {config.run_dir} cannot be written: {error}")
+    resume, said = found
+    if said and is_first():
+        _warn(said)
+    return replace(config, resume=resume)
 
 
 def _resume(run: Run) -> bool:
@@ -149,10 +166,13 @@ def _resume_from(run: Run, source: Path, present: list[Path]) -> bool:
         )
     _load(run, source)
     later = [p for p in present if p.name != source.name and step_of(p) >= run.step]
-    if not ours or not later:
-        return False
-    _in_folder(run.folder, lambda: _set_later_aside(run, later, source))
-    return True
+    goes_back = ours and bool(later)
+    note = Note(str(source.resolve()), run.step, done=not goes_back)
+    _in_folder(run.folder, lambda: note.write(run.folder))
+    if goes_back:
+        _in_folder(run.folder, lambda: _set_later_aside(run, later, source))
+        _in_folder(run.folder, lambda: replace(note, done=True).write(run.folder))
+    return goes_back
 
 
 def _set_later_aside(run: Run, later: list[Path], source: Path) -> None:

@@ -156,6 +156,38 @@ def test_a_run_goes_back_to_an_older_step(run_config, train, tmp_path, monkeypat
         train(other)
 
 
+def test_going_back_is_done_once(run_config, train, tmp_path, monkeypatch, capsys):
+    """The same command, as batch systems give it again, goes on from what came after, though the checkpoint that it names is deleted."""
+    whole = train(run_config(run_dir=str(tmp_path / "whole")))
+    config = run_config(checkpoint__keep=2)
+    folder = train(config)
+    config.resume = str(folder / "checkpoints" / "step-00000012")
+    set_aside, done = Checkpoints.set_aside, []
+
+    def killed(self, checkpoint, why):
+        if done:
+            raise Crash
+        done.append(checkpoint)
+        return set_aside(self, checkpoint, why)
+
+    (folder / "checkpoints" / "step-00000013").mkdir()  # a second one that is to be set aside
+    (folder / "checkpoints" / "step-00000013" / "trainer.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Checkpoints, "set_aside", killed)
+        train(config)
+    resume, config.resume = config.resume, "auto"
+    assert_same_run(whole, train(config))
+    assert f"an earlier start ended while it went back to {resume}" in capsys.readouterr().out
+    assert json.loads((folder / "resumed.json").read_text()) == {"resume": resume, "step": 12, "done": True}
+    shutil.rmtree(resume)
+    aside = sorted(folder.rglob("*.aside*"))
+    config.resume, config.train.steps = resume, 16
+    train(config)
+    assert f"resume = {resume} was done by an earlier start, so this one goes on from what came after" in capsys.readouterr().out
+    assert [r["step"] for r in metrics(folder) if "loss" in r] == list(range(1, 17))
+    assert sorted(folder.rglob("*.aside*")) == aside
+
+
 def test_a_checkpoint_of_an_earlier_version_goes_on(run_config, train, tmp_path):
     """Its bases had other keys."""
     changes = {**OPTIMIZERS["basis"], "checkpoint__keep": 4}

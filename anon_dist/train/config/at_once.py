@@ -13,6 +13,7 @@ from anon_dist.train.config.families import check_length, read_config
 from anon_dist.train.config.fields import Config
 from anon_dist.train.config.parsing import accumulation
 from anon_dist.train.config.phases import phases_of
+from anon_dist.train.config.resumed import what_resume_comes_to
 from anon_dist.train.config.sources import check_present
 from anon_dist.train.tasks.known import tasks_problem
 from anon_dist.usage import UsageError
@@ -41,7 +42,7 @@ def check_at_once(config: Config, data: bool = True) -> None:
         need_room(config.run_dir, "run_dir =")
     except UsageError as error:
         raise ConfigError(str(error)) from None
-    _check_resumed(config.resume)
+    _check_resumed(config)
     _check_model(config)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):
         raise ConfigError(f"eval.tasks: {problem}")
@@ -90,10 +91,10 @@ def _check_model(config: Config) -> None:
     check_length(model, says, max(phase.data.seq_len for _, phase in phases_of(config)))
 
 
-def _check_resumed(resume: str) -> None:
-    if resume in ("auto", "never"):
+def _check_resumed(config: Config) -> None:
+    if config.resume in ("auto", "never") or what_resume_comes_to(config.resume, Path(config.run_dir))[0] == "auto":
         return
-    folder = Path(resume)
+    folder = Path(config.resume)
     try:
         need_checkpoint(folder, "a checkpoint's folder")
     except UsageError as error:
