@@ -183,7 +183,10 @@ def test_going_back_is_done_once(run_config, train, tmp_path, monkeypatch, capsy
     aside = sorted(folder.rglob("*.aside*"))
     config.resume, config.train.steps = resume, 16
     train(config)
-    assert f"resume = {resume} was done by an earlier start, so this one goes on from what came after" in capsys.readouterr().out
+    assert (
+        f"resume = {resume} was done by an earlier start, so this one goes on from what came after"
+        in capsys.readouterr().out
+    )
     assert [r["step"] for r in metrics(folder) if "loss" in r] == list(range(1, 17))
     assert sorted(folder.rglob("*.aside*")) == aside
 
