@@ -79,6 +79,8 @@ def _warn_of_damage(states: States, names: Mapping[Tensor, str], group_of: Mappi
                 fine = values > 0.0 if key == "precond" else values >= 0.0
                 if (weights := local(p)).shape == fine.shape and weights.device == fine.device:
                     fine |= ~weights.isfinite()  # what pads a flat tensor of DeepSpeed's may be anything
+                if (held := flat.holds(p)) is not None and held.device == fine.device:
+                    fine |= ~held
                 fine = fine.all()
                 flags.setdefault(values.device, []).append((f"some of {key} of {names[p]} is {kinds[key]}", fine))
         for what, fine in _basis_flags(p, own, group_of[p], names[p]):
