@@ -112,7 +112,7 @@ def _basis_flags(
     for whose, state in every:
         for q, c in (keys for keys in KEYS.values() if keys[0] in state):
             yield f"{q} of {whose} is not orthogonal", basis.is_basis(local(state[q]))
-            yield f"some of {c} of {whose} is negative or no number", basis.is_covariance(local(state[c]))
+            yield f"{c} of {whose} is no covariance", basis.is_covariance(local(state[c]))
 
 
 def complete(groups: Groups, states: States) -> None:
