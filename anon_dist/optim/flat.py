@@ -161,6 +161,18 @@ def check(p: Tensor, group: Group) -> None:
         frame.check(p, group)
 
 
+def holds(p: Tensor) -> Tensor | None:
+    """Which elements of a flat tensor are a parameter's, and no padding; None for a parameter that is no flat tensor."""
+    if (layout := layout_of(p)) is None:
+        return None
+    rank = 0 if layout.group is None else dist.get_rank(layout.group)
+    found = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
+    for share in layout.shares:
+        count = min(share.numel, max(0, prod(share.shape) - rank * share.numel))
+        found[share.offset : share.offset + count] = True
+    return found
+
+
 def rebase(p: Tensor, state: State, after: Group, gamma: float, exponents: str) -> None:
     """Bring a state to the `basis` and `basis_block` of a group; see `frame.rebase`."""
     if (layout := layout_of(p)) is None:

@@ -79,6 +79,8 @@ def _warn_of_damage(states: States, names: Mapping[Tensor, str], group_of: Mappi
                 fine = values > 0.0 if key == "precond" else values >= 0.0
                 if (weights := local(p)).shape == fine.shape and weights.device == fine.device:
                     fine |= ~weights.isfinite()  # what pads a flat tensor of DeepSpeed's may be anything
+                if (held := flat.holds(p)) is not None and held.device == fine.device:
+                    fine |= ~held
                 fine = fine.all()
                 flags.setdefault(values.device, []).append((f"some of {key} of {names[p]} is {kinds[key]}", fine))
         for what, fine in _basis_flags(p, own, group_of[p], names[p]):
@@ -110,7 +112,7 @@ def _basis_flags(
     for whose, state in every:
         for q, c in (keys for keys in KEYS.values() if keys[0] in state):
             yield f"{q} of {whose} is not orthogonal", basis.is_basis(local(state[q]))
-            yield f"some of {c} of {whose} is negative or no number", basis.is_covariance(local(state[c]))
+            yield f"{c} of {whose} is no covariance", basis.is_covariance(local(state[c]))
 
 
 def complete(groups: Groups, states: States) -> None:

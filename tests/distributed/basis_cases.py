@@ -30,7 +30,7 @@ from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.state import local
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from launch_cases import raises, run_cases, shared_folder
+from launch_cases import raises, run_cases, shared_folder, warned_of_damage
 
 LM = {"lr": 0.02, "betas": (0.9, 0.95), "refresh_ratio": 1.3, "beta3": 0.8, "weight_decay": 0.1, "nesterov": True}
 # Rows that do not divide, a rank without rows, a side shorter than a block, a block that is cut short, a tensor of more dimensions.
@@ -140,6 +140,19 @@ def case_rows_of_whole_blocks():
         assert_like_one_process(model, optimizer, hyper, shapes)
         row = optimizer.state[model.a]["basis_rows"]
         assert ranks == 1 or row.placements == model.a.placements
+        saved = optimizer.state_dict()
+        assert not warned_of_damage(lambda optimizer=optimizer, saved=saved: optimizer.load_state_dict(saved))
+        if dist.get_rank() == ranks - 1:
+            local(saved["state"][0]["basis_rows"])[8:] *= 2.0
+        told = warned_of_damage(lambda optimizer=optimizer, saved=saved: optimizer.load_state_dict(saved))
+        assert told == (dist.get_rank() == ranks - 1)
+    if ranks == 4:  # the last one has no rows
+        hyper = {"basis": "both", "basis_block": 3}
+        model = fully_shard(Bag({"a": (9, 24)}))
+        optimizer = Anon(model.parameters(), **{**LM, **hyper})
+        assert_like_one_process(model, optimizer, hyper, {"a": (9, 24)})
+        assert (local(model.a).numel() == 0) == (dist.get_rank() == 3)
+        assert not warned_of_damage(lambda: optimizer.load_state_dict(optimizer.state_dict()))
     if ranks > 1:
         model = fully_shard(Bag(shapes))
         for words, parameters in (

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,14 @@ def step_back(folder: Path) -> Path:
         (folder / "result.json").unlink()
     dist.barrier()
     return complete[-2]
+
+
+def warned_of_damage(load: Callable[[], Any]) -> bool:
+    """Whether Anon warns, on this rank, that a state which is loaded is damaged."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load()
+    return any("Anon: in the loaded state" in str(one.message) for one in told)
 
 
 def raises(error: type[Exception], words: str, action: Callable[[], object]) -> None:

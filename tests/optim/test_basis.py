@@ -425,7 +425,7 @@ def spoilt(state, how):
 
 ORTHOGONAL, NEGATIVE = (
     "basis_rows of parameter 0 .* is not orthogonal",
-    "some of covariance_rows of parameter 0 .* is neg",
+    "covariance_rows of parameter 0 .* is no covariance",
 )
 
 
