@@ -74,9 +74,10 @@ def job(config: Config, found: Found) -> Job:
 
 def predicted(wanted: Job) -> float:
     """Bytes at the peak, with the presets' optimizer."""
-    from anon_dist.bench.memory import NAMED, memory
+    from anon_dist.bench.options import Hardware
+    from anon_dist.bench.plan import predict
 
-    return memory("ddp", wanted, NAMED["anon-bf16"]).device
+    return predict("ddp", "anon-columns", wanted, Hardware(), 0.4, 1000).memory.device
 
 
 def memory(found: Found) -> None:
