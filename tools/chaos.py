@@ -25,7 +25,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -297,14 +296,12 @@ def step_of(run: Path) -> int:
 
 def table(chaos: Chaos) -> str:
     """A line per kind."""
-    by_kind: dict[str, list[Fault]] = defaultdict(list)
-    for fault in chaos.faults:
-        by_kind[fault.kind].append(fault)
+    by_kind = {kind: [f for f in chaos.faults if f.kind == kind] for kind in {f.kind for f in chaos.faults}}
     lines = [
         "| fault | times | found after, s (median, most) | named rightly | steps taken twice (median, most) "
-        "| from an older checkpoint | lost for good |"
+        "| from an older checkpoint | lost for good |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
     for kind, found in [*sorted(by_kind.items()), ("all", chaos.faults)]:
         seconds, lost = [f.found for f in found], [f.lost for f in found]
         lines.append(

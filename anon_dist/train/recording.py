@@ -38,18 +38,13 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
     """
     path, settings = run.folder / "metrics.jsonl", {"wandb": {"dir": str(run.folder), "name": run.folder.name}}
 
-    def tell(record: Record, repeated: int) -> None:
-        """To the trackers."""
-        values = {k: v for k, v in record.items() if not isinstance(v, str)}
-        run.accelerator.log(values, step=int(record["step"]) + repeated)
-
     def begin() -> None:
         """Open the file, and begin with the trackers."""
         file = MetricsFile(path, run.step)
         try:
             run.accelerator.init_trackers(run.config.log.project, init_kwargs=settings)
             for record in unrecorded(run, read_metrics(path)):
-                tell(record, steps_repeated(run, record["rewinds"]))
+                _tell(run, record, steps_repeated(run, record["rewinds"]))
                 file.write(record)
         except BaseException:
             file.close()
@@ -77,7 +72,7 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
                 file.close()
                 file = MetricsFile(path, step)
                 repeated += int(record["rewound_from"]) - step
-            tell(record, repeated)
+            _tell(run, record, repeated)
             file.write(record)
         except OSError as error:
             stop.fail(
@@ -93,3 +88,9 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[C
             file.close()
             for tracker in run.accelerator.trackers:
                 tracker.finish()
+
+
+def _tell(run: Run, record: Record, repeated: int) -> None:
+    """To the trackers, by the run's step and the steps that it has repeated."""
+    values = {k: v for k, v in record.items() if not isinstance(v, str)}
+    run.accelerator.log(values, step=int(record["step"]) + repeated)
