@@ -128,13 +128,18 @@ class _Aside:
 
 
 def first_does_slowly(
-    action: Callable[[], Any], done: Callable[[], int] = int, beat: Callable[[], None] = lambda: None
+    action: Callable[[], Any],
+    done: Callable[[], int] = int,
+    beat: Callable[[], None] = lambda: None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> tuple[Any, str]:
     """`first_does` something that may take longer than ranks wait for each other; it may raise any error.
 
     Args:
         done: on rank 0, how much it has done; more than a second before is progress.
         beat: called on every rank when there was progress.
+        leave: asked on every rank, about once a second, with the same answer on all: whether to wait no longer. The action itself goes on,
+            and (None, "") is returned.
     """
     aside, before = _Aside(action) if is_first() else None, 0
     while True:
@@ -144,6 +149,8 @@ def first_does_slowly(
         if now > before:
             before = now
             beat()
+        if leave():
+            return None, ""
 
 
 def all_do_slowly(action: Callable[[], Any], group: Group = None) -> str:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from safetensors import SafetensorError
 from torch import Tensor
 
-from anon_dist.agreement import agree, failures
+from anon_dist.agreement import agree
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import Name, start
 from anon_dist.exits import at_work, may_pass
-from anon_dist.files import write_json
 from anon_dist.launcher import LAUNCHER, end_launcher
 from anon_dist.optim.host_copy import HostCopy, known_to_the_host
 from anon_dist.train import records
@@ -30,34 +26,33 @@ from anon_dist.train.config.errors import ConfigError, HarnessError, Interrupted
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import Config, check
 from anon_dist.train.config.phases import phases_of, resolved
+from anon_dist.train.finishing import finish, finish_again
 from anon_dist.train.health import hangs
 from anon_dist.train.health.pulse import Pulse
 from anon_dist.train.health.signals import StopSignal
 from anon_dist.train.health.stragglers import time_collectives
 from anon_dist.train.health.whereabouts import record_collectives
-from anon_dist.train.inputs.corpora import ValidationSet, first_folder, use_cache
+from anon_dist.train.inputs.corpora import use_cache
 from anon_dist.train.inputs.samples import enter
 from anon_dist.train.introduction import introduce
 from anon_dist.train.learning import back, learn
 from anon_dist.train.loss.attach import SUMS
 from anon_dist.train.loss.batch import Batch
-from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
-from anon_dist.train.model.card import model_card
-from anon_dist.train.model.export import export_model
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
 from anon_dist.train.recording import recording, trackers
 from anon_dist.train.records import Step
-from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
+from anon_dist.train.reports.metrics import Console, Record, Stopwatch
 from anon_dist.train.reports.profiling import Profiler
-from anon_dist.train.reports.report import RESULT, finished, refuse_other, report, taken
+from anon_dist.train.reports.report import finished, refuse_other
 from anon_dist.train.resuming import settled
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import set_up, wanted_engine
 from anon_dist.train.running import Run
 from anon_dist.train.saves.lock import RunLock, held
-from anon_dist.train.saves.remote import check_address, checkpoints_of, claim, finish_uploads, uploads_of
-from anon_dist.train.saving import Saver, progress_of
+from anon_dist.train.saves.remote import check_address, checkpoints_of
+from anon_dist.train.saving import Saver
 from anon_dist.train.tasks.during import score_tasks
+from anon_dist.train.validation import validate
 
 
 def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Path:
@@ -90,15 +85,11 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
     if agree(config.resume == "auto" and finished(folder, config)):
         if other := agree(refuse_other(folder, config) if accelerator.is_main_process else None):
             raise ConfigError(other)
-        if accelerator.is_main_process:
-            print(f"Nothing to do: {taken(folder, config)}. (Raise train.steps to go on.)\n")
-            report(folder, config)
-        claim(config, checkpoints := checkpoints_of(folder, config.checkpoint))
-        finish_uploads(config, uploads_of(config, checkpoints), Pulse(), config.train.steps)
-        return folder
-    with held(folder) as lock, hangs.watched(config, folder) as pulse:
-        stopped = _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
-    if stopped == signal.SIGINT.name and LAUNCHER is None and accelerator.num_processes == 1:
+        received = finish_again(config, folder)
+    else:
+        with held(folder) as lock, hangs.watched(config, folder) as pulse:
+            received = _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
+    if received == signal.SIGINT and LAUNCHER is None and accelerator.num_processes == 1:
         raise Interrupted
     return folder
 
@@ -111,8 +102,11 @@ def _train(
     lock: RunLock | None,
     pulse: Pulse,
     make_optimizer: MakeOptimizer,
-) -> str | None:
-    """What stopped it before the last step, if something did."""
+) -> signal.Signals | None:
+    """
+    Returns:
+        A signal that this rank got.
+    """
     check_address(config, checkpoints_of(folder, config.checkpoint))
     run = set_up(config, accelerator, name, folder, make_optimizer)
     run.lock, run.pulse = lock, pulse
@@ -121,32 +115,29 @@ def _train(
     console = Console(config.train.steps, run.step) if accelerator.is_main_process else None
     if console:
         introduce(run, console)
-    with at_work(), StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
-        profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
-        counting = run.stragglers.watching(run.engine.model, accelerator.device)
-        saver = Saver(run, stop, partial(_before_saving, run))
-        with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
-            stopped = _steps(run, stop, write, console, profiler, saver)
-            saver.recover()
-            if saves := saver.finished():
-                write({"step": run.step, **saves})
-            if stopped:
-                saver.finish()
-    if console:
-        console.close()
-        if stopped:
+    with StopSignal(hangs.patience(config)) as stop:
+        with at_work(), run.loader, recording(run, console, stop) as write:
+            profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
+            counting = run.stragglers.watching(run.engine.model, accelerator.device)
+            saver = Saver(run, stop, partial(_before_saving, run))
+            with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
+                stopped = _steps(run, stop, write, console, profiler, saver)
+                saver.recover()
+                if saves := saver.finished():
+                    write({"step": run.step, **saves})
+                if stopped:
+                    saver.finish()
+        if console:
+            console.close()
+        if not stopped:
+            finish(run, stop, saver)
+        elif console:
             console.say(
                 f"Stopped by {stopped} after step {run.step}; the checkpoint is written, and the same command goes on from it."
             )
-            if stopped == signal.SIGINT.name:
-                end_launcher()
-    if not stopped:
-        with at_work(), pulse.phase("the end", run.step, long=True):
-            _finish(run)
-        saver.finish()
-        if console and stop.received == signal.SIGINT:  # in the last steps: too late to stop anything
+        if console and stop.received == signal.SIGINT:
             end_launcher()
-    return stopped
+    return stop.received
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -214,7 +205,7 @@ def _evaluate_if_due(run: Run, write: Callable[[Record], None], watch: Stopwatch
     """Validation, and tasks, after the steps that have them; their time is no step's."""
     if run.sets and _is_due(run, run.config.eval.every):
         _compare_replicas(run)
-        write({"step": run.step, **_validate(run, run.config.eval.sequences, "val")})
+        write({"step": run.step, **validate(run, run.config.eval.sequences, "val")})
         watch.skip()
     if run.tasks is not None and _is_due(run, run.config.eval.tasks_every):
         write(_score(run, saver))
@@ -290,30 +281,6 @@ def record_of(run: Run, done: Step, steps: int, seconds: dict[str, float]) -> Re
     return records.record_of(run, done, steps, seconds)
 
 
-def _validate(run: Run, sequences: int, prefix: str) -> Record:
-    """The mean over the sources by their weights; and where there are several sets, each."""
-    with run.pulse.phase("validation", run.step):
-        found = {each: _evaluate(run, each, sequences) for each in run.sets}
-    record = {k: v for each, result in found.items() if each.name for k, v in result.record(prefix, each.name).items()}
-    weighted = [(result, each.weight) for each, result in found.items() if each.weight]
-    return (mean(weighted).record(prefix) if weighted else {}) | record
-
-
-def _evaluate(run: Run, each: ValidationSet, sequences: int) -> Evaluation:
-    return evaluate(
-        run.engine.model,
-        each.shards,
-        run.phase.data.seq_len,
-        run.phase.train.micro_batch,
-        run.accelerator.device,
-        sequences,
-        run.mask_eod,
-        run.reader,
-        run.readers,
-        run.pulse.through(run.own, "validation"),
-    )
-
-
 def _score(run: Run, saver: Saver) -> Record:
     """Of the tasks; if one fails, the run ends with a checkpoint."""
     assert run.tasks is not None
@@ -359,39 +326,3 @@ def _compare_replicas(run: Run) -> None:
             )
         ) from None
     run.compared = run.step
-
-
-def _finish(run: Run) -> None:
-    """Validate on the whole split, export, report."""
-    config, main = run.config, run.accelerator.is_main_process
-    record: Record = {"step": run.step}
-    if run.sets:
-        record |= _validate(run, config.eval.final_sequences, "final")
-    weights = run.engine.full_weights()
-    failed: Exception | None = None
-    if main:
-        try:
-            _conclude(run, record, weights)
-        except (OSError, SafetensorError) as error:
-            failed = error
-    if what := failures(failed):
-        raise RunError(
-            f"run_dir = {run.folder}: the last step is taken and its checkpoint written, but not the results: {what}. The same command "
-            "writes them"
-        ) from failed
-
-
-def _conclude(run: Run, record: Record, weights: dict[str, Tensor]) -> None:
-    """What one rank writes when all steps are taken. The weights are taken out of their dictionary."""
-    config = run.config
-    card = model_card(run.folder.name, run.model_config.to_dict(), progress_of(run), record)
-    export_model(run.folder / "model", weights, run.model_config, first_folder(config) / "tokenizer", card)
-    weights.clear()  # the sample loads them anew
-    file = MetricsFile(run.folder / "metrics.jsonl", run.step)
-    try:
-        file.write(record)
-    finally:
-        file.close()
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    write_json(run.folder / RESULT, {**to_json(record), "finished": when, "config": asdict(config)})
-    report(run.folder, config)

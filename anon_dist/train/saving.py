@@ -164,13 +164,13 @@ class Saver:
             return RunError("another rank gave up waiting, or is gone")
         return error
 
-    def finish(self) -> None:
-        """Wait until what is written is at `checkpoint.remote` too, if there is one.
+    def finish(self, leave: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until what is written is at `checkpoint.remote` too, if there is one; see `finish_uploads`.
 
         Raises:
             RunError: it could not be copied; it stays here. On every rank.
         """
-        finish_uploads(self._run.config, self._uploads, self._run.pulse, self._run.step)
+        return finish_uploads(self._run.config, self._uploads, self._run.pulse, self._run.step, leave)
 
     def finished(self) -> Record:
         """Of the saves that have ended since the last call, their number, the longest standstill and writing in seconds, this rank's bytes.

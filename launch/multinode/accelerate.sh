@@ -17,7 +17,7 @@ RENDEZVOUS=${RENDEZVOUS:-static}                    # static: ranks follow NODE_
 RENDEZVOUS_SECONDS=${RENDEZVOUS_SECONDS:-600}       # how long nodes wait for each other at the start
 MAX_RESTARTS=${MAX_RESTARTS:-0}                     # c10d: how often all ranks start again, from the last checkpoint, after one failed
 DOCTOR=${DOCTOR:-}                                  # 1: look at all nodes first, and start nothing where something is wrong
-STOPPED_CODE=${STOPPED_CODE:-0}                     # exit code of a run that a signal stopped before its last step
+STOPPED_CODE=${STOPPED_CODE:-0}                     # exit code of a run that a signal stopped before all was done
 # ---------------------------------------------------------------------------------------------------------------------
 
 # shellcheck source=common.sh

@@ -64,9 +64,9 @@ print(probe.getsockname()[0])
 PYTHON
 }
 
-# Run a launcher to its end, pass signals on to its ranks, and say how it ended: with 0, or with STOPPED_CODE where the run was stopped
-# before its last step and that is set, so that whoever started it can tell. Arguments: the launcher's, of which those after
-# launch/pretrain.py are the training's.
+# Run a launcher to its end, pass signals on to its ranks, and say how it ended: with 0, or with STOPPED_CODE, where that is set, if a signal
+# stopped the run before its results were written and its last checkpoint was at checkpoint.remote: so whoever started it can tell.
+# Arguments: the launcher's, of which those after launch/pretrain.py are the training's.
 #
 # The ranks answer SIGTERM, SIGINT and SIGUSR1 with a checkpoint, together with those of other nodes. A launcher that is signalled itself
 # kills them after 30 seconds, done or not, or dies of a SIGUSR1. So the signal goes past it, and it ends when its ranks have.
@@ -102,9 +102,10 @@ from pathlib import Path
 
 from anon_dist.train.config.parsing import parse_args
 from anon_dist.train.reports.report import finished
+from anon_dist.train.saves.remote import is_there
 
 config = parse_args(sys.argv[1:])
-sys.exit(not finished(Path(config.run_dir), config))
+sys.exit(not (finished(Path(config.run_dir), config) and is_there(config)))
 PYTHON
 }
 

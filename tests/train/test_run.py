@@ -20,7 +20,7 @@ from anon_dist.checkpoint.schema import WEIGHT, Key
 from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
-from anon_dist.train import loop
+from anon_dist.train import finishing, loop
 from anon_dist.train.config.errors import Interrupted, SkippedError
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import ConfigError
@@ -634,11 +634,11 @@ def test_an_altered_shard_is_refused(run_config, train, prepared, tmp_path):
 
 def test_trackers_and_what_the_report_finds_in_memory(run_config, train, monkeypatch):
     """The exported weights are gone before a sample loads them anew."""
-    export, held, left = loop.export_model, [], []
+    export, held, left = finishing.export_model, [], []
     monkeypatch.setattr(
-        loop, "export_model", lambda folder, weights, *rest: (held.append(weights), export(folder, weights, *rest))
+        finishing, "export_model", lambda folder, weights, *rest: (held.append(weights), export(folder, weights, *rest))
     )
-    monkeypatch.setattr(loop, "report", lambda *_: left.append(len(held[0])))
+    monkeypatch.setattr(finishing, "report", lambda *_: left.append(len(held[0])))
     folder = train(run_config(log__trackers=("tensorboard",)))
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
     assert (folder / "model" / "model.safetensors").exists()

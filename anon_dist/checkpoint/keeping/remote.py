@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -69,6 +70,7 @@ class Remote:
         """The same of the one that is being copied."""
         self.sent = 0
         """Bytes that have been sent there, and files: it grows while a copy makes progress."""
+        self._leaving = threading.Event()
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, from the first.
@@ -172,8 +174,25 @@ class Remote:
         self._put(checkpoint, PROGRESS, sums)
         self._last = [*self._last, (checkpoint.name, self._sent)][-2:]
 
+    @property
+    def left(self) -> bool:
+        """Whether nothing more is copied there: `leave` was called."""
+        return self._leaving.is_set()
+
+    def leave(self) -> None:
+        """End uploads after the piece of a file that is under way: they raise CheckpointError, and so does each later one."""
+        self._leaving.set()
+
+    def _go_on(self) -> None:
+        if self.left:
+            raise CheckpointError(f"what is not at {self.address} yet is left")
+
     def _count(self, sent: int) -> None:
         self.sent += sent
+        self._go_on()
+
+    def _pause(self, seconds: float) -> None:
+        self._leaving.wait(seconds)
 
     def _put(self, checkpoint: Path, name: str, sums: Checksums) -> None:
         """Copy a file; within the store, where the last checkpoint but one has the same, sent from here."""
@@ -182,6 +201,7 @@ class Remote:
         twin = self._last[0][1].get(key) if key and size > _SMALL and len(self._last) > 1 else None
 
         def put() -> None:
+            self._go_on()
             if not self._in_bucket:
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             if twin is not None:
@@ -290,7 +310,7 @@ class Remote:
         Raises:
             CheckpointError: all attempts failed; naming the last error. One of our own is raised at once.
         """
-        return tried(what, action, CheckpointError, PAUSES if self._pauses is None else self._pauses)
+        return tried(what, action, CheckpointError, PAUSES if self._pauses is None else self._pauses, self._pause)
 
 
 def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:

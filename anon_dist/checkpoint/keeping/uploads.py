@@ -80,6 +80,10 @@ class Uploads:
         if self._error is not None:
             raise self._error
 
+    def leave(self) -> None:
+        """Copy nothing more. A checkpoint that is being copied stays incomplete there; the next `Uploads` copies it."""
+        self._remote.leave()
+
     def _run(self) -> None:
         while True:
             with self._news:
@@ -97,6 +101,8 @@ class Uploads:
                 try:
                     self._copy(checkpoint)
                 except Exception as error:
+                    if self._remote.left:
+                        return None
                     log.error("%s", error)
                     found = found or error
         except OSError as error:  # the folder cannot be listed

@@ -91,6 +91,14 @@ class StopSignal:
             raise RunError(failures(self.failure)) from self.failure
         return self._agreed != GO_ON
 
+    def now(self) -> bool:
+        """As `requested`, but of signals until now: the ranks wait for each other."""
+        asked = self.requested()
+        self._agreed = max(self._agreed, self._finish()[0])
+        if self._agreed == FAILED:
+            raise RunError(failures(self.failure)) from self.failure
+        return asked or self._agreed != GO_ON
+
     @property
     def reason(self) -> str:
         """Why to stop, once `requested`."""

@@ -116,24 +116,49 @@ def uploads_of(config: Config, checkpoints: Checkpoints) -> Uploads | None:
     return uploads
 
 
-def finish_uploads(config: Config, uploads: Uploads | None, pulse: Pulse, step: int) -> None:
+def finish_uploads(
+    config: Config, uploads: Uploads | None, pulse: Pulse, step: int, leave: Callable[[], bool] = lambda: False
+) -> bool:
     """Wait until all is there; what arrives is a sign of progress. Every rank must call it.
+
+    Args:
+        leave: asked about once a second, with the same answer on every rank: whether to leave the rest to the next start.
+
+    Returns:
+        Whether all is there.
 
     Raises:
         RunError: something could not be copied; on every rank.
     """
     address = config.checkpoint.remote
     if address is None:
-        return
+        return True
     copying = f"copying to {address}"
+
+    def finish() -> bool:
+        if uploads is not None:
+            uploads.finish()
+        return True
+
     with pulse.phase(copying, step, long=True):
-        _, error = first_does_slowly(
-            lambda: uploads.finish() if uploads is not None else None,
-            lambda: uploads.sent if uploads is not None else 0,
-            lambda: pulse.beat(copying),
+        there, error = first_does_slowly(
+            finish, lambda: uploads.sent if uploads is not None else 0, lambda: pulse.beat(copying), leave
         )
     if error:
         raise RunError(error)
+    if not there and uploads is not None:
+        uploads.leave()
+    return bool(there)
+
+
+def is_there(config: Config) -> bool:
+    """Whether the last step's checkpoint is at the address too, if there is one. For one process.
+
+    Raises:
+        CheckpointError: the address does not answer.
+    """
+    address = config.checkpoint.remote
+    return address is None or any(step >= config.train.steps for step in Remote(address).steps())
 
 
 def _first(config: Config, action: Callable[[Remote], Any]) -> Any:
