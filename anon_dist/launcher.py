@@ -33,19 +33,31 @@ _SCRIPTS = tuple(f"/{module.replace('.', '/')}.py" for module in _MODULES)
 
 
 @dataclass(frozen=True)
-class Launcher:
+class Process:
     """A process, told from a later one of the same number by when it began."""
 
     pid: int
     began: int
     """Clock ticks since the machine did."""
-    name: str
 
     @property
     def gone(self) -> bool:
         """Whether it has ended."""
         found = _process(self.pid)
         return found is None or found[1] != self.began
+
+
+@dataclass(frozen=True)
+class Launcher(Process):
+    """The one that started this process."""
+
+    name: str
+
+
+def this_process() -> Process:
+    """The one that calls."""
+    found = _process(os.getpid())
+    return Process(os.getpid(), found[1] if found else 0)
 
 
 def find() -> Launcher | None:
@@ -174,7 +186,7 @@ def _children(parent: int) -> Iterator[tuple[int, int]]:
             yield int(entry), found[1]
 
 
-def _say_after(found: Launcher, line: str) -> None:
+def _say_after(found: Process, line: str) -> None:
     """Print it on the standard error once that launcher has ended. Nothing, if it lives on."""
     until = time.monotonic() + _LONGEST_END
     while not found.gone:
@@ -187,4 +199,4 @@ def _say_after(found: Launcher, line: str) -> None:
 
 LAUNCHER = find()
 if __name__ == "__main__":  # started by `refusal.say_last`
-    _say_after(Launcher(int(sys.argv[1]), int(sys.argv[2]), ""), sys.argv[3])
+    _say_after(Process(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3])

@@ -26,27 +26,44 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from anon_dist.engines.errors import EngineError
 from anon_dist.exits import may_pass
-from anon_dist.launcher import date_error, tell_launcher
+from anon_dist.launcher import LAUNCHER, Process, date_error, tell_launcher, this_process
 
 WAIT_SECONDS = 5.0
 """How long a rank that failed waits for the store's answer, and then for word from the others."""
 FIRST_SECONDS = 60.0
-"""How long a rank that has joined the others waits for rank 0's name."""
+"""How long a rank that has joined the others waits for rank 0's name, and for the processes of its node's ranks."""
 HANG_UP_SECONDS = 0.5
 """How long it may take to report, before connections are closed in any case."""
 NAMES = 8
 """Of more ranks than this, the rest goes unnamed."""
 _FIRST_HOST: list[str] = []
 """Of rank 0, once it is known: with its node the store may be lost that could say it."""
+_NEIGHBOURS: dict[int, Process] = {}
+"""The other ranks of this node, once they are known: where the launcher is lost, and the store with it, nobody else says which are gone."""
 _OURS: set[int] = set()
 """The sockets that process groups opened, by inode: descriptors are used again."""
 
 
 def sign_in() -> None:
-    """Leave this rank's host with the store. Every rank, once it has joined the others."""
+    """Leave this rank's host and process with the store. Every rank, once it has joined the others."""
     if several():
-        _within(WAIT_SECONDS, lambda: store(WAIT_SECONDS).set(f"host/{os.environ['RANK']}", socket.gethostname()))
-        _started(lambda: _FIRST_HOST.append(store(FIRST_SECONDS).get("host/0").decode()))  # it may come later
+        _within(WAIT_SECONDS, _leave_name)
+        _started(_learn_names)  # they may come later
+
+
+def _leave_name() -> None:
+    rank, own, met = os.environ["RANK"], this_process(), store(WAIT_SECONDS)
+    met.set(f"process/{rank}", f"{own.pid} {own.began}")
+    met.set(f"host/{rank}", socket.gethostname())
+
+
+def _learn_names() -> None:
+    met = store(FIRST_SECONDS)
+    _FIRST_HOST.append(met.get("host/0").decode())
+    own, here = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    for rank in range(own - here, own - here + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        if rank != own:
+            _NEIGHBOURS[rank] = Process(*map(int, met.get(f"process/{rank}").split()))
 
 
 @contextlib.contextmanager
@@ -136,33 +153,55 @@ def _explain(error: Exception, ending: Ending) -> None:
     heard = _Heard()
     listening = _started(lambda: _listen(error, heard))
     heard.reported.wait(HANG_UP_SECONDS)  # the others, once they notice, are not to be taken for the first
+    gone = [rank for rank, process in sorted(_NEIGHBOURS.items()) if process.gone]
     _hang_up()
     listening.join(2 * WAIT_SECONDS)
     ending.alike, ending.speaks = heard.alike, heard.speaks or not heard.all
     own = _own_name()
     is_first = heard.first.startswith(f"{own} ")
-    if note := _note(heard, f"this one, {own}" if is_first else heard.first):
+    if note := _note(heard, f"this one, {own}" if is_first else heard.first, gone):
         error.add_note(note)
     if not is_first and not heard.alike:
         ending.when = max(ending.when, heard.since + 1)
         time.sleep(1)  # the launcher of the first is to end first
 
 
-def _note(heard: _Heard, first: str) -> str | None:
+def _note(heard: _Heard, first: str, gone: list[int]) -> str | None:
+    """`gone`: the ranks of this node that had ended when this one failed."""
+    launcher = _launcher_is_gone()
+    noticed = f" The first to notice, or to fail, was {first}." if first else ""
     if not heard.all:
-        place = f"{os.environ['MASTER_ADDR']}{f' on {_FIRST_HOST[-1]}' if _FIRST_HOST else ''}"
-        noticed = f" The first to notice, or to fail, was {first}." if first else ""
-        return (
-            f"The store at {place} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one is cut off from "
-            f"it.{noticed}"
-        )
+        place = f"The store at {os.environ['MASTER_ADDR']}{f' on {_FIRST_HOST[-1]}' if _FIRST_HOST else ''}"
+        silent = _named({rank: socket.gethostname() for rank in gone[:NAMES]}, len(gone[NAMES:]))
+        if not launcher and not gone:
+            lost = f"{place} does not answer {_own_name()}: the node of rank 0 stopped or was lost, or this one is cut off from it."
+        elif launcher and os.environ.get("GROUP_RANK") == "0" and _agents_store():
+            lost = (
+                f"{launcher}{silent} {place}, by which the ranks tell each other who stopped first, was the launcher's."
+            )
+        else:
+            lost = f"{launcher}{silent} {place}, by which the ranks tell each other who stopped first, does not answer."
+        return f"{lost.strip()}{noticed}"
     if heard.silent:
-        names = ", ".join(f"rank {rank} on {host}" for rank, host in heard.silent.items())
-        return (
-            f"Stopped without a word: {names}{f' and {heard.more} more' if heard.more else ''}; killed, cut off or hanging. "
-            f"The first to notice, or to fail, was {first}."
-        )
+        return f"{_named(heard.silent, heard.more).strip()}{noticed}{f' {launcher}' if launcher else ''}"
     return None if heard.alike else f"The first of {os.environ['WORLD_SIZE']} ranks to fail was {first}."
+
+
+def _named(silent: dict[int, str], more: int) -> str:
+    """Those that did not say why they stopped, by their hosts, in a sentence."""
+    names = ", ".join(f"rank {rank} on {host}" for rank, host in silent.items())
+    return (
+        f" Stopped without a word: {names}{f' and {more} more' if more else ''}; killed, cut off or hanging."
+        if names
+        else ""
+    )
+
+
+def _launcher_is_gone() -> str:
+    if LAUNCHER is None or not LAUNCHER.gone:
+        return ""
+    what = f"{LAUNCHER.name}, process {LAUNCHER.pid}"
+    return f"The launcher of {_own_name()} ({what}) is gone: killed, by somebody or for want of memory."
 
 
 def _listen(error: Exception, heard: _Heard) -> None:
@@ -247,8 +286,12 @@ def store(seconds: float) -> Store:
 def _attempt() -> str:
     """Of torchrun's restarts, where its store outlives them. Rank 0's is a new one each time; and there launchers of several nodes may
     count otherwise: who restarts since others do has not failed."""
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agents_store() else "0"
+
+
+def _agents_store() -> bool:
+    """Whether the store is a launcher's, and not rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def restarts_remedy() -> str:

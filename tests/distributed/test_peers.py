@@ -3,13 +3,16 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from anon_dist import launcher
 from anon_dist.engines import peers
 from anon_dist.engines.comparison import check_alike
 
@@ -174,6 +177,63 @@ def test_with_the_node_of_rank_0_its_name_is_not_lost():
     assert note.startswith(f"The store at 127.0.0.1 on node-a does not answer rank 1 on {HERE}: the node of rank 0 ")
     other.join(60)
     assert other.exitcode == 0
+
+
+def with_a_launcher(rank: int, port, known, lost, queue) -> None:
+    """A rank of three, the first two of one node, whose launcher has the store and is killed together with rank 1."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.get())}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
+    os.environ |= {"LOCAL_WORLD_SIZE": "1" if rank == 2 else "2"}
+    parent = os.getppid()
+    began = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
+    peers.LAUNCHER = None if rank == 2 else launcher.Launcher(parent, began, "torchrun")
+    peers.sign_in()
+    while not peers._FIRST_HOST or (rank == 0 and not peers._NEIGHBOURS):
+        time.sleep(0.05)
+    known.put((rank, os.getpid()))
+    lost.acquire(timeout=60)
+    with suppress(ValueError), peers.who_stopped():
+        error = ValueError("closed")
+        raise error
+    queue.put((rank, error.__notes__))
+
+
+def launching(port, known, lost, queue) -> None:
+    """The launcher; of the other node's rank too, which does not know it."""
+    for rank in range(3):  # before the store, whose connections they would inherit
+        FORK.Process(target=with_a_launcher, args=(rank, port, known, lost, queue)).start()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(3):
+        port.put(server.port)
+    time.sleep(300)
+
+
+def test_a_rank_knows_that_its_own_launcher_is_gone_and_which_of_its_neighbours():
+    """It does not take its own node for lost, nor itself for cut off."""
+    port, known, queue, lost = (
+        FORK.Queue(),
+        FORK.Queue(),
+        FORK.Queue(),
+        FORK.Semaphore(0),
+    )  # an event waits for those that were killed
+    starter = FORK.Process(target=launching, args=(port, known, lost, queue))
+    starter.start()
+    try:
+        pids = dict(known.get(timeout=60) for _ in range(3))
+        os.kill(pids[1], signal.SIGKILL)
+    finally:
+        starter.kill()
+        starter.join()
+    for _ in range(2):
+        lost.release()
+    notes = dict(queue.get(timeout=60) for _ in range(2))
+    gone = f"The launcher of rank 0 on {HERE} (torchrun, process {starter.pid}) is gone: "
+    assert notes[0][0].startswith(gone)
+    assert f" Stopped without a word: rank 1 on {HERE}; " in notes[0][0]
+    assert "cut off from" not in notes[0][0]
+    assert notes[2][0].startswith(
+        f"The store at 127.0.0.1 on {HERE} does not answer rank 2 on {HERE}: the node of rank 0 "
+    )
 
 
 def in_a_group(rank: int, port: int, queue) -> None:
