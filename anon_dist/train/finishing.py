@@ -54,7 +54,7 @@ def finish(run: Run, stop: StopSignal, saver: Saver) -> None:
     if not saver.finish(stop.now):
         _say_stopped(stop, "its results were written", "", run.config, copied=False)
     elif stop.now():
-        _say(f"{stop.reason} came while the results were written; the run is finished.")
+        _say(f"The run is finished; {stop.reason} came while its results were written.")
 
 
 def finish_again(config: Config, folder: Path) -> signal.Signals | None:

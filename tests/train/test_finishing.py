@@ -109,7 +109,7 @@ def test_what_is_being_exported_is_finished(number, run_config, train, tmp_path,
     monkeypatch.setattr(finishing, "export_model", lambda *args: (send(number)(), export(*args)))
     with pytest.raises(Interrupted) if number == signal.SIGINT else contextlib.nullcontext():
         train(run_config())
-    assert f"{number.name} came while the results were written; the run is finished." in capsys.readouterr().out
+    assert f"The run is finished; {number.name} came while its results were written." in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / RESULT).read_text())["step"] == 14
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
