@@ -45,7 +45,7 @@ from anon_dist.train.loss.evaluate import Evaluation, evaluate, mean
 from anon_dist.train.model.card import model_card
 from anon_dist.train.model.export import export_model
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
-from anon_dist.train.recording import recording, trackers
+from anon_dist.train.recording import Records, recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.reports.metrics import Console, MetricsFile, Record, Stopwatch, to_json
 from anon_dist.train.reports.profiling import Profiler
@@ -124,7 +124,7 @@ def _train(
     with at_work(), StopSignal(hangs.patience(config)) as stop, run.loader, recording(run, console, stop) as write:
         profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
         counting = run.stragglers.watching(run.engine.model, accelerator.device)
-        saver = Saver(run, stop, partial(_before_saving, run))
+        saver = Saver(run, stop, partial(_before_saving, run, write))
         with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
             stopped = _steps(run, stop, write, console, profiler, saver)
             saver.recover()
@@ -333,8 +333,9 @@ def _score(run: Run, saver: Saver) -> Record:
 # -- finishing --------------------------------------------------------------------------------------------------------
 
 
-def _before_saving(run: Run) -> None:
+def _before_saving(run: Run, write: Records) -> None:
     learn(run)
+    write.settle()
     _compare_replicas(run)
 
 
