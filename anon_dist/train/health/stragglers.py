@@ -141,8 +141,8 @@ class Stragglers:
         return record, self._line(work, steps) if self._rank == 0 else None
 
     def _line(self, work: list[float], steps: int) -> str | None:
-        """Each rank's usual work in both halves of the last `LONG` steps, of two records at least, is compared: one step, or one record, may
-        be slow by chance. A tenth of that passes between two looks, each of which may be a false alarm; after a line all begins anew."""
+        """Each rank's usual work in both halves of the last `LONG` steps, of two records at least, is compared: one step, or record, may be
+        slow by chance. A tenth of that passes between two looks, each of which may be a false alarm; after a line all begins anew."""
         recent = self._recent
         recent.append((steps, work))
         self._unjudged += steps
