@@ -600,8 +600,6 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
             train(run_config(train__steps=8, **changes))
         assert sorted(p for p in (folder / "checkpoints").rglob("*")) == files
 
-    refused(CheckpointError, r"step-00000005 is of another model: .*h\.2", model__layers=3)
-    refused(CheckpointError, r"step-00000005 cannot be loaded: .*[Ss]ize", model__width=64)
     refused(CheckpointError, r"another optimizer's state than AdamW's", optim__name="adamw")
     refused(DataError, r"keep the data seed", data__seed=1)
     refused(ConfigError, r"resume is never, but run_dir", resume="never")
