@@ -1,5 +1,7 @@
 """What goes wrong with checkpoints."""
 
+import re
+
 from anon_dist.exits import FAILED, USAGE
 
 
@@ -29,6 +31,11 @@ class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the ma
     """A checkpoint is not as it was written: a file is missing, truncated or altered. An earlier one may be right."""
 
     exit_code = FAILED
+
+    @property
+    def damage(self) -> str:
+        """What is damaged, without the remedy: of who has taken an earlier one already."""
+        return re.sub(r"\. Take an earlier checkpoint( than [^\s;]+)?", "", str(self))
 
 
 class NamesWanted(CheckpointError):  # noqa: N818 - the same

@@ -39,7 +39,7 @@ from anon_dist.train.learning import back, learn
 from anon_dist.train.loss.attach import SUMS
 from anon_dist.train.loss.batch import Batch
 from anon_dist.train.optimizer.build import MakeOptimizer, build_optimizer
-from anon_dist.train.recording import recording, trackers
+from anon_dist.train.recording import Records, recording, trackers
 from anon_dist.train.records import Step
 from anon_dist.train.reports.metrics import Console, Record, Stopwatch
 from anon_dist.train.reports.profiling import Profiler
@@ -119,7 +119,7 @@ def _train(
         with at_work(), run.loader, recording(run, console, stop) as write:
             profiler = Profiler(config.log.profile_steps, folder, accelerator.device, accelerator.process_index)
             counting = run.stragglers.watching(run.engine.model, accelerator.device)
-            saver = Saver(run, stop, partial(_before_saving, run))
+            saver = Saver(run, stop, partial(_before_saving, run, write))
             with contextlib.closing(profiler), profiler.watching_memory(), counting, saver:
                 stopped = _steps(run, stop, write, console, profiler, saver)
                 saver.recover()
@@ -300,8 +300,9 @@ def _score(run: Run, saver: Saver) -> Record:
 # -- finishing --------------------------------------------------------------------------------------------------------
 
 
-def _before_saving(run: Run) -> None:
+def _before_saving(run: Run, write: Records) -> None:
     learn(run)
+    write.settle()
     _compare_replicas(run)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.keeping.folder import read_progress
 from anon_dist.checkpoint.keeping.names import PROGRESS, step_of
 from anon_dist.files import unused, write_text
-from anon_dist.train.config.changes import changes, check_positions
+from anon_dist.train.config.changes import changes, check_positions, check_shape, why_refused
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.config.parsing import Config, ConfigError, to_yaml
 from anon_dist.train.config.resumed import Note, what_resume_comes_to
@@ -24,6 +24,7 @@ from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.samples import check_repetition, enter
 from anon_dist.train.optimizer.build import apply_hyperparameters, hyperparameters
 from anon_dist.train.passed_over import keep_history
+from anon_dist.train.reports.metrics import read_metrics
 from anon_dist.train.reports.report import RESULT
 from anon_dist.train.running import Run
 from anon_dist.train.saves.remote import (
@@ -122,7 +123,7 @@ def resume_latest(run: Run, present: list[Path]) -> None:
         _in_folder(run.folder, lambda source=source: _set_damaged_aside(run, damaged, source))  # type: ignore[misc]
         return
     if damaged:
-        reasons = "; ".join(f"{source.name}: {error}" for source, error in damaged)
+        reasons = "; ".join(f"{source.name}: {error.damage}" for source, error in damaged)
         raise DamagedCheckpoint(
             f"run_dir = {run.folder} has no checkpoint that can be loaded ({reasons}). They stay as they are; choose another run_dir to "
             "begin anew"
@@ -150,10 +151,11 @@ def _forget(run: Run, stateless: bool, groups: list[dict[str, Any]]) -> None:
 def _set_damaged_aside(run: Run, damaged: list[tuple[Path, DamagedCheckpoint]], source: Path) -> None:
     for checkpoint, error in damaged:
         kept = run.checkpoints.set_aside(checkpoint, "damaged")
-        _warn(f"{checkpoint} is damaged, and set aside as {kept.name}: {error}")
+        _warn(f"{checkpoint} is damaged, and set aside as {kept.name}: {error.damage}")
     if damaged:
-        last = step_of(damaged[0][0])
-        _warn(f"steps {run.step + 1} to {last} are lost, and taken again from {source}")
+        recorded = max((int(record["step"]) for record in read_metrics(run.folder / "metrics.jsonl")), default=0)
+        last = max(recorded, step_of(damaged[0][0]))
+        _warn(f"the run goes on from {source}: steps {run.step + 1} to {last} are taken again")
 
 
 def _resume_from(run: Run, source: Path, present: list[Path]) -> bool:
@@ -209,11 +211,12 @@ def _load(run: Run, source: Path) -> None:
         raise CheckpointError(
             f"{source} is past train.steps = {config.train.steps}; raise it, or choose another {other}"
         )
+    check_shape(config, run.model_config.to_dict(), source, progress)
     check_positions(config, source, progress)
     news = enter(run.loader, config, run.corpora, run.folder, progress["step"], progress["data"])
     with warnings.catch_warnings():  # what this run changes is said below
         warnings.filterwarnings("ignore", "Anon: the loaded state brings its own hyperparameters")
-        run.engine.load(source)
+        _load_engine(run, source, progress)
     if not randomness.load(source, rank):
         randomness.seed(config.train.seed, run.reader, progress["step"])
     say = print if run.accelerator.is_main_process else (lambda _: None)
@@ -231,6 +234,18 @@ def _load(run: Run, source: Path) -> None:
     for line in (*changes(config, run.engine.name, source, progress), *news):
         say(line)
     say(f"Resuming {source} after step {run.step}, written by {progress['world_size']} ranks.")
+
+
+def _load_engine(run: Run, source: Path, progress: Mapping[str, Any]) -> None:
+    """Weights and optimizer; what the configuration is to blame for is said in its words."""
+    try:
+        run.engine.load(source)
+    except DamagedCheckpoint:
+        raise
+    except CheckpointError as error:
+        if (why := why_refused(run.config, source, progress)) is None:
+            raise
+        raise ConfigError(f"{why} ({error})") from error
 
 
 def _agreed_progress(source: Path) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def rewind(run: Run, spike: Judged) -> Record | None:
         return None
     if count >= run.config.train.max_rewinds:
         raise RunError(
-            f"step {bad} is a spike ({spike}), and the run has gone back {count} times already (train.max_rewinds). Lower optim.lr, "
-            f"lengthen the warm-up, look at the samples up to {cursor:,}, or raise train.max_rewinds; the same command goes on from "
-            f"{present[-1]}"
+            f"step {bad} is a spike ({spike}), and the run has gone back {count} times already (train.max_rewinds). The same command would "
+            f"end so again, from {present[-1]}: give it with a lower optim.lr, a higher train.max_rewinds, or train.on_spike skip, or look "
+            f"at the samples up to {cursor:,}"
         )
     resume_latest(run, present)
     run.gammas.restart()

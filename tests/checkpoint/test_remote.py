@@ -47,6 +47,11 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def name_in(path):
+    """The last part of a file's path, which has an ending while the file is written."""
+    return path.rpartition("/")[2].removesuffix(".part")
+
+
 def at(address):
     """The store, and the path in it."""
     return fsspec.core.url_to_fs(address)
@@ -56,7 +61,7 @@ def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
     here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(address)
     fs, _root = at(address)
     put, order = fs.put_file, []
-    monkeypatch.setattr(store._fs, "put_file", lambda a, b, **k: (order.append(b.rpartition("/")[2]), put(a, b, **k)))
+    monkeypatch.setattr(store._fs, "put_file", lambda a, b, **k: (order.append(name_in(b)), put(a, b, **k)))
     assert store.steps() == []
     for checkpoint in here.complete():
         assert not store.has(checkpoint)
@@ -79,6 +84,91 @@ def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
     assert not store.has(here.latest())
     store.upload(tmp_path / "here" / "step-00000002")
     assert contents(fetch_into(Remote(address), 2, there))["other"] == b"x"
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_copy_that_is_killed_leaves_no_half_file_and_is_begun_again(address, tmp_path, monkeypatch):
+    """What it left goes, and what there was of another copy of this step: by more ranks, or set aside."""
+    here, store = checkpoints(tmp_path / "here", (1, 2)), Remote(address)
+    fs, root = at(address)
+    store.upload(tmp_path / "here" / "step-00000002")
+    for stale in ("random-00009.pt", "deepspeed/rank-9", "trainer.json.aside"):
+        path = f"{root}/step-00000001/{stale}"
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(path, b"old")
+    whole = contents(here.complete()[0])
+
+    def die(source, target, **kwargs):
+        if name_in(target) == "__0_0.distcp" and not address.startswith("s3"):
+            fs.pipe_file(target, whole["__0_0.distcp"][:1000])
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store._fs, "put_file", die)
+        store.upload(here.complete()[0])
+    if address.startswith("file"):
+        names = [path.removeprefix(f"{root}/step-00000001/") for path in fs.find(f"{root}/step-00000001")]
+        assert "__0_0.distcp.part" in names
+        assert "__0_0.distcp" not in names
+    assert Remote(address).steps() == [2]
+    Remote(address).upload(here.complete()[0])
+    folder = f"{root}/step-00000001/"
+    assert {path.removeprefix(folder): fs.cat_file(path) for path in fs.find(folder)} == whole
+
+
+def test_parts_of_files_that_were_left_in_a_bucket_go(s3, tmp_path):
+    """Of this checkpoint alone: whoever has a bucket pays for them."""
+    here, store = checkpoints(tmp_path / "here", (1,)), Remote("s3://bucket/run")
+    for key in ("run/step-00000001/__0_0.distcp", "run/step-00000002/__0_0.distcp", "mine"):
+        store._fs.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+    store.upload(here.latest())
+    left = store._fs.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]
+    assert {each["Key"] for each in left} == {"run/step-00000002/__0_0.distcp", "mine"}
+
+
+def test_an_owner_is_written_whole_and_probes_of_killed_starts_go(address, monkeypatch):
+    fs, root = at(address)
+    store = Remote(address)
+    store.own({"id": "first"})
+    fs.pipe_file(f"{root}/.probe-01234567", b"probe")
+    store.own({"id": "second"})
+    assert store.owner() == {"id": "second"}
+    assert [path.rpartition("/")[2] for path in fs.ls(root, detail=False)] == ["owner.json"]
+    if address.startswith("file"):
+
+        def die(path, data):
+            with open(path, "wb") as file:
+                file.write(data[:5])
+            raise Killed
+
+        monkeypatch.setattr(store._fs, "pipe_file", die)
+        with pytest.raises(Killed):
+            store.own({"id": "third"})
+        assert store.owner() == {"id": "second"}
+
+
+def test_file_systems_that_rename_get_files_whole(tmp_path, monkeypatch):
+    """sftp, hdfs, smb: by a stand-in whose move replaces nothing."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    here, store, moved = checkpoints(tmp_path / "here", (1,)), Remote(f"file://{tmp_path}/store"), []
+
+    class Renaming(LocalFileSystem):
+        def mv(self, old, new, **kwargs):
+            assert not self.exists(new)
+            moved.append(name_in(new))
+            super().mv(old, new)
+
+    store._fs, store.address = Renaming(), f"sftp://host{tmp_path}/store"
+    store.upload(here.latest())
+    with here.writing(1, {"step": 1, "again": True}) as path:
+        (path / "__0_0.distcp").write_bytes(b"x")
+    store.upload(here.latest())
+    assert contents(tmp_path / "store" / "step-00000001") == contents(here.latest())
+    assert moved.count("__0_0.distcp") == moved.count("trainer.json") == 2
 
 
 def test_damage_there_is_not_copied_for_ever(tmp_path):

@@ -148,7 +148,7 @@ POINTS = {
     "all parts are there": (1, lambda: before(folder.checksums, "take")),
     "without a marker": (0, lambda: before(folder, "write_json")),
     "without a name": (0, lambda: before(Checkpoints, "_put_in_place")),
-    "with a name": (0, lambda: before(Checkpoints, "prune")),
+    "with a name": (0, lambda: before(Checkpoints, "prune", lambda: second() and not uploading())),
     "copied in part": (0, copied_in_part),
     "the marker copied in part": (0, lambda: setattr(Remote, "_put", half_copied)),
     "copied, and not removed": (0, lambda: before(Checkpoints, "prune", uploading)),

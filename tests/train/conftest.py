@@ -1,6 +1,7 @@
 """Small runs, in this process."""
 
 import pytest
+from accelerate import Accelerator
 from helpers import forget_accelerate
 
 from anon_dist.train import loop
@@ -56,3 +57,31 @@ def train():
         return loop.train(config)
 
     return run
+
+
+class Tracker:
+    """Keeps what it is told: (values, step)."""
+
+    name = "mine"
+
+    def __init__(self):
+        self.told = []
+
+    def log(self, values, step):
+        self.told.append((values, step))
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """A tracker of all runs of a test."""
+    found, begin = Tracker(), Accelerator.init_trackers
+
+    def init(accelerator, *args, **kwargs):
+        begin(accelerator, *args, **kwargs)
+        accelerator.trackers.append(found)
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init)
+    return found

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import resource
 
 import pytest
 
@@ -25,6 +26,29 @@ def test_a_resumed_run_repeats_no_line(tmp_path):
     file.write({"step": 4, "loss": 0.5})
     file.close()
     assert read_metrics(path) == [{"step": t, "loss": t / 3} for t in (1, 2, 3)] + [{"step": 4, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("cut_at_once", [True, False])
+def test_of_a_line_that_could_not_be_written_nothing_stays(cut_at_once, tmp_path, monkeypatch):
+    """The kernel writes as much of it as there is room for, before it refuses the rest; taking that out may be refused too."""
+    path, records = tmp_path / "metrics.jsonl", [{"step": t, "loss": t / 3} for t in (1, 2, 3)]
+    file = MetricsFile(path, 0)
+    file.write(records[0])
+    whole, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        if not cut_at_once:
+            patch.setattr(MetricsFile, "_cut", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                file.write(records[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(path.read_bytes()) == len(whole) + (0 if cut_at_once else 10)
+    for record in records[1:]:
+        file.write(record)
+    file.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records
 
 
 def test_lines_that_are_no_records_end_what_is_kept(tmp_path):

@@ -62,7 +62,7 @@ def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, t
     changes = {**OPTIMIZERS[optimizer], "model__dropout": 0.1}
     whole = train(run_config(**changes, run_dir=str(tmp_path / "whole")))
     config = run_config(**changes, run_dir=str(tmp_path / "crashed"))
-    for step in (2, 6, 9, 13):
+    for step in (2, 6, 11, 13):
         with monkeypatch.context() as patch, pytest.raises(Crash):
             if step == 13:
                 damage(tmp_path / "crashed" / "checkpoints" / "step-00000008", patch)
@@ -72,7 +72,8 @@ def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, t
     said = capsys.readouterr().out
     assert "step-00000008 is damaged, and set aside as step-00000008.damaged: " in said
     assert "random-00000.pt is damaged" in said
-    assert "steps 5 to 8 are lost, and taken again from" in said
+    assert "Take an earlier checkpoint" not in said  # which the run has done
+    assert "step-00000004: steps 5 to 10 are taken again" in said
     assert_same_run(whole, train(config))
     assert (tmp_path / "crashed" / "checkpoints" / "step-00000008.damaged" / ".metadata").exists()
 
@@ -599,8 +600,6 @@ def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, t
             train(run_config(train__steps=8, **changes))
         assert sorted(p for p in (folder / "checkpoints").rglob("*")) == files
 
-    refused(CheckpointError, r"step-00000005 is of another model: .*h\.2", model__layers=3)
-    refused(CheckpointError, r"step-00000005 cannot be loaded: .*[Ss]ize", model__width=64)
     refused(CheckpointError, r"another optimizer's state than AdamW's", optim__name="adamw")
     refused(DataError, r"keep the data seed", data__seed=1)
     refused(ConfigError, r"resume is never, but run_dir", resume="never")
@@ -690,3 +689,42 @@ def test_a_checkpoint_under_another_name_is_damaged(run_config, train, tmp_path,
     older.with_name("aside").rename(older)
     with pytest.raises(DamagedCheckpoint, match=r"is not what its name says: trainer\.json in it is of step"):
         train(run_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model__width": 64}, "model.width = 64, not 32. Keep model.width = 32"),
+        ({"model__layers": 1}, "model.layers = 1, not 2. Keep model.layers = 2"),
+        ({"model__heads": 4}, "model.heads = 4, not 2. Keep model.heads = 2"),
+        ({"model__hidden": 64}, "model.hidden = 64, not None. Keep model.hidden = None"),
+        (
+            {"model__pad_vocab_to": 512},
+            "a vocabulary of 512 by model.pad_vocab_to = 512 and the data's tokenizer, not ",
+        ),
+    ],
+)
+def test_another_model_is_refused_by_its_field(change, words, run_config, train):
+    """It is no damage: the command is wrong, and every checkpoint stays where it is."""
+    folder = train(run_config(train__steps=4))
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match=f"step-00000004 is of another model: this one has {words}") as error:
+        train(run_config(train__steps=8, **change))
+    assert str(error.value).endswith("or choose another run_dir to begin anew")
+    assert error.value.exit_code == 2
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+
+
+def test_a_change_of_basis_that_is_refused_is_told_with_what_can_be_done(run_config, train):
+    """Rows have groups of their own for tokens, which columns have not."""
+    folder = train(run_config(train__steps=4, optim__basis="rows"))
+    for basis in ("columns", None):
+        words = (
+            rf"optim.basis = {basis}, and .*step-0+4 was trained with rows. Keep optim.basis = rows, or set it to both,"
+        )
+        with pytest.raises(ConfigError, match=words) as error:
+            train(run_config(train__steps=8, optim__basis=basis))
+        assert error.value.exit_code == 2
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    train(run_config(train__steps=6, optim__basis="both"))  # as it says
+    train(run_config(train__steps=8, optim__basis="both"))

@@ -316,7 +316,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(run_config, train, 
     assert f"{newest} is damaged, and so is its copy: {address}/step-00000014/__0_0.distcp is damaged" in said
     assert f"step-00000012 has been copied from {address}" in said
     assert re.search(r"step-00000014 is damaged, and set aside as step-00000014.damaged-2: .*__0_0.distcp is dam", said)
-    assert "steps 13 to 14 are lost, and taken again from" in said
+    assert "step-00000012: steps 13 to 14 are taken again" in said
     assert metrics(folder)[-1] == metrics(whole)[-1]
     assert not checksums(newest).verify()
     train(config)  # what was damaged there is replaced

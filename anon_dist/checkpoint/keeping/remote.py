@@ -5,11 +5,14 @@ that a folder without it does not count, and removed first where a checkpoint is
 
 A file that is what one of the last checkpoint but one was is copied within the store, where nobody reads it: so only if that one was sent
 from here, never if it was such a copy itself, nor from the last. Damage there is in two checkpoints at the most, and never in the last two.
+
+Object stores show a file when all of it has arrived. Elsewhere it is written under another name, and renamed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +28,7 @@ from anon_dist.checkpoint.checksums import NAME, Checksums, checksums
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.keeping.folder import UNFINISHED, Checkpoints
 from anon_dist.checkpoint.keeping.names import PROGRESS, name_of, step_of
-from anon_dist.files import sync_tree
+from anon_dist.files import sync, sync_tree
 from anon_dist.stores import BUCKETS, is_address, open_store, scheme_of, tried
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -33,6 +36,12 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _THREADS = 4
 OWNER = "owner.json"
 """Whose the checkpoints at an address are; beside them."""
+_LOCAL = frozenset({"file", "local"})
+_RENAMING = frozenset({"sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb"})
+"""File systems whose move is a rename, of which some replace nothing."""
+_PART = ".part"
+"""Ends the name of a file that is being written."""
+_PROBE = ".probe-"
 _SMALL = 1 << 16
 """Bytes of a file that is not looked for among those that are there."""
 _T = TypeVar("_T")
@@ -114,18 +123,19 @@ class Remote:
         Raises:
             CheckpointError: that cannot be done.
         """
-        path = self._path(f".probe-{secrets.token_hex(4)}")
+        path = self._path(f"{_PROBE}{secrets.token_hex(4)}")
 
         def write() -> None:
             if not self._in_bucket:
                 self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(path, b"probe")
-            self._fs.rm_file(path)
+            with suppress(FileNotFoundError):  # another start may have cleared it away
+                self._fs.rm_file(path)
 
         self._tried(f"{self.address} cannot be written", write)
 
     def own(self, record: dict[str, Any]) -> None:
-        """Write whose the address is, over what was there.
+        """Write whose the address is, over what was there. What starts left there that were killed while they looked goes.
 
         Raises:
             CheckpointError: nothing can be written at the address.
@@ -134,7 +144,12 @@ class Remote:
         def write() -> None:
             if not self._in_bucket:
                 self._fs.makedirs(self._root, exist_ok=True)
-            self._fs.pipe_file(self._path(OWNER), (json.dumps(record) + "\n").encode())
+            said = (json.dumps(record) + "\n").encode()
+            self._whole(self._path(OWNER), lambda path: self._fs.pipe_file(path, said))
+            for path in map(str, self._fs.ls(self._root, detail=False)):
+                if path.rpartition("/")[2].startswith(_PROBE):
+                    with suppress(FileNotFoundError):
+                        self._fs.rm_file(path)
 
         self._tried(f"{self.address} cannot be written", write)
 
@@ -171,7 +186,13 @@ class Remote:
             raise DamagedCheckpoint(f"{checkpoint} is not copied to {self.address}: {damaged[0][1]}")
         self._last, self._sent = [known for known in self._last if known[0] != checkpoint.name], {}
         self._each([*sums.files, NAME], lambda name: self._put(checkpoint, name, sums))
+        self._tried(
+            f"{self.address}/{checkpoint.name} cannot be cleared",
+            lambda: self._clear(checkpoint.name, {*sums.files, NAME}),
+        )
         self._put(checkpoint, PROGRESS, sums)
+        if scheme_of(self.address) in _LOCAL:
+            sync(Path(self._root))
         self._last = [*self._last, (checkpoint.name, self._sent)][-2:]
 
     @property
@@ -206,17 +227,52 @@ class Remote:
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             if twin is not None:
                 with suppress(Exception):  # it is gone, or the store cannot copy
-                    self._fs.cp_file(twin, target)
-                    if self._size(target) == size:
-                        return
-            self._fs.put_file(str(source), target, callback=_Counting(self._count))
+                    self._whole(target, lambda path: self._fs.cp_file(twin, path), size)
+                    return
+            send = lambda path: self._fs.put_file(str(source), path, callback=_Counting(self._count))  # noqa: E731
+            self._whole(target, send, size)
             self._count(1)
-            if (there := self._size(target)) != size:
-                raise OSError(f"{target} has {there} bytes there, and {size} here")
             if key:
                 self._sent[key] = target
 
         self._tried(f"{source} cannot be copied to {self.address}", put)
+
+    def _whole(self, target: str, write: Callable[[str], object], size: int | None = None) -> None:
+        """Have a file there under its name when it is complete, and on the disk where that is ours.
+
+        Args:
+            write: it, under a name that it is given.
+            size: its bytes, where they are to be compared.
+        """
+        scheme = scheme_of(self.address)
+        path = target + _PART if scheme in _LOCAL | _RENAMING else target
+        write(path)
+        if size is not None and (there := self._size(path)) != size:
+            raise OSError(f"{path} has {there} bytes there, and {size} here")
+        if scheme in _LOCAL:
+            sync(Path(path))
+            os.replace(path, target)
+            sync(Path(target).parent)
+        elif path != target:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(target)
+            self._fs.mv(path, target)
+
+    def _clear(self, name: str, files: set[str]) -> None:
+        """Take away what an earlier copy of a checkpoint left that is none of its files: it was killed, or of another number of ranks."""
+        folder = self._path(name)
+        self._fs.invalidate_cache()
+        for path in map(str, self._fs.find(folder)):
+            if path.removeprefix(folder).lstrip("/") not in files:
+                self._fs.rm_file(path)
+        if scheme_of(self.address) in ("s3", "s3a"):
+            with suppress(Exception):  # who may write there may not always list these, for whose bytes one pays
+                bucket, _, key = folder.partition("/")
+                found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/").get("Uploads") or []
+                for each in found:
+                    self._fs.call_s3(
+                        "abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"]
+                    )
 
     def _size(self, path: str) -> int:
         self._fs.invalidate_cache()

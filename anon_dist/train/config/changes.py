@@ -84,6 +84,58 @@ def other_than_made(config: Config, made: Mapping[str, Any]) -> str | None:
     return ", ".join(found) or None
 
 
+SHAPE = {
+    "family": ("model_type",),
+    "layers": ("n_layer", "num_hidden_layers"),
+    "width": ("n_embd", "hidden_size"),
+    "heads": ("n_head", "num_attention_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "hidden": ("n_inner", "intermediate_size"),
+    "experts": ("num_local_experts",),
+    "tie_embeddings": ("tie_word_embeddings",),
+    "pad_vocab_to": ("vocab_size",),
+}
+"""Fields of `model` without which weights mean nothing, or something else, and their keys in transformers' configurations."""
+
+
+def check_shape(config: Config, shape: Mapping[str, Any], source: Path, progress: Mapping[str, Any]) -> None:
+    """That a checkpoint is of this model: the engine would take tensors of other sizes for damage, and other heads for the same.
+
+    Args:
+        shape: the model's configuration, as transformers writes it; a checkpoint's progress has one too.
+
+    Raises:
+        ConfigError: it is of another; with each field, both values and the remedy.
+    """
+    then = progress.get("model")
+    if not isinstance(then, Mapping):
+        return
+    keys = ((field, key) for field, names in SHAPE.items() for key in names if key in shape and key in then)
+    found = {field: (key, shape[key], then[key]) for field, key in keys if shape[key] != then[key]}
+    sizes = [field for field in found if getattr(config.model, field) is not None]  # others come of these
+    given = next((name for name in ("from_pretrained", "config") if getattr(config.model, name) is not None), None)
+    told, kept = [], []
+    for field, (key, now, before) in found.items():
+        if given is not None:
+            told.append(f"{key} = {now!r} by model.{given} = {getattr(config.model, given)}, not {before!r}")
+            kept.append(f"what has {key} = {before!r}")
+        elif field == "pad_vocab_to":
+            told.append(
+                f"a vocabulary of {now} by model.pad_vocab_to = {config.model.pad_vocab_to} and the data's tokenizer, not {before}"
+            )
+            kept.append("model.pad_vocab_to and the tokenizer")
+        elif field in sizes or not sizes:
+            told.append(f"model.{field} = {now!r}, not {before!r}")
+            kept.append(f"model.{field} = {before!r}")
+    if told:
+        other = "run_dir and checkpoint.remote" if config.checkpoint.remote else "run_dir"
+        raise ConfigError(
+            f"{source} is of another model: this one has {'; '.join(told)}. Keep {' and '.join(kept)}, or choose another {other} to begin "
+            "anew"
+        )
+
+
 def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -> None:
     """That GPT-2's positions, which are learned, are as many as in a checkpoint; other families' are computed.
 
@@ -100,6 +152,17 @@ def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -
         f"others. Keep model.context = {old}, and data.seq_len no longer than that; a longer context wants a new run, of a family whose "
         "positions are computed (llama, say)"
     )
+
+
+def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> str | None:
+    """What may have an engine refuse a checkpoint's state, in the configuration's words: a change of `optim.basis`, with the remedy."""
+    before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
+    now, then = config.optim.basis, before.get("basis")
+    if "basis" not in before or now == then:
+        return None
+    other = ", or set it to both," if then == "rows" else ""  # which has the same groups
+    remedy = f"Keep optim.basis = {then}{other} or choose another run_dir to begin anew"
+    return f"optim.basis = {now}, and {source} was trained with {then}. {remedy}"
 
 
 def _beside(source: Path) -> Mapping[str, Any] | None:

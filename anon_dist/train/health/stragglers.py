@@ -10,7 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from anon_dist.train.reports.metrics import Record
 SLOWER = 1.1
 """A host is slow that works so many times as long as the median of the others,"""
 LONG = 100
-"""for so many steps."""
+"""over so many steps."""
 
 
 class Stragglers:
@@ -44,7 +45,9 @@ class Stragglers:
             dist.all_gather_object(self._hosts, socket.gethostname())
         self._last_gradient = 0.0
         self._recorded = -1
-        self._slow: tuple[str, int] = ("", 0)
+        self._recent: deque[tuple[int, list[float]]] = deque()
+        """Of the last records, which cover `LONG` steps: how many steps each is of, and each rank's work."""
+        self._unjudged = 0
 
     @contextmanager
     def watching(self, model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -122,7 +125,7 @@ class Stragglers:
         return torch.cat([losses, places.flatten().to(losses.device, non_blocking=True)])
 
     def read(self, places: list[float], steps: int) -> tuple[Record, str | None]:
-        """What of the sums is behind the losses: as metrics; and a line, if one host has been slow for long."""
+        """What of the sums is behind the losses: as metrics; and, on the first rank, a line if one host has been slow for long."""
         work, waits = places[: len(self._hosts)], places[len(self._hosts) :]
         slowest = max(range(len(work)), key=work.__getitem__)
         if len(work) == 1:
@@ -135,25 +138,44 @@ class Stragglers:
             "slowest_host": self._hosts[slowest],
             "peers_wait_s": median(waits),
         }
-        return record, self._line(work, steps)
+        return record, self._line(work, steps) if self._rank == 0 else None
 
     def _line(self, work: list[float], steps: int) -> str | None:
+        """Each rank's usual work in both halves of the last `LONG` steps, of two records at least, is compared: one step, or record, may be
+        slow by chance. A tenth of that passes between two looks, each of which may be a false alarm; after a line all begins anew."""
+        recent = self._recent
+        recent.append((steps, work))
+        self._unjudged += steps
+        while len(recent) > 2 and sum(count for count, _ in recent) - recent[0][0] >= LONG:
+            recent.popleft()
+        covered = sum(count for count, _ in recent)
+        if len(recent) < 2 or covered < LONG or self._unjudged < LONG / 10:
+            return None
+        self._unjudged = 0
+        records, half = [work for _, work in recent], len(recent) // 2
+        parts = [self._slowest(records[:half]), self._slowest(records[half:])]
+        name, seconds, others = self._slowest(records)
+        if any(part[0] != name or part[1] < SLOWER * part[2] for part in parts):
+            return None
+        recent.clear()
+        return f"{name} was the slowest over the last {covered} steps: {seconds:.4g} s of work a step, the others {others:.4g} s"
+
+    def _slowest(self, records: list[list[float]]) -> tuple[str, float, float]:
+        """The host, or of a single one the rank, that usually works longest in these records; how long, and the median of the others."""
         several = len(set(self._hosts)) > 1
         names = self._hosts if several else [f"rank {rank} on {host}" for rank, host in enumerate(self._hosts)]
         longest: dict[str, float] = {}
-        for name, seconds in zip(names, work, strict=True):
-            longest[name] = max(longest.get(name, 0.0), seconds)
+        for name, values in zip(names, zip(*records, strict=True), strict=True):
+            longest[name] = max(longest.get(name, 0.0), _usual(values))
         name = max(longest, key=longest.__getitem__)
-        usual = median(seconds for other, seconds in longest.items() if other != name)
-        if longest[name] < SLOWER * usual:
-            self._slow = ("", 0)
-            return None
-        self._slow = (name, steps + (self._slow[1] if self._slow[0] == name else 0))
-        if self._slow[1] < LONG:
-            return None
-        text = f"{name} has been the slowest for {self._slow[1]} steps: {longest[name]:.4g} s of work a step, the others {usual:.4g} s"
-        self._slow = ("", 0)
-        return text
+        return name, longest[name], median(seconds for other, seconds in longest.items() if other != name)
+
+
+def _usual(values: Sequence[float]) -> float:
+    """The mean without the fifth that is least and that which is greatest, of which the latter is rounded up: of two, the lesser."""
+    ordered, number = sorted(values), len(values)
+    kept = ordered[number // 5 : max(number // 5 + 1, number - -(-number // 5))]
+    return sum(kept) / len(kept)
 
 
 def time_collectives() -> None:

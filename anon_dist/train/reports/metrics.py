@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,15 +65,36 @@ class MetricsFile:
             file.seek(sum(len(line) for line, _ in lines[:first]))
             file.write(later)
             file.truncate()
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._whole, self._torn = self._file.seek(0, os.SEEK_END), False
 
     def write(self, record: Record) -> None:
-        """Append a record, as a line."""
-        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        """Append a record, as a line. If that fails nothing of it stays: not now, or not once the next one is written."""
+        line = _line(record)
+        if self._torn:
+            self._cut()
+        self._torn, left = True, memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                self._cut()
+            raise
+        self._torn, self._whole = False, self._whole + len(line)
+
+    def _cut(self) -> None:
+        """Take out what there is of a line that could not be written."""
+        self._file.truncate(self._whole)
+        self._torn = False
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(to_json(record), allow_nan=False) + "\n").encode()
 
 
 def add_metrics(path: Path, record: Record) -> None:
@@ -85,7 +107,7 @@ def add_metrics(path: Path, record: Record) -> None:
     with path.open("r+b") as file:
         file.seek(data.rfind(b"\n") + 1)  # a line torn by a kill goes
         file.truncate()
-        file.write((json.dumps(to_json(record), allow_nan=False) + "\n").encode())
+        file.write(_line(record))
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -76,9 +76,9 @@ def fetch_again(config: Config, checkpoints: Checkpoints, damaged: Path, error: 
             fetch_into(remote, step_of(damaged), checkpoints)
         except DamagedCheckpoint as another:
             kept.rename(damaged)
-            _say(f"WARNING: {damaged} is damaged, and so is its copy: {another}")
+            _say(f"WARNING: {damaged} is damaged, and so is its copy: {another.damage}")
             return False
-        _say(f"WARNING: {damaged} is damaged, and set aside as {kept.name}: {error}")
+        _say(f"WARNING: {damaged} is damaged, and set aside as {kept.name}: {error.damage}")
         _say(f"{damaged.name} has been copied from {remote.address}")
         return True
 
@@ -185,7 +185,7 @@ def _fetch_between(remote: Remote, checkpoints: Checkpoints, above: int, below: 
         try:
             fetched = fetch_into(remote, step, checkpoints)
         except DamagedCheckpoint as error:
-            _say(f"WARNING: {error}")
+            _say(f"WARNING: {error.damage}")
             continue
         _say(f"{fetched.name} has been copied from {remote.address}")
         return fetched
