@@ -50,7 +50,7 @@ from anon_dist.train.reports.metrics import from_json, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "base.yaml"
-STEPS = 2000
+STEPS, SEQUENCES = 2000, 8
 COMMON = "--train.precision fp32 --eval.every 250 --log.every 25"
 PRESET = "--optim.refresh-ratio 1.03 --optim.beta3 0.93 --optim.window 64 --optim.nesterov True"
 OFTEN = "--optim.betas 0.95 0.95 --optim.max-interval 4"
@@ -63,6 +63,8 @@ OPTIONS = {
     "element": PRESET,
     "columns": f"{PRESET} {OFTEN} --optim.basis columns",
     "both": f"{PRESET} {OFTEN} --optim.basis both",
+    "both64": f"{PRESET} {OFTEN} --optim.basis both --optim.basis-block 64",
+    "both32": f"{PRESET} {OFTEN} --optim.basis both --optim.basis-block 32",
 }
 LABELS = {
     "adamw": "AdamW",
@@ -72,8 +74,10 @@ LABELS = {
     "element": "Anon, by element",
     "columns": "Anon, columns",
     "both": "Anon, both sides",
+    "both64": "Anon, both, blocks of 64",
+    "both32": "Anon, both, blocks of 32",
 }
-FIELDS = ("corpus", "optimizer", "steps", "lr", "seed", "loss", "bits_per_byte")
+FIELDS = ("corpus", "optimizer", "batch_tokens", "steps", "lr", "seed", "loss", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,20 @@ class Entry:
     lr: float
     seed: int = 0
     steps: int = STEPS
+    sequences: int = SEQUENCES
+    """Of 128 tokens, a step."""
 
     @property
     def folder(self) -> str:
         """Its name below the corpus's folder."""
-        return f"{self.optimizer}-{self.steps}-lr{self.lr:g}-s{self.seed}"
+        batch = f"-b{self.sequences}" if self.sequences != SEQUENCES else ""
+        return f"{self.optimizer}-{self.steps}{batch}-lr{self.lr:g}-s{self.seed}"
 
     def args(self, data: str, out: Path) -> list[str]:
         """Of `anon-dist train`: a warm-up of 15% of the steps, then a cosine to a tenth."""
         seeds = f"--train.seed {self.seed} --data.seed {self.seed} --data.path {data} --run-dir {out / self.folder}"
         length = f"--train.steps {self.steps} --schedule.warmup-steps {self.steps * 3 // 20}"
+        length += f" --train.global-batch {self.sequences} --train.micro-batch {self.sequences}"
         return f"--config {CONFIG} {seeds} --optim.lr {self.lr:g} {length} {COMMON} {OPTIONS[self.optimizer]}".split()
 
 
@@ -108,6 +116,8 @@ RATES = {
 }
 ENTRIES = [Entry(o, lr, seed) for seed in (0, 1) for o, rates in RATES.items() for lr in rates]
 ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
+ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "both32")]
+ENTRIES += [Entry("nadamw", lr, 0, 750, 32) for lr in (4e-3, 6e-3, 8e-3)] + [Entry("columns", 6e-3, 0, 560, 32)]
 
 
 class Several(Optimizer):
@@ -191,11 +201,12 @@ def collect(out: Path, results: Path) -> None:
         config, name = result["config"], path.parent.name.partition("-")[0]
         if result["step"] < config["train"]["steps"]:
             continue
-        key = (path.parts[-3], name, config["train"]["steps"], config["optim"]["lr"], config["train"]["seed"])
+        batch, steps = config["train"]["global_batch"] * config["data"]["seq_len"], config["train"]["steps"]
+        key = (path.parts[-3], name, batch, steps, config["optim"]["lr"], config["train"]["seed"])
         rows.append((*key, result["final_loss"], result["final_bits_per_byte"]))
         points = {r["step"]: r["val_loss"] for r in read_metrics(path.parent / "metrics.jsonl") if "val_loss" in r}
         curves += [(*key, step, loss) for step, loss in points.items()]
-    for file, head, lines in (("runs", FIELDS, rows), ("curves", (*FIELDS[:5], "step", "val_loss"), curves)):
+    for file, head, lines in (("runs", FIELDS, rows), ("curves", (*FIELDS[:6], "step", "val_loss"), curves)):
         with (results / f"{file}.csv").open("w", newline="") as f:
             csv.writer(f).writerows([head, *lines])
 
@@ -208,23 +219,27 @@ def read(results: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
         yield corpus, list(lines)
 
 
-def means(rows: list[dict[str, str]]) -> dict[tuple[str, int], dict[float, list[float]]]:
-    """(optimizer, steps) → learning rate → the losses of its seeds."""
-    found: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def means(rows: list[dict[str, str]]) -> dict[tuple[str, int, int], dict[float, list[float]]]:
+    """(optimizer, tokens a step, steps) → learning rate → the losses of its seeds."""
+    found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in rows:
-        found[r["optimizer"], int(r["steps"])][float(r["lr"])].append(float(r["loss"]))
+        found[r["optimizer"], int(r["batch_tokens"]), int(r["steps"])][float(r["lr"])].append(float(r["loss"]))
     return found
 
 
 def table(results: Path) -> None:
-    """Last losses on the whole validation split, nats per token: means over seeds, and the difference from the best AdamW with Nesterov."""
+    """Last losses on the whole validation split, nats per token: means over seeds, and the difference from the best AdamW with Nesterov
+    of that batch."""
     for corpus, rows in read(results):
         found = means(rows)
         rates = sorted({rate for losses in found.values() for rate in losses})
-        base = min((mean(v) for (o, steps), x in found.items() if o == "nadamw" for v in x.values()), default=None)
-        shown = Table("optimizer", "steps", *(f"lr {rate:g}" for rate in rates), "best − AdamW's", box=MARKDOWN)
-        for optimizer, steps in sorted(found, key=lambda k: (list(LABELS).index(k[0]), -k[1])):
-            losses = found[optimizer, steps]
+        shown = Table(
+            "optimizer", "tokens", "steps", *(f"lr {rate:g}" for rate in rates), "best − AdamW's", box=MARKDOWN
+        )
+        for optimizer, batch, steps in sorted(found, key=lambda k: (k[1], list(LABELS).index(k[0]), -k[2])):
+            losses = found[optimizer, batch, steps]
+            peers = [mean(v) for (o, b, _), x in found.items() if (o, b) == ("nadamw", batch) for v in x.values()]
+            base = min(peers, default=None)
             cells = [
                 f"{mean(losses[r]):.3f}" + (f" ({len(losses[r])} seeds)" if len(losses[r]) > 1 else "")
                 if r in losses
@@ -232,7 +247,9 @@ def table(results: Path) -> None:
                 for r in rates
             ]
             best = min(mean(v) for v in losses.values())
-            shown.add_row(LABELS[optimizer], str(steps), *cells, "" if base is None else f"{best - base:+.3f}")
+            shown.add_row(
+                LABELS[optimizer], f"{batch:,}", str(steps), *cells, "" if base is None else f"{best - base:+.3f}"
+            )
         print(f"\n{corpus}\n")
         Console(width=200).print(shown)
 
@@ -259,12 +276,12 @@ def plot(results: Path, out: Path) -> None:
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
         found = means(rows)
         for name, (colour, dashes) in styles.items():
-            if not (losses := found.get((name, STEPS))):
+            if not (losses := found.get((name, SEQUENCES * 128, STEPS))):
                 continue
             lr = min(losses, key=lambda rate: mean(losses[rate]))
-            key = (corpus, name, str(STEPS), lr, "0")
-            points = [c for c in curves if (c["corpus"], c["optimizer"], c["steps"], float(c["lr"]), c["seed"]) == key]
-            x = [int(c["step"]) * 1024 / 1e6 for c in points]
+            key = (corpus, name, str(SEQUENCES * 128), str(STEPS), lr, "0")
+            points = [c for c in curves if (*(c[f] for f in FIELDS[:4]), float(c["lr"]), c["seed"]) == key]
+            x = [int(c["step"]) * SEQUENCES * 128 / 1e6 for c in points]
             axis.plot(x, [float(c["val_loss"]) for c in points], color=colour, ls=dashes, label=LABELS[name])
         axis.set(title=corpus, xlabel="tokens (millions)", ylabel="validation loss (nats per token)")
         axis.grid(alpha=0.3)
