@@ -150,6 +150,8 @@ def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
     """
     try:
         progress = loads(path.read_text(encoding="utf-8"))
+        if not isinstance(progress, dict):
+            raise ValueError("it is no JSON object")
         sums = progress.pop(_SEAL, None)
         if sums is None:
             if (path.parent / NAME).exists():

@@ -69,9 +69,17 @@ class Records:
             )
 
     def settle(self) -> None:
-        """Write what is kept; if that fails all ranks are to end. Before a checkpoint."""
-        if error := self._write():
+        """Write what is kept, and see that the file is there; if that fails all ranks are to end. Before a checkpoint."""
+        if error := self._write() or self._confirm():
             self._end(error)
+
+    def _confirm(self) -> OSError | None:
+        try:
+            if self._file is not None and (mended := self._file.confirm()):
+                log.warning("%s", mended)
+        except OSError as error:
+            return error
+        return None
 
     def _write(self) -> OSError | None:
         """What could not be written yet, in its order; the error, if that goes on."""
@@ -110,6 +118,8 @@ class Records:
                 "%s lacks %d records: %s. They are of steps after the last checkpoint, or of its saves",
                 *(self._path, len(self._unwritten), describe(error)),
             )
+        elif error := self._confirm():
+            log.error("%s: %s", self._path, describe(error))
         self._file.close()
         for tracker in self._run.accelerator.trackers:
             with contextlib.suppress(OSError):  # of a full disk, which has been said
@@ -128,6 +138,9 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[R
     def begin() -> None:
         """Open the file, and begin with the trackers."""
         file = MetricsFile(path, run.step)
+        if file.damaged:
+            some = ", ".join(map(str, file.damaged[:8]))
+            log.warning("%s: %d damaged lines are passed over: %s", path, len(file.damaged), some)
         try:
             run.accelerator.init_trackers(run.config.log.project, init_kwargs=settings)
             for record in unrecorded(run, read_metrics(path)):

@@ -142,3 +142,13 @@ def test_folders_that_cannot_be_written_are_named(tmp_path):
         assert f"run_dir = {folder} cannot be written: " in str(refused.value)
         assert words in str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_was_moved_is_said(tmp_path):
+    folder = tmp_path / "run"
+    lock = RunLock(folder)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(RunError, match="is gone: it was moved or removed while the run was at work"):
+        lock.confirm()
+    lock.release()
+    assert not folder.exists()

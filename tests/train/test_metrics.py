@@ -51,15 +51,15 @@ def test_of_a_line_that_could_not_be_written_nothing_stays(cut_at_once, tmp_path
     assert [json.loads(line) for line in path.read_text().splitlines()] == records
 
 
-def test_lines_that_are_no_records_end_what_is_kept(tmp_path):
-    """A line without its end may be half a number; what follows a line that cannot be read has no place."""
+def test_last_lines_that_are_no_records_are_taken_out(tmp_path):
+    """A line without its end may be half a number."""
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 0.5}\n'
     for tail in (
         b'{"step": 2, "loss": 0.2',
         b'{"step": 2}',
-        b"\xff\n" + good,
-        b"[2]\n",
+        b"\xff\n",
+        b"[2]\n" + b"\0" * 40,
         b"{}\n",
         b'{"step": 1, "final_loss": 1}\n',
     ):
@@ -68,6 +68,65 @@ def test_lines_that_are_no_records_end_what_is_kept(tmp_path):
         file.write({"step": 2, "loss": 0.25})
         file.close()
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+@pytest.mark.parametrize("damage", [b'{"step: 2, "loss": 0.6}', b"\xff", b"", b'{"step": "2"}', b"{}"])
+def test_a_damaged_line_takes_no_other_with_it(damage, tmp_path):
+    """It stays where it is: some of it may be of use to a person."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": t, "loss": t / 3}).encode() for t in range(1, 8)]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    file = MetricsFile(path, 5)
+    assert file.damaged == [2]
+    file.write({"step": 6, "loss": 0.25})
+    file.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 3, 4, 5, 6]
+    assert path.read_bytes().splitlines()[:5] == [lines[0], damage, *lines[2:5]]
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "empty instead"])
+def test_a_file_that_was_taken_away_is_written_anew(how, tmp_path):
+    path, records = tmp_path / "metrics.jsonl", [{"step": t, "loss": t / 3} for t in range(1, 5)]
+    file = MetricsFile(path, 0)
+    for record in records[:2]:
+        file.write(record)
+    assert file.confirm() is None
+    path.unlink() if how == "removed" else path.rename(tmp_path / "old.jsonl")
+    if how == "empty instead":
+        path.touch()
+    file.write(records[2])
+    assert "taken away" in file.confirm()
+    assert file.confirm() is None
+    file.write(records[3])
+    file.close()
+    assert read_metrics(path) == records
+
+
+def test_a_file_in_whose_place_is_something_else_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.write({"step": 1, "loss": 0.5})
+    path.rename(tmp_path / "old.jsonl")
+    path.mkdir()
+    with pytest.raises(FileExistsError, match="something else has its name"):
+        file.confirm()
+    path.rmdir()
+    path.write_text("mine\n")
+    with pytest.raises(FileExistsError, match="something else has its name"):
+        file.confirm()
+    assert path.read_text() == "mine\n"
+    file.close()
+
+
+def test_a_file_that_was_cut_is_said_and_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.write({"step": 1, "loss": 0.5})
+    path.write_bytes(b"")
+    assert "25 bytes" in file.confirm()
+    file.write({"step": 2, "loss": 0.5})
+    file.close()
+    assert read_metrics(path) == [{"step": 2, "loss": 0.5}]
 
 
 def test_what_is_no_finite_number_is_strict_json_and_comes_back(tmp_path):

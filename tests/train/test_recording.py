@@ -1,6 +1,7 @@
 """A run whose metrics cannot be written for a while: they are kept, and each is written and told once."""
 
 import json
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -8,7 +9,7 @@ from helpers import at_step, metrics
 
 from anon_dist.train import recording
 from anon_dist.train.config.errors import RunError
-from anon_dist.train.reports.metrics import MetricsFile
+from anon_dist.train.reports.metrics import MetricsFile, read_metrics
 
 FULL = OSError(28, "No space left on device")
 
@@ -105,3 +106,28 @@ def test_a_tracker_that_cannot_write_ends_no_run(run_config, train, monkeypatch,
         "tensorboard could not be written: [Errno 28] No space left on device. It gets no more records of this start; "
         "metrics.jsonl has all"
     ]
+
+
+def test_a_file_that_is_taken_away_while_the_run_is_at_work_is_whole_at_the_end(
+    run_config, train, tmp_path, monkeypatch, caplog
+):
+    whole = train(run_config(run_dir=str(tmp_path / "whole")))
+    config = run_config()
+    path = Path(config.run_dir) / "metrics.jsonl"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, path.unlink)
+        folder = train(config)
+    assert metrics(folder) == metrics(whole)
+    assert "was taken away while the run was at work, and is written anew" in caplog.text
+
+
+def test_a_damaged_line_is_said_and_the_others_stay(run_config, train, tmp_path, caplog):
+    whole = train(run_config(run_dir=str(tmp_path / "whole")))
+    folder = train(run_config(train__steps=8))
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1].replace(b'"', b"", 1), *lines[2:]]))
+    train(run_config())
+    assert "1 damaged lines are passed over: 2" in caplog.text
+    kept = {record["step"] for record in read_metrics(path)}
+    assert kept == {record["step"] for record in metrics(whole)} - {2}

@@ -30,7 +30,7 @@ class StopSignal:
     """Whether the run should stop, agreed on by all ranks.
 
     A signal may reach one rank only, or the ranks between different steps; a launcher that is killed has told nobody, and its ranks would
-    train on with nobody to stop or restart them. Each step starts an all-reduce of one number between the hosts, and reads the one of
+    train on with nobody to stop or restart them. Each step starts an all-reduce of three numbers between the hosts, and reads the one of
     the step before, so that nobody waits. While the block is active the signals' old handlers are replaced.
 
     Args:
@@ -45,6 +45,8 @@ class StopSignal:
         self.unsaved = False
         """Whether, as all ranks know, a save in the background has failed."""
         self._agreed = GO_ON
+        self._elsewhere = 0
+        """A rank · 128 + the signal that it got; the largest, as all ranks know. 0: none."""
         self._group = None
         if dist.is_initialized() and dist.get_backend() != "gloo":
             with peers.connecting():
@@ -83,7 +85,8 @@ class StopSignal:
             self._agreed, self.unsaved = own, unsaved
         else:
             self._agreed, self.unsaved = self._finish()
-            flags = torch.tensor([float(own), float(unsaved)])
+            got = 0 if self.received is None else dist.get_rank() * 128 + self.received
+            flags = torch.tensor([own, unsaved, got], dtype=torch.float64)
             work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._pending = (work, flags)
         if self._agreed == FAILED:
@@ -106,7 +109,10 @@ class StopSignal:
             return self.received.name
         if LAUNCHER is not None and LAUNCHER.gone:
             return f"the end of its launcher ({LAUNCHER.name}, process {LAUNCHER.pid})"
-        return "the end of another node's launcher" if self._agreed == ORPHANED else "a signal on another rank"
+        if self._elsewhere:
+            rank, number = divmod(self._elsewhere, 128)
+            return f"{signal.Signals(number).name} on rank {rank}"
+        return "the end of another node's launcher"
 
     def _own(self) -> int:
         if self.failure is not None:
@@ -121,6 +127,7 @@ class StopSignal:
         work, flags = self._pending
         self._pending = None
         work.wait()
+        self._elsewhere = max(self._elsewhere, int(flags[2]))
         return int(flags[0]), bool(flags[1])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -50,23 +52,29 @@ def from_json(record: Record) -> Record:
 class MetricsFile:
     """`metrics.jsonl`: a JSON object a line, by step. A resumed run first takes out the lines of steps it will repeat.
 
-    In place: that takes no room on a full disk. What `anon-dist eval` added of earlier checkpoints stays, though it stands behind them.
+    In place: that takes no room on a full disk. What `anon-dist eval` added of earlier checkpoints stays, though it stands behind them, and
+    so does a damaged line that others follow: readers pass it over.
 
     Raises:
         OSError: of any method.
     """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        lines = list(_records(path))
-        stays = [record["step"] <= resumed_at and "final_loss" not in record for _, record in lines]
+        lines = _lines(path)
+        while lines and lines[-1][1] is None:  # torn by a kill
+            lines.pop()
+        self.damaged = [number for number, (_, record) in enumerate(lines, 1) if record is None]
+        """Numbers of the lines that are no records."""
+        stays = [r is None or (r["step"] <= resumed_at and "final_loss" not in r) for _, r in lines]
         first = stays.index(False) if False in stays else len(lines)
         later = b"".join(line for (line, _), kept in zip(lines[first:], stays[first:], strict=True) if kept)
         with path.open("r+b" if path.exists() else "wb") as file:
             file.seek(sum(len(line) for line, _ in lines[:first]))
             file.write(later)
             file.truncate()
-        self._file = path.open("ab", buffering=0)
-        self._whole, self._torn = self._file.seek(0, os.SEEK_END), False
+        self._path, self._torn = path, False
+        self._file = path.open("a+b", buffering=0)
+        self._whole = self._file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
         """Append a record, as a line. If that fails nothing of it stays: not now, or not once the next one is written."""
@@ -82,6 +90,34 @@ class MetricsFile:
                 self._cut()
             raise
         self._torn, self._whole = False, self._whole + len(line)
+
+    def confirm(self) -> str | None:
+        """See that the file still has its name. If somebody took it away, or made it empty, it is written anew.
+
+        Returns:
+            What was mended.
+
+        Raises:
+            OSError: it cannot be written, or something else has the name.
+        """
+        own = os.fstat(self._file.fileno())
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            there = None
+        if there is not None and (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+            if own.st_size >= self._whole:
+                return None
+            lost, self._whole = self._whole - own.st_size, own.st_size
+            return f"another process has cut {lost:,} bytes off {self._path}; they are lost"
+        if there is not None and not (stat.S_ISREG(there.st_mode) and there.st_size == 0):
+            raise FileExistsError(errno.EEXIST, "it was moved, and something else has its name", str(self._path))
+        records = os.pread(self._file.fileno(), self._whole, 0)
+        new = self._path.open("a+b", buffering=0)
+        new.write(records)
+        self._file.close()
+        self._file, self._torn = new, False
+        return f"{self._path} was taken away while the run was at work, and is written anew with all its records"
 
     def _cut(self) -> None:
         """Take out what there is of a line that could not be written."""
@@ -112,22 +148,20 @@ def add_metrics(path: Path, record: Record) -> None:
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics file; a line torn by a kill, or damaged, is left out."""
+    return [record for _, record in _lines(path) if record is not None]
+
+
+def _lines(path: Path) -> list[tuple[bytes, Record | None]]:
+    """All lines, and what they say; None: it is no record."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [record for line in lines if (record := _record(line)) is not None]
-
-
-def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """Lines up to the first that is no record, and what they say."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if (record := _record(line)) is None:
-            return
-        yield line, record
+    return [(line, _record(line)) for line in lines]
 
 
 def _record(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-        return from_json(record) if line.endswith(b"\n") and isinstance(record, dict) and "step" in record else None
+        whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+        return from_json(record) if whole else None
     except ValueError:
         return None
 

@@ -106,10 +106,14 @@ class RunLock:
         """To be called before anything of the run is replaced. A file that somebody removed, and no other run made anew, is made anew.
 
         Raises:
-            RunError: the folder is another run's now, which was told that this one is dead.
+            RunError: the folder is another run's now, which was told that this one is dead; or it is gone.
         """
         if self._is_ours():
             return
+        if not self.path.parent.exists():
+            raise RunError(
+                f"{self._called} = {self.path.parent} is gone: it was moved or removed while the run was at work"
+            )
         if not os.path.lexists(self.path):
             self._file, _ = (
                 self._open()
