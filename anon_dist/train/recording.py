@@ -118,6 +118,7 @@ class Records:
                 "%s lacks %d records: %s. They are of steps after the last checkpoint, or of its saves",
                 *(self._path, len(self._unwritten), describe(error)),
             )
+            self._end(error)  # no results of a run that is not recorded
         elif error := self._confirm():
             log.error("%s: %s", self._path, describe(error))
         self._file.close()
