@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from anon_dist.doctor.place import Place
     from anon_dist.doctor.report import Report
     from anon_dist.train.config.parsing import Config
+
+VERDICT_SECONDS = 120.0
 
 
 def run(options: Doctor, rest: Sequence[str]) -> int:
@@ -28,7 +29,7 @@ def run(options: Doctor, rest: Sequence[str]) -> int:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch warns of, a finding says
     from anon_dist.doctor.over_ssh import examine_all
-    from anon_dist.doctor.place import PlaceError, find
+    from anon_dist.doctor.place import PlaceError, find, is_known
     from anon_dist.train.config.parsing import ConfigError, parse_args
 
     try:
@@ -41,7 +42,19 @@ def run(options: Doctor, rest: Sequence[str]) -> int:
         return 2
     if place is None:
         return 0
+    if place.nodes > 1 and not is_known(place.address):
+        print(_unknown(place, options.wait), file=sys.stderr, flush=True)
+        if place.rank == 0:
+            return 1
     return _on_this_node(options, config, place)
+
+
+def _unknown(place: Place, wait: float) -> str:
+    """What to say where node 0's name leads nowhere: a node's own name will not become known, that of another may."""
+    remedy = "give --master-addr (MASTER_ADDR), a name or an address of node 0 that all nodes know"
+    if place.rank == 0:
+        return f"error: node 0's name, {place.address}, is not known on node 0: {remedy}"
+    return f"node 0's name, {place.address}, is not known on this node {place.rank} yet; waiting up to {wait:.0f} s for it. Or {remedy}"
 
 
 def _own_options() -> list[str]:
@@ -69,12 +82,9 @@ def _on_this_node(options: Doctor, config: Config | None, place: Place) -> int:
         meeting.store.set("verdict", str(code))
         meeting.leave()
         return code
-    end = time.monotonic() + 120
-    while not meeting.store.check(["verdict"]):
-        if time.monotonic() > end:
-            print("node 0 does not say what was found; see what it says there", file=sys.stderr)
-            return 1
-        time.sleep(0.1)
+    if not meeting.comes("verdict", VERDICT_SECONDS, "what node 0 found"):
+        print("node 0 does not say what was found; see what it says there", file=sys.stderr)
+        return 1
     code = int(meeting.store.get("verdict"))
     meeting.leave()
     return code

@@ -6,6 +6,7 @@ import errno
 import secrets
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -18,9 +19,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from anon_dist.doctor.place import Place
 
 PAUSE = 0.05
+QUIET_SECONDS = 2.0
+"""Nodes that have met wait for each other without a word."""
 STORE_SECONDS = 15.0
 _VALIDATE, _PING = b"\x00" + struct.pack("<I", 0x3C85F7CE), b"\x0d"
 """What a client of torch's TCPStore says first; the store gives back the four bytes after a ping."""
+NAMED = 4
+"""Of more nodes than this, the rest is counted."""
 _SHOWN = 40
 """Bytes of a stranger's answer."""
 
@@ -53,13 +58,21 @@ class Meeting:
         """Leave something for the others."""
         self.store.set(f"{topic}/{self.place.rank}", text)
 
-    def hear(self, topic: str, seconds: float) -> dict[int, str]:
-        """What each node that is present left; those that leave nothing in time are absent from now on."""
+    def hear(self, topic: str, seconds: float, at_once: bool = False) -> dict[int, str]:
+        """What each node that is present left; those that leave nothing in time are absent from now on.
+
+        Args:
+            at_once: a line says for whom it waits before `QUIET_SECONDS`.
+        """
         end, waiting, found = time.monotonic() + seconds, set(self.present), dict[int, str]()
+        said = time.monotonic() + (0.0 if at_once else QUIET_SECONDS)
         while waiting and time.monotonic() < end:
             for rank in [r for r in waiting if self.store.check([f"{topic}/{r}"])]:
                 found[rank] = self.store.get(f"{topic}/{rank}").decode()
                 waiting.discard(rank)
+            if waiting and time.monotonic() >= said:
+                _say(seconds, _named(waiting) + ("" if at_once else f" ({topic})"))
+                said = end
             time.sleep(PAUSE if waiting else 0)
         self.absent |= dict.fromkeys(waiting, f"did not get through its part ({topic}) in {seconds:.0f} s")
         return found
@@ -68,6 +81,18 @@ class Meeting:
         """Nobody goes on before all that are present are here."""
         self.tell(topic)
         self.hear(topic, seconds)
+
+    def comes(self, key: str, seconds: float, what: str) -> bool:
+        """Whether node 0 leaves something in time."""
+        begun, said = time.monotonic(), False
+        while not self.store.check([key]):
+            if (waited := time.monotonic() - begun) > seconds:
+                return False
+            if waited > QUIET_SECONDS and not said:
+                _say(seconds, what)
+                said = True
+            time.sleep(PAUSE)
+        return True
 
     def leave(self, seconds: float = 10.0) -> None:
         """Node 0, which has the store, goes last."""
@@ -79,15 +104,12 @@ class Meeting:
         """Node 0 decides who has come; a node that comes later is told so."""
         self.tell("here", socket.gethostname())
         if self.place.rank == 0:
-            self.hear("here", seconds)
+            self.hear("here", seconds, at_once=True)
             self.absent = dict.fromkeys(self.absent, f"did not come within {seconds:.0f} s")
             self.store.set("absent", ",".join(map(str, self.absent)))
             return
-        end = time.monotonic() + seconds + 20
-        while not self.store.check(["absent"]):
-            if time.monotonic() > end:
-                raise NoMeetingError(f"node 0 at {self.place.address} has a store, and does not go on")
-            time.sleep(PAUSE)
+        if not self.comes("absent", seconds + 20, "node 0 to say which nodes have come"):
+            raise NoMeetingError(f"node 0 at {self.place.address} has a store, and does not go on")
         ranks = self.store.get("absent").decode()
         self.absent = {int(rank): "did not come" for rank in ranks.split(",") if rank}
         if self.place.rank in self.absent:
@@ -103,14 +125,14 @@ def meet(place: Place, seconds: float) -> Meeting:
     store: Store
     if place.rank == 0 and not place.hosted:
         _check_free(place.port)
-        try:
-            store = TCPStore(place.address, place.port, is_master=True, wait_for_workers=False)
-        except Exception as error:
-            raise NoMeetingError(f"port {place.port} of node 0 cannot be opened: {_line(error)}") from None
+        store = _join(
+            place,
+            f"port {place.port} of node 0 cannot be opened at {place.address}, or that is another machine's address",
+        )
     else:
         _knock(place, seconds)
         _greet(place)
-        store = _join(place)
+        store = _join(place, f"the store at {place.address}:{place.port} lets nobody in")
     try:
         return Meeting(place, store, seconds)
     except NoMeetingError:
@@ -119,24 +141,43 @@ def meet(place: Place, seconds: float) -> Meeting:
         raise NoMeetingError(f"the store at {place.address}:{place.port} was lost: {_line(error)}") from None
 
 
-def _join(place: Place) -> Store:
-    """A connection to node 0's store. In a thread: to a program that accepts and says nothing, torch listens for ever."""
-    limit = timedelta(seconds=STORE_SECONDS)
+def _join(place: Place, otherwise: str) -> Store:
+    """Node 0's store, or a connection to it. In a thread: to a program that accepts and says nothing, torch listens for ever, and to an
+    address that does not answer it goes back for minutes.
+
+    Args:
+        otherwise: what is to be said if it does not come about.
+    """
+    limit, hosts = timedelta(seconds=STORE_SECONDS), place.rank == 0 and not place.hosted
     found: list[Store | Exception] = []
 
     def join() -> None:
         try:
-            found.append(TCPStore(place.address, place.port, is_master=False, timeout=limit, wait_for_workers=False))
+            found.append(TCPStore(place.address, place.port, is_master=hosts, timeout=limit, wait_for_workers=False))
         except Exception as error:
             found.append(error)
 
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
-    thread.join(STORE_SECONDS)
+    thread.join(min(QUIET_SECONDS, STORE_SECONDS))
+    if thread.is_alive():
+        _say(STORE_SECONDS, f"the store at {place.address}:{place.port}")
+        thread.join(STORE_SECONDS)
     if found and isinstance(found[0], Store):
         return found[0]
     what = _line(found[0]) if found and isinstance(found[0], Exception) else "it says nothing"
-    raise NoMeetingError(f"the store at {place.address}:{place.port} lets nobody in ({what})")
+    raise NoMeetingError(f"{otherwise} ({what})")
+
+
+def _say(seconds: float, what: str) -> None:
+    print(f"waiting up to {seconds:.0f} s for {what}", file=sys.stderr, flush=True)
+
+
+def _named(nodes: Iterable[int]) -> str:
+    """Nodes of which the first few are named."""
+    ranks = sorted(nodes)
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"node{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
 def _greet(place: Place) -> None:
@@ -187,13 +228,16 @@ def _holder(port: int) -> str:
 
 def _knock(place: Place, seconds: float) -> None:
     """Wait until node 0 answers."""
-    end, last = time.monotonic() + seconds, "no answer"
+    end, last, said = time.monotonic() + seconds, "no answer", False
     while (left := end - time.monotonic()) > 0:
         try:
             socket.create_connection((place.address, place.port), timeout=min(5.0, max(left, 0.5))).close()
             return
         except OSError as error:
             last = why(error)
+        if not said:
+            _say(seconds, f"node 0 at {place.address}:{place.port}: {last}")
+            said = True
         time.sleep(0.5)
     raise NoMeetingError(f"node 0 does not answer at {place.address}:{place.port} in {seconds:.0f} s: {last}")
 

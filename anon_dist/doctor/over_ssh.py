@@ -52,6 +52,8 @@ def examine_all(options: Doctor, rest: Sequence[str]) -> tuple[dict[int, Report]
     """
     names = names_of(options.nodes or "")
     address = options.master_addr or _address_of(names[0])
+    count = f"{len(names)} node{'s' * (len(names) > 1)}"
+    print(f"waiting up to {options.wait + LONGEST:.0f} s for {count}, over ssh", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(len(names)) as pool:
         found = list(pool.map(lambda rank: _examine(options, rest, names, rank, address), range(len(names))))
     reports = {rank: report for rank, report in enumerate(found) if isinstance(report, Report)}

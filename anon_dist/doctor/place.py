@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ def _at(rank: int, nodes: int, options: Doctor, variables: Mapping[str, str], ho
             "where is node 0? Give --master-addr, an address of it that all nodes reach, or set MASTER_ADDR"
         )
     return Place(rank, nodes, address, options.master_port or int(variables.get("MASTER_PORT") or PORT), hosted)
+
+
+def is_known(name: str) -> bool:
+    """Whether a name of a node, or an address, leads anywhere from here."""
+    try:
+        return bool(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+    except OSError:
+        return False
 
 
 def _first_of(node_list: str) -> str:

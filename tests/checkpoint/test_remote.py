@@ -3,13 +3,14 @@
 import json
 import logging
 import shutil
+import threading
 
 import fsspec
 import pytest
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.checkpoint.checksums import checksums
-from anon_dist.checkpoint.keeping import remote
+from anon_dist.checkpoint.keeping import remote, uploads
 from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
 from anon_dist.checkpoint.keeping.uploads import Uploads
 from anon_dist.cli import main
@@ -233,11 +234,9 @@ def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
         return put(*args, **kwargs)
 
     monkeypatch.setattr(store._fs, "put_file", stopping)
-    uploads = Uploads(store, here)
-    with pytest.raises(
-        CheckpointError, match=r"to s3://bucket.*: \w+: .*\(attempt 3, after \d+ s\).*stays where it is"
-    ):
-        uploads.finish()
+    copies = Uploads(store, here)
+    with pytest.raises(CheckpointError, match=r"s3://bucket.*: \w+: .*\(attempt 3, after \d+ s\).*stays where it is"):
+        copies.finish()
     with here.writing(4, {"step": 4}) as path:
         (path / "x").write_text("x")
     assert [p.name for p in here.complete()] == ["step-00000003", "step-00000004"]  # though one is to be kept
@@ -245,11 +244,11 @@ def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
         Remote(address).steps()
     s3.start()
     assert Remote(address).steps() == []
-    uploads.finish()
+    copies.finish()
     assert Remote(address).steps() == [3, 4]
     (last,) = here.complete()
     assert last.name == "step-00000004"
-    assert uploads.sent >= sum(file.stat().st_size for file in last.iterdir())
+    assert copies.sent >= sum(file.stat().st_size for file in last.iterdir())
 
 
 def test_a_store_that_fails_now_and_then(tmp_path, monkeypatch, caplog):
@@ -270,6 +269,45 @@ def test_a_store_that_fails_now_and_then(tmp_path, monkeypatch, caplog):
     assert "TimeoutError: slow down; trying again" in caplog.text
     assert "has 4 bytes there" in caplog.text
     assert contents(fetch_into(store, 1, checkpoints(tmp_path / "there"))) == contents(here.latest())
+
+
+def test_what_failed_is_tried_once_more_before_the_end(tmp_path, monkeypatch):
+    """A place that is full, and gets room after all attempts of a copy; or gets none."""
+    here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(f"file://{tmp_path}/there")
+    put, full = store._fs.put_file, [OSError(28, "No space left on device")] * 3
+
+    def filling(*args, **kwargs):
+        if full:
+            raise full.pop()
+        return put(*args, **kwargs)
+
+    monkeypatch.setattr(remote, "_THREADS", 1)
+    monkeypatch.setattr(store._fs, "put_file", filling)
+    copies = Uploads(store, here)
+    copies.finish()
+    assert store.steps() == [1, 2, 3]
+
+    with here.writing(4, {"step": 4}) as path:
+        (path / "x").write_text("x")
+    full[:] = [OSError(28, "No space left on device")] * 1000
+    with pytest.raises(CheckpointError, match=r"step-00000004/x cannot be copied .*No space left.* stays where it is"):
+        copies.finish()
+    with here.writing(5, {"step": 5}) as path:
+        (path / "x").write_text("x")
+    words = rf"2 checkpoints are not at file://{tmp_path}/there, and stay in {here.folder} \(the newest: step-00000005\): .*No space"
+    with pytest.raises(CheckpointError, match=words):
+        copies.finish()
+    assert store.steps() == [1, 2, 3]
+
+
+def test_the_end_says_what_it_waits_for(tmp_path, monkeypatch):
+    here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(f"memory://{tmp_path}")
+    said, put, told = threading.Event(), store._fs.put_file, []
+    monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(store._fs, "put_file", lambda *a, **k: said.wait(60) and put(*a, **k))
+    uploads.Uploads(store, here).finish(lambda count: (told.append(count), said.set()))
+    assert told == [3]
+    assert store.steps() == [1, 2, 3]
 
 
 def test_what_is_damaged_here_is_not_copied_there(tmp_path):

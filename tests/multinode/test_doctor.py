@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from anon_dist.doctor import meeting, network
+from anon_dist.cli import main
+from anon_dist.doctor import examine, meeting, network
 from anon_dist.doctor.judge import Nodes, Wanted, judge
 from anon_dist.doctor.meeting import NoMeetingError
 from anon_dist.doctor.network import chosen_interface
@@ -272,6 +273,78 @@ def test_node_0_whose_clock_alone_is_wrong_is_named():
 def test_launchers_say_which_node_this_is(variables, place):
     """As torchrun, DeepSpeed's launcher and srun set them."""
     assert find(Doctor(), variables) == place
+
+
+def unknown(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_a_name_of_node_0_that_node_0_does_not_know_ends_at_once(monkeypatch, capsys):
+    """With the remedy; before anything is looked at."""
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(examine, "examine", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--node-rank", "0", "--num-nodes", "2", "--master-addr", "no-such-host"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: node 0's name, no-such-host, is not known on node 0: give --master-addr (MASTER_ADDR)"
+    )
+
+
+def test_another_node_that_does_not_know_it_says_so_and_waits(monkeypatch, capsys):
+    """A name may become known when its node is up."""
+    said = []
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(
+        examine, "examine", lambda place, *_: (said.append(capsys.readouterr().err), (Report(1, "b"), None))[1]
+    )
+    main(["doctor", "--node-rank", "1", "--num-nodes", "2", "--master-addr", "no-such-host", "--wait", "7"])
+    assert "no-such-host, is not known on this node 1 yet; waiting up to 7 s for it. Or give --master-addr" in said[0]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_node_says_for_whom_it_waits_and_does_not_wait_longer(capsys):
+    alone = meeting.meet(Place(0, 3, "127.0.0.1", free_port()), 1)
+    assert alone.absent == dict.fromkeys((1, 2), "did not come within 1 s")
+    assert capsys.readouterr().err == "waiting up to 1 s for nodes 1, 2\n"
+    port = free_port()
+    with pytest.raises(NoMeetingError, match="does not answer"):
+        meeting.meet(Place(1, 2, "127.0.0.1", port), 1)
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"waiting up to 1 s for node 0 at 127.0.0.1:{port}: refused (the machine is there, and nobody listens)\n"
+    )
+
+
+def test_later_too_a_node_says_for_whom_and_for_what_it_waits(monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "QUIET_SECONDS", 0.0)
+    met = meeting.meet(Place(0, 2, "127.0.0.1", free_port()), 0)
+    met.absent.clear()
+    capsys.readouterr()
+    met.all_at("the optimizer's kernel", 1)
+    assert capsys.readouterr().err == "waiting up to 1 s for node 1 (the optimizer's kernel)\n"
+    assert met.absent == {1: "did not get through its part (the optimizer's kernel) in 1 s"}
+
+
+def test_an_address_of_another_machine_is_not_waited_for_long_by_node_0(monkeypatch, capsys):
+    """torch goes back to it for minutes."""
+    answer = threading.Event()
+    monkeypatch.setattr(meeting, "STORE_SECONDS", 0.1)
+    monkeypatch.setattr(meeting, "TCPStore", lambda *_, **__: answer.wait(60))
+    port = free_port()
+    with pytest.raises(
+        NoMeetingError, match=rf"port {port} of node 0 cannot be opened at 192.0.2.1, or that is another"
+    ):
+        meeting.meet(Place(0, 2, "192.0.2.1", port), 1)
+    answer.set()
+    assert f"for the store at 192.0.2.1:{port}" in capsys.readouterr().err
 
 
 def test_without_an_address_of_node_0_it_is_asked_for():

@@ -186,3 +186,75 @@ def test_a_start_whose_address_another_has_taken_ends_and_copies_nothing_more(
         train(run_config(checkpoint__remote=address, checkpoint__async_save=False))
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     assert Remote(address).steps() == [4]
+
+
+def test_a_place_that_vanishes_while_the_run_is_at_work_is_not_made_anew(
+    run_config, train, tmp_path, monkeypatch, caplog, capsys
+):
+    """An unmount, say: nothing lands below the mount point, no checkpoint is removed here, and the end is an error."""
+    there, away, folder = tmp_path / "there", tmp_path / "away", tmp_path / "run"
+    begin, made = Uploads.__init__, []
+
+    def known(self, *args):
+        begin(self, *args)
+        made.append(self)
+
+    def vanish():
+        made[0].finish()
+        there.rename(away)
+
+    config = run_config(checkpoint__remote=f"file://{there}", checkpoint__async_save=False, checkpoint__keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "__init__", known)
+        at_step(patch, 6, vanish)
+        words = rf"\d checkpoints are not at file://{there}, and stay in .*file://{there}/owner.json is gone: .*Mount it again; or, if"
+        with pytest.raises(RunError, match=words):
+            train(config)
+    assert not there.exists()
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept[:3] == ["step-00000004", "step-00000008", "step-00000012"]
+    assert (folder / "result.json").exists()
+    assert caplog.text.count("owner.json is gone") == 1
+    capsys.readouterr()
+    assert Remote(f"file://{away}").steps() == [4]
+
+    train(config)  # begins anew there
+    said = capsys.readouterr().out
+    assert f"WARNING: file://{there} is empty, and was this run's: checkpoints that were copied there are gone" in said
+    assert [f"step-{step:08d}" for step in Remote(f"file://{there}").steps()] == kept
+    train(config)
+    assert "is empty" not in capsys.readouterr().out
+
+
+def test_a_place_that_is_back_is_gone_on_with(tmp_path, caplog):
+    there, folder = tmp_path / "there", tmp_path / "run"
+    owner, store = claim(f"file://{there}", folder), Remote(f"file://{there}")
+    here = write(folder, 4)
+    copies = Uploads(store, here, owner.confirm)
+    copies.finish()
+    there.rename(tmp_path / "away")
+    there.mkdir()  # the mount point
+    write(folder, 8)
+    with pytest.raises(CheckpointError, match=r"^2 checkpoints are not at .*\(the newest: step-00000008\)"):
+        copies.finish()
+    assert list(there.iterdir()) == []
+    there.rmdir()
+    (tmp_path / "away").rename(there)
+    copies.finish()
+    assert store.steps() == [4, 8]
+    assert f"file://{there} is there again" in caplog.text
+
+
+def test_a_place_that_vanishes_in_the_middle_of_a_copy_is_not_made_anew(tmp_path, monkeypatch):
+    there, folder = tmp_path / "there", tmp_path / "run"
+    owner, store = claim(f"file://{there}", folder), Remote(f"file://{there}", ())
+    here, put = write(folder, 4), store._fs.put_file
+
+    def vanishing(*args, **kwargs):
+        put(*args, **kwargs)
+        there.rename(tmp_path / "away")
+
+    monkeypatch.setattr(store._fs, "put_file", vanishing)
+    with pytest.raises(CheckpointError, match=r"owner\.json is gone"):
+        Uploads(store, here, owner.confirm).finish()
+    assert not there.exists()

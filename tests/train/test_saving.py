@@ -381,7 +381,7 @@ def test_a_run_does_not_end_well_before_all_is_there(run_config, train, tmp_path
     store = fsspec.filesystem("memory")
     with (
         monkeypatch.context() as patch,
-        pytest.raises(RunError, match=r"Away: gone .*stays where it is; the same command tries again"),
+        pytest.raises(RunError, match=r"2 checkpoints are not at .*Away: gone .*The same command tries again"),
     ):
         patch.setattr(type(store), "put_file", lambda *a, **k: (_ for _ in ()).throw(Away("gone")))
         train(config)

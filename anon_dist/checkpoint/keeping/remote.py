@@ -167,13 +167,17 @@ class Remote:
 
         return self._tried(f"{self.address}/{name} cannot be read", read)
 
-    def upload(self, checkpoint: Path) -> None:
+    def upload(self, checkpoint: Path, confirm: Callable[[], None] = lambda: None) -> None:
         """Copy a complete checkpoint there; complete when this returns. Nothing is done if it is there.
+
+        Args:
+            confirm: called before each file; its errors end the copy.
 
         Raises:
             DamagedCheckpoint: it is not as it was written, and not copied.
             CheckpointError: the store does not take it; after several attempts.
         """
+        confirm()
         if (present := self._marker(checkpoint.name)) == (checkpoint / PROGRESS).read_bytes():
             return
         if present is not None:
@@ -185,12 +189,12 @@ class Remote:
         if damaged := sums.verify(_THREADS):
             raise DamagedCheckpoint(f"{checkpoint} is not copied to {self.address}: {damaged[0][1]}")
         self._last, self._sent = [known for known in self._last if known[0] != checkpoint.name], {}
-        self._each([*sums.files, NAME], lambda name: self._put(checkpoint, name, sums))
+        self._each([*sums.files, NAME], lambda name: self._put(checkpoint, name, sums, confirm))
         self._tried(
             f"{self.address}/{checkpoint.name} cannot be cleared",
             lambda: self._clear(checkpoint.name, {*sums.files, NAME}),
         )
-        self._put(checkpoint, PROGRESS, sums)
+        self._put(checkpoint, PROGRESS, sums, confirm)
         if scheme_of(self.address) in _LOCAL:
             sync(Path(self._root))
         self._last = [*self._last, (checkpoint.name, self._sent)][-2:]
@@ -215,7 +219,7 @@ class Remote:
     def _pause(self, seconds: float) -> None:
         self._leaving.wait(seconds)
 
-    def _put(self, checkpoint: Path, name: str, sums: Checksums) -> None:
+    def _put(self, checkpoint: Path, name: str, sums: Checksums, confirm: Callable[[], None]) -> None:
         """Copy a file; within the store, where the last checkpoint but one has the same, sent from here."""
         source, target = checkpoint / name, self._path(checkpoint.name, name)
         size, key = source.stat().st_size, _key(sums.files[name]) if name in sums.files else None
@@ -223,6 +227,7 @@ class Remote:
 
         def put() -> None:
             self._go_on()
+            confirm()  # a file system may be unmounted meanwhile: the folder would be made below
             if not self._in_bucket:
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             if twin is not None:

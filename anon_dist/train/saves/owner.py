@@ -18,7 +18,7 @@ from typing import Any
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.keeping.remote import OWNER, Remote
-from anon_dist.checkpoint.keeping.uploads import TakenError
+from anon_dist.checkpoint.keeping.uploads import GoneError, TakenError
 from anon_dist.files import write_json
 from anon_dist.train.config.changes import recorded
 from anon_dist.train.config.parsing import Config, flat
@@ -67,8 +67,11 @@ class Owner:
         with _saying_what_helps():
             remote.probe()
 
-    def claim(self, remote: Remote, checkpoints: Checkpoints) -> None:
+    def claim(self, remote: Remote, checkpoints: Checkpoints) -> str:
         """Make the address this start's, before anything is written to it.
+
+        Returns:
+            What is to be said: that what this run had copied there is gone; "" if it is not so.
 
         Raises:
             CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
@@ -77,10 +80,14 @@ class Owner:
         found = self.check(remote, checkpoints)
         self._record["id"] = (found or {}).get("id") or self._here() or secrets.token_hex(8)
         self._record["data"] = self._record["data"] or (found or {}).get("data", [])
+        gone = found is None and self._note().get("address") == remote.address and not remote.steps()
         with _saying_what_helps():
             remote.own(self._record)
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / OWNER, self._record)
+        write_json(self._folder / OWNER, self._record | {"address": remote.address})
+        if not gone:
+            return ""
+        return f"WARNING: {remote.address} is empty, and was this run's: checkpoints that were copied there are gone"
 
     def check(self, remote: Remote, checkpoints: Checkpoints) -> dict[str, Any] | None:
         """Whether the address is free, or this run's already; what its owner wrote there, if there is one.
@@ -104,29 +111,38 @@ class Owner:
         return found
 
     def confirm(self, remote: Remote) -> None:
-        """To be called before anything is written there: that no other start has made it its own. What somebody removed is made anew.
+        """To be called before anything is written there: that it is this start's still. Nothing is made there.
 
         Raises:
-            TakenError: one has.
+            GoneError: what `claim` wrote is not there: an unmount, say, after which copies would fill the disk below.
+            TakenError: another start has made it its own.
             CheckpointError: the store does not answer.
         """
         found = remote.owner()
         if found is None:
-            remote.own(self._record | {"id": self._here() or secrets.token_hex(8)})
-        elif any(found.get(key) != self._record[key] for key in ("run_dir", "host", "process", "since")):
+            raise GoneError(
+                f"{remote.address}/{OWNER} is gone: the place was unmounted, renamed or removed while the run was at work. Nothing is "
+                "copied there now, and the checkpoints here stay. Mount it again; or, if it is to begin anew there, start the same command "
+                "again"
+            )
+        if any(found.get(key) != self._record[key] for key in ("run_dir", "host", "process", "since")):
             raise TakenError(
                 f"{remote.address} is now that of the run {found.get('run_dir')}, process {found.get('process')} on "
                 f"{found.get('host')}, since {found.get('since')}: this one ends, and copies nothing more there"
             )
 
-    def _here(self) -> str | None:
-        """The id in the run's folder."""
+    def _note(self) -> dict[str, Any]:
+        """What `claim` wrote into the run's folder; {} if there is nothing, or a copy of another run's."""
         try:
             found = json.loads((self._folder / OWNER).read_text())
-            copied = found["run_dir"] != self._record["run_dir"]  # from another run's folder
-            return None if copied else str(found["id"])
+            return dict(found) if found["run_dir"] == self._record["run_dir"] else {}
         except (OSError, ValueError, TypeError, KeyError):
-            return None
+            return {}
+
+    def _here(self) -> str | None:
+        """The id in the run's folder."""
+        found = self._note().get("id")
+        return None if found is None else str(found)
 
     def _differs(self, found: Mapping[str, Any], here: str | None) -> str:
         """By what the address's run is another than this; "" if it is the same."""

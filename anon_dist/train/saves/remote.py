@@ -38,7 +38,9 @@ def check_address(config: Config, checkpoints: Checkpoints, data: Sequence[str] 
 def claim(config: Config, checkpoints: Checkpoints, data: Sequence[str] = ()) -> None:
     """Make the address, if there is one, this start's: another that is at work with it ends. Every rank must call it, before anything is
     written there. Arguments and errors as of `check_address`."""
-    _first(config, lambda remote: Owner(config, Path(config.run_dir), data).claim(remote, checkpoints))
+    said = _first(config, lambda remote: Owner(config, Path(config.run_dir), data).claim(remote, checkpoints))
+    if said and is_first():
+        _say(said)
 
 
 def fetch_newest(config: Config, checkpoints: Checkpoints) -> Path | None:
@@ -137,7 +139,7 @@ def finish_uploads(
 
     def finish() -> bool:
         if uploads is not None:
-            uploads.finish()
+            uploads.finish(lambda count: _say(f"Copying {count} checkpoint{'s' * (count != 1)} to {address} …"))
         return True
 
     with pulse.phase(copying, step, long=True):
