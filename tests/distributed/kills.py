@@ -82,11 +82,11 @@ def torn(state, path, *args, **options):
     SAVE(state, path, *args, **options)
 
 
-def half_copied(remote, checkpoint, name, sums):
+def half_copied(remote, checkpoint, name, sums, confirm):
     """For `Remote._put`, of the marker."""
     if second() and name == PROGRESS:
         write_half((checkpoint / name).read_bytes(), remote._path(checkpoint.name, name))
-    PUT(remote, checkpoint, name, sums)
+    PUT(remote, checkpoint, name, sums, confirm)
 
 
 def half_removed(path):

@@ -40,7 +40,7 @@ def long_validation(run, sequences, prefix, look):
     return validate(run, sequences, prefix, long_look)
 
 
-def long_put(remote, checkpoint, name, sums):
+def long_put(remote, checkpoint, name, sums, confirm):
     """The copy of the last checkpoint takes a minute from when the results are there, unless it is left."""
     if checkpoint.name == f"step-{LAST:08d}":
         result = checkpoint.parents[1] / "result.json"
@@ -50,7 +50,7 @@ def long_put(remote, checkpoint, name, sums):
         here()
         while not remote.left and time.monotonic() < end:
             time.sleep(0.01)
-    put(remote, checkpoint, name, sums)
+    put(remote, checkpoint, name, sums, confirm)
 
 
 if __name__ == "__main__":
