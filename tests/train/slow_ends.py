@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 from anon_dist.checkpoint.keeping.remote import Remote
@@ -15,8 +16,13 @@ LAST = 8
 """The run's last step."""
 
 
+SENT = threading.Lock()
+
+
 def here() -> None:
-    """At the moment."""
+    """At the moment; once, of the threads that copy a checkpoint's files."""
+    if not SENT.acquire(blocking=False):
+        return
     if RANK == SENDER:
         os.kill(os.getpid(), signal.SIGUSR1)
     elif RANK == "0" and SENDER is None:
