@@ -118,6 +118,7 @@ ENTRIES = [Entry(o, lr, seed) for seed in (0, 1) for o, rates in RATES.items() f
 ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
 ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "both32")]
 ENTRIES += [Entry("nadamw", lr, 0, 750, 32) for lr in (4e-3, 6e-3, 8e-3)] + [Entry("columns", 6e-3, 0, 560, 32)]
+ENTRIES += [Entry(o, 8e-3, 0, 560, 32) for o in ("muon", "both")]
 
 
 class Several(Optimizer):
