@@ -243,7 +243,8 @@ def _load_engine(run: Run, source: Path, progress: Mapping[str, Any]) -> None:
     except DamagedCheckpoint:
         raise
     except CheckpointError as error:
-        if (why := why_refused(run.config, source, progress)) is None:
+        # An engine that can hold no basis has said that, and what helps; here the groups do not allow another.
+        if "param group" not in str(error) or (why := why_refused(run.config, source, progress)) is None:
             raise
         raise ConfigError(f"{why} ({error})") from error
 

@@ -68,16 +68,17 @@ def test_the_tables_of_the_page_are_those_of_the_collected_runs(capsys):
     assert not [line for line in printed if line not in page]
 
 
-def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw(tmp_path, capsys):
+def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_its_batch(tmp_path, capsys):
     rows = [
-        ("x", "nadamw", 2000, 0.1, 0, 3.0, 1.0),
-        ("x", "nadamw", 2000, 0.1, 1, 3.5, 1.0),
-        ("x", "nadamw", 2000, 0.2, 0, 3.5, 1.0),
-        ("x", "columns", 2000, 0.1, 0, 2.5, 1.0),
-        ("x", "columns", 2000, 0.1, 1, 3.0, 1.0),
+        ("x", "nadamw", 1024, 2000, 0.1, 0, 3.0, 1.0),
+        ("x", "nadamw", 1024, 2000, 0.1, 1, 3.5, 1.0),
+        ("x", "nadamw", 1024, 2000, 0.2, 0, 3.5, 1.0),
+        ("x", "columns", 1024, 2000, 0.1, 0, 2.5, 1.0),
+        ("x", "columns", 1024, 2000, 0.1, 1, 3.0, 1.0),
+        ("x", "nadamw", 4096, 500, 0.1, 0, 1.0, 1.0),
     ]
     with (tmp_path / "runs.csv").open("w", newline="") as f:
         csv.writer(f).writerows([race.FIELDS, *rows])
     race.table(tmp_path)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "columns" in x]
-    assert [c.strip() for c in line.strip("|").split("|")] == ["Anon, columns", "2000", "2.750 (2 seeds)", "", "-0.500"]
+    assert [c.strip() for c in line.strip("|").split("|")] == ["Anon, columns", "1,024", "2000", "2.750 (2 seeds)", "", "-0.500"]
