@@ -81,4 +81,11 @@ def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_it
         csv.writer(f).writerows([race.FIELDS, *rows])
     race.table(tmp_path)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "columns" in x]
-    assert [c.strip() for c in line.strip("|").split("|")] == ["Anon, columns", "1,024", "2000", "2.750 (2 seeds)", "", "-0.500"]
+    assert [c.strip() for c in line.strip("|").split("|")] == [
+        "Anon, columns",
+        "1,024",
+        "2000",
+        "2.750 (2 seeds)",
+        "",
+        "-0.500",
+    ]

@@ -562,7 +562,7 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
         ("b", "both"): {"basis_rows", "basis_columns"},
         ("b", "rows"): {"basis_rows"},
     }
-    with pytest.raises(ConfigError, match="Keep optim.basis = rows.*those of tokens are in groups of their own"):
+    with pytest.raises(ConfigError, match=r"Keep optim.basis = rows.*those of tokens are in groups of their own"):
         go_on("b", "columns", 16, 14)
     go_on("b", "rows", 16, 14)
 
