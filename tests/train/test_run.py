@@ -73,7 +73,7 @@ def test_a_run_that_crashes_ends_like_one_that_does_not(optimizer, run_config, t
     assert "step-00000008 is damaged, and set aside as step-00000008.damaged: " in said
     assert "random-00000.pt is damaged" in said
     assert "Take an earlier checkpoint" not in said  # which the run has done
-    assert "step-00000004: steps 5 to 9 are taken again" in said
+    assert "step-00000004: steps 5 to 10 are taken again" in said
     assert_same_run(whole, train(config))
     assert (tmp_path / "crashed" / "checkpoints" / "step-00000008.damaged" / ".metadata").exists()
 
