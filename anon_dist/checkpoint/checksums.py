@@ -149,6 +149,8 @@ def unsealed(path: Path) -> tuple[dict[str, Any], str | None]:
         OSError: there is none.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for ever
+            raise ValueError("it is no file")
         progress = loads(path.read_text(encoding="utf-8"))
         if not isinstance(progress, dict):
             raise ValueError("it is no JSON object")

@@ -38,5 +38,9 @@ class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it says what is the ma
         return re.sub(r"\. Take an earlier checkpoint( than [^\s;]+)?", "", str(self))
 
 
+class GroupsDiffer(CheckpointError):  # noqa: N818 - the same
+    """An optimizer's param groups are not those that a checkpoint was written with."""
+
+
 class NamesWanted(CheckpointError):  # noqa: N818 - the same
     """An optimizer numbers its parameters, and which is which does not show."""

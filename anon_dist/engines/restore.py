@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from anon_dist.checkpoint.checksums import checksums
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, GroupsDiffer
 from anon_dist.checkpoint.formats import open_checkpoint
 from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.optimizers.frames import check_whole
@@ -139,7 +139,7 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
     """For each present param group, the hyperparameters that the checkpoint has for its members; the states' dtypes stay as they are.
 
     Raises:
-        CheckpointError: members of one group are in different groups there, or in none.
+        GroupsDiffer: members of one group are in different groups there, or in none.
     """
     found = []
     by_member = {member: i for i, group in enumerate(checkpoint.manifest.groups) for member in group.members}
@@ -147,7 +147,7 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
         indices = {by_member.get(names[p]) for p in group["params"]}
         if None in indices or len(indices) > 1:
             first = next((names[p] for p in group["params"] if names[p] not in by_member), None)
-            raise CheckpointError(
+            raise GroupsDiffer(
                 f"param group {index}: {first or names[group['params'][0]]} is in {'none' if first else 'another'} of the checkpoint's "
                 "param groups; resume with the groups it was written with (the same model, and the same lr, weight decay and gamma by "
                 "name; where rows are turned into a basis, those of tokens are in groups of their own)"

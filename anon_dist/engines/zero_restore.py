@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, GroupsDiffer
 from anon_dist.checkpoint.optimizers.frames import check_whole
 from anon_dist.checkpoint.schema import EXTRA, MASTER, WEIGHT, Checkpoint, Key, Ref
 from anon_dist.checkpoint.together import on_every_rank
@@ -298,7 +298,7 @@ def _hyperparameters(members: list[str], source: _Source) -> dict[str, Any]:
     groups = [g for g in source.checkpoint.manifest.groups if wanted & set(g.members)]
     known = {name for group in groups for name in group.members}
     if wanted - known:
-        raise CheckpointError(f"{min(wanted - known)} is in no param group of the checkpoint")
+        raise GroupsDiffer(f"{min(wanted - known)} is in no param group of the checkpoint")
     found = [{k: v for k, v in g.hyperparameters.items() if k not in ("params", "param_names")} for g in groups]
     for other in found[1:]:
         odd = [k for k in {*other, *found[0]} if other.get(k) != found[0].get(k)]

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anon_dist.agreement import agree, first_does, is_first
-from anon_dist.checkpoint import CheckpointError
-from anon_dist.checkpoint.errors import DamagedCheckpoint
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint, GroupsDiffer
 from anon_dist.checkpoint.keeping.folder import read_progress
 from anon_dist.checkpoint.keeping.names import PROGRESS, step_of
 from anon_dist.files import unused, write_text
@@ -240,11 +239,8 @@ def _load_engine(run: Run, source: Path, progress: Mapping[str, Any]) -> None:
     """Weights and optimizer; what the configuration is to blame for is said in its words."""
     try:
         run.engine.load(source)
-    except DamagedCheckpoint:
-        raise
-    except CheckpointError as error:
-        # An engine that can hold no basis has said that, and what helps; here the groups do not allow another.
-        if "param group" not in str(error) or (why := why_refused(run.config, source, progress)) is None:
+    except GroupsDiffer as error:
+        if (why := why_refused(run.config, source, progress)) is None:
             raise
         raise ConfigError(f"{why} ({error})") from error
 

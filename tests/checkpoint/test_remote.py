@@ -11,6 +11,7 @@ import pytest
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.keeping import remote, uploads
+from anon_dist.checkpoint.keeping import store as keeping_store
 from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
 from anon_dist.checkpoint.keeping.uploads import Uploads
 from anon_dist.cli import main
@@ -28,7 +29,7 @@ def address(request, tmp_path):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Attempts follow each other without a pause."""
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(keeping_store, "PAUSES", (0.0, 0.0))
     yield
     fsspec.filesystem("memory").store.clear()
 
@@ -62,7 +63,7 @@ def test_what_is_copied_there_comes_back(address, tmp_path, monkeypatch):
     here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(address)
     fs, _root = at(address)
     put, order = fs.put_file, []
-    monkeypatch.setattr(store._fs, "put_file", lambda a, b, **k: (order.append(name_in(b)), put(a, b, **k)))
+    monkeypatch.setattr(store._store.fs, "put_file", lambda a, b, **k: (order.append(name_in(b)), put(a, b, **k)))
     assert store.steps() == []
     for checkpoint in here.complete():
         assert not store.has(checkpoint)
@@ -108,7 +109,7 @@ def test_a_copy_that_is_killed_leaves_no_half_file_and_is_begun_again(address, t
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store._fs, "put_file", die)
+        patch.setattr(store._store.fs, "put_file", die)
         store.upload(here.complete()[0])
     if address.startswith("file"):
         names = [path.removeprefix(f"{root}/step-00000001/") for path in fs.find(f"{root}/step-00000001")]
@@ -124,9 +125,9 @@ def test_parts_of_files_that_were_left_in_a_bucket_go(s3, tmp_path):
     """Of this checkpoint alone: whoever has a bucket pays for them."""
     here, store = checkpoints(tmp_path / "here", (1,)), Remote("s3://bucket/run")
     for key in ("run/step-00000001/__0_0.distcp", "run/step-00000002/__0_0.distcp", "mine"):
-        store._fs.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        store._store.fs.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
     store.upload(here.latest())
-    left = store._fs.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]
+    left = store._store.fs.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]
     assert {each["Key"] for each in left} == {"run/step-00000002/__0_0.distcp", "mine"}
 
 
@@ -145,7 +146,7 @@ def test_an_owner_is_written_whole_and_probes_of_killed_starts_go(address, monke
                 file.write(data[:5])
             raise Killed
 
-        monkeypatch.setattr(store._fs, "pipe_file", die)
+        monkeypatch.setattr(store._store.fs, "pipe_file", die)
         with pytest.raises(Killed):
             store.own({"id": "third"})
         assert store.owner() == {"id": "second"}
@@ -163,7 +164,8 @@ def test_file_systems_that_rename_get_files_whole(tmp_path, monkeypatch):
             moved.append(name_in(new))
             super().mv(old, new)
 
-    store._fs, store.address = Renaming(), f"sftp://host{tmp_path}/store"
+    files = store._store
+    files.fs, files._scheme = Renaming(), "sftp"
     store.upload(here.latest())
     with here.writing(1, {"step": 1, "again": True}) as path:
         (path / "__0_0.distcp").write_bytes(b"x")
@@ -225,7 +227,7 @@ def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
     here = checkpoints(tmp_path / "here", (1, 2, 3), keep=1)
     assert [p.name for p in here.complete()] == ["step-00000003"]
     store = Remote(address)
-    put, count = store._fs.put_file, []
+    put, count = store._store.fs.put_file, []
 
     def stopping(*args, **kwargs):
         count.append(args)
@@ -233,7 +235,7 @@ def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
             s3.stop()
         return put(*args, **kwargs)
 
-    monkeypatch.setattr(store._fs, "put_file", stopping)
+    monkeypatch.setattr(store._store.fs, "put_file", stopping)
     copies = Uploads(store, here)
     with pytest.raises(CheckpointError, match=r"s3://bucket.*: \w+: .*\(attempt 3, after \d+ s\).*stays where it is"):
         copies.finish()
@@ -253,17 +255,17 @@ def test_a_server_that_goes_away_in_the_middle(s3, tmp_path, monkeypatch):
 
 def test_a_store_that_fails_now_and_then(tmp_path, monkeypatch, caplog):
     here, store = checkpoints(tmp_path / "here", (1,)), Remote(f"memory://{tmp_path}")
-    put, failures = store._fs.put_file, {}
+    put, failures = store._store.fs.put_file, {}
 
     def flaky(source, target, **kwargs):
         failures[target] = failures.get(target, 0) + 1
         if failures[target] == 1:
             raise TimeoutError("slow down")
         if failures[target] == 2:  # half of it arrives
-            return store._fs.pipe_file(target, b"half")
+            return store._store.fs.pipe_file(target, b"half")
         return put(source, target, **kwargs)
 
-    monkeypatch.setattr(store._fs, "put_file", flaky)
+    monkeypatch.setattr(store._store.fs, "put_file", flaky)
     with caplog.at_level(logging.WARNING):
         store.upload(here.latest())
     assert "TimeoutError: slow down; trying again" in caplog.text
@@ -274,7 +276,7 @@ def test_a_store_that_fails_now_and_then(tmp_path, monkeypatch, caplog):
 def test_what_failed_is_tried_once_more_before_the_end(tmp_path, monkeypatch):
     """A place that is full, and gets room after all attempts of a copy; or gets none."""
     here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(f"file://{tmp_path}/there")
-    put, full = store._fs.put_file, [OSError(28, "No space left on device")] * 3
+    put, full = store._store.fs.put_file, [OSError(28, "No space left on device")] * 3
 
     def filling(*args, **kwargs):
         if full:
@@ -282,7 +284,7 @@ def test_what_failed_is_tried_once_more_before_the_end(tmp_path, monkeypatch):
         return put(*args, **kwargs)
 
     monkeypatch.setattr(remote, "_THREADS", 1)
-    monkeypatch.setattr(store._fs, "put_file", filling)
+    monkeypatch.setattr(store._store.fs, "put_file", filling)
     copies = Uploads(store, here)
     copies.finish()
     assert store.steps() == [1, 2, 3]
@@ -302,9 +304,9 @@ def test_what_failed_is_tried_once_more_before_the_end(tmp_path, monkeypatch):
 
 def test_the_end_says_what_it_waits_for(tmp_path, monkeypatch):
     here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(f"memory://{tmp_path}")
-    said, put, told = threading.Event(), store._fs.put_file, []
+    said, put, told = threading.Event(), store._store.fs.put_file, []
     monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(store._fs, "put_file", lambda *a, **k: said.wait(60) and put(*a, **k))
+    monkeypatch.setattr(store._store.fs, "put_file", lambda *a, **k: said.wait(60) and put(*a, **k))
     uploads.Uploads(store, here).finish(lambda count: (told.append(count), said.set()))
     assert told == [3]
     assert store.steps() == [1, 2, 3]

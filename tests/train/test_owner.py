@@ -248,13 +248,13 @@ def test_a_place_that_is_back_is_gone_on_with(tmp_path, caplog):
 def test_a_place_that_vanishes_in_the_middle_of_a_copy_is_not_made_anew(tmp_path, monkeypatch):
     there, folder = tmp_path / "there", tmp_path / "run"
     owner, store = claim(f"file://{there}", folder), Remote(f"file://{there}", ())
-    here, put = write(folder, 4), store._fs.put_file
+    here, put = write(folder, 4), store._store.fs.put_file
 
     def vanishing(*args, **kwargs):
         put(*args, **kwargs)
         there.rename(tmp_path / "away")
 
-    monkeypatch.setattr(store._fs, "put_file", vanishing)
+    monkeypatch.setattr(store._store.fs, "put_file", vanishing)
     with pytest.raises(CheckpointError, match=r"owner\.json is gone"):
         Uploads(store, here, owner.confirm).finish()
     assert not there.exists()

@@ -374,9 +374,9 @@ def wait(condition):
 
 
 def test_a_run_does_not_end_well_before_all_is_there(run_config, train, tmp_path, monkeypatch):
-    from anon_dist.checkpoint.keeping import remote
+    from anon_dist.checkpoint.keeping import store
 
-    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    monkeypatch.setattr(store, "PAUSES", (0.0,))
     config = run_config(checkpoint__remote=f"memory://{tmp_path}", checkpoint__keep=1, train__steps=5)
     store = fsspec.filesystem("memory")
     with (
