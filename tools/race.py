@@ -29,10 +29,10 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -119,6 +119,8 @@ ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (
 ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "both32")]
 ENTRIES += [Entry("nadamw", lr, 0, 750, 32) for lr in (4e-3, 6e-3, 8e-3)] + [Entry("columns", 6e-3, 0, 560, 32)]
 ENTRIES += [Entry(o, 8e-3, 0, 560, 32) for o in ("muon", "both")]
+ENTRIES += [Entry("columns", 6e-3, 1, STEPS * 3 // 4)]
+ENTRIES += [Entry(o, 4e-3, 0, STEPS * 4) for o in ("nadamw", "muon", "both")] + [Entry("columns", 6e-3, 0, STEPS * 3)]
 
 
 class Several(Optimizer):
@@ -220,39 +222,66 @@ def read(results: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
         yield corpus, list(lines)
 
 
-def means(rows: list[dict[str, str]]) -> dict[tuple[str, int, int], dict[float, list[float]]]:
-    """(optimizer, tokens a step, steps) → learning rate → the losses of its seeds."""
-    found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+Group = tuple[str, int, int]
+"""Optimizer, tokens a step, steps."""
+Losses = dict[float, dict[int, float]]
+"""Learning rate → seed → last loss."""
+
+
+def grouped(rows: list[dict[str, str]]) -> dict[Group, Losses]:
+    """The last losses of a corpus's runs."""
+    found: dict[Group, Losses] = defaultdict(lambda: defaultdict(dict))
     for r in rows:
-        found[r["optimizer"], int(r["batch_tokens"]), int(r["steps"])][float(r["lr"])].append(float(r["loss"]))
+        group = r["optimizer"], int(r["batch_tokens"]), int(r["steps"])
+        found[group][float(r["lr"])][int(r["seed"])] = float(r["loss"])
     return found
 
 
+def best(losses: Losses) -> dict[int, float]:
+    """Those of the learning rate with the lowest mean."""
+    return min(losses.values(), key=lambda seeds: mean(seeds.values()))
+
+
+def peer(found: dict[Group, Losses], group: Group) -> dict[int, float]:
+    """The best AdamW with Nesterov of that batch, by seed: of as many steps, or of the next more that it has."""
+    _, batch, steps = group
+    lengths = sorted(s for o, b, s in found if (o, b) == ("nadamw", batch))
+    longer = [s for s in lengths if s >= steps] or lengths[-1:]
+    return best(found["nadamw", batch, longer[0]]) if longer else {}
+
+
+def with_error(values: Sequence[float], sign: str = "") -> str:
+    """Their mean, ± its standard error where there are several."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.3f}{error}"
+
+
+def difference(losses: dict[int, float], base: dict[int, float]) -> str:
+    """Seed by seed, of the seeds that both have."""
+    common = losses.keys() & base.keys()
+    return with_error([losses[seed] - base[seed] for seed in common], "+") if common else ""
+
+
 def table(results: Path) -> None:
-    """Last losses on the whole validation split, nats per token: means over seeds, and the difference from the best AdamW with Nesterov
-    of that batch."""
+    """Last losses on the whole validation split, nats per token: means over seeds ± standard error, and the difference from `peer`."""
     for corpus, rows in read(results):
-        found = means(rows)
+        found = grouped(rows)
         rates = sorted({rate for losses in found.values() for rate in losses})
         shown = Table(
             "optimizer", "tokens", "steps", *(f"lr {rate:g}" for rate in rates), "best − AdamW's", box=MARKDOWN
         )
-        for optimizer, batch, steps in sorted(found, key=lambda k: (k[1], list(LABELS).index(k[0]), -k[2])):
-            losses = found[optimizer, batch, steps]
-            peers = [mean(v) for (o, b, _), x in found.items() if (o, b) == ("nadamw", batch) for v in x.values()]
-            base = min(peers, default=None)
+        for group in sorted(found, key=lambda k: (k[1], k[2] > STEPS, list(LABELS).index(k[0]), -k[2])):
+            losses = found[group]
             cells = [
-                f"{mean(losses[r]):.3f}" + (f" ({len(losses[r])} seeds)" if len(losses[r]) > 1 else "")
+                with_error([*losses[r].values()]) + (f" ({len(losses[r])})" if len(losses[r]) > 1 else "")
                 if r in losses
                 else ""
                 for r in rates
             ]
-            best = min(mean(v) for v in losses.values())
-            shown.add_row(
-                LABELS[optimizer], f"{batch:,}", str(steps), *cells, "" if base is None else f"{best - base:+.3f}"
-            )
+            name, batch, steps = group
+            shown.add_row(LABELS[name], f"{batch:,}", str(steps), *cells, difference(best(losses), peer(found, group)))
         print(f"\n{corpus}\n")
-        Console(width=200).print(shown)
+        Console(width=220).print(shown)
 
 
 def plot(results: Path, out: Path) -> None:
@@ -275,11 +304,11 @@ def plot(results: Path, out: Path) -> None:
         "both": ("#0072b2", "-"),
     }
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
-        found = means(rows)
+        found = grouped(rows)
         for name, (colour, dashes) in styles.items():
             if not (losses := found.get((name, SEQUENCES * 128, STEPS))):
                 continue
-            lr = min(losses, key=lambda rate: mean(losses[rate]))
+            lr = next(rate for rate in losses if losses[rate] == best(losses))
             key = (corpus, name, str(SEQUENCES * 128), str(STEPS), lr, "0")
             points = [c for c in curves if (*(c[f] for f in FIELDS[:4]), float(c["lr"]), c["seed"]) == key]
             x = [int(c["step"]) * SEQUENCES * 128 / 1e6 for c in points]

@@ -68,13 +68,14 @@ def test_the_tables_of_the_page_are_those_of_the_collected_runs(capsys):
     assert not [line for line in printed if line not in page]
 
 
-def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_its_batch(tmp_path, capsys):
+def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_its_batch_and_length(tmp_path, capsys):
     rows = [
         ("x", "nadamw", 1024, 2000, 0.1, 0, 3.0, 1.0),
         ("x", "nadamw", 1024, 2000, 0.1, 1, 3.5, 1.0),
         ("x", "nadamw", 1024, 2000, 0.2, 0, 3.5, 1.0),
         ("x", "columns", 1024, 2000, 0.1, 0, 2.5, 1.0),
         ("x", "columns", 1024, 2000, 0.1, 1, 3.0, 1.0),
+        ("x", "nadamw", 1024, 8000, 0.1, 0, 2.0, 1.0),  # no peer of a run of 2,000 steps
         ("x", "nadamw", 4096, 500, 0.1, 0, 1.0, 1.0),
     ]
     with (tmp_path / "runs.csv").open("w", newline="") as f:
@@ -85,7 +86,7 @@ def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_it
         "Anon, columns",
         "1,024",
         "2000",
-        "2.750 (2 seeds)",
+        "2.750 ± 0.250 (2)",
         "",
-        "-0.500",
+        "-0.500 ± 0.000",
     ]
