@@ -302,6 +302,37 @@ def test_what_failed_is_tried_once_more_before_the_end(tmp_path, monkeypatch):
     assert store.steps() == [1, 2, 3]
 
 
+def test_a_store_that_is_full_is_waited_for_once_not_for_each_checkpoint(tmp_path, monkeypatch, caplog):
+    """Else the end of a run whose store was full for days would be taken for a hang."""
+    here, store = checkpoints(tmp_path / "here", range(1, 9)), Remote(f"file://{tmp_path}/there")
+    put, full, waited = store._store.fs.put_file, [True], []
+
+    def filling(*args, **kwargs):
+        if full:
+            raise OSError(28, "No space left on device")
+        return put(*args, **kwargs)
+
+    monkeypatch.setattr(remote, "_THREADS", 1)
+    monkeypatch.setattr(store._store.fs, "put_file", filling)
+    monkeypatch.setattr(store._store._leaving, "wait", waited.append)
+    copies = Uploads(store, here)
+    with pytest.raises(CheckpointError, match="8 checkpoints are not at"):
+        copies.finish()
+    files = 4  # those of one checkpoint; there are two attempts at all
+    assert len(waited) <= 2 * files * len(keeping_store.PAUSES)
+    lines = [r.message for r in caplog.records if r.levelno == logging.ERROR]
+    assert 2 <= len(lines) <= 4, "a failing store is said once in each, with how many more it does not take"
+    assert any(line.endswith("too: 7") for line in lines)
+
+    del waited[:]
+    again = iter((True, True, False))  # twice full, then there is room
+    monkeypatch.setattr(
+        store._store.fs, "put_file", lambda *a, **k: filling(*a, **k) if next(again, False) else put(*a, **k)
+    )
+    copies.finish()
+    assert (store.steps(), len(waited)) == ([*range(1, 9)], 2), "the next attempt is patient again"
+
+
 def test_the_end_says_what_it_waits_for(tmp_path, monkeypatch):
     here, store = checkpoints(tmp_path / "here", (1, 2, 3)), Remote(f"memory://{tmp_path}")
     said, put, told = threading.Event(), store._store.fs.put_file, []

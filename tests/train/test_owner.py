@@ -158,6 +158,16 @@ def test_where_nothing_can_be_written_the_start_says_so(error, address, run_conf
         train(run_config(checkpoint__remote=address))
 
 
+def test_a_run_folder_that_is_full_is_not_taken_for_the_address(address, run_config, train, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("anon_dist.train.saves.owner.write_json", full)
+    config = run_config(checkpoint=c.CheckpointConfig(remote=address))
+    with pytest.raises(RunError, match=rf"cannot be written to {config.run_dir}/owner.json: .*No space left"):
+        train(config)
+
+
 def test_a_start_whose_address_another_has_taken_ends_and_copies_nothing_more(
     run_config, train, address, tmp_path, monkeypatch
 ):

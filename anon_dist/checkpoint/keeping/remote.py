@@ -62,6 +62,10 @@ class Remote:
         """Whether nothing more is copied there: `leave` was called."""
         return self._store.left
 
+    def be_patient(self, patient: bool) -> None:
+        """Whether what fails is tried again, as at first, or only once."""
+        self._store.patient = patient
+
     def leave(self) -> None:
         """End uploads after the piece of a file that is under way: they raise CheckpointError, and so does each later one."""
         self._store.leave()

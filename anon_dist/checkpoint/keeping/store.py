@@ -56,6 +56,8 @@ class Store:
         self._scheme = scheme_of(address)
         self.sent = 0
         """Bytes that have been sent there, and files: it grows while a copy makes progress."""
+        self.patient = True
+        """Whether what fails is tried again."""
         self._leaving = threading.Event()
 
     def path(self, *parts: str) -> str:
@@ -71,7 +73,8 @@ class Store:
         Raises:
             CheckpointError: all attempts failed; naming the last error. One of our own is raised at once.
         """
-        return tried(what, action, CheckpointError, self._pauses, self._leaving.wait)
+        pauses = self._pauses if self.patient else ()
+        return tried(what, action, CheckpointError, pauses, self._leaving.wait)
 
     @property
     def left(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from anon_dist.checkpoint.errors import CheckpointError
+from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from anon_dist.checkpoint.keeping.folder import Checkpoints
 from anon_dist.checkpoint.keeping.names import PROGRESS
 from anon_dist.checkpoint.keeping.remote import Remote
@@ -122,6 +122,8 @@ class Uploads:
     def _copy_all(self) -> Exception | None:
         """What is to be said at the end, if it stays so."""
         found: Exception | None = None
+        later = 0
+        self._remote.be_patient(True)
         try:
             self._ask()
             self._prune()
@@ -133,8 +135,16 @@ class Uploads:
                 except Exception as error:
                     if self._remote.left:
                         return None
-                    log.error("%s%s", error, _stays(checkpoint))
+                    damaged = isinstance(error, DamagedCheckpoint)
+                    if found is None or damaged:
+                        log.error("%s%s", error, _stays(checkpoint))
+                    else:
+                        later += 1
+                    if not damaged:
+                        self._remote.be_patient(False)  # a store that is full would take as long for each of the others
                     found = error
+            if later:
+                log.error("later checkpoints that stay in %s too: %d", self._checkpoints.folder, later)
         except OSError as error:  # the folder cannot be listed
             log.error("%s", error)
             return CheckpointError(f"{self._checkpoints.folder} cannot be read: {error}")

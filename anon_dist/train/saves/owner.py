@@ -74,8 +74,8 @@ class Owner:
             What is to be said: that what this run had copied there is gone; "" if it is not so.
 
         Raises:
-            CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy.
-            OSError: the run's folder cannot be written.
+            CheckpointError: it is another run's, cannot be written, or does not answer; with the remedy. Or the run's folder cannot
+                be written.
         """
         found = self.check(remote, checkpoints)
         self._record["id"] = (found or {}).get("id") or self._here() or secrets.token_hex(8)
@@ -83,8 +83,11 @@ class Owner:
         gone = found is None and self._note().get("address") == remote.address and not remote.steps()
         with _saying_what_helps():
             remote.own(self._record)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / OWNER, self._record | {"address": remote.address})
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / OWNER, self._record | {"address": remote.address})
+        except OSError as error:  # without a name it would be taken for the address's
+            raise CheckpointError(f"whose it is cannot be written to {self._folder / OWNER}: {error}") from error
         if not gone:
             return ""
         return f"WARNING: {remote.address} is empty, and was this run's: checkpoints that were copied there are gone"
