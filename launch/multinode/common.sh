@@ -15,6 +15,12 @@ if [ "${RENDEZVOUS:-}" = c10d ]; then
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 fi
 
+# A signal before there are ranks ends all once what runs here has ended, as one that stops the run later.
+for name in TERM USR1; do
+  # shellcheck disable=SC2064  # the name of now
+  trap "echo 'node ${NODE_RANK:-?} ($(uname -n)): stopped by SIG$name before its ranks were started' >&2; exit ${STOPPED_CODE:-0}" "$name"
+done
+
 need_rank_and_address() {
   : "${NODE_RANK:?set NODE_RANK: 0 on the first node, 1 on the second, ...}" "${MASTER_ADDR:?set MASTER_ADDR: an address of node 0}"
 }
@@ -72,6 +78,7 @@ PYTHON
 # kills them after 30 seconds, done or not, or dies of a SIGUSR1. So the signal goes past it, and it ends when its ranks have.
 run_launcher() {
   local name status
+  again=
   (trap '' USR1; exec "$@") & # ignored until the ranks have their handlers
   launcher=$!
   for name in TERM INT USR1; do
@@ -84,6 +91,7 @@ run_launcher() {
     [ -n "$signalled" ] || break # else `wait` ended for the signal
   done
   trap - TERM INT USR1
+  [ -z "$again" ] || kill "$again" 2>/dev/null || true
   if [ "$status" -ne 0 ]; then
     echo "node ${NODE_RANK:-?} ($(uname -n)): $1 ended with exit code $status at $(date +%T). Of all nodes, the one with the earliest such" \
       "line failed first; one without any was lost." >&2
@@ -109,9 +117,18 @@ sys.exit(not (finished(Path(config.run_dir), config) and is_there(config)))
 PYTHON
 }
 
-# The launcher's children are the ranks; if there are none yet, it is the launcher itself.
+# Ranks that are starting ignore a SIGUSR1, and take the first that they do not: so it comes again.
 pass_on() {
   signalled=1
+  tell_ranks "$1"
+  if [ "$1" = USR1 ] && [ -z "$again" ]; then
+    (while sleep 5; do tell_ranks USR1; done) >/dev/null 2>&1 &
+    again=$!
+  fi
+}
+
+# The launcher's children are the ranks; if there are none yet, it is the launcher itself.
+tell_ranks() {
   # shellcheck disable=SC2046  # one process id per word
   kill -s "$1" $(cat "/proc/$launcher/task/"*/children 2>/dev/null) 2>/dev/null || kill -s "$1" "$launcher" 2>/dev/null || true
 }

@@ -209,3 +209,55 @@ def test_a_run_that_is_preempted_at_its_end_has_that_exit_code(moment, options, 
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert (tmp_path / "run" / RESULT).exists()
+
+
+@pytest.fixture
+def torchrun_sh(options, tmp_path):
+    """Starts launch/multinode/torchrun.sh on one node, with a launcher of the test's."""
+
+    def start(launcher, **more):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "torchrun").write_text(f"#!/bin/bash\n{launcher}\n")
+        (tmp_path / "bin" / "torchrun").chmod(0o755)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534", "NODES": "1", "NODE_RANK": "0"}
+        place |= {"VENV": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "multinode" / "torchrun.sh"), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **place, **more},
+        )
+
+    return start
+
+
+def test_a_signal_that_comes_while_ranks_are_starting_is_not_lost(torchrun_sh, tmp_path):
+    """They ignore it until they can answer: it would have been the only one that Slurm sends."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import signal, sys, time\nprint('STARTING', flush=True)\ntime.sleep(2)\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(print('STOPPED', flush=True)))\nsignal.pause()\n"
+    )
+    process = torchrun_sh(f"{sys.executable} {rank} & wait $!")
+    for line in process.stdout:
+        if line == "STARTING\n":
+            process.send_signal(signal.SIGUSR1)
+            break
+    output, _ = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("STOPPED\n", 0)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_there_are_ranks_starts_none(name, torchrun_sh, tmp_path):
+    checks = tmp_path / "sitecustomize.py"
+    checks.write_text("import time\nprint('CHECKING', flush=True)\ntime.sleep(2)\n")
+    process = torchrun_sh("echo STARTED", STOPPED_CODE="75", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    for line in process.stdout:
+        if line == "CHECKING\n":
+            process.send_signal(signal.Signals[name])
+            break
+    output, _ = process.communicate(timeout=60)
+    assert f"stopped by {name} before its ranks were started" in output
+    assert "STARTED" not in output
+    assert process.returncode == 75
