@@ -98,7 +98,8 @@ def _say(
     names: Mapping[int, str],
     nodes: int = 1,
 ) -> int:
-    from anon_dist.doctor.judge import Nodes, Wanted, judge
+    from anon_dist.doctor.judge import judge
+    from anon_dist.doctor.nodes import Nodes, Wanted
     from anon_dist.doctor.screen import show, write
     from anon_dist.doctor.storage import checkpoint_bytes, data_of
 

@@ -30,6 +30,7 @@ def examine(place: Place, config: Config | None, wait: float) -> tuple[Report, M
     report.devices, report.gpus, report.driver, report.device_problem = local.devices()
     report.backend = "nccl" if report.gpus else "gloo"
     report.versions = local.versions()
+    report.unimportable = local.unimportable(None if config is None else config.train.engine)
     report.interface = network.chosen_interface(place, report.backend)
     if place.nodes > 1:
         try:

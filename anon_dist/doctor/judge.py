@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
+from anon_dist.doctor.nodes import NAMED, Finding, Level, Nodes, Wanted
 from anon_dist.doctor.report import Report
 
-Level = Literal["ok", "warn", "fail", "skip"]
 SKEW_WARN, SKEW_FAIL = 0.5, 5.0
 """Seconds between two clocks. torchrun's c10d takes a node for lost whose last sign is 15 s old, by the clocks of both."""
 SLOW_GPU, SLOW_CPU = 0.9, 0.6
@@ -20,77 +16,9 @@ SLOW_PAIR = 0.5
 SLOWEST_LINK = 50e6
 """Bytes per second: half of what gigabit Ethernet gives."""
 SLOWEST_DISK = 10e6
-NAMED = 4
-"""Of more nodes than this, the rest is counted."""
 PORTS = (
     "open all TCP ports between the nodes (sysctl net.ipv4.ip_local_port_range; look at nft list ruleset, iptables -S)"
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Of one check."""
-
-    check: str
-    level: Level
-    text: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the run that is meant needs; of node 0."""
-
-    run_dir: str
-    checkpoint: int | None
-    """Bytes of one; None: not known."""
-    keep: int
-
-
-class Nodes:
-    """The reports, and how their nodes are called.
-
-    Args:
-        reports: by rank, of the nodes that sent one.
-        absent: why the others did not.
-        names: of nodes as the user knows them; without one, the host's.
-        count: how many there should be. One that met nobody knows of itself alone.
-    """
-
-    def __init__(
-        self, reports: Mapping[int, Report], absent: Mapping[int, str], names: Mapping[int, str], count: int = 1
-    ) -> None:
-        self.reports = dict(sorted(reports.items()))
-        self.absent = dict(absent)
-        self._names = {rank: report.host for rank, report in self.reports.items()} | dict(names)
-        self.count = max(count, len(set(self.reports) | set(self.absent)))
-
-    def name(self, rank: int) -> str:
-        """As it is called, if no other is."""
-        name = self._names.get(rank, "")
-        return (
-            name
-            if name and list(self._names.values()).count(name) == 1
-            else f"node {rank} ({name})"
-            if name
-            else f"node {rank}"
-        )
-
-    def all(self, ranks: Iterable[int]) -> str:
-        """Several."""
-        ranks = sorted(ranks)
-        more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-        return ", ".join(map(self.name, ranks[:NAMED])) + more
-
-    def differences(self, value: Callable[[Report], str]) -> str:
-        """Who has another value than most; "" if nobody has."""
-        found: dict[str, list[int]] = defaultdict(list)
-        for rank, report in self.reports.items():
-            found[value(report)].append(rank)
-        if len(found) < 2:
-            return ""
-        *odd, usual = sorted(found.items(), key=lambda item: (len(item[1]), -min(item[1])))
-        return ", ".join(f"{v} on {self.all(ranks)}" for v, ranks in odd) + f", {usual[0]} on {self.all(usual[1])}"
 
 
 def judge(nodes: Nodes, wanted: Wanted | None) -> list[Finding]:
@@ -122,6 +50,16 @@ def _nodes(nodes: Nodes) -> Finding:
 
 
 def _versions(nodes: Nodes) -> Finding:
+    if broken := {rank: r.unimportable for rank, r in nodes.reports.items() if r.unimportable}:
+        text = "; ".join(
+            f"{nodes.name(rank)}: {name}: {why}" for rank, of in broken.items() for name, why in of.items()
+        )
+        return Finding(
+            "versions",
+            "fail",
+            f"cannot be imported: {text}",
+            "install them anew there (launch/setup.sh); if they are whole, see what shadows them on PYTHONPATH",
+        )
     names = dict.fromkeys(name for report in nodes.reports.values() for name in report.versions)
     different = {n: text for n in names if (text := nodes.differences(lambda r, n=n: r.versions.get(n, "missing")))}  # type: ignore[misc]
     if different:
@@ -281,6 +219,10 @@ def _remedy_of(problem: str, device: str) -> str:
         return f"make room ({f'{device}; ' if device else ''}df -h, quota), or choose another run_dir"
     if "ermission" in problem or "not permitted" in problem:
         return "give your user the right to write there on that node, or choose another run_dir"
+    if "is a link" in problem:
+        return "mount what it leads to on that node, or choose another run_dir"
+    if "is a file" in problem:
+        return "remove it, or choose another run_dir"
     return f"choose a run_dir that all nodes can write{where}"
 
 

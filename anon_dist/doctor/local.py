@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ from anon_dist.machine import processor
 from anon_dist.optim.backends.build import BuildError, cache_folder
 from anon_dist.optim.backends.choice import kernel_for
 
+NEEDED = ("accelerate", "transformers", "datasets", "safetensors", "sentencepiece")
 MULTIPLY_SECONDS = 0.5
 """So long, and at least three times."""
 PRODUCTS = {"cpu": 1024, "cuda": 8192}
@@ -26,6 +28,21 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def unimportable(engine: str | None) -> dict[str, str]:
+    """The packages of a training that do not import, and why: an installation that was interrupted, or a file that shadows one.
+
+    Args:
+        engine: `train.engine` of the run that is meant; None: not known.
+    """
+    found = {}
+    for name in (*NEEDED, *(["deepspeed"] if engine == "deepspeed" else [])):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever it does while it is imported
+            found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return found
 
 

@@ -96,6 +96,8 @@ class Report:
     kernel: str = ""
     """The optimizer's backend."""
     kernel_problem: str = ""
+    unimportable: dict[str, str] = field(default_factory=dict)
+    """Packages that do not import, and why."""
 
     def to_json(self) -> str:
         """On a line."""

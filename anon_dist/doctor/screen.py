@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anon_dist.doctor.judge import Finding, Nodes
+from anon_dist.doctor.nodes import Finding, Nodes
 
 WIDTH = 100
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}

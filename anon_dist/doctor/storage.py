@@ -52,21 +52,22 @@ def try_folder(path: Path, token: int, meeting: Meeting | None) -> Folder:
     found, made = Folder(), list[Path]()
     if rank == 0:
         made = [p for p in (path, *path.parents) if not p.exists()]
-        with _telling(found):
+        with _telling(found, path):
             path.mkdir(parents=True, exist_ok=True)
     if meeting is not None:
         meeting.all_at("the making of run_dir", WRITE_SECONDS)
-    _wait_for(path)
+    if not found.problem:
+        _wait_for(path)
     own = path / f".doctor-{token}-{rank}"
     try:
-        with _telling(found):
+        with _telling(found, path):
             own.write_text(str(rank))
             _sync(own)
         if meeting is not None:
             meeting.all_at("a file in run_dir", WRITE_SECONDS)
             found.unseen = _unseen(path, token, meeting)
         if not found.problem:
-            with _telling(found):
+            with _telling(found, path):
                 _measure(path / f"{own.name}-speed", found)
         with contextlib.suppress(OSError):
             found.free = shutil.disk_usage(path).free
@@ -86,12 +87,22 @@ def try_folder(path: Path, token: int, meeting: Meeting | None) -> Folder:
 
 
 @contextlib.contextmanager
-def _telling(found: Folder) -> Iterator[None]:
+def _telling(found: Folder, path: Path) -> Iterator[None]:
     """A block whose error is the folder's first problem."""
     try:
         yield
     except OSError as error:
-        found.problem = found.problem or (error.strerror or str(error))
+        found.problem = found.problem or _in_the_way(path) or error.strerror or str(error)
+
+
+def _in_the_way(path: Path) -> str:
+    """What stands where a folder is to be: a file, or a link that leads nowhere."""
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            return f"{each} is a link to {each.readlink()}, which is not there"
+        if each.exists():
+            return "" if each.is_dir() else f"{each} is a file"
+    return ""
 
 
 def _wait_for(path: Path) -> None:

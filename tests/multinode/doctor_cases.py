@@ -125,6 +125,14 @@ def other_version() -> None:
     metadata.version = lambda name: "4.0.0" if name == "transformers" else original(name)
 
 
+def shadowed() -> None:
+    """A file of somebody's is found before the package, whose metadata are there."""
+    (OUT / "shadow").mkdir()
+    (OUT / "shadow" / "sentencepiece.py").write_text("import nothing_of_that_name\n")
+    sys.path.insert(0, str(OUT / "shadow"))
+    sys.modules.pop("sentencepiece", None)
+
+
 def skewed(seconds: float):
     def run() -> None:
         original = time.time
@@ -223,9 +231,12 @@ def main_of_cases() -> None:
         with occupied(a):
             found["occupied"] = case("occupied", pair, wait=3)
         found["versions"] = case("versions", pair, {1: other_version})
+        found["shadowed"] = case("shadowed", pair, {1: shadowed})
         found["clock"] = case("clock", pair, {1: skewed(7.5)})
         found["not shared"] = case("not-shared", pair, {1: mounted("-t", "tmpfs", "tmpfs")}, config=True)
         found["read-only"] = case("read-only", pair, {1: mounted("-t", "tmpfs", "-o", "ro", "tmpfs")}, config=True)
+        (OUT / "link").symlink_to("unmounted")
+        found["link"] = case("link", pair, config=True, run_dir=OUT / "link" / "run")
         full = mounted("-t", "tmpfs", "-o", "size=1m", "tmpfs", fill=True)
         found["full"] = case("full", pair[:1], {0: full}, config=True)
         little = mounted("-t", "tmpfs", "-o", "size=400k", "tmpfs")

@@ -15,9 +15,10 @@ from torch.distributed import TCPStore
 
 from anon_dist.cli import main
 from anon_dist.doctor import examine, meeting, network
-from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.judge import judge
 from anon_dist.doctor.meeting import NoMeetingError
 from anon_dist.doctor.network import chosen_interface
+from anon_dist.doctor.nodes import Nodes, Wanted
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
 from anon_dist.doctor.report import Folder, Interface, Peer, Report
@@ -55,6 +56,11 @@ BROKEN = {
     "firewall": ("ports", ["{0} does not reach {1} at 10.203.0.2: no answer at all"], "open all TCP ports"),
     "occupied": ("ports", ["port 29500 of node 0 is in use by process "], "another --master-port"),
     "versions": ("versions", ["transformers 4.0.0 on {1}"], "install the same everywhere"),
+    "shadowed": (
+        "versions",
+        ["{1}: sentencepiece: ModuleNotFoundError: No module named 'nothing_of_that_name'"],
+        "see what shadows them on PYTHONPATH",
+    ),
     "clock": ("clocks", ["{1} is 7.5 s ahead"], "chrony"),
     "not shared": (
         "run_dir",
@@ -62,6 +68,7 @@ BROKEN = {
         "tmpfs (tmpfs) on {1}",
     ),
     "read-only": ("run_dir", ["{1}: Read-only file system"], "mount it read-write (tmpfs"),
+    "link": ("run_dir", ["{0}: ", "link is a link to unmounted, which is not there"], "mount what it leads to"),
     "full": ("run_dir", ["{0}: No space left on device"], "make room"),
     "slow": ("all-reduce", ["slow: {1} is slow to all others"], "cable"),
     "missing": ("nodes", ["2 of 3; node 2: did not come within 3 s"], "is it started"),

@@ -15,7 +15,8 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.keeping.remote import Remote
 from anon_dist.checkpoint.keeping.uploads import TakenError, Uploads
 from anon_dist.doctor import storage
-from anon_dist.doctor.judge import Nodes, Wanted, judge
+from anon_dist.doctor.judge import judge
+from anon_dist.doctor.nodes import Nodes, Wanted
 from anon_dist.doctor.report import Report
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
