@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 FIRST, MOST = 15.0, 300.0
 """Seconds between two lines on a store: from the first failure on, and at most. Twice as long each time."""
+APART = 0.5
+"""Seconds after a failure in which what another thread was given says nothing of the store."""
 QUIET = 600.0
 """Seconds without a failure after which the next one is the first again."""
 
@@ -69,7 +71,7 @@ class Outages:
         now, store = time.monotonic(), store_of(what)
         with self._lock:
             found = self._of.get(store)
-            if found is None or not found.failing:
+            if found is None or not found.failing or now - found.begun < APART:
                 return
             if found.open:
                 log.warning("%s answers again, after %.0f s and %d attempts", store, now - found.begun, found.failing)

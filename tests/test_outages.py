@@ -64,3 +64,15 @@ def test_a_store_that_fails_now_and_then_is_no_flood(clock, caplog):
     clock[0] += 601
     found.failed("gs://b/x", OSError("503"), 1.0)
     assert "trying again in 1 s" in caplog.text
+
+
+def test_what_another_thread_was_given_at_once_is_no_end_of_an_outage(clock, caplog):
+    """A full disk takes small files, and is read."""
+    found = Outages()
+    found.failed("file://disk/large", OSError("No space left on device"), 1.0)
+    clock[0] += 0.1
+    found.answered("file://disk/small")
+    assert "answers again" not in caplog.text
+    clock[0] += 1.0
+    found.answered("file://disk/large")
+    assert caplog.text.count("file://disk answers again, after 1 s and 1 attempts") == 1
