@@ -12,7 +12,7 @@ optimizer needs at most that share of AdamW's tokens.
 
 | optimizer | what steps |
 |---|---|
-| adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study) |
+| adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study/results) |
 | nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
@@ -257,20 +257,42 @@ def with_error(values: Sequence[float], sign: str = "") -> str:
 
 
 def difference(losses: dict[int, float], base: dict[int, float]) -> str:
-    """Seed by seed, of the seeds that both have."""
+    """Seed by seed, of the seeds that both have; "" of a base from itself."""
+    if losses is base:
+        return ""
     common = losses.keys() & base.keys()
     return with_error([losses[seed] - base[seed] for seed in common], "+") if common else ""
 
 
+def _order(group: Group) -> tuple[int, bool, int, int]:
+    name, batch, steps = group
+    return batch, steps > STEPS, list(LABELS).index(name), -steps
+
+
+def summary(results: Path) -> None:
+    """What was run on every corpus: its best rate's loss on each, and in parentheses how far that is from `peer`."""
+    corpora = {corpus: grouped(rows) for corpus, rows in read(results)}
+    shown = Table("optimizer", "tokens", "steps", *corpora, box=MARKDOWN)
+    for group in sorted(set.intersection(*map(set, corpora.values())), key=_order):
+        cells = []
+        for found in corpora.values():
+            losses = best(found[group])
+            away = difference(losses, peer(found, group))
+            cells.append(f"{mean(losses.values()):.3f}" + (f" ({away})" if away else ""))
+        shown.add_row(LABELS[group[0]], f"{group[1]:,}", str(group[2]), *cells)
+    Console(width=220).print(shown)
+
+
 def table(results: Path) -> None:
     """Last losses on the whole validation split, nats per token: means over seeds ± standard error, and the difference from `peer`."""
+    summary(results)
     for corpus, rows in read(results):
         found = grouped(rows)
         rates = sorted({rate for losses in found.values() for rate in losses})
         shown = Table(
             "optimizer", "tokens", "steps", *(f"lr {rate:g}" for rate in rates), "best − AdamW's", box=MARKDOWN
         )
-        for group in sorted(found, key=lambda k: (k[1], k[2] > STEPS, list(LABELS).index(k[0]), -k[2])):
+        for group in sorted(found, key=_order):
             losses = found[group]
             cells = [
                 with_error([*losses[r].values()]) + (f" ({len(losses[r])})" if len(losses[r]) > 1 else "")

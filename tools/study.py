@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The study behind the language-model presets: the sweeps of configs/study/README.md, one after the other, and a table of what they gave.
+"""The study behind the language-model presets: the sweeps of configs/study/results, one after the other, and a table of what they gave.
 
     python tools/study.py run --corpus python=data/stdlib --out runs/study [--only screen] [-- --parallel 2]
     python tools/study.py collect runs/study configs/study/results
