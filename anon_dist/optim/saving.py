@@ -19,9 +19,11 @@ class Saved(Optimizer):
     _stepper: Stepper
 
     def settle(self) -> None:
-        """Know whether the last step was taken, where `found_inf` is on a GPU; until then it counts as taken.
+        """Finish the last step: the renewal of its bases; and where `found_inf` is on a GPU, whether it was taken (till then it counts as
+        taken).
 
-        Everything here that needs to know calls it. What reads `state[p]["step"]` itself should, before.
+        Everything here that reads the state calls it. What reads `state[p]` itself should, before. After
+        `step` one rank may call it alone: the sums of all ranks are under way.
         """
         self._stepper.settle()
 

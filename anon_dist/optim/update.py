@@ -16,7 +16,7 @@ In step t = 1, 2, …, with learning rate η and weight decay λ:
     if t = a_k:                                      refresh; k = 0, 1, … counts the refreshes (see `schedule.py`)
         σ = s / (1 − β2^age) + ε                     age: how many steps s holds
         d ← σ^γ  (k = 0)   or   β3 d^(γ/γ°) + (1 − β3) σ^γ
-        v ← d^(−1/2);  s ← 0
+        v ← d^(−1/2);  s ← 0                         σ^γ, and d^(γ/γ°) where γ ≠ γ°, are kept in [2^−126, 2^127]
     u = clip(v · m / (1 − β1^t))                     apply_update
     θ ← (1 − η λ) θ − η u
 

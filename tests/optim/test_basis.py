@@ -720,3 +720,27 @@ def test_a_basis_is_set_after_a_first_step_that_was_skipped():
     optimizer.settle()
     assert optimizer.state[p]["basis_columns"].shape == (4, 4)
     assert int(optimizer.state[p]["step"]) == int(optimizer.state[q]["step"]) == 1
+
+
+@pytest.mark.parametrize(("side", "most"), [(None, 1.0), ("columns", 4.0), ("both", 16.0)])
+def test_the_clip_bounds_the_turned_update(side, most):
+    """A single weight may move further, by the root of the block's size with each side that has a basis."""
+    hyper = {"lr": 1.0, "update_clip": 1.0, "weight_decay": 0.0, "basis": side, "basis_block": 16}
+    p, optimizer = stepped((32, 32), **hyper)
+    before = p.detach().clone()
+    p.grad = torch.zeros(32, 32).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(1e4))
+    optimizer.step()
+    moved = (p.detach() - before).abs().max().item()
+    assert moved <= most + 1e-4
+    assert side is None or moved > 1.5
+
+
+def test_settled_state_is_what_is_saved():
+    p, optimizer = stepped((8, 8), basis="columns", max_interval=1)
+    p.grad = gradients((8, 8), 1)[0]
+    optimizer.step()
+    before = optimizer.state[p]["basis_columns"].clone()
+    optimizer.settle()
+    settled = optimizer.state[p]["basis_columns"].clone()
+    assert not torch.equal(before, settled)
+    torch.testing.assert_close(optimizer.state_dict()["state"][0]["basis_columns"], settled, rtol=0, atol=0)
