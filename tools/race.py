@@ -270,7 +270,7 @@ def _order(group: Group) -> tuple[int, bool, int, int]:
 
 
 def summary(results: Path) -> None:
-    """What was run on every corpus: its best rate's loss on each, and in parentheses how far that is from `peer`."""
+    """What was run on every corpus: the loss of its best rate on each, [the seeds], and (how far that is from `peer`)."""
     corpora = {corpus: grouped(rows) for corpus, rows in read(results)}
     shown = Table("optimizer", "tokens", "steps", *corpora, box=MARKDOWN)
     for group in sorted(set.intersection(*map(set, corpora.values())), key=_order):
@@ -278,7 +278,7 @@ def summary(results: Path) -> None:
         for found in corpora.values():
             losses = best(found[group])
             away = difference(losses, peer(found, group))
-            cells.append(f"{mean(losses.values()):.3f}" + (f" ({away})" if away else ""))
+            cells.append(f"{with_error([*losses.values()])} [{len(losses)}]" + (f" ({away})" if away else ""))
         shown.add_row(LABELS[group[0]], f"{group[1]:,}", str(group[2]), *cells)
     Console(width=220).print(shown)
 
