@@ -85,7 +85,7 @@ def torn(state, path, *args, **options):
 def half_copied(remote, checkpoint, name, sums, confirm):
     """For `Remote._put`, of the marker."""
     if second() and name == PROGRESS:
-        write_half((checkpoint / name).read_bytes(), remote._path(checkpoint.name, name))
+        write_half((checkpoint / name).read_bytes(), remote._store.path(checkpoint.name, name))
     PUT(remote, checkpoint, name, sums, confirm)
 
 
