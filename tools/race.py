@@ -120,6 +120,7 @@ ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "b
 ENTRIES += [Entry("nadamw", lr, 0, 750, 32) for lr in (4e-3, 6e-3, 8e-3)] + [Entry("columns", 6e-3, 0, 560, 32)]
 ENTRIES += [Entry(o, 8e-3, 0, 560, 32) for o in ("muon", "both")]
 ENTRIES += [Entry("columns", 6e-3, 1, STEPS * 3 // 4)]
+ENTRIES += [Entry("nadamw", 2.8e-3, 0, steps) for steps in (STEPS, STEPS * 4)]
 ENTRIES += [Entry(o, 4e-3, 0, STEPS * 4) for o in ("nadamw", "muon", "both")] + [Entry("columns", 6e-3, 0, STEPS * 3)]
 
 
