@@ -49,11 +49,13 @@ def fail(rank: int, ranks: int, port, when: str, error: Exception, queue, folder
 
 
 @pytest.fixture
-def notes(tmp_path):
+def notes(tmp_path, monkeypatch):
     """A function: the notes of ranks that raise these errors, by rank; those of the silent are not there."""
 
     def run(*ranks: tuple[str, Exception], store: bool = True) -> dict[int, list[str]]:
         queue, port = FORK.Queue(), FORK.Queue()
+        if store and all(when != NEVER for when, _ in ranks):
+            monkeypatch.setattr(peers, "WAIT_SECONDS", 60.0)  # a busy machine may take more than the usual 5 to start them
         # Made before the store: they close the connections that they inherit.
         processes = [
             FORK.Process(target=fail, args=(rank, len(ranks), port, when, error, queue, tmp_path))
@@ -114,7 +116,7 @@ def test_a_mistake_of_all_has_no_note(notes):
     assert notes(*[(FIRST, ValueError("no such model"))] * 3) == {0: [], 1: [], 2: []}
 
 
-def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceback(notes, tmp_path):
+def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceback(notes, tmp_path, monkeypatch):
     def endings():
         return [json.loads((tmp_path / f"{rank}.ending").read_text()) for rank in range(3)]
 
@@ -130,6 +132,7 @@ def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceb
     speak = [speaks for _, speaks in endings()]
     assert speak[1]
     assert sorted([speak[0], speak[2]]) == [False, True]
+    monkeypatch.setattr(peers, "WAIT_SECONDS", 5.0)
     notes((FIRST, KeyError("x")), (LATER, RefusedError("torn")), (NEVER, ValueError()))
     assert "Traceback" in json.loads((tmp_path / "0.json").read_text())["message"]["extraInfo"]["py_callstack"]
     assert [speaks for _, speaks in endings()][:2] == [True, True]
