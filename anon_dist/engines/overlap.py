@@ -10,6 +10,8 @@ wanted them; the forward of a `fully_shard` module waits for its own before it r
   the step. `zero_grad()` only lets go of gradients, and does not wait; with `set_to_none=False` it writes to them, and waits.
 - Hyperparameters are those of the moment of `step()`; a learning rate schedule may go on at once.
 - State dicts, loads, `rebase`, `init_state` and `optimizer.step()` wait. A process that ends ends after the step.
+- Bases are renewed when the next step begins or the state is read, not in the thread, whose all-reduces would come between those of a
+  forward. So with a basis no rank may read `optimizer.state_dict()` alone.
 
 DeepSpeed's ZeRO-Offload cannot be overlapped so: within its own `step()` it copies each master to the device as soon as the optimizer has
 returned (stage 3: each sub-group), and gathers the weights after the last. An optimizer that returned early would have old weights copied.

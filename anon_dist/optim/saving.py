@@ -22,8 +22,8 @@ class Saved(Optimizer):
         """Finish the last step: the renewal of its bases; and where `found_inf` is on a GPU, whether it was taken (till then it counts as
         taken).
 
-        Everything here that reads the state calls it. What reads `state[p]` itself should, before. After
-        `step` one rank may call it alone: the sums of all ranks are under way.
+        Everything here that reads the state calls it. What reads `state[p]` itself should, before. After `step` one rank may call it alone:
+        the sums of all ranks are under way. After `split_step` they begin here, so with a basis all ranks must call it.
         """
         self._stepper.settle()
 
