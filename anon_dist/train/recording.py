@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -157,10 +158,27 @@ def recording(run: Run, console: Console | None, stop: StopSignal) -> Iterator[R
     if error:
         raise RunError(f"run_dir = {run.folder} cannot be written: {error}")
     records = Records(run, console, stop, open_files[0] if open_files else None)
+    with _no_tracebacks_of_writers():
+        try:
+            yield records
+        finally:
+            records.close()
+
+
+@contextlib.contextmanager
+def _no_tracebacks_of_writers() -> Iterator[None]:
+    """TensorBoard's thread, when it cannot write, keeps the error for the next `log` or `finish`, and prints a traceback besides."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = hook
     try:
-        yield records
+        yield
     finally:
-        records.close()
+        threading.excepthook = before
 
 
 def _tell(run: Run, record: Record, repeated: int) -> None:

@@ -55,7 +55,7 @@ def notes(tmp_path, monkeypatch):
     def run(*ranks: tuple[str, Exception], store: bool = True) -> dict[int, list[str]]:
         queue, port = FORK.Queue(), FORK.Queue()
         if store and all(when != NEVER for when, _ in ranks):
-            monkeypatch.setattr(peers, "WAIT_SECONDS", 60.0)  # a busy machine may take more than the usual 5 to start them
+            monkeypatch.setattr(peers, "WAIT_SECONDS", 60.0)  # a busy machine may start them more than 5 s apart
         # Made before the store: they close the connections that they inherit.
         processes = [
             FORK.Process(target=fail, args=(rank, len(ranks), port, when, error, queue, tmp_path))

@@ -1,6 +1,7 @@
 """A run whose metrics cannot be written for a while: they are kept, and each is written and told once."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,20 @@ def test_a_damaged_line_is_said_and_the_others_stay(run_config, train, tmp_path,
     assert "1 damaged lines are passed over: 2" in caplog.text
     kept = {record["step"] for record in read_metrics(path)}
     assert kept == {record["step"] for record in metrics(whole)} - {2}
+
+
+def test_tensorboards_thread_prints_no_traceback(run_config, train, monkeypatch, caplog):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(writer, data):
+        raise FULL
+
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    at_step(monkeypatch, 4, lambda: monkeypatch.setattr(RecordWriter, "write", fail))
+    config = run_config()
+    config.log.trackers = ("tensorboard",)
+    folder = train(config)
+    assert len(metrics(folder)) > 14
+    assert [r.getMessage() for r in caplog.records if "tensorboard could not be written: [Errno 28]" in r.getMessage()]
+    assert not printed
