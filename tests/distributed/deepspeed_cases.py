@@ -10,6 +10,7 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from anon_dist.engines import cpu, zero_restore
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.replicas import ReplicasDifferError, check_replicas
 from anon_dist.engines.start import start
+from anon_dist.engines.zero import NOWHERE
 from anon_dist.optim import STATE_KEYS
 from anon_dist.optim.backends import cpu as on_cpu
 from anon_dist.optim.backends import foreach
@@ -412,14 +414,18 @@ def goes_on_to_the_bit(config, folder):
 
 
 def case_a_copy_is_written_as_deepspeed_writes():
-    """The same files, and all that is in them, to the bit; though weights and states have changed before it is written."""
+    """The same files, and all that is in them, to the bit; though weights and states have changed before it is written. To capture takes no
+    room on any disk: a rank's own folder for temporary files may be full, or gone."""
     for name in ("zero0", "zero2", "zero3"):
         config = run_config(name, shared_folder(OUT))
         config.train.steps, config.resume = 4, "never"
         engine = resumed(config).engine
         folder = Path(shared_folder(OUT))
+        tempfile.tempdir = str(folder / "none")
         for _ in range(2):  # the buffers of the first copy are used again
             write = engine.capture(copied=True)
+        tempfile.tempdir = None
+        assert not Path(NOWHERE).exists()
         engine._engine.save_checkpoint(str(folder / "own"), tag="deepspeed", save_latest=False)
         with torch.no_grad(), engine.whole_optimizer() as optimizer:
             for p in [p for group in optimizer.param_groups for p in group["params"]]:
