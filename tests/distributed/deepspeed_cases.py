@@ -4,6 +4,7 @@ The oracle of whole runs is a run of one process without DeepSpeed, whose metric
 """
 
 import json
+import math
 import os
 import resource
 import runpy
@@ -551,6 +552,16 @@ def case_run_zero2_offload():
 
 def case_run_zero3():
     check_run("zero3")
+
+
+def case_runs_whose_shares_are_padded_go_on_to_the_bit():
+    """No number of elements divides by the ranks: what is restored of the padding keeps the metrics finite at the next refresh."""
+    for name in ("zero2", "zero3"):
+        config = run_config(name, shared_folder(OUT))
+        config.model.width, config.model.heads = 33, 3
+        folder = run(config)
+        goes_on_to_the_bit(config, folder)
+        assert all(math.isfinite(r["update_rms"]) for r in metrics(folder) if "update_rms" in r)
 
 
 def case_run_zero3_offload():
