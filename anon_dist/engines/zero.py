@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -35,6 +34,9 @@ from anon_dist.engines.restore import DEEPSPEED, opened, parameter_order
 from anon_dist.engines.stale import GradientWatch, explain, keeps_old_gradients
 from anon_dist.optim import flat
 from anon_dist.optim.frame import KEYS
+
+NOWHERE = "/nowhere"
+"""Where DeepSpeed is told to save while its files are captured."""
 
 
 def zero_config(
@@ -276,23 +278,23 @@ class ZeroEngine:
         """See `base.Engine`. DeepSpeed's own files, byte for byte as it would write them.
 
         Its decoupled writer wants an operator to be compiled, and looks for its errors in no place; so what DeepSpeed hands to its writer
-        is copied, and given to it later. What else DeepSpeed puts into the folder, its scripts, it writes elsewhere meanwhile.
+        is copied, and given to it later. Meanwhile nothing is written anywhere, its folders and scripts neither: a disk that is full is no
+        matter of this rank alone.
         """
-        engine, files = self._engine, dict[str, Any]()
+        engine, files, scripts = self._engine, dict[str, Any](), list[Callable[[str], None]]()
         if copied:
             self._copies = self._copies or Storages()
         stage = self._copies if copied and self._copies is not None else uncopied
-        with tempfile.TemporaryDirectory(prefix="anon-dist-") as name:
-            engine.checkpoint_engine.save, write = (
-                lambda state_dict, path: files.update({os.path.relpath(path, name): state_dict}),
-                engine.checkpoint_engine.save,
-            )
-            try:
-                engine.save_checkpoint(name, tag=DEEPSPEED, save_latest=False)
-                staged = stage(files)
-            finally:
-                engine.checkpoint_engine.save = write
-            scripts = {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
+        writer, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
+        write, make = writer.save, writer.makedirs
+        writer.save = lambda state_dict, path: files.update({os.path.relpath(path, NOWHERE): state_dict})
+        writer.makedirs = lambda path, exist_ok=False: None
+        engine._copy_recovery_script = lambda path: scripts.append(copy_scripts)
+        try:
+            engine.save_checkpoint(NOWHERE, tag=DEEPSPEED, save_latest=False)
+            staged = stage(files)
+        finally:
+            writer.save, writer.makedirs, engine._copy_recovery_script = write, make, copy_scripts
         return partial(_write, staged, scripts, write)
 
     def save(self, folder: Path) -> None:
@@ -320,18 +322,20 @@ class ZeroEngine:
 
 def _write(
     files: dict[str, Any],
-    scripts: dict[Path, bytes],
+    scripts: list[Callable[[str], None]],
     write: Callable[[Any, str], None],
     folder: Path,
     group: Group = None,
     links: Links | None = None,
 ) -> None:
-    """See `base.Write`. Nothing is linked: each of DeepSpeed's files has something that changes at every step."""
+    """See `base.Write`. Nothing is linked: each of DeepSpeed's files has something that changes at every step.
+
+    Args:
+        scripts: what copies DeepSpeed's scripts into a folder, on the rank that does.
+    """
     for name, state in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write(state, str(path))
-    for script, content in scripts.items():
-        path = folder / script
-        path.write_bytes(content)
-        path.chmod(0o755)
+    for copy in scripts:
+        copy(str(folder))

@@ -21,6 +21,9 @@ from anon_dist.engines.restore import check_same_optimizer, copy_range
 from anon_dist.engines.saved_bases import laid, refuse_saved, without_basis
 from anon_dist.optim.frame import BASIS_KEYS
 
+NEUTRAL = {"precond": 1.0}
+"""What padding has of a state, where that is not 0: Anon's next refresh would make NaN of it, in the metrics' update_rms too."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -204,9 +207,9 @@ def _flat(
 
 
 def _fill(target: Tensor, part: Held, source: _Source, state: str, cuts: list[Cut] | None = None) -> None:
-    """A tensor of the master's length, or cut otherwise, with its elements of a state; padding becomes 0."""
+    """A tensor of the master's length, or cut otherwise, with its elements of a state; padding becomes what it is before the first step."""
     flat = target.detach().view(-1)
-    flat.zero_()
+    flat.fill_(NEUTRAL.get(state, 0.0))
     for cut in part.cuts if cuts is None else cuts:
         key = source.key(part.names[cut.member], state, part.sizes[cut.member])
         copy_range(flat[cut.offset : cut.offset + cut.stop - cut.start], source.checkpoint, key, cut.start, cut.stop)

@@ -44,7 +44,7 @@ from anon_dist.train.records import Step
 from anon_dist.train.reports.metrics import Console, Record, Stopwatch
 from anon_dist.train.reports.profiling import Profiler
 from anon_dist.train.reports.report import finished, refuse_other
-from anon_dist.train.resuming import settled
+from anon_dist.train.resuming import forget_return, settled
 from anon_dist.train.rewind import pass_over_again
 from anon_dist.train.run import set_up, wanted_engine
 from anon_dist.train.running import Run
@@ -80,14 +80,16 @@ def train(config: Config, make_optimizer: MakeOptimizer = build_optimizer) -> Pa
         log_with=trackers(config),
         project_config=ProjectConfiguration(project_dir=config.run_dir, logging_dir=f"{config.run_dir}/tensorboard"),
     )
-    config = settled(config)
+    given, config = config, settled(config)
     folder = Path(config.run_dir)
     if agree(config.resume == "auto" and finished(folder, config)):
         if other := agree(refuse_other(folder, config) if accelerator.is_main_process else None):
             raise ConfigError(other)
+        forget_return(given)
         received = finish_again(config, folder)
     else:
         with held(folder) as lock, hangs.watched(config, folder) as pulse:
+            forget_return(given)
             received = _train(config, accelerator, name, folder, lock, pulse, make_optimizer)
     if received == signal.SIGINT and LAUNCHER is None and accelerator.num_processes == 1:
         raise Interrupted

@@ -18,7 +18,7 @@ from anon_dist.files import unused, write_text
 from anon_dist.train.config.changes import changes, check_positions, check_shape, why_refused
 from anon_dist.train.config.errors import RunError
 from anon_dist.train.config.parsing import Config, ConfigError, to_yaml
-from anon_dist.train.config.resumed import Note, what_resume_comes_to
+from anon_dist.train.config.resumed import Note, forget, what_resume_comes_to
 from anon_dist.train.inputs import randomness
 from anon_dist.train.inputs.samples import check_repetition, enter
 from anon_dist.train.optimizer.build import apply_hyperparameters, hyperparameters
@@ -74,15 +74,28 @@ def settled(config: Config) -> Config:
     """The configuration with what `resume` comes to in this start (see `what_resume_comes_to`); every rank calls it.
 
     Raises:
-        RunError: the run's folder cannot be written.
+        RunError: the run's folder cannot be read.
     """
     found, error = first_does(lambda: what_resume_comes_to(config.resume, Path(config.run_dir)))
     if error:
-        raise RunError(f"run_dir = {config.run_dir} cannot be written: {error}")
+        raise RunError(f"run_dir = {config.run_dir} cannot be read: {error}")
     resume, said = found
     if said and is_first():
         _warn(said)
     return replace(config, resume=resume)
+
+
+def forget_return(config: Config) -> None:
+    """If the run was started with auto, have it forget what was gone back to (see `forget`). Every rank calls it, with the folder held.
+
+    Args:
+        config: as given, before it was `settled`.
+
+    Raises:
+        RunError: the run's folder cannot be written.
+    """
+    if config.resume == "auto":
+        _in_folder(Path(config.run_dir), lambda: forget(Path(config.run_dir)))
 
 
 def _resume(run: Run) -> bool:

@@ -212,6 +212,16 @@ def test_the_first_of_each_kind_may_take_longer():
     assert [*limits, pulse.limit] == [9.0, 1.0, 1.0, 9.0, 1.0]
 
 
+def test_what_is_pardoned_is_no_more_than_there_was():
+    """A process that was stopped, and has made progress again before it noticed."""
+    pulse = Pulse(1.0, 9.0)
+    pulse.pardon(8.0)
+    assert 0.0 <= pulse.age < 8.0
+    pulse.at -= 5.0
+    pulse.pardon(3.0)
+    assert 2.0 <= pulse.age < 5.0
+
+
 def test_a_process_that_is_gone():
     child = FORK.Process(target=os._exit, args=(0,))
     child.start()

@@ -21,7 +21,7 @@ from anon_dist.cli import main
 from anon_dist.data import DataError, PrepareConfig, TokenShards, prepare
 from anon_dist.engines.torch_native import TorchEngine
 from anon_dist.train import finishing, loop
-from anon_dist.train.config.errors import Interrupted, SkippedError
+from anon_dist.train.config.errors import Interrupted, RunInUseError, SkippedError
 from anon_dist.train.config.lr import lr_factor
 from anon_dist.train.config.parsing import ConfigError
 from anon_dist.train.recording import trackers
@@ -157,8 +157,16 @@ def test_a_run_goes_back_to_an_older_step(run_config, train, tmp_path, monkeypat
         train(other)
 
 
+@contextlib.contextmanager
+def refused(folder):
+    """For `loop.held`, where another run is at work."""
+    raise RunInUseError(f"run_dir = {folder} is in use")
+    yield
+
+
 def test_going_back_is_done_once(run_config, train, tmp_path, monkeypatch, capsys):
-    """The same command, as batch systems give it again, goes on from what came after, though the checkpoint that it names is deleted."""
+    """The same command, as batch systems give it again, goes on from what came after, though the checkpoint that it names is deleted, and
+    though another start with auto was refused meanwhile."""
     whole = train(run_config(run_dir=str(tmp_path / "whole")))
     config = run_config(checkpoint__keep=2)
     folder = train(config)
@@ -182,7 +190,11 @@ def test_going_back_is_done_once(run_config, train, tmp_path, monkeypatch, capsy
     assert json.loads((folder / "resumed.json").read_text()) == {"resume": resume, "step": 12, "done": True}
     shutil.rmtree(resume)
     aside = sorted(folder.rglob("*.aside*"))
-    config.resume, config.train.steps = resume, 16
+    config.resume, config.train.steps = "auto", 16
+    with monkeypatch.context() as patch, pytest.raises(RunInUseError):
+        patch.setattr(loop, "held", refused)
+        train(config)
+    config.resume = resume
     train(config)
     assert (
         f"resume = {resume} was done by an earlier start, so this one goes on from what came after"

@@ -43,15 +43,15 @@ def what_resume_comes_to(resume: str, run_dir: Path) -> tuple[str, str]:
     """`resume` for this start, and what is to be said about it ("": nothing).
 
     - A named checkpoint that an earlier start went on from, and that checkpoints came after: auto.
-    - auto, where a start was killed while it went back: the checkpoint to which it did. A note of one that is done goes then: the same
-      name is a new wish from here on.
+    - auto, where a start was killed while it went back: the checkpoint to which it did.
+
+    Nothing is changed: another start may be at work in the folder.
     """
     note = note_of(run_dir)
     if note is None or resume == "never":
         return resume, ""
     if resume == "auto":
-        if note.done or not Path(note.resume).is_dir():
-            (run_dir / NOTE).unlink(missing_ok=True)
+        if _is_over(note):
             return resume, ""
         return note.resume, f"an earlier start ended while it went back to {note.resume}, which is done now"
     came_after = any(step_of(p) > note.step for p in named_in(run_dir / "checkpoints") if is_complete(p))
@@ -61,3 +61,14 @@ def what_resume_comes_to(resume: str, run_dir: Path) -> tuple[str, str]:
         f"resume = {resume} was done by an earlier start, so this one goes on from what came after. To go back to it again, remove "
         f"{run_dir / NOTE}"
     )
+
+
+def forget(run_dir: Path) -> None:
+    """After a start with auto the same name is a new wish. For who holds the folder: a start that is refused leaves the note to the run."""
+    note = note_of(run_dir)
+    if note is not None and _is_over(note):
+        (run_dir / NOTE).unlink(missing_ok=True)
+
+
+def _is_over(note: Note) -> bool:
+    return note.done or not Path(note.resume).is_dir()

@@ -182,7 +182,6 @@ class _Watch:
         begun, late = time.monotonic(), self._pulse.age > self._pulse.limit
         if told := _soon_value(self._summed_up, 1.0):  # while this process was stopped
             _end(told)
-        limit = f"No progress for {self._pulse.age:.0f} s, after step {self._pulse.step}."
         report, text = self._report()
         written = _soon(lambda: self._write(report, text))
         if self._several:
@@ -200,6 +199,8 @@ class _Watch:
             return  # the others hang, and this one has ended well, or by an error of its own
         sums_up = self._rank == min(heard) and len(self._asks) == self._ranks
         cut = self._not_in_store() if sums_up else []
+        longest = report if late else max(heard.values(), key=lambda told: told["age"])  # this one was stopped itself
+        limit = f"No progress for {longest['age']:.0f} s, after step {longest['step']}."
         lines = summary(heard, seen, self._places, self._folder, limit, cut, os.environ.get("MASTER_ADDR", ""))
         if sums_up:
             if not written.is_set():

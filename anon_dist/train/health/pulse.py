@@ -75,8 +75,8 @@ class Pulse:
             _FORM.pack_into(self._page, 0, self.step, self.at, doing.encode()[:64])
 
     def pardon(self, seconds: float) -> None:
-        """Time in which this process was not running at all counts for nothing."""
-        self.at += seconds
+        """Time in which this process was not running at all counts for nothing. It may have made progress since."""
+        self.at = min(self.at + seconds, time.monotonic())
 
     @property
     def age(self) -> float:
