@@ -23,7 +23,7 @@ from anon_dist.checkpoint.checksums import NAME, seal, take, unsealed
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.inside import is_inside
 from anon_dist.checkpoint.keeping.names import PROGRESS
-from anon_dist.checkpoint.schema import Checkpoint, OutFile, Part, Region
+from anon_dist.checkpoint.schema import Checkpoint, OutFile, Region
 from anon_dist.checkpoint.torchfiles.mapped import will_need
 from anon_dist.exits import may_pass
 from anon_dist.files import sync, sync_tree, write_json
@@ -230,19 +230,21 @@ def _segments(number: int, file: OutFile) -> Iterator[_Segment]:
 def _blocks(file: OutFile) -> Iterator[Region]:
     for region in file.regions:
         part, width = region.part, region.dtype.itemsize
-        if part.key is None:
+        if part.key is None and not part.fill:
             continue  # files begin as zeros
         for start in range(part.start, part.stop, BLOCK // width):
             stop = min(part.stop, start + BLOCK // width)
-            yield Region(Part(part.key, start, stop), region.dtype, region.offset + (start - part.start) * width)
+            yield Region(
+                part._replace(start=start, stop=stop), region.dtype, region.offset + (start - part.start) * width
+            )
 
 
 def _write_region(
     descriptor: int, source: Checkpoint, region: Region, observe: Callable[[int, memoryview], None] | None
 ) -> None:
     part, offset = region.part, region.offset
-    assert part.key is not None
-    for tensor in source.pieces(part.key, part.start, part.stop):
+    padding = torch.full((part.stop - part.start if part.key is None else 0,), part.fill, dtype=region.dtype)
+    for tensor in [padding] if part.key is None else source.pieces(part.key, part.start, part.stop):
         if tensor.dtype != region.dtype:
             tensor = tensor.to(region.dtype)
         else:
@@ -253,7 +255,7 @@ def _write_region(
             observe(region.offset, memoryview(content))
         offset += tensor.nbytes
     wanted = (part.stop - part.start) * region.dtype.itemsize
-    if offset - region.offset != wanted:
+    if part.key is not None and offset - region.offset != wanted:
         raise CheckpointError(
             f"{part.key.state} of {part.key.parameter}: {offset - region.offset} bytes where {wanted} should be"
         )

@@ -129,11 +129,12 @@ class Checkpoint(ABC):
 
 
 class Part(NamedTuple):
-    """Elements [start, stop) of a tensor; with `key` None, that many zeros (padding)."""
+    """Elements [start, stop) of a tensor; with `key` None, that many of `fill` (padding)."""
 
     key: Key | None
     start: int
     stop: int
+    fill: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from anon_dist.engines.errors import EngineError
 from anon_dist.engines.restore import check_same_optimizer, copy_range
 from anon_dist.engines.saved_bases import laid, refuse_saved, without_basis
 from anon_dist.optim.frame import BASIS_KEYS
-
-NEUTRAL = {"precond": 1.0}
-"""What padding has of a state, where that is not 0: Anon's next refresh would make NaN of it, in the metrics' update_rms too."""
+from anon_dist.optim.state import NEUTRAL
 
 
 @dataclass(frozen=True)

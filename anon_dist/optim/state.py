@@ -36,6 +36,9 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "precond")
 EXPONENTS = "exp_avg_exponents"
 """Beside an 8-bit exp_avg: the exponents of its blocks, uint8, of this rank's part. Not in state dicts, where exp_avg is bfloat16."""
 
+NEUTRAL = {"precond": 1.0}
+"""What a state is before the first step, if not 0; so also in the padding of an engine's flat parameters, where 0 would become NaN."""
+
 LAST_STEP = 1 << 24
 """A step count, a float32 as in torch, cannot go past it."""
 

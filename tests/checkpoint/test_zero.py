@@ -134,6 +134,29 @@ def test_every_stage_and_world_size_gives_everything_back(source, world_size, la
         previous = target
 
 
+def tensors_of(state, found):
+    """Every tensor in a file that has this key."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    for key, value in items:
+        if key == found and isinstance(value, torch.Tensor):
+            yield value
+        else:
+            yield from tensors_of(value, found)
+
+
+@pytest.mark.parametrize("to", ["zero1", "zero2", "zero3"])
+def test_preconditioners_of_the_padding_are_1_as_a_run_has_them(to, launched, tmp_path):
+    """Of 0 a refresh would make NaN, and it would be in every norm over a rank's share."""
+    ranks, padding = 7, 0
+    convert(launched / "stage2_anon", tmp_path / "out", to, WriteOptions(world_size=ranks))
+    for rank in range(ranks):
+        states = torch.load(rank_file(tmp_path / "out", rank), weights_only=False)
+        found = torch.cat([x.view(-1) for x in tensors_of(states, "precond")])
+        assert (found > 0).all()
+        padding += int(found.eq(1.0).sum())
+    assert padding  # 7 divides none of the groups
+
+
 def test_files_have_the_name_of_the_precision(launched, tmp_path):
     for source, prefix in (("stage3_bf16_adamw", "bf16_"), ("stage2_anon", "")):
         convert(launched / source, tmp_path / source, "zero2", WriteOptions(world_size=2))

@@ -121,5 +121,5 @@ def cut(parts: Sequence[Part], start: int, stop: int) -> Iterator[Part]:
         size = part.stop - part.start
         low, high = max(start - at, 0), min(stop - at, size)
         if low < high:
-            yield Part(part.key, part.start + low, part.start + high)
+            yield part._replace(start=part.start + low, stop=part.start + high)
         at += size

@@ -304,7 +304,7 @@ class _Pickler(Pickler):
 def _regions(path: PurePosixPath, stub: Stub, start: int) -> list[Region]:
     regions, offset = [], start
     for part in stub.parts:
-        if part.key is not None and part.stop > part.start:
+        if (part.key is not None or part.fill) and part.stop > part.start:
             regions.append(Region(Part(*part), stub.dtype, offset))
         offset += (part.stop - part.start) * stub.dtype.itemsize
     wanted = _numel(stub.shape) * stub.dtype.itemsize

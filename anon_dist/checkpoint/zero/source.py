@@ -18,6 +18,7 @@ from anon_dist.checkpoint.torchfiles import rank_local
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.checkpoint.zero.header import fresh, is_number, same_number
 from anon_dist.optim.frame import KEYS
+from anon_dist.optim.state import NEUTRAL
 
 
 @dataclass
@@ -165,7 +166,8 @@ class Source:
             key = Key(name, MASTER) if rounded or key not in tensors else key
         if state == MASTER and key not in tensors:
             key = Key(name, WEIGHT)
-        return Part(key if key in tensors else None, start, stop)  # None: a member without this state, zeros
+        # None: a member without this state.
+        return Part(key if key in tensors else None, start, stop, NEUTRAL.get(state, 0.0))
 
     def weight(self, name: str) -> Stub:
         """A parameter or buffer as the model has it."""
@@ -186,16 +188,16 @@ class Source:
         return {**states, **{key: self.state(name, key) for key in self._states.get(name, {})}}
 
     def laid(self, members: list[str], state: str, dtype: torch.dtype, cuts: list[Cut], length: int) -> Stub:
-        """A flat buffer of `length` elements: the cuts at their offsets, zeros between and after."""
+        """A flat buffer of `length` elements: the cuts at their offsets, and padding between and after."""
         parts: list[Part] = []
-        reached = 0
+        reached, padding = 0, NEUTRAL.get(state, 0.0)
         for cut in cuts:
             if cut.offset > reached:
-                parts.append(Part(None, 0, cut.offset - reached))
+                parts.append(Part(None, 0, cut.offset - reached, padding))
             parts.append(self.part(members[cut.member], state, cut.start, cut.stop))
             reached = cut.offset + cut.stop - cut.start
         if length > reached:
-            parts.append(Part(None, 0, length - reached))
+            parts.append(Part(None, 0, length - reached, padding))
         return Stub((length,), dtype, parts)
 
     def groups(self, frozen: bool = False, muon: MuonOrder | None = None) -> list[tuple[list[str], dict[str, Any]]]:
