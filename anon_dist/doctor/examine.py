@@ -77,17 +77,17 @@ def _reach(report: Report, meeting: Meeting, token: int) -> set[tuple[int, int]]
     """Reach all others into the report; the pairs that reach each other both ways."""
     mine = report.rank
     with contextlib.ExitStack() as stack:
-        port, address = 0, report.interface.address if not report.interface.problem else ""
+        ports, address = list[int](), report.interface.address if not report.interface.problem else ""
         if address:
             try:
-                port = stack.enter_context(network.listening(mine, token, address))
+                ports = stack.enter_context(network.listening(mine, token, address))
             except OSError as error:
                 report.interface.problem, address = f"nothing can listen at {address}: {error.strerror}", ""
-        meeting.tell("an address", json.dumps([address, port, report.backend]))
+        meeting.tell("an address", json.dumps([address, ports, report.backend]))
         told = {r: json.loads(text) for r, text in meeting.hear("an address", STEP_SECONDS).items()}
         report.peers = network.reach({r: (a, p) for r, (a, p, _) in told.items() if r != mine}, token)
         if {backend for *_, backend in told.values()} != {"nccl"}:
             report.backend = "gloo"
-        meeting.tell("whom it reaches", json.dumps([r for r, peer in report.peers.items() if not peer.problem]))
+        meeting.tell("whom it reaches", json.dumps([r for r, p in report.peers.items() if not (p.problem or p.closed)]))
         reached = {r: json.loads(text) for r, text in meeting.hear("whom it reaches", STEP_SECONDS).items()}
     return {(i, j) for i in reached for j in reached[i] if i < j and i in reached.get(j, [])}

@@ -150,6 +150,8 @@ def _ports(nodes: Nodes) -> Finding:
             if peer.problem and other not in wrong:
                 address = nodes.reports[other].interface.address if other in nodes.reports else "?"
                 problems.append(f"{nodes.name(rank)} does not reach {nodes.name(other)} at {address}: {peer.problem}")
+            elif peer.closed:
+                problems.append(f"{nodes.name(rank)} does not reach {nodes.name(other)} at {peer.closed}")
     if problems:
         more = f"; and {len(problems) - 2} more" if len(problems) > 2 else ""
         return Finding("ports", "fail", "; ".join(problems[:2]) + more, PORTS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import socket
 import struct
 import threading
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -24,6 +27,8 @@ from anon_dist.doctor.report import Interface, Peer
 ANSWER = struct.Struct("!idQ")
 """Rank, clock, and the token of this examination: another program may listen at the port."""
 REACH_SECONDS = 5.0
+PORTS = 8
+"""How many ports of a node are tried: a firewall may let some of the range pass."""
 PAIR_SECONDS = 30.0
 MEASURED_SECONDS = 0.1
 """A message is as long as takes about so long, at most `LARGEST` bytes."""
@@ -109,18 +114,37 @@ def _towards(place: Place, addresses: dict[str, list[str]]) -> str:
 
 
 @contextlib.contextmanager
-def listening(rank: int, token: int, address: str) -> Iterator[int]:
-    """A block in which this node answers at a port that the system chooses, as gloo's and NCCL's are; the port."""
+def listening(rank: int, token: int, address: str) -> Iterator[list[int]]:
+    """A block in which this node answers at `PORTS` ports, spread over those that the system chooses from for gloo and NCCL; the ports."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind((address, 0))
-        listener.listen(1024)
-        threading.Thread(target=_answer, args=(listener, rank, token), daemon=True).start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for wanted in _spread():
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            try:
+                listener.bind((address, wanted))
+            except OSError:  # taken; or nothing can be bound there, which the system's own choice says too
+                listener.bind((address, 0))
+            listener.listen(1024)
+            stack.callback(_shut, listener)
+            threading.Thread(target=_answer, args=(listener, rank, token), daemon=True).start()
+            ports.append(listener.getsockname()[1])
+        yield ports
+
+
+def _spread() -> list[int]:
+    """A port at random in each of as many parts of the range; 0, the system's choice, where the range is not known."""
+    try:
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        return [0] * PORTS
+    edges = [low + (high + 1 - low) * i // PORTS for i in range(PORTS + 1)]
+    return [random.randrange(a, max(b, a + 1)) for a, b in itertools.pairwise(edges)]
+
+
+def _shut(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def _answer(listener: socket.socket, rank: int, token: int) -> None:
@@ -139,16 +163,31 @@ def _answer_one(caller: socket.socket, rank: int, token: int) -> None:
             caller.sendall(ANSWER.pack(rank, time.time(), token))
 
 
-def reach(addresses: dict[int, tuple[str, int]], token: int) -> dict[int, Peer]:
-    """Connect to other nodes, and compare clocks."""
-    with ThreadPoolExecutor(max(1, min(32, len(addresses)))) as pool:
-        found = pool.map(lambda rank: _reach(rank, *addresses[rank], token), addresses)
-        return dict(zip(addresses, found, strict=True))
+def reach(addresses: dict[int, tuple[str, list[int]]], token: int) -> dict[int, Peer]:
+    """Connect to other nodes, at each of their ports, and compare clocks."""
+    asked = [(rank, address, port) for rank, (address, ports) in addresses.items() for port in ports]
+    with ThreadPoolExecutor(max(1, min(128, len(asked)))) as pool:
+        answers = list(pool.map(lambda one: _reach(one[0], one[1], one[2], token), asked))
+    found = {}
+    for rank, (address, _) in addresses.items():
+        peers = {port: peer for (of, _, port), peer in zip(asked, answers, strict=True) if of == rank}
+        found[rank] = _together(address, peers)
+    return found
+
+
+def _together(address: str, peers: dict[int, Peer]) -> Peer:
+    """A node, by its ports."""
+    if not peers:
+        return Peer(problem="it has no address")
+    closed = {port: peer.problem for port, peer in peers.items() if peer.problem}
+    best = min(peers.values(), key=lambda peer: (bool(peer.problem), peer.rtt))
+    if closed and not best.problem:
+        ports = ", ".join(map(str, list(closed)[:3])) + (f" and {len(closed) - 3} more" if len(closed) > 3 else "")
+        best.closed = f"{address}, port {ports}, of {len(peers)} that were tried: {next(iter(closed.values()))}"
+    return best
 
 
 def _reach(rank: int, address: str, port: int, token: int) -> Peer:
-    if not address:
-        return Peer(problem="it has no address")
     try:
         with socket.create_connection((address, port), timeout=REACH_SECONDS) as connection:
             best = Peer(rtt=float("inf"))

@@ -34,6 +34,8 @@ class Peer:
     """Another node, as it was reached at the address of its interface."""
 
     problem: str = ""
+    closed: str = ""
+    """Which of its ports were not reached, and why, if others were."""
     rtt: float = 0.0
     """Seconds there and back, the shortest."""
     ahead: float = 0.0

@@ -154,13 +154,13 @@ def mounted(*options: str, **more: object):
 
 
 @contextlib.contextmanager
-def firewall(host: Host):
-    """All that comes from the network is lost, but what comes from node 0's store and what goes to it."""
+def firewall(host: Host, ports: str = "1024-65534"):
+    """All that comes from the network to these ports is lost, but what comes from node 0's store."""
     at = ("-n", host.name, "rule")
     ip(*at, "add", "pref", "100", "lookup", "local")
     ip(*at, "del", "pref", "0")
     ip(*at, "add", "pref", "1", "iif", INTERFACE, "ipproto", "tcp", "sport", "29500", "lookup", "local")
-    ip(*at, "add", "pref", "2", "iif", INTERFACE, "ipproto", "tcp", "dport", "1024-65534", "blackhole")
+    ip(*at, "add", "pref", "2", "iif", INTERFACE, "ipproto", "tcp", "dport", ports, "blackhole")
     try:
         yield
     finally:
@@ -228,6 +228,8 @@ def main_of_cases() -> None:
         found["own name"] = case("own-name", pair, {1: lambda: hosts_file(b)}, {1: {"GLOO_SOCKET_IFNAME": ""}})
         with firewall(b):
             found["firewall"] = case("firewall", pair, config=True)
+        with firewall(b, "47000-65534"):
+            found["half a firewall"] = case("half-a-firewall", pair, config=True)
         with occupied(a):
             found["occupied"] = case("occupied", pair, wait=3)
         found["versions"] = case("versions", pair, {1: other_version})

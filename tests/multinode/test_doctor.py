@@ -54,6 +54,11 @@ BROKEN = {
     "wrong interface": ("interface", ["{1}: GLOO_SOCKET_IFNAME=other0: no node reaches 10.99.0.1"], "to cable0 there"),
     "own name": ("interface", ["the name {1} leads to 127.0.1.1"], "to cable0 there"),
     "firewall": ("ports", ["{0} does not reach {1} at 10.203.0.2: no answer at all"], "open all TCP ports"),
+    "half a firewall": (
+        "ports",
+        ["{0} does not reach {1} at 10.203.0.2, port ", " more, of 8 that were tried: no answer at all"],
+        "open all TCP ports",
+    ),
     "occupied": ("ports", ["port 29500 of node 0 is in use by process "], "another --master-port"),
     "versions": ("versions", ["transformers 4.0.0 on {1}"], "install the same everywhere"),
     "shadowed": (
