@@ -166,7 +166,7 @@ def _set_damaged_aside(run: Run, damaged: list[tuple[Path, DamagedCheckpoint]], 
         _warn(f"{checkpoint} is damaged, and set aside as {kept.name}: {error.damage}")
     if damaged:
         recorded = max((int(record["step"]) for record in read_metrics(run.folder / "metrics.jsonl")), default=0)
-        last = max(recorded, step_of(damaged[0][0]))
+        last = min(max(recorded, step_of(damaged[0][0])), run.config.train.steps)  # another run's may be among them
         _warn(f"the run goes on from {source}: steps {run.step + 1} to {last} are taken again")
 
 

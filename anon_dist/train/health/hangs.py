@@ -208,8 +208,8 @@ class _Watch:
             _soon(lambda: print("\n".join(lines), file=sys.stderr, flush=True)).wait(1.0)
             _soon(lambda: write_text(self._folder / "summary.txt", "\n".join(lines) + "\n")).wait(1.0)
         else:
-            self._until(self._summed_up, 2.0)
-        _end(lines[0])
+            self._until(self._summed_up, 2 * PROXY + 1.0)  # who sums up may wait so long for the store
+        _end(_soon_value(self._summed_up, 0.5) or lines[0])
 
     def _summed_up(self) -> str:
         """What the others have come to; "" so far."""
