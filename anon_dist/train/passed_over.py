@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,15 @@ def entries_of(folder: Path, count: int | None = None) -> list[Entry]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s cannot be read, and is left out of account: %r", folder / FILE, error)
+        _say(folder / FILE, repr(error))
         return []
     return [entry for entry in entries if count is None or entry["rewinds"] <= count]
+
+
+@cache
+def _say(path: Path, error: str) -> None:
+    """Once for each error: a start reads the file several times."""
+    log.warning("%s cannot be read, and is left out of account: %s", path, error)
 
 
 def keep_history(folder: Path, count: int, checkpoint: str | None, step: int, went_back: bool) -> None:

@@ -310,3 +310,17 @@ def test_a_signal_in_a_step_that_is_gone_back_from_still_stops_the_run(
     folder = train(run_config(**OPTIONS, train__on_spike="rewind"))
     assert max(by_step(folder)) < 15
     assert not (folder / "result.json").exists()
+
+
+def test_damaged_rewinds_are_told_once(run_config, train, monkeypatch, poison, caplog):
+    poison([15])
+    config = run_config(**OPTIONS, train__on_spike="rewind")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, 18, crash)
+        train(config)
+    path = Path(config.run_dir) / "rewinds.json"
+    path.write_text(path.read_text()[:-9])
+    train(config)
+    said = [r.getMessage() for r in caplog.records if "rewinds.json" in r.getMessage()]
+    assert len(said) == 1
+    assert "rewinds.json cannot be read, and is left out of account: JSONDecodeError" in said[0]
