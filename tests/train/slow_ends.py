@@ -50,10 +50,11 @@ def long_put(remote, checkpoint, name, sums, confirm):
     """The copy of the last checkpoint takes a minute from when the results are there, unless it is left."""
     if checkpoint.name == f"step-{LAST:08d}":
         result = checkpoint.parents[1] / "result.json"
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while not result.exists() and time.monotonic() < end:
             time.sleep(0.01)
         here()
+        end = time.monotonic() + 60
         while not remote.left and time.monotonic() < end:
             time.sleep(0.01)
     put(remote, checkpoint, name, sums, confirm)
