@@ -26,13 +26,14 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any
 
 import torch
@@ -77,7 +78,10 @@ LABELS = {
     "both64": "Anon, both, blocks of 64",
     "both32": "Anon, both, blocks of 32",
 }
-FIELDS = ("corpus", "optimizer", "batch_tokens", "steps", "lr", "seed", "loss", "bits_per_byte")
+FIELDS = ("corpus", "edition", "optimizer", "batch_tokens", "steps", "lr", "seed", "loss", "bits_per_byte")
+KEY = FIELDS[:-2]
+"""The edition of a corpus: bytes per token of its validation split. A system's documentation and library change with its updates, and
+losses on two editions are not compared."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (
 ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "both32")]
 ENTRIES += [Entry("nadamw", lr, 0, 750, 32) for lr in (4e-3, 6e-3, 8e-3)] + [Entry("columns", 6e-3, 0, 560, 32)]
 ENTRIES += [Entry(o, 8e-3, 0, 560, 32) for o in ("muon", "both")]
-ENTRIES += [Entry("columns", 6e-3, 1, STEPS * 3 // 4)]
+ENTRIES += [Entry("columns", 6e-3, 1, STEPS * 3 // 4), Entry("both", 8e-3, 0, 1100)]
 ENTRIES += [Entry("nadamw", 2.8e-3, 0, steps) for steps in (STEPS, STEPS * 4)]
 ENTRIES += [Entry(o, 4e-3, 0, STEPS * 4) for o in ("nadamw", "muon", "both")] + [Entry("columns", 6e-3, 0, STEPS * 3)]
 
@@ -206,11 +210,12 @@ def collect(out: Path, results: Path) -> None:
         if result["step"] < config["train"]["steps"]:
             continue
         batch, steps = config["train"]["global_batch"] * config["data"]["seq_len"], config["train"]["steps"]
-        key = (path.parts[-3], name, batch, steps, config["optim"]["lr"], config["train"]["seed"])
+        edition = f"{result['final_loss'] / math.log(2) / result['final_bits_per_byte']:.3f}"
+        key = (path.parts[-3], edition, name, batch, steps, config["optim"]["lr"], config["train"]["seed"])
         rows.append((*key, result["final_loss"], result["final_bits_per_byte"]))
         points = {r["step"]: r["val_loss"] for r in read_metrics(path.parent / "metrics.jsonl") if "val_loss" in r}
         curves += [(*key, step, loss) for step, loss in points.items()]
-    for file, head, lines in (("runs", FIELDS, rows), ("curves", (*FIELDS[:6], "step", "val_loss"), curves)):
+    for file, head, lines in (("runs", FIELDS, rows), ("curves", (*KEY, "step", "val_loss"), curves)):
         with (results / f"{file}.csv").open("w", newline="") as f:
             csv.writer(f).writerows([head, *lines])
 
@@ -225,8 +230,8 @@ def read(results: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 Group = tuple[str, int, int]
 """Optimizer, tokens a step, steps."""
-Losses = dict[float, dict[int, float]]
-"""Learning rate → seed → last loss."""
+Losses = dict[float, dict[tuple[str, int], float]]
+"""Learning rate → edition and seed → last loss."""
 
 
 def grouped(rows: list[dict[str, str]]) -> dict[Group, Losses]:
@@ -234,21 +239,28 @@ def grouped(rows: list[dict[str, str]]) -> dict[Group, Losses]:
     found: dict[Group, Losses] = defaultdict(lambda: defaultdict(dict))
     for r in rows:
         group = r["optimizer"], int(r["batch_tokens"]), int(r["steps"])
-        found[group][float(r["lr"])][int(r["seed"])] = float(r["loss"])
+        found[group][float(r["lr"])][r["edition"], int(r["seed"])] = float(r["loss"])
     return found
 
 
-def best(losses: Losses) -> dict[int, float]:
+def best(losses: Losses) -> dict[tuple[str, int], float]:
     """Those of the learning rate with the lowest mean."""
     return min(losses.values(), key=lambda seeds: mean(seeds.values()))
 
 
-def peer(found: dict[Group, Losses], group: Group) -> dict[int, float]:
-    """The best AdamW with Nesterov of that batch, by seed: of as many steps, or of the next more that it has."""
-    _, batch, steps = group
+def peer(found: dict[Group, Losses], group: Group) -> dict[tuple[str, int], float]:
+    """The best AdamW with Nesterov of that batch on each edition, by seed: of as many steps, or of the next more. None is its own."""
+    name, batch, steps = group
+    if name == "nadamw":
+        return {}
     lengths = sorted(s for o, b, s in found if (o, b) == ("nadamw", batch))
     longer = [s for s in lengths if s >= steps] or lengths[-1:]
-    return best(found["nadamw", batch, longer[0]]) if longer else {}
+    losses = found["nadamw", batch, longer[0]] if longer else {}
+    shared = {}
+    for edition in sorted({edition for seeds in losses.values() for edition, _ in seeds}):
+        here = {lr: {key: x for key, x in seeds.items() if key[0] == edition} for lr, seeds in losses.items()}
+        shared.update(best({lr: seeds for lr, seeds in here.items() if seeds}))
+    return shared
 
 
 def with_error(values: Sequence[float], sign: str = "") -> str:
@@ -257,10 +269,8 @@ def with_error(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.3f}{error}"
 
 
-def difference(losses: dict[int, float], base: dict[int, float]) -> str:
-    """Seed by seed, of the seeds that both have; "" of a base from itself."""
-    if losses is base:
-        return ""
+def difference(losses: dict[tuple[str, int], float], base: dict[tuple[str, int], float]) -> str:
+    """Seed by seed, of the seeds that both have on one edition."""
     common = losses.keys() & base.keys()
     return with_error([losses[seed] - base[seed] for seed in common], "+") if common else ""
 
@@ -327,13 +337,14 @@ def plot(results: Path, out: Path) -> None:
         "both": ("#0072b2", "-"),
     }
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
-        found = grouped(rows)
+        edition = mode(r["edition"] for r in rows if int(r["steps"]) == STEPS)  # all lines of one
+        found = grouped([r for r in rows if r["edition"] == edition])
         for name, (colour, dashes) in styles.items():
             if not (losses := found.get((name, SEQUENCES * 128, STEPS))):
                 continue
             lr = next(rate for rate in losses if losses[rate] == best(losses))
-            key = (corpus, name, str(SEQUENCES * 128), str(STEPS), lr, "0")
-            points = [c for c in curves if (*(c[f] for f in FIELDS[:4]), float(c["lr"]), c["seed"]) == key]
+            key = (corpus, edition, name, str(SEQUENCES * 128), str(STEPS), lr, "0")
+            points = [c for c in curves if (*(c[f] for f in KEY[:5]), float(c["lr"]), c["seed"]) == key]
             x = [int(c["step"]) * SEQUENCES * 128 / 1e6 for c in points]
             axis.plot(x, [float(c["val_loss"]) for c in points], color=colour, ls=dashes, label=LABELS[name])
         axis.set(title=corpus, xlabel="tokens (millions)", ylabel="validation loss (nats per token)")

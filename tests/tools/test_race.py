@@ -77,13 +77,14 @@ def test_the_tables_of_the_pages_are_those_of_the_collected_runs(capsys):
 
 def test_a_row_is_the_mean_over_seeds_and_its_distance_from_the_best_adamw_of_its_batch_and_length(tmp_path, capsys):
     rows = [
-        ("x", "nadamw", 1024, 2000, 0.1, 0, 3.0, 1.0),
-        ("x", "nadamw", 1024, 2000, 0.1, 1, 3.5, 1.0),
-        ("x", "nadamw", 1024, 2000, 0.2, 0, 3.5, 1.0),
-        ("x", "columns", 1024, 2000, 0.1, 0, 2.5, 1.0),
-        ("x", "columns", 1024, 2000, 0.1, 1, 3.0, 1.0),
-        ("x", "nadamw", 1024, 8000, 0.1, 0, 2.0, 1.0),  # no peer of a run of 2,000 steps
-        ("x", "nadamw", 4096, 500, 0.1, 0, 1.0, 1.0),
+        ("x", "2.5", "nadamw", 1024, 2000, 0.1, 0, 3.0, 1.0),
+        ("x", "2.5", "nadamw", 1024, 2000, 0.1, 1, 3.5, 1.0),
+        ("x", "2.5", "nadamw", 1024, 2000, 0.2, 0, 3.5, 1.0),
+        ("x", "2.5", "columns", 1024, 2000, 0.1, 0, 2.5, 1.0),
+        ("x", "2.5", "columns", 1024, 2000, 0.1, 1, 3.0, 1.0),
+        ("x", "2.6", "nadamw", 1024, 2000, 0.2, 2, 9.0, 1.0),  # on another edition, which is not compared
+        ("x", "2.5", "nadamw", 1024, 8000, 0.1, 0, 2.0, 1.0),  # no peer of a run of 2,000 steps
+        ("x", "2.5", "nadamw", 4096, 500, 0.1, 0, 1.0, 1.0),
     ]
     with (tmp_path / "runs.csv").open("w", newline="") as f:
         csv.writer(f).writerows([race.FIELDS, *rows])
