@@ -243,8 +243,11 @@ def _write_region(
     descriptor: int, source: Checkpoint, region: Region, observe: Callable[[int, memoryview], None] | None
 ) -> None:
     part, offset = region.part, region.offset
-    padding = torch.full((part.stop - part.start if part.key is None else 0,), part.fill, dtype=region.dtype)
-    for tensor in [padding] if part.key is None else source.pieces(part.key, part.start, part.stop):
+    if part.key is None:
+        tensors = iter([torch.full((part.stop - part.start,), part.fill, dtype=region.dtype)])
+    else:
+        tensors = source.pieces(part.key, part.start, part.stop)
+    for tensor in tensors:
         if tensor.dtype != region.dtype:
             tensor = tensor.to(region.dtype)
         else:
