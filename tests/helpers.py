@@ -32,12 +32,18 @@ def launch_ranks(script: Path, ranks: int, out: Path, *args: str, seconds: float
 
 
 def assert_passed(case: str, out: Path, ranks: int) -> None:
-    """That every rank wrote of this case that it passed (`launch_cases.run_cases`)."""
+    """That every rank wrote of this case that it passed (`launch_cases.run_cases`). What each of the others wrote is shown: the first to
+    fail is seldom rank 0."""
+    failed = []
     for rank in range(ranks):
         path = out / f"results-{rank}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        result = results.get(case, "was not reached:\n" + (out / "log").read_text()[-4000:])
-        assert result == "passed", f"rank {rank}: {result}"
+        result = results.get(case, "was not reached")
+        if result != "passed":
+            failed.append(f"rank {rank}: {result}")
+    if any("was not reached" in text for text in failed):
+        failed.append((out / "log").read_text()[-4000:])
+    assert not failed, "\n".join(failed)
 
 
 MEASURE = """<script>addEventListener('load', () => {

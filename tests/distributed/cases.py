@@ -70,7 +70,7 @@ from helpers import (
     metrics,
     write_tasks,
 )
-from launch_cases import Patch, raises, run_cases, shared_folder
+from launch_cases import Patch, raises, run, run_cases, shared_folder
 from spike_cases import check_nan, check_spikes, check_straggler
 
 LM = {"betas": (0.9, 0.95), "refresh_ratio": 1.1, "beta3": 0.8, "update_clip": 1.0, "weight_decay": 0.1}
@@ -606,11 +606,6 @@ def run_config(data, folder, **changes):
     )
     assert not changes
     return config
-
-
-def run(config):
-    forget_accelerate()
-    return loop.train(config)
 
 
 @cache

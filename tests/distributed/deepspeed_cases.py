@@ -33,7 +33,7 @@ from helpers import (
     metrics,
     write_tasks,
 )
-from launch_cases import Patch, raises, run_cases, shared_folder, step_back
+from launch_cases import Patch, raises, run, run_cases, shared_folder, step_back
 from spike_cases import check_nan, check_spikes, goes_on_after_going_back, spiked
 from torch import nn
 
@@ -380,11 +380,6 @@ def run_config(name, folder) -> Config:
     config.run_dir, config.train.engine, config.train.micro_batch = folder, "deepspeed", 2
     config.train.deepspeed_config = str(CONFIGS / f"{name}.json")
     return config
-
-
-def run(config):
-    forget_accelerate()
-    return loop.train(config)
 
 
 def check_run(name, precision="fp32"):

@@ -20,15 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import forget_accelerate, metrics
-from launch_cases import Patch, raises, run_cases, shared_folder
+from helpers import metrics
+from launch_cases import Patch, raises, run, run_cases, shared_folder
 
 from anon_dist import Anon
 from anon_dist.engines.errors import EngineError
 from anon_dist.engines.overlap import OverlappedStep
 from anon_dist.optim import STATE_KEYS, param_groups
 from anon_dist.optim.backends import cpu
-from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
 
 STEPS, WIDTH = 10, 5
@@ -300,16 +299,14 @@ def case_runs_of_the_training_loop():
             log=c.LogConfig(every=3, trackers=()),
             run_dir=folders[offload],
         )
-        forget_accelerate()
-        loop.train(config)
+        run(config)
         assert len(steps) == (6 if offload == "overlap" else 0)
     patch.close()
     expected = metrics(Path(folders["off"]))
     assert metrics(Path(folders["serial"])) == expected
     assert metrics(Path(folders["overlap"])) == expected
-    forget_accelerate()
     config.train.engine, config.resume = "ddp", "never"
-    raises(EngineError, "needs engine fsdp2 or hsdp", lambda: loop.train(config))
+    raises(EngineError, "needs engine fsdp2 or hsdp", lambda: run(config))
 
 
 if __name__ == "__main__":
