@@ -25,7 +25,10 @@ def plainly(series, sigma=6.0, span=128, warm=64):
         out = not all(map(math.isfinite, values))
         if not out and len(kept) >= warm:
             for i, value in enumerate(values):
-                before = [v[i] for v in kept[-span:]]
+                before = sorted(v[i] for v in kept[-span:])
+                core = before[: len(before) - len(before) // 16]
+                far = statistics.fmean(core) + 2 * sigma * statistics.stdev(core)
+                before = [v for v in before if v <= far]
                 out |= value > statistics.fmean(before) + sigma * statistics.stdev(before)
         found.append(out)
         if not out:
@@ -72,6 +75,23 @@ def test_what_is_a_spike(action):
         judged(first, values[:at])
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert judged(second, values[at:]) == found[at:]
+
+
+def test_outliers_that_were_not_judged_hide_no_spike():
+    """Before anything is judged up to 4 of 64 steps stand out; without such steps what counts is the mean of the window and its σ."""
+    draw = np.random.default_rng(2)
+    values = [(4.0 + 0.05 * a, 1.0 + 0.1 * b) for a, b in draw.standard_normal((120, 2))]
+    for at in (3, 20, 33, 60):
+        values[at] = (4.0, 1e5)
+    values[80] = (4.0, 40.0)
+    found = [spike for _, spike in judged(SpikeDetector(torch.device("cpu"), 6.0, "skip"), values)]
+    assert [at for at, spike in enumerate(found) if spike] == [80]
+    detector = SpikeDetector(torch.device("cpu"), 6.0, "skip")
+    judged(detector, values[90:] * 3)  # none of which stands out
+    mean, sigma = detector._statistics(detector._count)
+    told = np.array(values[90:] * 3)
+    assert mean.numpy() == pytest.approx(told.mean(0), rel=1e-12)
+    assert sigma.numpy() == pytest.approx(told.std(0, ddof=1), rel=1e-12)
 
 
 def test_a_new_level_is_no_spike_for_ever():

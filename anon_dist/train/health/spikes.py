@@ -1,8 +1,9 @@
 """Spikes of the loss and of the gradient norm: found on the device, by the last steps that were none, before the step is taken.
 
 A step is a spike whose loss or gradient norm lies `sigma` standard deviations above the mean of the last `SPAN` steps that were none, or
-is not finite. Nothing is judged before there were `WARM` of them, but what is not finite. Spikes do not enter the window. Every rank has
-the same numbers, and comes to the same.
+is not finite. Nothing is judged before there were `WARM` of them, but what is not finite. Spikes do not enter the window; of the steps that
+were not judged, those count for nothing that stand out twice as far from all but the largest `TRIMMED` of the window. Every rank has the
+same numbers, and comes to the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ SPAN = 128
 """Steps that a new one is compared with."""
 WARM = 64
 """Of which so many must be there."""
+TRIMMED = 16
+"""One of so many may be an outlier that came before anything was judged."""
 FLOOR = 1e-6
 """The least standard deviation, as a share of the mean: where nothing moves, rounding is no spike."""
 LEVEL = 32
@@ -128,11 +131,18 @@ class SpikeDetector:
         return (spike & (self._action != "record")).to(norm.device)
 
     def _statistics(self, filled: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (of a sample) of the window, of each row."""
-        there = self._slots < filled
-        mean = self._window.where(there, 0.0).sum(1) / filled.clamp(min=1)
-        square = (self._window - mean[:, None]).square().where(there, 0.0).sum(1)
-        sigma = (square / (filled - 1).clamp(min=1)).sqrt()
+        """Mean and standard deviation (of a sample) of the window without outliers, of each row."""
+        there = (self._slots < filled).expand(2, SPAN)
+        largest_first = self._window.where(there, -torch.inf).sort(1, descending=True).values
+        most = largest_first.gather(1, (filled // TRIMMED).expand(2, 1))
+        mean, sigma = self._moments(there & (self._window <= most))
+        return self._moments(there & (self._window <= (mean + 2.0 * self._sigma * sigma)[:, None]))
+
+    def _moments(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        count = chosen.sum(1)
+        mean = self._window.where(chosen, 0.0).sum(1) / count.clamp(min=1)
+        square = (self._window - mean[:, None]).square().where(chosen, 0.0).sum(1)
+        sigma = (square / (count - 1).clamp(min=1)).sqrt()
         return mean, torch.maximum(sigma, FLOOR * mean.abs())
 
     def read(self) -> Judged | None:
