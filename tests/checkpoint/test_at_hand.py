@@ -118,6 +118,77 @@ def test_a_folder_without_a_complete_checkpoint_is_not_copied(address, copied, t
     assert copied == []
 
 
+def test_a_checkpoint_whose_upload_was_cut_short_is_not_read(address, copied, tmp_path):
+    """Told by its checksums, which are copied last but one; or by what lies beside it, whatever has arrived of it."""
+    uploaded(address, trained(tmp_path / "here", (3, 12, 40)))
+    fs, root = at(address)
+    fs.rm_file(f"{root}/step-00000040/trainer.json")
+    name = f"{address}/step-00000040"
+    cut = f"{name} is incomplete (no trainer.json): its upload was cut short, or is still under way"
+    beside = f"{cut}; the newest complete one beside it is {address}/step-00000012"
+    assert refused("inspect", name) == (beside, 1)
+    assert refused("verify", f"{address}/step-00000012", name) == (beside, 1)
+    assert refused("convert", f"{name}/", str(tmp_path / "out"), "--to", "hf") == (beside, 1)
+    copied.clear()
+    fs.rm_file(f"{root}/step-00000040/checksums.json")
+    assert refused("inspect", name) == (beside, 1)
+    for step in (3, 12):
+        Remote(address).set_aside(step)
+    assert refused("inspect", name) == (f"{cut}; there is no complete one beside it", 1)  # known by owner.json
+    aside = "does not count: its run went on from an earlier one, and trainer.json there is trainer.json.aside now"
+    assert refused("inspect", f"{address}/step-00000012") == (f"{address}/step-00000012 {aside}", 1)
+    (moved := tmp_path / "moved").mkdir()
+    for path in (tmp_path / "here" / "step-00000012").iterdir():
+        if path.name != "trainer.json":
+            (moved / path.name).write_bytes(path.read_bytes())
+    put(f"{address}/else/best", moved)
+    assert refused("inspect", f"{address}/else/best")[1] == 1  # known by its checksums
+    assert copied == []
+
+
+def test_checkpoints_of_others_have_no_marker_and_are_read(address, tmp_path, capsys):
+    """Also under a name as ours, with random states as ours beside them, and with a file of our checksums' name."""
+    source = trained(tmp_path / "here", (7,)).latest()
+    out = tmp_path / "out"
+    kinds = {
+        "dcp": "step-00000007",
+        "hf": "step-00000009",
+        "zero2": "global_step7",
+        "canonical": "canonical",
+        "consolidated": "step-00000007.pt",
+    }
+    for kind, name in kinds.items():
+        target = out / kind / name
+        main(["ckpt", "convert", str(source), str(target), "--to", kind])
+        if target.is_dir():
+            for ours in ("trainer.json", "checksums.json"):
+                (target / ours).unlink(missing_ok=True)
+            torch.save({"torch": torch.get_rng_state()}, target / "random-00000.pt")
+            (target / "checksums.json").write_text('{"model.safetensors": "d41d8cd9"}')
+    put(address, out)
+    for kind, name in kinds.items():
+        here = inspected(capsys, str(out / kind / name))[0]
+        assert inspected(capsys, f"{address}/{kind}/{name}") == (here, ""), kind
+    put(f"{address}/dcp/step-00000008", out / "dcp" / "step-00000007")  # beside others of theirs
+    assert inspected(capsys, f"{address}/dcp/step-00000008")[1] == ""
+
+
+def test_what_lies_around_a_checkpoint_may_be_forbidden(tmp_path, monkeypatch, capsys):
+    address = f"memory://{tmp_path}"
+    source = trained(tmp_path / "here", (7,)).latest()
+    main(["ckpt", "convert", str(source), str(tmp_path / "step-00000007"), "--to", "hf"])
+    put(f"{address}/step-00000007", tmp_path / "step-00000007")
+    fs = Remote(address)._store.fs
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError("ListBucket")
+
+    monkeypatch.setattr(
+        fs, "ls", lambda path, *a, _ls=fs.ls, **k: (_ls if "step-" in path else forbidden)(path, *a, **k)
+    )
+    assert inspected(capsys, f"{address}/step-00000007")[0]["format"] == "hf"
+
+
 def test_the_converter_takes_addresses(address, tmp_path, capsys):
     here = trained(tmp_path / "here", (7,))
     Remote(address).upload(here.latest())

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from anon_dist.checkpoint.checksums import NAME as SUMS
+from anon_dist.checkpoint.checksums import are_sums
 from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from anon_dist.checkpoint.keeping.names import NAME, PROGRESS
-from anon_dist.checkpoint.keeping.remote import OWNER, PROBE, Remote
+from anon_dist.checkpoint.keeping.names import NAME, PROGRESS, step_of
+from anon_dist.checkpoint.keeping.remote import ASIDE, OWNER, PROBE, Remote
 from anon_dist.checkpoint.keeping.store import Store
 from anon_dist.stores import is_address
 
 _IN_RUN = rf"(?:checkpoints/)?{NAME.pattern}"
 _MARKER = re.compile(rf"({_IN_RUN})/{re.escape(PROGRESS)}")
 _RUNS_MARKER = re.compile(rf"([^/]+)/{_IN_RUN}/{re.escape(PROGRESS)}")
+_LOOKS = 100
+"""Folders at the most whose markers are asked for, one by one: in a long row of others' there is none."""
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def at_hand(source: str, say: Callable[[str, str], object] = lambda run, newest:
 
     Raises:
         CheckpointError: there is nothing, or nothing that is a checkpoint; or the store does not answer.
-        DamagedCheckpoint: it is not there as it was written.
+        DamagedCheckpoint: it is not there as it was written, or not complete.
     """
     if not is_address(source):
         yield Path(source)
@@ -43,6 +46,8 @@ def at_hand(source: str, say: Callable[[str, str], object] = lambda run, newest:
         say(store.address, f"{store.address}/{newest}")
         store = Store(f"{store.address}/{newest}")
         names = [name.removeprefix(f"{newest}/") for name in names if name.startswith(f"{newest}/")]
+    elif PROGRESS not in names:
+        _check_foreign(store, names)
     with TemporaryDirectory(prefix="anon-dist-") as folder:
         copied = Path(folder) / store.address.rpartition("/")[2]
         _copy(store, names, copied)
@@ -84,6 +89,41 @@ def _newest(address: str, names: list[str]) -> str | None:
             f"{address} is a folder of checkpoints; name one of them, such as {address}/{steps[max(steps)]}"
         )
     return None
+
+
+def _check_foreign(store: Store, names: list[str]) -> None:
+    """Raises `DamagedCheckpoint` if what has no marker is a training's checkpoint: those of others never have one.
+
+    Ours is what has our checksums, or a checkpoint's name beside a run's others: what an upload begins with, others write too.
+    """
+    parent, _, own_name = store.address.rpartition("/")
+    newest, of_run = None, False
+    if NAME.fullmatch(own_name):
+        with suppress(CheckpointError):  # who may read the checkpoint may not always list what is around it
+            around = Store(f"{parent}/")
+            newest, of_run = around.tried(f"{parent} cannot be listed", lambda: _beside(around))
+    ours = newest is not None or of_run
+    if not ours and SUMS in names:
+        sums = store.tried(f"{store.address}/{SUMS} cannot be read", lambda: store.read(store.path(SUMS)))
+        ours = are_sums(sums or b"")
+    if not ours:
+        return
+    if PROGRESS + ASIDE in names:
+        raise DamagedCheckpoint(
+            f"{store.address} does not count: its run went on from an earlier one, and {PROGRESS} there is {PROGRESS}{ASIDE} now"
+        )
+    rest = f"the newest complete one beside it is {parent}/{newest}" if newest else "there is no complete one beside it"
+    raise DamagedCheckpoint(
+        f"{store.address} is incomplete (no {PROGRESS}): its upload was cut short, or is still under way; {rest}"
+    )
+
+
+def _beside(around: Store) -> tuple[str | None, bool]:
+    """The newest complete checkpoint of a folder, and whether the folder is a run's."""
+    names = around.names()
+    steps = sorted((name for name in names if NAME.fullmatch(name)), key=lambda name: step_of(Path(name)))
+    complete = (name for name in reversed(steps[-_LOOKS:]) if around.fs.exists(around.path(name, PROGRESS)))
+    return next(complete, None), OWNER in names
 
 
 def _copy(store: Store, names: list[str], folder: Path) -> None:

@@ -27,6 +27,8 @@ from anon_dist.files import sync_tree
 _THREADS = 4
 OWNER = "owner.json"
 """Whose the checkpoints at an address are; beside them."""
+ASIDE = ".aside"
+"""Ends the name of the marker of one that was set aside."""
 PROBE = ".probe-"
 """Begins the names of the small objects by which a start finds out whether it can write there."""
 _SMALL = 1 << 16
@@ -223,7 +225,7 @@ class Remote:
 
         def move() -> None:
             with suppress(FileNotFoundError):
-                store.fs.cp_file(marker, f"{marker}.aside")
+                store.fs.cp_file(marker, f"{marker}{ASIDE}")
                 store.fs.rm_file(marker)
 
         store.tried(f"{self.address}/{name_of(step)} cannot be set aside", move)
