@@ -305,8 +305,13 @@ def _verify(args: Verify) -> None:
                 print(f"note: {path} is none of the checkpoint's files: it was added later")
             return
     table = Table("what differs", "how")
-    for difference in found[:_SHOWN]:
-        table.add_row(*difference)
+    copies = {
+        str(path): source for path, source in ((first, args.a), (second, args.b)) if source and is_address(source)
+    }
+    for what, how in found[:_SHOWN]:
+        for copy, address in copies.items():
+            how = how.replace(copy, address)
+        table.add_row(what, how)
     if len(found) > _SHOWN:
         table.add_row(f"and {len(found) - _SHOWN} more", "")
     Console().print(table)

@@ -189,6 +189,42 @@ def test_what_lies_around_a_checkpoint_may_be_forbidden(tmp_path, monkeypatch, c
     assert inspected(capsys, f"{address}/step-00000007")[0]["format"] == "hf"
 
 
+def test_what_is_wrong_with_a_checkpoint_is_said_of_the_address_not_of_the_copy(address, tmp_path, monkeypatch, capsys):
+    """Formats without our checksums are looked at here; and a lone file is one too."""
+    source = trained(tmp_path / "here", (7,)).latest()
+    for kind in ("canonical", "hf", "dcp"):
+        main(["ckpt", "convert", str(source), str(tmp_path / "out" / kind), "--to", kind])
+    for ours in ("trainer.json", "checksums.json"):
+        (tmp_path / "out" / "dcp" / ours).unlink()
+    (tmp_path / "out" / "none").mkdir()
+    (tmp_path / "out" / "none" / "notes.txt").write_text("x")
+    (tmp_path / "out" / "torn.pt").write_bytes(b"\x80torn")
+    (data,) = (tmp_path / "out" / "dcp").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:100])
+    (weights,) = (tmp_path / "out" / "hf").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tensors,) = (tmp_path / "out" / "canonical").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-256] + b"?" * 256)
+    put(address, tmp_path / "out")
+    for args, words in (
+        (("convert", f"{address}/dcp", str(tmp_path / "x"), "--to", "hf"), f"{address}/dcp/{data.name}"),
+        (("inspect", f"{address}/hf"), f"{address}/hf/{weights.name}"),
+        (("inspect", f"{address}/none"), f"{address}/none is no checkpoint of a known format"),
+        (("verify", f"{address}/dcp"), f"{address}/dcp"),
+        (("inspect", f"{address}/torn.pt"), f"{address}/torn.pt "),
+    ):
+        line, _ = refused(*args)
+        assert words in line, args
+        assert "anon-dist-" not in line
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="1"):
+        main(["ckpt", "verify", f"{address}/canonical"])
+    shown = capsys.readouterr().out
+    assert f"{address}/canonical/{tensors.name}" in shown
+    assert "anon-dist-" not in shown
+
+
 def test_the_converter_takes_addresses(address, tmp_path, capsys):
     here = trained(tmp_path / "here", (7,))
     Remote(address).upload(here.latest())

@@ -52,7 +52,25 @@ def at_hand(source: str, say: Callable[[str, str], object] = lambda run, newest:
         copied = Path(folder) / store.address.rpartition("/")[2]
         _copy(store, names, copied)
         inner = copied / copied.name
-        yield inner if inner.is_file() else copied
+        at = inner if inner.is_file() else copied
+        with _called(at, store.address):
+            yield at
+
+
+@contextmanager
+def _called(copied: Path, address: str) -> Iterator[None]:
+    """A block whose errors name the address, where they would name the copy: that is gone when they are read."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        error.args = tuple(_named(arg, copied, address) for arg in error.args)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = _named(error.filename, copied, address)
+        raise
+
+
+def _named(said: object, copied: Path, address: str) -> object:
+    return str(said).replace(str(copied), address) if isinstance(said, str | Path) else said
 
 
 def _listed(store: Store) -> list[str]:
