@@ -107,6 +107,11 @@ def seal(folder: Path, files: Mapping[str, Mapping[str, Any]], progress: Mapping
     return {**progress, _SEAL: {**sealed[_SEAL], "self": _digest(sealed)}}
 
 
+def are_sums(data: bytes) -> bool:
+    """Whether a file of the name `checksums.json` is one that `seal` wrote."""
+    return f'"{_MARK}"'.encode() in data[:100]
+
+
 def _names(folder: Path) -> list[str]:
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(name for name in names if name not in (NAME, PROGRESS))

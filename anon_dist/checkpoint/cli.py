@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,8 +73,8 @@ class Inspect:
     """Show what a checkpoint is: format, optimizer, world size, step, param groups, states."""
 
     src: _Source
-    """A run's folder (its newest complete checkpoint), a checkpoint's file or folder, or an address of one (s3://…, gs://…): that is copied
-    into a temporary folder, and checked."""
+    """A run's folder (its newest complete checkpoint), a checkpoint's file or folder, or an address of either (s3://…, gs://…): the
+    checkpoint is copied into a temporary folder, and checked."""
     json: bool = False
     """As JSON."""
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)
@@ -196,11 +196,21 @@ def _named(source: str) -> str:
     if is_address(source) or not Path(source).is_dir():
         return source
     if newest := newest_of(Path(source)):
-        print(f"note: of {source} the newest complete checkpoint is taken: {newest}", file=sys.stderr)
+        _say_taken(source, str(newest))
         return str(newest)
     if problem := run_problem(Path(source)):
         raise UsageError(problem)
     return source
+
+
+def _say_taken(run: str, newest: str) -> None:
+    print(f"note: of {run} the newest complete checkpoint is taken: {newest}", file=sys.stderr)
+
+
+def _at_hand(source: str) -> AbstractContextManager[Path]:
+    from anon_dist.checkpoint.keeping.at_hand import at_hand
+
+    return at_hand(source, _say_taken)
 
 
 def _check_options(args: list[str]) -> None:
@@ -219,9 +229,8 @@ def _inspect(args: Inspect) -> None:
     from rich.table import Table
 
     from anon_dist.checkpoint.convert import inspect
-    from anon_dist.checkpoint.keeping.remote import at_hand
 
-    with at_hand(args.src) as source:
+    with _at_hand(args.src) as source:
         found = inspect(source, args.reading.options())
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -249,7 +258,6 @@ def _inspect(args: Inspect) -> None:
 
 def _convert(args: Convert) -> None:
     from anon_dist.checkpoint.convert import convert
-    from anon_dist.checkpoint.keeping.remote import at_hand
     from anon_dist.checkpoint.regroup import read_groups
 
     groups = read_groups(args.groups) if args.groups else None
@@ -265,7 +273,7 @@ def _convert(args: Convert) -> None:
         args.muon_order,
         args.buffers,
     )
-    with at_hand(args.src) as source:
+    with _at_hand(args.src) as source:
         notes = convert(
             source,
             Path(args.dst),
@@ -287,10 +295,9 @@ def _verify(args: Verify) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from anon_dist.checkpoint.keeping.remote import at_hand
     from anon_dist.checkpoint.verify import foreign, verify
 
-    with at_hand(args.a) as first, at_hand(args.b) if args.b else nullcontext() as second:
+    with _at_hand(args.a) as first, _at_hand(args.b) if args.b else nullcontext() as second:
         found = verify(first, second, args.reading.options(), args.workers)
         if not found:
             print("the same" if args.b else "as written")
@@ -298,8 +305,13 @@ def _verify(args: Verify) -> None:
                 print(f"note: {path} is none of the checkpoint's files: it was added later")
             return
     table = Table("what differs", "how")
-    for difference in found[:_SHOWN]:
-        table.add_row(*difference)
+    copies = {
+        str(path): source for path, source in ((first, args.a), (second, args.b)) if source and is_address(source)
+    }
+    for what, how in found[:_SHOWN]:
+        for copy, address in copies.items():
+            how = how.replace(copy, address)
+        table.add_row(what, how)
     if len(found) > _SHOWN:
         table.add_row(f"and {len(found) - _SHOWN} more", "")
     Console().print(table)

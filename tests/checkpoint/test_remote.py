@@ -1,37 +1,18 @@
 """Checkpoints at other addresses: in memory, in a folder, and on an S3 server of this machine; with a store that fails."""
 
-import json
 import logging
-import shutil
 import threading
 
 import fsspec
 import pytest
 
 from anon_dist.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
-from anon_dist.checkpoint.checksums import checksums
 from anon_dist.checkpoint.keeping import remote, uploads
 from anon_dist.checkpoint.keeping import store as keeping_store
 from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
 from anon_dist.checkpoint.keeping.uploads import Uploads
-from anon_dist.cli import main
 
-
-@pytest.fixture(params=["memory", "file", "s3"])
-def address(request, tmp_path):
-    """An empty place of each kind."""
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-    place = {"memory": f"memory://{tmp_path}", "file": f"file://{tmp_path}/store", "s3": f"s3://bucket{tmp_path}"}
-    return place[request.param]
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """Attempts follow each other without a pause."""
-    monkeypatch.setattr(keeping_store, "PAUSES", (0.0, 0.0))
-    yield
-    fsspec.filesystem("memory").store.clear()
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 def checkpoints(folder, steps=(), keep=9):
@@ -358,37 +339,3 @@ def test_addresses_that_are_none(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *a, **k: (_ for _ in ()).throw(ImportError("Install gcsfs")))
     with pytest.raises(CheckpointError, match=r"gs://x needs gcsfs: pip install gcsfs"):
         Remote("gs://x")
-
-
-def test_the_converter_takes_addresses(address, tmp_path, capsys):
-    import torch
-
-    from anon_dist import Anon
-    from anon_dist.checkpoint import save_sharded
-
-    here = Checkpoints(tmp_path / "here", keep=1)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(8, 4)
-    with here.writing(7, {"step": 7}) as folder:
-        save_sharded(folder, model, Anon(model.named_parameters()))
-    Remote(address).upload(here.latest())
-    name = f"{address}/step-00000007"
-    main(["ckpt", "inspect", name, "--json"])
-    assert json.loads(capsys.readouterr().out)["step"] == 7
-    main(["ckpt", "convert", name, str(tmp_path / "out"), "--to", "canonical"])
-    for a, b in ((name, None), (name, str(here.latest())), (str(tmp_path / "out"), name)):
-        main(["ckpt", "verify", a, *([b] if b else [])])
-    assert capsys.readouterr().out.count("the same") == 2
-    for args, words in (
-        (["inspect", address], f"is a folder of checkpoints; name one of them, such as {name}"),
-        (["inspect", f"{address}/none"], "there is nothing at"),
-        (["convert", name, f"{address}/out", "--to", "hf"], "is an address: convert into a folder here"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            main(["ckpt", *args])
-    fs, root = at(address)
-    fs.pipe_file(f"{root}/step-00000007/__0_0.distcp", b"torn")
-    with pytest.raises(SystemExit, match=rf"{name}/__0_0.distcp is damaged"):
-        main(["ckpt", "inspect", name])
-    assert not checksums(here.latest()).verify()
-    shutil.rmtree(tmp_path / "out")

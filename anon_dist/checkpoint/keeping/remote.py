@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from anon_dist.checkpoint.checksums import NAME, Checksums, checksums
-from anon_dist.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from anon_dist.checkpoint.errors import DamagedCheckpoint
 from anon_dist.checkpoint.keeping.folder import UNFINISHED, Checkpoints
 from anon_dist.checkpoint.keeping.names import PROGRESS, name_of, step_of
 from anon_dist.checkpoint.keeping.store import Store
 from anon_dist.files import sync_tree
-from anon_dist.stores import is_address
 
 _THREADS = 4
 OWNER = "owner.json"
 """Whose the checkpoints at an address are; beside them."""
-_PROBE = ".probe-"
+ASIDE = ".aside"
+"""Ends the name of the marker of one that was set aside."""
+PROBE = ".probe-"
+"""Begins the names of the small objects by which a start finds out whether it can write there."""
 _SMALL = 1 << 16
 """Bytes of a file that is not looked for among those that are there."""
 
@@ -103,7 +104,7 @@ class Remote:
         Raises:
             CheckpointError: that cannot be done.
         """
-        store, name = self._store, f"{_PROBE}{secrets.token_hex(4)}"
+        store, name = self._store, f"{PROBE}{secrets.token_hex(4)}"
 
         def write() -> None:
             store.make_root()
@@ -124,7 +125,7 @@ class Remote:
             store.make_root()
             store.write(store.path(OWNER), (json.dumps(record) + "\n").encode())
             for name in store.names():
-                if name.startswith(_PROBE):
+                if name.startswith(PROBE):
                     store.remove(store.path(name))
 
         store.tried(f"{self.address} cannot be written", write)
@@ -224,36 +225,10 @@ class Remote:
 
         def move() -> None:
             with suppress(FileNotFoundError):
-                store.fs.cp_file(marker, f"{marker}.aside")
+                store.fs.cp_file(marker, f"{marker}{ASIDE}")
                 store.fs.rm_file(marker)
 
         store.tried(f"{self.address}/{name_of(step)} cannot be set aside", move)
-
-    def everything(self, folder: Path) -> None:
-        """Copy all that lies at the address, a checkpoint of any format, into a folder; checked if it has checksums.
-
-        Raises:
-            CheckpointError: there is nothing, or the store does not answer.
-        """
-        store = self._store
-        parent, _, name = self.address.rpartition("/")
-        names = store.tried(f"{self.address} cannot be listed", store.files)
-        if not names:
-            raise CheckpointError(f"there is nothing at {self.address}")
-        if all("/" in name for name in names) and (steps := self.steps()):
-            raise CheckpointError(
-                f"{self.address} is a folder of checkpoints; name one of them, such as {self.address}/{name_of(steps[-1])}"
-            )
-        if PROGRESS in names and NAME in names:
-            Remote(parent).fetch(name, folder)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in names:
-            target = folder / (file or name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path = store.path(file) if file else store.root
-            get = lambda path=path, target=target: store.fs.get_file(path, str(target))  # noqa: E731
-            store.tried(f"{self.address}/{file} cannot be copied", get)
 
 
 def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:
@@ -272,23 +247,6 @@ def fetch_into(remote: Remote, step: int, checkpoints: Checkpoints) -> Path:
         return checkpoints.put_in_place(temporary.rename(unfinished / name))
     finally:
         checkpoints.clean()
-
-
-@contextmanager
-def at_hand(source: str) -> Iterator[Path]:
-    """A checkpoint's path; of one at an address, that of a copy in a temporary folder (see TMPDIR), checked and removed afterwards.
-
-    Raises:
-        CheckpointError: see `Remote.everything`.
-    """
-    if not is_address(source):
-        yield Path(source)
-        return
-    with TemporaryDirectory(prefix="anon-dist-") as folder:
-        copied = Path(folder) / source.rstrip("/").rpartition("/")[2]
-        Remote(source).everything(copied)
-        inner = copied / copied.name
-        yield inner if inner.is_file() else copied
 
 
 def _each(names: list[str], action: Callable[[str], None]) -> None:
