@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 
 from anon_dist.doctor.nodes import NAMED, Finding, Level, Nodes, Wanted
 from anon_dist.doctor.report import Report
@@ -253,11 +254,15 @@ def _remote(nodes: Nodes) -> list[Finding]:
 
 
 def _data(nodes: Nodes) -> Finding:
-    if broken := {rank: r.data_problem for rank, r in nodes.reports.items() if r.data_problem}:
-        what = next(iter(broken.values()))
-        return Finding(
-            "data", "fail", f"{nodes.all(broken)}: {what}", "have data.path there on all nodes (anon-dist data prepare)"
-        )
+    broken = defaultdict[str, list[int]](list)
+    for rank, report in nodes.reports.items():
+        if report.data_problem:
+            broken[report.data_problem].append(rank)
+    if broken:
+        text = "; ".join(f"{nodes.all(ranks)}: {what}" for what, ranks in list(broken.items())[:NAMED])
+        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        remedies = dict.fromkeys(nodes.reports[ranks[0]].data_remedy for ranks in broken.values())
+        return Finding("data", "fail", text + more, "; ".join(remedies))
     if text := nodes.differences(lambda r: r.data or "?"):
         return Finding("data", "fail", f"not the same: {text}", "copy one prepared folder to all nodes, or share it")
     first = next((r.data for r in nodes.reports.values() if r.data), "")

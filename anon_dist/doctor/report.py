@@ -91,8 +91,9 @@ class Report:
     remote_problem: str = ""
     remote_remedy: str = ""
     data: str = ""
-    """Fingerprint of the data; "": none was named."""
+    """Fingerprints of the data; "": none was named."""
     data_problem: str = ""
+    data_remedy: str = ""
     flops: list[float] = field(default_factory=list)
     """Operations per second of a matrix product, of each device."""
     kernel: str = ""

@@ -10,11 +10,14 @@ import sys
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 from torch.distributed import TCPStore
 
 from anon_dist.cli import main
-from anon_dist.doctor import examine, meeting, network
+from anon_dist.data import Index
+from anon_dist.data.stored import cache
+from anon_dist.doctor import examine, meeting, network, storage
 from anon_dist.doctor.judge import judge
 from anon_dist.doctor.meeting import NoMeetingError
 from anon_dist.doctor.network import chosen_interface
@@ -22,6 +25,7 @@ from anon_dist.doctor.nodes import Nodes, Wanted
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
 from anon_dist.doctor.report import Folder, Interface, Peer, Report
+from anon_dist.train.config import parsing as c
 
 SMALL = """
 model: {layers: 2, width: 32, heads: 2, context: 32}
@@ -212,6 +216,75 @@ def test_a_run_dir_that_cannot_be_made_has_no_device_to_be_named():
     reports[0].folder = Folder(problem="No such file or directory")
     (found,) = (f for f in judge(Nodes(reports, {}, {}), Wanted("/proc/nope", None, 2)) if f.check == "run_dir")
     assert found.remedy == "choose a run_dir that all nodes can write"
+
+
+RESTORED = "copy it again from where it came from, or prepare the data again: `anon-dist data prepare … --overwrite`, as at first"
+
+
+def data_finding(*configs: c.Config):
+    """Of nodes with these configurations."""
+    reports = healthy(len(configs))
+    for report, config in zip(reports.values(), configs, strict=True):
+        report.data, report.data_problem, report.data_remedy = storage.data_of(config)
+    (found,) = (f for f in judge(Nodes(reports, {}, {}), Wanted("/runs/a", None, 2)) if f.check == "data")
+    return found.level, found.text, found.remedy
+
+
+def of(path: Path, **eval_sets: str) -> c.Config:
+    data = c.DataConfig(path=str(path), seq_len=32)
+    return c.Config(data=data, eval=c.EvalConfig(sets=eval_sets))
+
+
+@pytest.mark.parametrize("shard", ["train-00000.bin", "val-00000.bin"])
+def test_a_shard_that_is_torn_or_missing_is_named_with_its_nodes_and_the_remedy(shard, prepared, tmp_path):
+    """Of the split to validate on too: training opens both."""
+    whole, fingerprint = of(prepared), Index.load(prepared).fingerprint
+    assert data_finding(whole, whole) == ("ok", f"the same everywhere ({fingerprint})", "")
+    torn, gone = tmp_path / "torn", tmp_path / "gone"
+    shutil.copytree(prepared, torn)
+    shutil.copytree(prepared, gone)
+    size = (torn / shard).stat().st_size
+    os.truncate(torn / shard, size - 2)
+    (gone / shard).unlink()
+    was_torn = f"{torn / shard} is torn: {size - 2:,} bytes, the index says {size:,}"
+    assert data_finding(of(torn)) == ("fail", f"node-0: {was_torn}", RESTORED)
+    assert data_finding(of(torn), whole, of(torn)) == ("fail", f"node-0, node-2: {was_torn}", RESTORED)
+    both = f"node-1: {was_torn}; node-2: {gone / shard} is missing"
+    assert data_finding(whole, of(torn), of(gone)) == ("fail", both, RESTORED)
+    level, text, remedy = data_finding(whole, of(tmp_path / "none"))
+    assert (level, remedy) == ("fail", "have data.path there on all nodes (anon-dist data prepare)")
+    assert text.startswith("node-1: preparation unfinished or not a data folder: ")
+
+
+def test_every_source_of_a_mixture_and_every_set_is_looked_at_as_far_as_it_is_read(prepared, tmp_path):
+    web, held = tmp_path / "web", tmp_path / "held"
+    shutil.copytree(prepared, web)
+    shutil.copytree(prepared, held)
+    (held / "train-00000.bin").unlink()  # of a set its validation split is read
+    config = of(tmp_path / "unused", held=str(held))
+    config.data.sources = {"web": c.SourceConfig(str(web), 0.7), "code": c.SourceConfig(str(prepared), 0.3)}
+    fingerprint = Index.load(prepared).fingerprint
+    places = ("data.sources.web", "data.sources.code", "eval.sets.held")
+    same = ", ".join(f"{place} {fingerprint}" for place in places)
+    assert data_finding(config) == ("ok", f"the same everywhere ({same})", "")
+    assert storage.vocabulary(config) == Index.load(prepared).vocab_size
+    (held / "val-00000.bin").unlink()
+    assert data_finding(config)[:2] == ("fail", f"node-0: {held}/val-00000.bin is missing")
+    (web / "val-00000.bin").unlink()
+    assert data_finding(config)[:2] == ("fail", f"node-0: {web}/val-00000.bin is missing")
+    shutil.rmtree(web)
+    assert data_finding(config)[2] == "have data.sources.web there on all nodes (anon-dist data prepare)"
+
+
+def test_shards_at_an_address_are_looked_for_there(prepared, tmp_path, request):
+    cache.use(tmp_path / "cache", 1 << 30)
+    request.addfinalizer(lambda: cache.use(None, None))
+    there, memory = f"memory://{tmp_path}/data", fsspec.filesystem("memory")
+    memory.put(str(prepared), f"{tmp_path}/data", recursive=True)
+    assert data_finding(of(there))[0] == "ok"
+    memory.rm_file(f"{tmp_path}/data/val-00000.bin")
+    again = "copy the folder there again, all of it, from where it came from"
+    assert data_finding(of(there)) == ("fail", f"node-0: {there}/val-00000.bin is missing", again)
 
 
 def test_a_slow_gpu_is_named():
