@@ -22,6 +22,10 @@ class Interface:
     """The interface by which packets leave for node 0."""
     present: list[str] = field(default_factory=list)
     """All of the node's but the loopback."""
+    reachable: list[str] = field(default_factory=list)
+    """Addresses by which others may reach the node, each with its interface."""
+    looping: str = ""
+    """What MASTER_ADDR is here, if it leads to the loopback."""
 
     @property
     def is_loopback(self) -> bool:

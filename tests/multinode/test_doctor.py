@@ -452,6 +452,65 @@ def test_a_node_that_is_alone_has_the_interface_that_is_named(monkeypatch):
     assert told("lo") == []
 
 
+LOOPING = "give as MASTER_ADDR (--master-addr) an address of node 0 that the others reach"
+CANDIDATES = ": 10.0.0.1 of eth0 or fd00::1 of ib0"
+THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.1", "fe80::1"], "ib0": ["fe80::2", "fd00::1"], "ib1": ["fe80::3"]}
+
+
+@pytest.fixture
+def interface_of(monkeypatch):
+    """The finding of node 0, of two, that comes by this address and has an interface named; and of others."""
+    known = {"localhost": "127.0.0.1", "node-a": "127.0.1.1"}
+    monkeypatch.setattr(network, "_addresses", lambda: THERE)
+    monkeypatch.setattr(network, "_towards", lambda place, _: "lo")
+    monkeypatch.setattr(network.socket, "gethostname", lambda: "node-a")
+    monkeypatch.setattr(
+        network.socket, "getaddrinfo", lambda name, *_, **__: [(2, 1, 6, "", (known.get(name, name), 0))]
+    )
+
+    def finding(address, named, rank=0, others=(), meeting=""):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", named)
+        own = Report(rank, "node-a", interface=chosen_interface(Place(rank, 2, address), "gloo"), meeting=meeting)
+        reports = {rank: own} | {other.rank: other for other in others}
+        absent = {} if others or rank else {1: "did not come within 10 s"}
+        (found,) = (f for f in judge(Nodes(reports, absent, {}, 2), None) if f.check == "interface")
+        return found.level, found.text, found.remedy
+
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost, 127.0.0.1"),
+        ("node-a", "node-a, 127.0.1.1"),
+        ("::1", "::1"),
+    ],
+)
+def test_a_master_addr_that_is_the_loopback_is_named_with_the_addresses_to_give(interface_of, address, shown):
+    """As Debian's installer has it, 127.0.1.1, too. No interface is to be set to the loopback."""
+    level, text, remedy = interface_of(address, "")
+    assert level == "fail"
+    assert text.startswith(f"MASTER_ADDR leads to the loopback on node-a ({shown}); node-a: nothing names one")
+    between = "; and set INTERFACE (GLOO_ and NCCL_SOCKET_IFNAME) to the interface between the nodes on node-a"
+    assert remedy == f"{LOOPING}{CANDIDATES}{between}"
+    text = f"MASTER_ADDR leads to the loopback on node-a ({shown})"
+    assert interface_of(address, "eth0") == ("fail", text, f"{LOOPING}{CANDIDATES}")
+    assert interface_of("10.0.0.1", "eth0")[0] == "ok"
+
+
+def test_of_another_node_whose_master_addr_is_the_loopback_the_addresses_of_node_0_are_not_guessed(interface_of):
+    said = interface_of("127.0.0.1", "eth0", rank=1, meeting="node 0 does not answer")
+    text = "MASTER_ADDR leads to the loopback on node-a (127.0.0.1)"
+    assert said == ("fail", text, f"{LOOPING} (ip -br address lists them there)")
+
+
+def test_nodes_that_meet_by_the_loopback_or_by_a_name_that_is_it_on_node_0_alone_are_let_go_on(interface_of):
+    other = Report(1, "node-b", interface=Interface("eth0", "10.0.0.2", "", "", "eth0", ["eth0"]))
+    assert interface_of("node-a", "eth0", others=[other])[0] == "ok"
+
+
 @pytest.mark.parametrize(
     ("nccl", "gloo", "named", "text"),
     [
