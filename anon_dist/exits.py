@@ -34,6 +34,12 @@ def may_pass(error: _Error) -> _Error:
     return error
 
 
+def refused(error: _Error) -> _Error:
+    """The error, of a class whose others may pass: the same command would end so again."""
+    error.__dict__["exit_code"] = USAGE
+    return error
+
+
 @contextmanager
 def at_work() -> Iterator[None]:
     """A block that does what was asked for: an error in it is no refusal, of whatever class."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anon_dist.exits import may_pass
+from anon_dist.exits import may_pass, refused
 from anon_dist.outages import OUTAGES
 
 BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
@@ -27,6 +27,26 @@ def scheme_of(address: str) -> str:
     return address.partition("://")[0]
 
 
+def store_problem(address: str) -> str:
+    """Why nobody can open an address on this machine, whatever its store says: fsspec does not know the protocol, or the package for it is
+    not installed. "": neither; the store is not asked."""
+    import fsspec
+
+    for scheme in scheme_of(address).split("::"):
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError:
+            return _needs(address, scheme)
+        except Exception as error:
+            return f"{address} is no address that fsspec takes: {error}"
+    return ""
+
+
+def _needs(address: str, scheme: str) -> str:
+    package = _EXTRAS.get(scheme, f"fsspec's package for {scheme}")
+    return f"{address} needs {package}: pip install {package}"
+
+
 def open_store(address: str, failure: type[Exception]) -> tuple[Any, str]:
     """fsspec's file system, and the path in it, without a slash at its end.
 
@@ -35,12 +55,12 @@ def open_store(address: str, failure: type[Exception]) -> tuple[Any, str]:
     """
     import fsspec
 
-    scheme = scheme_of(address)
+    if problem := store_problem(address):
+        raise refused(failure(problem))
     try:
         store, root = fsspec.core.url_to_fs(address, use_listings_cache=False)
     except ImportError:
-        package = _EXTRAS.get(scheme, f"fsspec's package for {scheme}")
-        raise failure(f"{address} needs {package}: pip install {package}") from None
+        raise refused(failure(_needs(address, scheme_of(address)))) from None
     except Exception as error:
         raise failure(f"{address} is no address that fsspec takes: {error}") from None
     return store, str(root).rstrip("/")

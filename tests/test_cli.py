@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.registry import _registry
 
 from anon_dist.arguments import whole_number
 from anon_dist.checkpoint import CheckpointError, DamagedCheckpoint
@@ -265,6 +266,31 @@ def test_a_refusal_that_takes_torch_to_find_ends_with_2_and_one_at_work_with_1(t
         with pytest.raises(SystemExit) as ended:
             main(["ckpt", "convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), *words.split()])
         assert ended.value.code == code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("foo://b/r", "is no address that fsspec takes: "), ("gs://b/r", "needs gcsfs: pip install gcsfs")],
+)
+@pytest.mark.parametrize("option", ["--checkpoint.remote", "--data.path", "--eval.sets"])
+def test_an_address_that_nobody_can_open_here_is_a_mistake_in_the_configuration(
+    option, address, said, prepared, monkeypatch, capsys
+):
+    """Told before torch is imported; and of a command that reads what is there."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    monkeypatch.setattr("anon_dist.cli._train", lambda *_: pytest.fail("it was begun"))
+    given = {"--data.path": [str(prepared)], option: [address]}
+    if option == "--eval.sets":
+        given[option] = ["held", address]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "quickstart", *(word for flag, values in given.items() for word in (flag, *values))])
+    assert ended.value.code == 2
+    name = option.removeprefix("--") + ".held" * (option == "--eval.sets")
+    assert capsys.readouterr().err.startswith(f"error: {name}: {address} {said}")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "verify", address])
+    assert ended.value.code == 2
 
 
 def interrupt(*args):

@@ -101,12 +101,12 @@ def _say(
     from anon_dist.doctor.judge import judge
     from anon_dist.doctor.nodes import Nodes, Wanted
     from anon_dist.doctor.screen import show, write
-    from anon_dist.doctor.storage import checkpoint_bytes, data_of
+    from anon_dist.doctor.storage import checkpoint_bytes, vocabulary
 
     wanted = None
     if config is not None:
-        *_, vocab = data_of(config)
-        wanted = Wanted(config.run_dir, checkpoint_bytes(config, vocab or 50304), config.checkpoint.keep)
+        vocab = vocabulary(config) or 50304
+        wanted = Wanted(config.run_dir, checkpoint_bytes(config, vocab), config.checkpoint.keep)
     missed = {rank: why for report in reports.values() for rank, why in report.absent.items() if rank not in reports}
     found = Nodes(reports, {**missed, **absent}, names, nodes)
     findings = judge(found, wanted)

@@ -63,7 +63,7 @@ def _together(report: Report, config: Config | None, meeting: Meeting | None) ->
         if report.rank == 0 and config.checkpoint.remote is not None:
             report.remote = config.checkpoint.remote
             report.remote_problem, report.remote_remedy = storage.try_address(config)
-        report.data, report.data_problem, _ = storage.data_of(config)
+        report.data, report.data_problem, report.data_remedy = storage.data_of(config)
     report.kernel, report.kernel_problem = local.kernel()
     if meeting is not None:
         meeting.all_at("the optimizer's kernel", COMPILE_SECONDS)

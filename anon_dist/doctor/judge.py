@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
+from collections.abc import Mapping
 
 from anon_dist.doctor.nodes import NAMED, Finding, Level, Nodes, Wanted
 from anon_dist.doctor.report import Report
@@ -16,6 +18,7 @@ SLOW_PAIR = 0.5
 SLOWEST_LINK = 50e6
 """Bytes per second: half of what gigabit Ethernet gives."""
 SLOWEST_DISK = 10e6
+INTERFACE = "INTERFACE (GLOO_ and NCCL_SOCKET_IFNAME)"
 PORTS = (
     "open all TCP ports between the nodes (sysctl net.ipv4.ip_local_port_range; look at nft list ruleset, iptables -S)"
 )
@@ -117,15 +120,42 @@ def _wrong_interfaces(nodes: Nodes) -> dict[int, str]:
     return found
 
 
+def _looping(nodes: Nodes, wrong: Mapping[int, str]) -> dict[int, str]:
+    """What MASTER_ADDR is on nodes where it leads to the loopback, if that is a fault: of one that meets nobody, or whose interface is
+    wrong besides, which its packets to node 0 then do not tell."""
+    alone = all(rank == 0 or report.meeting for rank, report in nodes.reports.items())
+    return {
+        rank: report.interface.looping
+        for rank, report in nodes.reports.items()
+        if report.interface.looping and (rank in wrong or report.meeting or (rank == 0 and alone))
+    }
+
+
+def _loopback_finding(nodes: Nodes, wrong: Mapping[int, str], looping: Mapping[int, str], text: str) -> Finding:
+    """Of a MASTER_ADDR by which a node reaches itself alone, and of interfaces that are wrong besides (`text`)."""
+    what = f"MASTER_ADDR leads to the loopback on {nodes.all(looping)} ({next(iter(looping.values()))})"
+    zero = nodes.reports.get(0)
+    reachable = [] if zero is None else zero.interface.reachable
+    which = f": {' or '.join(reachable[:NAMED])}" if reachable else " (ip -br address lists them there)"
+    remedy = f"give as MASTER_ADDR (--master-addr) an address of node 0 that the others reach{which}"
+    if wrong:
+        present = [nodes.reports[rank].interface.present for rank in wrong]
+        named = {names[0] if len(names) == 1 else "the interface between the nodes" for names in present}
+        remedy += f"; and set {INTERFACE} to {' or '.join(sorted(named))} on {nodes.all(wrong)}"
+    return Finding("interface", "fail", f"{what}; {text}" if text else what, remedy)
+
+
 def _interfaces(nodes: Nodes) -> Finding:
-    if wrong := _wrong_interfaces(nodes):
-        text = "; ".join(f"{nodes.name(rank)}: {what}" for rank, what in wrong.items())
+    wrong = _wrong_interfaces(nodes)
+    text = "; ".join(f"{nodes.name(rank)}: {what}" for rank, what in wrong.items())
+    if looping := _looping(nodes, wrong):
+        return _loopback_finding(nodes, wrong, looping, text)
+    if wrong:
         if nodes.count == 1:
             variable = next(iter(nodes.reports.values())).interface.said_by.partition("=")[0]
             return Finding("interface", "fail", text, f"unset {variable}, or name an interface that is there")
         right = {nodes.reports[rank].interface.towards or "the interface between the nodes" for rank in wrong}
-        named = " or ".join(sorted(right))
-        return Finding("interface", "fail", text, f"set INTERFACE (GLOO_ and NCCL_SOCKET_IFNAME) to {named} there")
+        return Finding("interface", "fail", text, f"set {INTERFACE} to {' or '.join(sorted(right))} there")
     text = ", ".join(dict.fromkeys(r.interface.name or r.interface.address for r in nodes.reports.values()))
     said = nodes.differences(lambda r: r.interface.said_by or "chosen by the library")
     first = next(iter(nodes.reports.values()), None)
@@ -253,11 +283,15 @@ def _remote(nodes: Nodes) -> list[Finding]:
 
 
 def _data(nodes: Nodes) -> Finding:
-    if broken := {rank: r.data_problem for rank, r in nodes.reports.items() if r.data_problem}:
-        what = next(iter(broken.values()))
-        return Finding(
-            "data", "fail", f"{nodes.all(broken)}: {what}", "have data.path there on all nodes (anon-dist data prepare)"
-        )
+    broken = defaultdict[str, list[int]](list)
+    for rank, report in nodes.reports.items():
+        if report.data_problem:
+            broken[report.data_problem].append(rank)
+    if broken:
+        text = "; ".join(f"{nodes.all(ranks)}: {what}" for what, ranks in list(broken.items())[:NAMED])
+        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        remedies = dict.fromkeys(nodes.reports[ranks[0]].data_remedy for ranks in broken.values())
+        return Finding("data", "fail", text + more, "; ".join(remedies))
     if text := nodes.differences(lambda r: r.data or "?"):
         return Finding("data", "fail", f"not the same: {text}", "copy one prepared folder to all nodes, or share it")
     first = next((r.data for r in nodes.reports.values() if r.data), "")

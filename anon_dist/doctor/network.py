@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,9 @@ def _chosen(place: Place, variable: str) -> Interface:
     """By the variable, or without it by the node's own name."""
     addresses = _addresses()
     present = [name for name, found in addresses.items() if not all(map(_loops, found))]
-    found = Interface(present=present, towards=_towards(place, addresses))
+    reachable = [f"{own} of {name}" for name in present if (own := next(filter(_reachable, addresses[name]), ""))]
+    towards, looping = _towards(place, addresses), _looping(place)
+    found = Interface(present=present, reachable=reachable, towards=towards, looping=looping)
     if value := os.environ.get(variable):
         found.said_by = f"{variable}={value}"
         names = _named(value, variable, addresses)
@@ -95,6 +98,24 @@ def _named(value: str, variable: str, addresses: dict[str, list[str]]) -> list[s
 
 def _loops(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
+
+
+def _reachable(address: str) -> bool:
+    """Whether it is neither the loopback's nor one that is known on its own cable alone."""
+    return not (_loops(address) or ip_address(address).is_link_local)
+
+
+def _looping(place: Place) -> str:
+    """Node 0's address, if it leads to the loopback here."""
+    if place.nodes == 1 or not place.address:
+        return ""
+    try:
+        address = str(socket.getaddrinfo(place.address, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return ""
+    if not _loops(address):
+        return ""
+    return address if address == place.address else f"{place.address}, {address}"
 
 
 def _towards(place: Place, addresses: dict[str, list[str]]) -> str:

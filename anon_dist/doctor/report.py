@@ -22,6 +22,10 @@ class Interface:
     """The interface by which packets leave for node 0."""
     present: list[str] = field(default_factory=list)
     """All of the node's but the loopback."""
+    reachable: list[str] = field(default_factory=list)
+    """Addresses by which others may reach the node, each with its interface."""
+    looping: str = ""
+    """What MASTER_ADDR is here, if it leads to the loopback."""
 
     @property
     def is_loopback(self) -> bool:
@@ -91,8 +95,9 @@ class Report:
     remote_problem: str = ""
     remote_remedy: str = ""
     data: str = ""
-    """Fingerprint of the data; "": none was named."""
+    """Fingerprints of the data; "": none was named."""
     data_problem: str = ""
+    data_remedy: str = ""
     flops: list[float] = field(default_factory=list)
     """Operations per second of a matrix product, of each device."""
     kernel: str = ""

@@ -20,12 +20,17 @@ from anon_dist.checkpoint import CheckpointError, Checkpoints
 from anon_dist.checkpoint.keeping.remote import Remote
 from anon_dist.checkpoint.keeping.uploads import TakenError
 from anon_dist.data import DataError, Index
+from anon_dist.data.samples.stretches import Stretches
+from anon_dist.data.stored.blocks import AGAIN, RESTORE
+from anon_dist.data.stored.remote import UPLOAD
 from anon_dist.doctor.meeting import Meeting
 from anon_dist.doctor.report import Folder
 from anon_dist.optim.hyper import state_dtypes
 from anon_dist.optim.rounding import BLOCK
 from anon_dist.stores import scheme_of
 from anon_dist.train.config.parsing import Config
+from anon_dist.train.config.sources import all_sources, called
+from anon_dist.train.inputs.corpora import first_path, split_of_set
 from anon_dist.train.saves.owner import Owner
 from anon_dist.train.saves.remote import checkpoints_of
 
@@ -196,13 +201,37 @@ def _address_problem(config: Config) -> tuple[str, str]:
 # -- what a run needs -------------------------------------------------------------------------------------------------
 
 
-def data_of(config: Config) -> tuple[str, str, int | None]:
-    """Fingerprint of the data, what is wrong with it, and its vocabulary."""
+def data_of(config: Config) -> tuple[str, str, str]:
+    """Fingerprints of all prepared folders that the run reads, what is wrong with the first that is not whole, and what mends it. Every
+    shard is looked for, with its size; none is read."""
+    fingerprints = list[str]()
+    sources = {called(name): source.path for name, source in all_sources(config).items()}
+    sets = {f"eval.sets.{name}": path for name, path in config.eval.sets.items()}
+    for name, path in (sources | sets).items():
+        try:
+            index = Index.load(path)
+            shards = index.shards if name in sources else index.split(split_of_set(config, index)).shards
+            Stretches(path).check_sizes(shards)
+        except (DataError, OSError) as error:
+            return "", *_remedy_apart(str(error), f"have {name} there on all nodes (anon-dist data prepare)")
+        fingerprints.append(index.fingerprint if len(sources | sets) == 1 else f"{name} {index.fingerprint}")
+    return ", ".join(fingerprints), "", ""
+
+
+def _remedy_apart(text: str, otherwise: str) -> tuple[str, str]:
+    """What is wrong with a shard, and the remedy that its error ends with."""
+    for remedy in (RESTORE, AGAIN, UPLOAD):
+        if text.endswith(f". {remedy}"):
+            return text.removesuffix(f". {remedy}"), remedy[:1].lower() + remedy[1:].rstrip(".")
+    return text, otherwise
+
+
+def vocabulary(config: Config) -> int | None:
+    """Of the data; None: they cannot be read."""
     try:
-        index = Index.load(config.data.path)
-    except (DataError, OSError) as error:
-        return "", str(error), None
-    return index.fingerprint, "", index.vocab_size
+        return Index.load(first_path(config)).vocab_size
+    except (DataError, OSError):
+        return None
 
 
 def checkpoint_bytes(config: Config, vocab: int) -> int | None:

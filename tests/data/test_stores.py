@@ -21,6 +21,7 @@ from anon_dist.cli import main
 from anon_dist.data import BatchLoader, DataError, Index, ShardError, Stream, Tokenizer, TokenShards, make_source
 from anon_dist.data.preparation.prepare import PrepareConfig, prepare
 from anon_dist.data.stored import cache, remote
+from anon_dist.exits import code_of
 from anon_dist.outages import OUTAGES
 
 SEQ_LEN = 64
@@ -446,8 +447,9 @@ def test_a_loader_is_closed_while_it_waits_for_a_store(limit, address, tmp_path,
 def test_addresses_where_there_is_no_prepared_folder(address, tmp_path):
     with pytest.raises(ShardError, match=r"not a data folder: memory://.*/none/index.json does not exist\. Prepare"):
         TokenShards(f"memory://{tmp_path}/none")
-    with pytest.raises(ShardError, match="no address that fsspec takes"):
+    with pytest.raises(ShardError, match="no address that fsspec takes") as raised:
         TokenShards("nowhere://x")
+    assert code_of(raised.value) == 2
     fs, path = object_of(address, "index.json")
     fs.pipe_file(path, b"{}")
     with pytest.raises(ShardError, match=r"/index.json is not the index of a prepared folder"):

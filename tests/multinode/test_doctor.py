@@ -10,11 +10,14 @@ import sys
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 from torch.distributed import TCPStore
 
 from anon_dist.cli import main
-from anon_dist.doctor import examine, meeting, network
+from anon_dist.data import Index
+from anon_dist.data.stored import cache
+from anon_dist.doctor import examine, meeting, network, storage
 from anon_dist.doctor.judge import judge
 from anon_dist.doctor.meeting import NoMeetingError
 from anon_dist.doctor.network import chosen_interface
@@ -22,6 +25,7 @@ from anon_dist.doctor.nodes import Nodes, Wanted
 from anon_dist.doctor.options import Doctor
 from anon_dist.doctor.place import Place, PlaceError, find
 from anon_dist.doctor.report import Folder, Interface, Peer, Report
+from anon_dist.train.config import parsing as c
 
 SMALL = """
 model: {layers: 2, width: 32, heads: 2, context: 32}
@@ -214,6 +218,75 @@ def test_a_run_dir_that_cannot_be_made_has_no_device_to_be_named():
     assert found.remedy == "choose a run_dir that all nodes can write"
 
 
+RESTORED = "copy it again from where it came from, or prepare the data again: `anon-dist data prepare … --overwrite`, as at first"
+
+
+def data_finding(*configs: c.Config):
+    """Of nodes with these configurations."""
+    reports = healthy(len(configs))
+    for report, config in zip(reports.values(), configs, strict=True):
+        report.data, report.data_problem, report.data_remedy = storage.data_of(config)
+    (found,) = (f for f in judge(Nodes(reports, {}, {}), Wanted("/runs/a", None, 2)) if f.check == "data")
+    return found.level, found.text, found.remedy
+
+
+def of(path: Path, **eval_sets: str) -> c.Config:
+    data = c.DataConfig(path=str(path), seq_len=32)
+    return c.Config(data=data, eval=c.EvalConfig(sets=eval_sets))
+
+
+@pytest.mark.parametrize("shard", ["train-00000.bin", "val-00000.bin"])
+def test_a_shard_that_is_torn_or_missing_is_named_with_its_nodes_and_the_remedy(shard, prepared, tmp_path):
+    """Of the split to validate on too: training opens both."""
+    whole, fingerprint = of(prepared), Index.load(prepared).fingerprint
+    assert data_finding(whole, whole) == ("ok", f"the same everywhere ({fingerprint})", "")
+    torn, gone = tmp_path / "torn", tmp_path / "gone"
+    shutil.copytree(prepared, torn)
+    shutil.copytree(prepared, gone)
+    size = (torn / shard).stat().st_size
+    os.truncate(torn / shard, size - 2)
+    (gone / shard).unlink()
+    was_torn = f"{torn / shard} is torn: {size - 2:,} bytes, the index says {size:,}"
+    assert data_finding(of(torn)) == ("fail", f"node-0: {was_torn}", RESTORED)
+    assert data_finding(of(torn), whole, of(torn)) == ("fail", f"node-0, node-2: {was_torn}", RESTORED)
+    both = f"node-1: {was_torn}; node-2: {gone / shard} is missing"
+    assert data_finding(whole, of(torn), of(gone)) == ("fail", both, RESTORED)
+    level, text, remedy = data_finding(whole, of(tmp_path / "none"))
+    assert (level, remedy) == ("fail", "have data.path there on all nodes (anon-dist data prepare)")
+    assert text.startswith("node-1: preparation unfinished or not a data folder: ")
+
+
+def test_every_source_of_a_mixture_and_every_set_is_looked_at_as_far_as_it_is_read(prepared, tmp_path):
+    web, held = tmp_path / "web", tmp_path / "held"
+    shutil.copytree(prepared, web)
+    shutil.copytree(prepared, held)
+    (held / "train-00000.bin").unlink()  # of a set its validation split is read
+    config = of(tmp_path / "unused", held=str(held))
+    config.data.sources = {"web": c.SourceConfig(str(web), 0.7), "code": c.SourceConfig(str(prepared), 0.3)}
+    fingerprint = Index.load(prepared).fingerprint
+    places = ("data.sources.web", "data.sources.code", "eval.sets.held")
+    same = ", ".join(f"{place} {fingerprint}" for place in places)
+    assert data_finding(config) == ("ok", f"the same everywhere ({same})", "")
+    assert storage.vocabulary(config) == Index.load(prepared).vocab_size
+    (held / "val-00000.bin").unlink()
+    assert data_finding(config)[:2] == ("fail", f"node-0: {held}/val-00000.bin is missing")
+    (web / "val-00000.bin").unlink()
+    assert data_finding(config)[:2] == ("fail", f"node-0: {web}/val-00000.bin is missing")
+    shutil.rmtree(web)
+    assert data_finding(config)[2] == "have data.sources.web there on all nodes (anon-dist data prepare)"
+
+
+def test_shards_at_an_address_are_looked_for_there(prepared, tmp_path, request):
+    cache.use(tmp_path / "cache", 1 << 30)
+    request.addfinalizer(lambda: cache.use(None, None))
+    there, memory = f"memory://{tmp_path}/data", fsspec.filesystem("memory")
+    memory.put(str(prepared), f"{tmp_path}/data", recursive=True)
+    assert data_finding(of(there))[0] == "ok"
+    memory.rm_file(f"{tmp_path}/data/val-00000.bin")
+    again = "copy the folder there again, all of it, from where it came from"
+    assert data_finding(of(there)) == ("fail", f"node-0: {there}/val-00000.bin is missing", again)
+
+
 def test_a_slow_gpu_is_named():
     reports = healthy(3)
     reports[1].flops[6] *= 0.85
@@ -377,6 +450,65 @@ def test_a_node_that_is_alone_has_the_interface_that_is_named(monkeypatch):
     assert finding.text.startswith("node-a: GLOO_SOCKET_IFNAME=eth9: no interface of this node has that name")
     assert finding.remedy == "unset GLOO_SOCKET_IFNAME, or name an interface that is there"
     assert told("lo") == []
+
+
+LOOPING = "give as MASTER_ADDR (--master-addr) an address of node 0 that the others reach"
+CANDIDATES = ": 10.0.0.1 of eth0 or fd00::1 of ib0"
+THERE = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.1", "fe80::1"], "ib0": ["fe80::2", "fd00::1"], "ib1": ["fe80::3"]}
+
+
+@pytest.fixture
+def interface_of(monkeypatch):
+    """The finding of node 0, of two, that comes by this address and has an interface named; and of others."""
+    known = {"localhost": "127.0.0.1", "node-a": "127.0.1.1"}
+    monkeypatch.setattr(network, "_addresses", lambda: THERE)
+    monkeypatch.setattr(network, "_towards", lambda place, _: "lo")
+    monkeypatch.setattr(network.socket, "gethostname", lambda: "node-a")
+    monkeypatch.setattr(
+        network.socket, "getaddrinfo", lambda name, *_, **__: [(2, 1, 6, "", (known.get(name, name), 0))]
+    )
+
+    def finding(address, named, rank=0, others=(), meeting=""):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", named)
+        own = Report(rank, "node-a", interface=chosen_interface(Place(rank, 2, address), "gloo"), meeting=meeting)
+        reports = {rank: own} | {other.rank: other for other in others}
+        absent = {} if others or rank else {1: "did not come within 10 s"}
+        (found,) = (f for f in judge(Nodes(reports, absent, {}, 2), None) if f.check == "interface")
+        return found.level, found.text, found.remedy
+
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost, 127.0.0.1"),
+        ("node-a", "node-a, 127.0.1.1"),
+        ("::1", "::1"),
+    ],
+)
+def test_a_master_addr_that_is_the_loopback_is_named_with_the_addresses_to_give(interface_of, address, shown):
+    """As Debian's installer has it, 127.0.1.1, too. No interface is to be set to the loopback."""
+    level, text, remedy = interface_of(address, "")
+    assert level == "fail"
+    assert text.startswith(f"MASTER_ADDR leads to the loopback on node-a ({shown}); node-a: nothing names one")
+    between = "; and set INTERFACE (GLOO_ and NCCL_SOCKET_IFNAME) to the interface between the nodes on node-a"
+    assert remedy == f"{LOOPING}{CANDIDATES}{between}"
+    text = f"MASTER_ADDR leads to the loopback on node-a ({shown})"
+    assert interface_of(address, "eth0") == ("fail", text, f"{LOOPING}{CANDIDATES}")
+    assert interface_of("10.0.0.1", "eth0")[0] == "ok"
+
+
+def test_of_another_node_whose_master_addr_is_the_loopback_the_addresses_of_node_0_are_not_guessed(interface_of):
+    said = interface_of("127.0.0.1", "eth0", rank=1, meeting="node 0 does not answer")
+    text = "MASTER_ADDR leads to the loopback on node-a (127.0.0.1)"
+    assert said == ("fail", text, f"{LOOPING} (ip -br address lists them there)")
+
+
+def test_nodes_that_meet_by_the_loopback_or_by_a_name_that_is_it_on_node_0_alone_are_let_go_on(interface_of):
+    other = Report(1, "node-b", interface=Interface("eth0", "10.0.0.2", "", "", "eth0", ["eth0"]))
+    assert interface_of("node-a", "eth0", others=[other])[0] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from anon_dist.doctor import storage
 from anon_dist.doctor.judge import judge
 from anon_dist.doctor.nodes import Nodes, Wanted
 from anon_dist.doctor.report import Report
+from anon_dist.exits import code_of
 from anon_dist.train import loop
 from anon_dist.train.config import parsing as c
-from anon_dist.train.config.errors import RunError
+from anon_dist.train.config.errors import ConfigError, RunError
 from anon_dist.train.saves.owner import Owner
 
 
@@ -155,8 +156,17 @@ def test_where_nothing_can_be_written_the_start_says_so(error, address, run_conf
     words = (
         rf"checkpoint.remote: {address} cannot be written: \w+: .*See to the address .*or leave checkpoint.remote out"
     )
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(RunError, match=words) as raised:
         train(run_config(checkpoint__remote=address))
+    assert code_of(raised.value) == 1  # it may be well the next time
+
+
+def test_an_address_that_fsspec_cannot_open_is_the_configurations_fault(run_config, train, monkeypatch):
+    """Of a training, too, that is not told so before torch is imported, as on several nodes."""
+    monkeypatch.setattr(loop, "set_up", lambda *_: pytest.fail("set up"))
+    with pytest.raises(ConfigError, match=r"^checkpoint.remote: foo://b/r is no address that fsspec takes") as raised:
+        train(run_config(checkpoint__remote="foo://b/r"))
+    assert code_of(raised.value) == 2
 
 
 def test_a_run_folder_that_is_full_is_not_taken_for_the_address(address, run_config, train, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from anon_dist.checkpoint.keeping.names import newest_of, run_problem
 from anon_dist.named import need_checkpoint, need_room
+from anon_dist.stores import store_problem
 from anon_dist.train.config.errors import ConfigError
 from anon_dist.train.config.families import check_length, read_config
 from anon_dist.train.config.fields import Config
@@ -27,7 +28,7 @@ def check_at_once(config: Config, data: bool = True) -> None:
 
     Raises:
         ConfigError: the batch does not divide among the ranks, the engine cuts what a basis needs whole, a folder is not there, or cannot
-            be, no task has a name, or samples are longer than the model's context.
+            be, fsspec cannot open an address here, no task has a name, or samples are longer than the model's context.
         ShardError: the index of prepared data is missing or malformed.
     """
     readers = _readers(config)
@@ -42,6 +43,8 @@ def check_at_once(config: Config, data: bool = True) -> None:
         need_room(config.run_dir, "run_dir =")
     except UsageError as error:
         raise ConfigError(str(error)) from None
+    if config.checkpoint.remote is not None and (unknown := store_problem(config.checkpoint.remote)):
+        raise ConfigError(f"checkpoint.remote: {unknown}")
     _check_resumed(config)
     _check_model(config)
     if config.eval.tasks and (problem := tasks_problem(config.eval.tasks, config.eval.tasks_path)):

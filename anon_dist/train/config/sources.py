@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from anon_dist.data.stored.index import INDEX_FILE, Index
 from anon_dist.named import named_instead
-from anon_dist.stores import is_address
+from anon_dist.stores import is_address, store_problem
 from anon_dist.train.config.errors import ConfigError
 from anon_dist.train.config.fields import Config, DataConfig, SourceConfig
 from anon_dist.train.config.phases import phases_from
@@ -42,16 +42,21 @@ def check_present(config: Config) -> None:
     """That each folder on this machine is prepared: its shards are looked at later. What lies at an address is not asked for.
 
     Raises:
-        ConfigError: a source is not there, or not finished; with the command that makes it.
+        ConfigError: a source is not there, or not finished; with the command that makes it. Or fsspec cannot open an address here.
         ShardError: its index, or that of a set to validate on, is missing or malformed.
     """
     for name, source in all_sources(config).items():
         _check_begun(name, source, config.data.prepare)
-        if not is_address(source.path):
-            Index.load(source.path)
-    for path in config.eval.sets.values():
-        if not is_address(path):
-            Index.load(path)
+        _check_index(called(name), source.path)
+    for name, path in config.eval.sets.items():
+        _check_index(f"eval.sets.{name}", path)
+
+
+def _check_index(name: str, path: str) -> None:
+    if not is_address(path):
+        Index.load(path)
+    elif problem := store_problem(path):
+        raise ConfigError(f"{name}: {problem}")
 
 
 def _check_begun(name: str, source: SourceConfig, prepare: str | None) -> None:

@@ -187,6 +187,11 @@ def _small_sets(sets: Sequence[ValidationSet]) -> list[str]:
     return found
 
 
+def split_of_set(config: Config, index: Index) -> str:
+    """The split of one of eval.sets that is read: what was held back for it, if that is long enough."""
+    return "val" if "val" in index.splits and index.split("val").tokens > _longest(config) else "train"
+
+
 def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int, check: Check) -> list[ValidationSet]:
     """Of each source that has a validation split long enough, and those of eval.sets."""
     found = []
@@ -201,10 +206,10 @@ def _validation_sets(config: Config, corpora: Sequence[Corpus], seq_len: int, ch
             raise ConfigError(f"{place} has the name of a source; choose another")
         index = Index.load(path)
         _check_tokens(corpora[0].index, corpora[0].source.path, index, place)
-        val = "val" in index.splits and index.split("val").tokens > seq_len
-        if not val and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
+        split = split_of_set(config, index)
+        if split == "train" and index.fingerprint in {corpus.index.fingerprint for corpus in corpora}:
             raise ConfigError(f"{place} is trained on, and has no validation split; leave it out")
-        shards = TokenShards(path, "val" if val else "train", check)
+        shards = TokenShards(path, split, check)
         if not shards.num_samples(seq_len):
             raise ConfigError(f"{place} has {len(shards)} tokens, too few for data.seq_len = {seq_len}")
         found.append(ValidationSet(name, shards, 0.0))

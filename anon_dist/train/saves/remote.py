@@ -11,7 +11,8 @@ from anon_dist.checkpoint import Checkpoints, DamagedCheckpoint
 from anon_dist.checkpoint.keeping.names import step_of
 from anon_dist.checkpoint.keeping.remote import Remote, fetch_into
 from anon_dist.checkpoint.keeping.uploads import Uploads
-from anon_dist.train.config.errors import RunError
+from anon_dist.stores import store_problem
+from anon_dist.train.config.errors import ConfigError, RunError
 from anon_dist.train.config.parsing import CheckpointConfig, Config
 from anon_dist.train.health.pulse import Pulse
 from anon_dist.train.saves.owner import Owner
@@ -30,8 +31,13 @@ def check_address(config: Config, checkpoints: Checkpoints, data: Sequence[str] 
         data: fingerprints of what the run reads, as far as they are known.
 
     Raises:
+        ConfigError: fsspec does not know the address, or the package for it is not installed; on every rank.
         RunError: it is another run's, or nothing can be written there; on every rank.
     """
+    if (address := config.checkpoint.remote) is not None:
+        problem, error = first_does_slowly(lambda: store_problem(address))
+        if problem or error:
+            raise ConfigError(f"checkpoint.remote: {problem or error}")
     _first(config, lambda remote: Owner(config, Path(config.run_dir), data).look(remote, checkpoints))
 
 
