@@ -28,11 +28,14 @@ def scheme_of(address: str) -> str:
 
 
 def store_problem(address: str) -> str:
-    """Why nobody can open an address on this machine, whatever its store says: fsspec does not know the protocol, or the package for it is
-    not installed. "": neither; the store is not asked."""
+    """Why nobody can open an address on this machine, whatever its store says: fsspec does not know the protocol, the package for it is
+    not installed, or it is another folder wherever the command is given. "": none of these; the store is not asked."""
     import fsspec
 
-    for scheme in scheme_of(address).split("::"):
+    schemes = scheme_of(address).split("::")
+    if schemes[-1] in ("file", "local") and not address.partition("://")[2].startswith(("/", "~")):
+        return f"{address} is relative to the folder that a command is given in: write file:///… with the whole path"
+    for scheme in schemes:
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError:

@@ -270,7 +270,11 @@ def test_a_refusal_that_takes_torch_to_find_ends_with_2_and_one_at_work_with_1(t
 
 @pytest.mark.parametrize(
     ("address", "said"),
-    [("foo://b/r", "is no address that fsspec takes: "), ("gs://b/r", "needs gcsfs: pip install gcsfs")],
+    [
+        ("foo://b/r", "is no address that fsspec takes: "),
+        ("gs://b/r", "needs gcsfs: pip install gcsfs"),
+        ("file://b/r", "is relative to the folder that a command is given in: write file:///"),
+    ],
 )
 @pytest.mark.parametrize("option", ["--checkpoint.remote", "--data.path", "--eval.sets"])
 def test_an_address_that_nobody_can_open_here_is_a_mistake_in_the_configuration(
