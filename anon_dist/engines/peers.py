@@ -219,8 +219,9 @@ def _listen(error: Exception, heard: _Heard) -> None:
         met.set("differ", "")
     met.set(f"failed/{rank}", "")
     met.add("failed", 1)
-    while (failed := met.add("failed", 0)) < ranks and time.monotonic() < end and not met.check(["over"]):
+    while met.add("failed", 0) < ranks and time.monotonic() < end and not met.check(["over"]):
         time.sleep(0.1)
+    failed = met.add("failed", 0)  # again: the last may have come just before another rank said that it is over
     met.set("over", "")
     heard.alike = failed >= ranks and not met.check(["differ"])  # who is not there yet may differ
     if failed < ranks:

@@ -116,6 +116,33 @@ def test_a_mistake_of_all_has_no_note(notes):
     assert notes(*[(FIRST, ValueError("no such model"))] * 3) == {0: [], 1: [], 2: []}
 
 
+def test_the_last_report_may_come_just_before_it_is_over(monkeypatch):
+    """The other two fail alike between this rank's two questions: how many have failed, and whether another has said that it is over."""
+    store, error = dist.HashStore(), ValueError("no such model")
+
+    class Met:
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def check(self, keys):
+            if keys == ["over"] and not store.check(keys):
+                for rank in (0, 1):
+                    store.set(f"failed/{rank}", "")
+                store.add("failed", 2)
+                store.add("heard", 2)
+                store.set("over", "")
+            return store.check(keys)
+
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(peers, "store", lambda seconds: Met())
+    heard = peers._Heard()
+    peers._listen(error, heard)
+    assert heard.all
+    assert heard.alike
+    assert not heard.silent
+
+
 def test_a_refusal_is_said_by_one_rank_and_told_to_the_launcher_without_a_traceback(notes, tmp_path, monkeypatch):
     def endings():
         return [json.loads((tmp_path / f"{rank}.ending").read_text()) for rank in range(3)]
