@@ -1,9 +1,9 @@
 """Spikes of the loss and of the gradient norm: found on the device, by the last steps that were none, before the step is taken.
 
 A step is a spike whose loss or gradient norm lies `sigma` standard deviations above the mean of the last `SPAN` steps that were none, or
-is not finite. Nothing is judged before there were `WARM` of them, but what is not finite. Spikes do not enter the window; of the steps that
-were not judged, those count for nothing that stand out twice as far from all but the largest `TRIMMED` of the window. Every rank has the
-same numbers, and comes to the same.
+is not finite. Nothing is judged before there were `WARM` of them, but what is not finite. Spikes do not enter the window. What came before
+anything was judged may be in it: a step of the window counts for nothing if it stands out by 2 · `sigma` from all but the largest, one in
+`TRIMMED`. Every rank has the same numbers, and comes to the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPAN = 128
 WARM = 64
 """Of which so many must be there."""
 TRIMMED = 16
-"""One of so many may be an outlier that came before anything was judged."""
+"""One in so many of the window may be an outlier."""
 FLOOR = 1e-6
 """The least standard deviation, as a share of the mean: where nothing moves, rounding is no spike."""
 LEVEL = 32
