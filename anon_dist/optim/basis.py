@@ -14,12 +14,13 @@ identity and C is 0. In every step:
 and after a step that refreshes:
 
     y = Λ^(−1/2) m', Λ = λ / mean λ + δ              whitened: where the rows have a basis too, λ = diag(C) of these; else y = m'
-    C ← β3 C + (1 − β3) b yᵀy / tr(yᵀy)              rotation: mix the covariance of the side, in the basis, into the mean C
+    C ← κ C + (1 − κ) b yᵀy / tr(yᵀy)                rotation: mix the covariance of the side, in the basis, into the mean C
     R = qr(C + δ tr(C)/b)                            rotation: a step of orthogonal iteration; the diagonal of qr's triangle is positive
     Q ← Q R,  C ← Rᵀ C R                             renew, in float64
     m' ← m' R                                        then denoise; v is turned too, see `turned.py`
 
-- β3 is 0 at the first refresh, and wherever a refresh keeps nothing of the old preconditioner (γ has left 0, say): C is the latest alone.
+- κ = min(β3, 0.8): directions change sooner than sizes do, so C is a mean of some five refreshes where the preconditioner is one of more.
+- κ is 0 at the first refresh, and wherever a refresh keeps nothing of the old preconditioner (γ has left 0, say): C is the latest alone.
 - δ is 1e-3. mean λ is that of the block. δ is added to the ratio, which is 1 in a block whose C is 0.
 - Denoise: an element is made 0 if it is below 8 ε of the norm of its vector, a row's part in one block; ε = 2^-23 in float32.
 - Of two sides the columns are turned first, and denoised, then the rows.
@@ -42,6 +43,9 @@ from torch import Tensor
 
 RIDGE = 1e-3
 """δ, which is added to eigenvalues, as a share of their mean in a block."""
+
+MOST_KEPT = 0.8
+"""The largest weight of the old C at a refresh: κ = min(β3, 0.8)."""
 
 Side = Literal["columns", "rows"]
 
@@ -187,11 +191,12 @@ def rotation(mean: Tensor, latest: Tensor, keep: float) -> tuple[Tensor, Tensor]
     Args:
         mean: C.
         latest: x'ᵀx', as `covariance` gives it.
-        keep: β3, the weight of C.
+        keep: β3; C's weight is `MOST_KEPT` at most.
 
     Returns:
         R, and the new C in the basis that R makes; both (n, b) float64.
     """
+    keep = min(keep, MOST_KEPT)
     turning, turned = torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(mean, dtype=torch.float64)
     parts = (squares(x) for x in (mean.double(), latest.double(), turning, turned))
     for (_, old), (_, new), (_, r), (_, c) in zip(*parts, strict=True):

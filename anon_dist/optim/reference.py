@@ -90,7 +90,7 @@ class ReferenceAnon:
         decayed = self.theta * (update * self.theta >= 0) if self.cautious else self.theta
         self.theta = self.theta - self.lr * (self.weight_decay * decayed + update)
         if refreshes:
-            self._renew(keep)
+            self._renew(min(keep, 0.8))
 
     def _turned(self, x: Tensor, back: bool = False) -> Tensor:
         """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ."""

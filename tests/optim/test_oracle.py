@@ -404,7 +404,9 @@ def check_renewal(frame, stored, before, after, refresh):
             vectors = vectors / np.sqrt(eigenvalues(array(before[f"covariance_{other}"])) + 1e-3)[:, None]
         for i in range(0, len(q), block):
             part = slice(i, i + block)
-            check_block(r[part, part], c[part, part], new_c[part, part], vectors[:, part], refresh.keep, loose)
+            check_block(
+                r[part, part], c[part, part], new_c[part, part], vectors[:, part], min(refresh.keep, 0.8), loose
+            )
         turned, sigma, esigma = (x if side == "columns" else x.T for x in (turned, sigma, esigma))
         turned, esigma = turned @ r, esigma @ r**2 + sigma @ (loose * (2 * np.abs(r) + loose))
         sigma = sigma @ r**2
