@@ -19,6 +19,7 @@ def param_groups(
     decay: Mapping[str, float] | None = None,
     gamma: Mapping[str, float] | None = None,
     basis: Basis | None = None,
+    embeddings: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     no_decay: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
@@ -27,22 +28,23 @@ def param_groups(
     Frozen parameters are left out, tied ones appear once. Patterns are shell-style (`fnmatch`) and matched against the names of
     `model.named_parameters()`; of each argument the first one that matches a parameter counts.
 
-        param_groups(model, 0.1, lr={"*wte*": 3e-3}, decay={"*wte*": 0.0}, gamma={"*wte*": 0.5}, basis="both")
+        param_groups(model, 0.1, basis="both", embeddings={"betas": (0.9, 0.95)}, lr={"*wte*": 3e-3}, decay={"*wte*": 0.0})
 
     Args:
         weight_decay: λ of the parameters that are decayed.
         lr: pattern → learning rate of the parameters it matches; the others' is the optimizer's. A scheduler of torch keeps the ratio.
         decay: pattern → λ of the parameters it matches, matrices or not, in place of the rule.
         gamma: pattern → γ of the parameters it matches.
-        basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
-            layers with as many outputs as an embedding has rows; they have "columns" under "both" and None under "rows". Stacks of
-            matrices in one tensor, such as a layer's experts, have None. Both are in groups apart.
+        basis: which sides of matrices are turned (see `Anon`). Embeddings, and linear layers with as many outputs as an embedding has
+            rows, have None, as do stacks of matrices in one tensor, such as a layer's experts. Both are in groups apart.
+        embeddings: any hyperparameters of these embeddings and layers, in place of the others' and of `basis`.
         overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
     Returns:
         Groups in the order in which their first parameter appears in the model; none is empty. Which parameters are together depends on
-        the decay rule, the patterns, and whether rows are turned; not on the values, so that a checkpoint fits after a value has changed.
+        the decay rule, the patterns, and whether `basis` and `embeddings` are given; not on the values, so that a checkpoint fits after
+        a value has changed.
 
     Raises:
         ValueError: a pattern matches no trainable parameter, or `basis` is none of these.
@@ -52,8 +54,12 @@ def param_groups(
     values: dict[str, Mapping[str, Any]] = {"lr": lr or {}, "weight_decay": decay or {}, "gamma": gamma or {}}
     by_pattern = {**values, "overrides": overrides or {}}
     patterns = {pattern for named in (*by_pattern.values(), no_decay) for pattern in named}
-    unused, of_tokens = set(patterns), token_matrices(model) if basis in ("rows", "both") else set()
-    stacked = stacks(model) if basis is not None else set()
+    apart = basis is not None or bool(embeddings)
+    unused, of_tokens, stacked = (
+        set(patterns),
+        token_matrices(model) if apart else set(),
+        stacks(model) if apart else set(),
+    )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
@@ -61,22 +67,16 @@ def param_groups(
         decayed = p.dim() >= 2 and not matches.intersection(no_decay)
         settings: dict[str, Any] = {"weight_decay": weight_decay if decayed else 0.0}
         own = {key: next((m for m in named if m in matches), "") for key, named in by_pattern.items()}
-        settings |= {key: named[own[key]] for key, named in values.items() if own[key]}
         if basis is not None:
-            settings["basis"] = _basis_of(p, basis, of_tokens, stacked)
+            settings["basis"] = None if p in of_tokens or p in stacked else basis
+        settings |= embeddings or {} if p in of_tokens else {}
+        settings |= {key: named[own[key]] for key, named in values.items() if own[key]}
         settings |= by_pattern["overrides"].get(own["overrides"], {})
         key = (decayed, p in of_tokens, p in stacked, *own.values())
         groups.setdefault(key, {"params": [], **settings})["params"].append(p)
     if unused:
         raise ValueError(_no_match(unused, model))
     return list(groups.values())
-
-
-def _basis_of(p: Tensor, wanted: Basis, of_tokens: set[Tensor], stacked: set[Tensor]) -> Basis | None:
-    """Which sides of a parameter are turned where `wanted` are in general."""
-    if p in stacked:
-        return None
-    return wanted if p not in of_tokens else "columns" if wanted == "both" else None
 
 
 def _no_match(patterns: set[str], model: nn.Module) -> str:

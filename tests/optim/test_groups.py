@@ -96,25 +96,36 @@ def test_rates_and_decay_by_pattern():
         param_groups(net, lr={"wpx*": 1e-3})
 
 
-def test_rows_of_tokens_are_never_turned():
-    """Embeddings and the output head, tied to one or not, but no block's matrix, whatever rows it has."""
+def test_embeddings_are_never_turned():
+    """Nor the output head, tied to one or not; but every block's matrix, whatever rows it has."""
     net = Named()
     of_tokens = ["wte.weight", "wpe.weight", "head.weight"]
     for tied in (False, True):
         if tied:
             net.head.weight = net.wte.weight
             of_tokens = of_tokens[:-1]
-        for basis, theirs in (("both", "columns"), ("rows", None)):
-            found = values(net, param_groups(net, basis=basis), "basis")
-            assert found == {**dict.fromkeys(of_tokens, theirs), **dict.fromkeys([*MATRICES, *VECTORS], basis)}
-    net = Named()
-    columns = param_groups(net, basis="columns")
-    assert [names(net, g) for g in columns] == [
-        names(net, g) for g in param_groups(net)
-    ]  # so that a run can go over to it
-    assert set(values(net, columns, "basis").values()) == {"columns"}
+        for basis in ("columns", "rows", "both"):
+            groups = param_groups(net, basis=basis)
+            found = values(net, groups, "basis")
+            assert found == {**dict.fromkeys(of_tokens, None), **dict.fromkeys([*MATRICES, *VECTORS], basis)}
+            assert sorted(of_tokens) in [sorted(names(net, g)) for g in groups]
     with pytest.raises(ValueError, match="basis must be None, 'columns', 'rows' or 'both', not 'all'"):
         param_groups(net, basis="all")
+
+
+def test_embeddings_have_hyperparameters_of_their_own():
+    """In the groups that a basis makes, so that a run can take one on or leave it; patterns count for more."""
+    net, of_tokens = Named(), ["wte.weight", "wpe.weight", "head.weight"]
+    groups = param_groups(net, embeddings={"betas": (0.9, 0.95), "lr": 2e-3}, lr={"wpe*": 1e-3})
+    others = dict.fromkeys([*MATRICES, *VECTORS], "-")
+    assert values(net, groups, "betas") == {**dict.fromkeys(of_tokens, (0.9, 0.95)), **others}
+    assert values(net, groups, "lr") == {"wte.weight": 2e-3, "wpe.weight": 1e-3, "head.weight": 2e-3, **others}
+    plain = param_groups(net, embeddings={"betas": (0.9, 0.95)})
+    turned = param_groups(net, embeddings={"betas": (0.9, 0.95)}, basis="both")
+    assert [names(net, g) for g in plain] == [names(net, g) for g in turned]
+    turned = param_groups(net, embeddings={"basis": "columns"}, basis="both")
+    others = dict.fromkeys([*MATRICES, *VECTORS], "both")
+    assert values(net, turned, "basis") == {**dict.fromkeys(of_tokens, "columns"), **others}
 
 
 def test_the_head_of_a_transformers_model():
@@ -128,7 +139,7 @@ def test_the_head_of_a_transformers_model():
     sides = {
         n: sorted(k for k in optimizer.state[p] if k.startswith("basis")) for n, p in known.items() if p.dim() == 2
     }
-    assert {n for n, found in sides.items() if found == ["basis_columns"]} == {
+    assert {n for n, found in sides.items() if found == []} == {
         "transformer.wte.weight",
         "transformer.wpe.weight",
         "lm_head.weight",

@@ -45,6 +45,7 @@ OPTIMIZERS = {
         "optim__cautious_decay": True,
         "optim__max_interval": 3,
         "optim__lr_by_name": {"*wte*": 3.0},
+        "optim__embedding_beta1": 0.8,
     },
 }
 
@@ -540,14 +541,14 @@ def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, trai
 
 
 def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, capsys):
-    """From none to columns, in other blocks, to none and back; or to both sides, which parts the groups, and to rows. As no refresh
-    is in between, each is the identity, and changes nothing."""
+    """From none to columns, which parts the groups, in other blocks, and to none where these stay apart; or to both sides, and to rows. As
+    no refresh is in between, each is the identity, and changes nothing."""
     plain = train(run_config(run_dir=str(tmp_path / "plain"), optim__refresh_ratio=2.0))  # refreshes at 1, 2, 4, 8
     bases, losses = {}, [r["loss"] for r in metrics(plain) if "loss" in r]
 
-    def go_on(name, basis, block, until):
+    def go_on(name, basis, block, until, beta1=None):
         config = run_config(run_dir=str(tmp_path / name), optim__refresh_ratio=2.0, checkpoint__every=8)
-        config.optim.basis, config.optim.basis_block = basis, block
+        config.optim.basis, config.optim.basis_block, config.optim.embedding_beta1 = basis, block, beta1
         with monkeypatch.context() as patch:
             if until < 14:
                 at_step(patch, until, send(signal.SIGTERM))
@@ -561,12 +562,14 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
 
     go_on("a", None, 128, 8)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert "basis = 'columns' in param group 0; the checkpoint had None" in go_on("a", "columns", 128, 9)
+    assert "basis = 'columns' in param group 1; the checkpoint had None" in go_on("a", "columns", 128, 9)
     assert "basis_block = 8 in param group 0; the checkpoint had 128" in go_on("a", "columns", 8, 11)
-    assert "basis = None in param group 1; the checkpoint had 'columns'" in go_on("a", None, 8, 12)
-    said = go_on("b", "both", 16, 10)
-    assert "basis = 'columns' in param group 0; the checkpoint had None" in said
-    assert "basis = 'both' in param group 1; the checkpoint had None" in said
+    with pytest.raises(
+        ConfigError, match=r"embeddings are in a param group of their own there. Set optim.embedding_beta1 = 0.9,"
+    ):
+        go_on("a", None, 8, 12)
+    assert "basis = None in param group 1; the checkpoint had 'columns'" in go_on("a", None, 8, 12, beta1=0.9)
+    assert "basis = 'both' in param group 1; the checkpoint had None" in go_on("b", "both", 16, 10)
     go_on("b", "rows", 16, 12)
     assert bases == {
         ("a", None): set(),
@@ -574,16 +577,18 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
         ("b", "both"): {"basis_rows", "basis_columns"},
         ("b", "rows"): {"basis_rows"},
     }
-    with pytest.raises(ConfigError, match=r"Keep optim.basis = rows.*those of tokens are in groups of their own"):
-        go_on("b", "columns", 16, 14)
-    go_on("b", "rows", 16, 14)
+    go_on("b", "columns", 16, 14)
 
 
-def test_rates_and_decay_by_name(run_config, train, tmp_path):
+def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):
     """Factors are of every step's learning rate, and in the metrics; a run without decay of one matrix is another."""
-    by_name = {"optim__lr_by_name": {"*wte*": 3.0, "*ln_*": 0.0}, "optim__weight_decay_by_name": {"*mlp*": 0.0}}
+    own = {
+        "optim__lr_by_name": {"*wte*": 3.0, "*ln_*": 0.0},
+        "optim__weight_decay_by_name": {"*mlp*": 0.0},
+        "optim__embedding_beta1": 0.5,
+    }
     for name in ("anon", "adamw"):
-        folder = train(run_config(optim__name=name, train__steps=5, run_dir=str(tmp_path / name), **by_name))
+        folder = train(run_config(optim__name=name, train__steps=5, run_dir=str(tmp_path / name), **own))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         last = [r for r in lines if "loss" in r][-1]
         checkpoint = open_checkpoint(folder / "checkpoints" / "step-00000005")
@@ -594,6 +599,7 @@ def test_rates_and_decay_by_name(run_config, train, tmp_path):
             assert h["lr"] == pytest.approx(rate * factor)
             assert last[f"lr_factor/{i}"] == factor
             assert h["weight_decay"] == (0.0 if "mlp" in first or "bias" in first or "ln_" in first else 0.1)
+            assert tuple(h["betas"]) == (0.5 if "wte" in first or "wpe" in first else 0.9, 0.95)
         norm = "transformer.h.0.ln_1.weight"
         assert bool((checkpoint.read(Key(norm, WEIGHT), 0, 32) == 1.0).all())
     with pytest.raises(ConfigError, match=r"'\*lm_head\*'\] match no trainable parameter"):
@@ -728,15 +734,15 @@ def test_another_model_is_refused_by_its_field(change, words, run_config, train)
 
 
 def test_a_change_of_basis_that_is_refused_is_told_with_what_can_be_done(run_config, train):
-    """Rows have groups of their own for tokens, which columns have not."""
+    """A basis has embeddings in a group of their own; without one they are with the other matrices."""
     folder = train(run_config(train__steps=4, optim__basis="rows"))
-    for basis in ("columns", None):
-        words = (
-            rf"optim.basis = {basis}, and .*step-0+4 was trained with rows. Keep optim.basis = rows, or set it to both,"
-        )
-        with pytest.raises(ConfigError, match=words) as error:
-            train(run_config(train__steps=8, optim__basis=basis))
-        assert error.value.exit_code == 2
+    words = (
+        r"step-0+4 was trained with optim.basis = rows and embedding_beta1 = None,.* Set optim.embedding_beta1 = 0.9,"
+    )
+    with pytest.raises(ConfigError, match=words) as error:
+        train(run_config(train__steps=8))
+    assert error.value.exit_code == 2
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
-    train(run_config(train__steps=6, optim__basis="both"))  # as it says
-    train(run_config(train__steps=8, optim__basis="both"))
+    train(run_config(train__steps=5, optim__embedding_beta1=0.9))  # as it says
+    train(run_config(train__steps=6, optim__basis="both"))
+    train(run_config(train__steps=8, optim__basis="columns"))

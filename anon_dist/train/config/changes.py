@@ -155,14 +155,17 @@ def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -
 
 
 def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> str | None:
-    """What may have an engine refuse a checkpoint's state, in the configuration's words: a change of `optim.basis`, with the remedy."""
+    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: they are parted where
+    there is a basis, or `optim.embedding_beta1`, and cannot be joined again."""
     before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
-    now, then = config.optim.basis, before.get("basis")
-    if "basis" not in before or now == then:
+    then, now = ((o.get("basis"), o.get("embedding_beta1")) for o in (before, vars(config.optim)))
+    if now != (None, None) or then == (None, None):
         return None
-    other = ", or set it to both," if then == "rows" else ""  # which has the same groups
-    remedy = f"Keep optim.basis = {then}{other} or choose another run_dir to begin anew"
-    return f"optim.basis = {now}, and {source} was trained with {then}. {remedy}"
+    beta1 = config.optim.betas[0]
+    return (
+        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, so embeddings are in a param group of their "
+        f"own there. Set optim.embedding_beta1 = {beta1}, which is that of all others: it keeps this group"
+    )
 
 
 def _beside(source: Path) -> Mapping[str, Any] | None:

@@ -141,6 +141,8 @@ class OptimConfig:
     """Peak learning rate. Its unit depends on γ: rescale it with gamma, or set match."""
     betas: tuple[Below1, Below1] = (0.9, 0.95)
     """Decay rates of the gradient's mean and of the squared gradient's."""
+    embedding_beta1: Below1 | None = None
+    """β1 of embeddings and of the output matrix. None: the first of betas, as of the others."""
     eps: Epsilon | None = None
     """Added to the second moment. None: 1e-16 for Anon, 1e-8 for AdamW (where it stands outside the square root)."""
     weight_decay: NotNegative = 0.1
@@ -177,8 +179,8 @@ class OptimConfig:
     cautious_decay: bool = False
     """(Anon) Decay a weight only where its update makes it smaller too."""
     basis: Literal["columns", "rows", "both"] | None = None
-    """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; never by the
-    rows of embeddings and of the output matrix, and not experts, which are stacked. Under fsdp2, hsdp and deepspeed take columns: rows only
+    """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; not
+    embeddings and the output matrix, nor experts, which are stacked. Under fsdp2, hsdp and deepspeed take columns: rows only
     where shards hold whole blocks. Of deepspeed only stages 0 and 3, where the ranks divide the rows of every matrix. Not for fsdp1, which
     cuts within rows. A run may be resumed with another one, or none."""
     basis_block: Size = 128

@@ -175,9 +175,9 @@ def _settings(optim: Mapping[str, Any]) -> list[str]:
     common, anon = ("lr", "betas", "eps", "weight_decay"), ("gamma", "refresh_ratio", "beta3", "update_clip", "window")
     defaults = asdict(OptimConfig())
     other = [name for name in defaults if optim.get(name) != defaults[name] and name not in ("name", "match", *common)]
-    by_name = ("lr_by_name", "weight_decay_by_name")  # the others are Anon's alone
+    shared = ("lr_by_name", "weight_decay_by_name", "embedding_beta1")  # the others are Anon's alone
     names = (*common, *(anon if optim["name"] == "anon" else ()))
-    names += tuple(n for n in other if n not in names and (optim["name"] == "anon" or n in by_name))
+    names += tuple(n for n in other if n not in names and (optim["name"] == "anon" or n in shared))
     return [n for n in names if optim.get(n) not in (None, {}, [])]
 
 

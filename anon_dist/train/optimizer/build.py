@@ -38,6 +38,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         decay=config.weight_decay_by_name,
         gamma=config.gamma_by_name if anon else None,
         basis=config.basis if anon else None,
+        embeddings=None if config.embedding_beta1 is None else {"betas": (config.embedding_beta1, config.betas[1])},
     )
     for group in groups:
         if (rate := group.get("lr", config.lr)) * group["weight_decay"] >= 1.0:
