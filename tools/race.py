@@ -17,7 +17,7 @@ optimizer needs at most that share of AdamW's tokens.
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
 | element | Anon with Nesterov momentum, otherwise as in the presets |
-| columns, both | the same with that basis, beta1 0.95 of matrices with one, and a refresh every 4 steps at least |
+| columns, both | the same with that basis, beta1 0.95 (with both 0.9 of embeddings), and a refresh every 4 steps at least |
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ CONFIG = ROOT / "configs" / "study" / "base.yaml"
 STEPS, SEQUENCES = 2000, 8
 COMMON = "--train.precision fp32 --eval.every 250 --log.every 25"
 PRESET = "--optim.refresh-ratio 1.03 --optim.beta3 0.93 --optim.window 64 --optim.nesterov True"
-OFTEN = "--optim.betas 0.95 0.95 --optim.embedding-beta1 0.9 --optim.max-interval 4"
+OFTEN = "--optim.betas 0.95 0.95 --optim.max-interval 4"
+BOTH = "--optim.basis both --optim.embedding-beta1 0.9"
 BETAS = "--optim.betas 0.9 0.99"
 OPTIONS = {
     "adamw": f"--optim.name adamw {BETAS}",
@@ -63,9 +64,9 @@ OPTIONS = {
     "soap": "",
     "element": PRESET,
     "columns": f"{PRESET} {OFTEN} --optim.basis columns",
-    "both": f"{PRESET} {OFTEN} --optim.basis both",
-    "both64": f"{PRESET} {OFTEN} --optim.basis both --optim.basis-block 64",
-    "both32": f"{PRESET} {OFTEN} --optim.basis both --optim.basis-block 32",
+    "both": f"{PRESET} {OFTEN} {BOTH}",
+    "both64": f"{PRESET} {OFTEN} {BOTH} --optim.basis-block 64",
+    "both32": f"{PRESET} {OFTEN} {BOTH} --optim.basis-block 32",
 }
 LABELS = {
     "adamw": "AdamW",

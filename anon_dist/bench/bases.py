@@ -56,24 +56,19 @@ def why_not(engine: EngineName, job: Job) -> str | None:
     """Why columns cannot be turned under an engine that shows the optimizer rows of matrices."""
     if engine != "zero3":
         return None
-    odd = sum(p.shape[0] % job.ranks > 0 for p in _matrices(job.shape.parameters()))
+    odd = sum(len(p.shape) > 1 and p.shape[0] % job.ranks > 0 for p in job.shape.parameters())
     return f"rows of {odd} matrices do not divide" if odd else None
-
-
-def _matrices(parameters: list[Parameter]) -> list[Parameter]:
-    """Those that `param_groups(basis=…)` gives a basis: no embeddings, output matrices and stacks of experts."""
-    return [p for p in parameters if len(p.shape) == 2 and p.where == "block"]
 
 
 def _cost(engine: EngineName, job: Job, bases: Bases, parameters: list[Parameter]) -> Cost:
     ranks, tensor = (1, 1) if engine in ("ddp", "zero1", "zero0") else sharding(engine, job)
     kept = flops = refresh = sent = turned = 0.0
-    for p in _matrices(parameters):
+    for p in (p for p in parameters if len(p.shape) > 1):
         local = p.local(ranks, tensor)
         rows = math.ceil(p.shape[0] / (tensor if p.split == 0 else 1) / ranks)
-        columns = p.shape[1] // (tensor if p.split == 1 else 1)
+        columns = math.prod(p.shape[1:]) // (tensor if p.split == 1 else 1)
         sides: dict[Side, int] = {"columns": columns}
-        if bases.sides == "both":
+        if bases.sides == "both" and p.where == "block":
             sides["rows"] = rows
         for side, n in sides.items():
             block = min(bases.block, n)

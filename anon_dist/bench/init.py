@@ -224,10 +224,9 @@ data:
 optim:
   lr: {learning_rate(chosen.parameters):.1e}  # usual at this size; try half and twice as much in a short run (anon-dist sweep)
   state_dtype: {STATES}  # 8 bytes a parameter, as AdamW
-  basis: columns  # with the next four: lower losses (configs/study); under FSDP1 and DeepSpeed's ZeRO 1 and 2 write null
+  basis: columns  # with the next three: lower losses (configs/study); under FSDP1 and DeepSpeed's ZeRO 1 and 2 write null
   nesterov: true
   betas: [0.95, 0.95]
-  embedding_beta1: 0.9
   max_interval: {MAX_INTERVAL}
 schedule:
   warmup_steps: {max(1, min(2000, chosen.steps // 25))}

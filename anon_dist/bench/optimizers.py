@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from anon_dist.bench.clock import Step
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.optim import Anon
-from anon_dist.optim.frame import BASIS_KEYS, MOST_ROWS
+from anon_dist.optim.frame import BASIS_KEYS
 from anon_dist.optim.plan import Variant
 from anon_dist.optim.regime import Regime
 from anon_dist.train.config.parsing import OptimConfig, find_config, load_config
@@ -121,13 +121,10 @@ def _anon(states: Any, tensors: Parameters) -> Optimizer:
 
 
 def _anon_in_a_basis(basis: Literal["columns", "both"], tensors: Parameters) -> Optimizer:
-    """Matrices with many rows to a column are taken for embeddings, which have no basis (see `param_groups`)."""
-    turned = [p for p in tensors if p.dim() == 2 and p.shape[0] <= MOST_ROWS * p.shape[1]]
-    if not turned:
+    """The model's embeddings, rows of which stand for tokens, are the matrices with most rows to a column."""
+    if all(p.dim() < 2 for p in tensors):
         raise UnavailableError("it turns matrices, and these are vectors: --tensors gpt2-small")
-    others = [p for p in tensors if all(p is not q for q in turned)]
-    groups: list[dict[str, Any]] = [{"params": turned, "basis": basis}, {"params": others}]
-    return Anon(groups, **anon_settings(preset_settings()), fused=True)
+    return Anon(tensors, **anon_settings(preset_settings()), basis=basis, fused=True)
 
 
 def _deepspeed_cpu(tensors: Parameters) -> Optimizer:

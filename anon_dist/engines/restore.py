@@ -150,7 +150,7 @@ def group_values(optimizer: Optimizer, names: Mapping[Any, str], checkpoint: Che
             raise GroupsDiffer(
                 f"param group {index}: {first or names[group['params'][0]]} is in {'none' if first else 'another'} of the checkpoint's "
                 "param groups; resume with the groups it was written with (the same model, and the same lr, weight decay and gamma by "
-                "name; embeddings are in a group of their own where there is a basis, or where they have hyperparameters of their own)"
+                "name; those of tokens are in a group of their own where rows are turned into a basis, and with a β1 of their own)"
             )
         values = checkpoint.manifest.groups[indices.pop()].hyperparameters if indices else {}  # type: ignore[index]
         found.append({k: v for k, v in values.items() if k not in ("params", "state_dtype")})

@@ -35,16 +35,17 @@ def param_groups(
         lr: pattern → learning rate of the parameters it matches; the others' is the optimizer's. A scheduler of torch keeps the ratio.
         decay: pattern → λ of the parameters it matches, matrices or not, in place of the rule.
         gamma: pattern → γ of the parameters it matches.
-        basis: which sides of matrices are turned (see `Anon`). Embeddings, and linear layers with as many outputs as an embedding has
-            rows, have None, as do stacks of matrices in one tensor, such as a layer's experts. Both are in groups apart.
+        basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
+            layers with as many outputs as an embedding has rows; they have None under "both" and "rows", and "columns" under "columns".
+            Stacks of matrices in one tensor, such as a layer's experts, have None. All that have None are in groups apart.
         embeddings: any hyperparameters of these embeddings and layers, in place of the others' and of `basis`.
         overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
     Returns:
         Groups in the order in which their first parameter appears in the model; none is empty. Which parameters are together depends on
-        the decay rule, the patterns, and whether `basis` and `embeddings` are given; not on the values, so that a checkpoint fits after
-        a value has changed.
+        the decay rule, the patterns, whether rows are turned, and whether `embeddings` is given; not on the values, so that a
+        checkpoint fits after a value has changed.
 
     Raises:
         ValueError: a pattern matches no trainable parameter, or `basis` is none of these.
@@ -54,12 +55,8 @@ def param_groups(
     values: dict[str, Mapping[str, Any]] = {"lr": lr or {}, "weight_decay": decay or {}, "gamma": gamma or {}}
     by_pattern = {**values, "overrides": overrides or {}}
     patterns = {pattern for named in (*by_pattern.values(), no_decay) for pattern in named}
-    apart = basis is not None or bool(embeddings)
-    unused, of_tokens, stacked = (
-        set(patterns),
-        token_matrices(model) if apart else set(),
-        stacks(model) if apart else set(),
-    )
+    unused, of_tokens = set(patterns), token_matrices(model) if basis in ("rows", "both") or embeddings else set()
+    stacked = stacks(model) if basis is not None or embeddings else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         matches = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
@@ -68,7 +65,7 @@ def param_groups(
         settings: dict[str, Any] = {"weight_decay": weight_decay if decayed else 0.0}
         own = {key: next((m for m in named if m in matches), "") for key, named in by_pattern.items()}
         if basis is not None:
-            settings["basis"] = None if p in of_tokens or p in stacked else basis
+            settings["basis"] = None if p in stacked or (p in of_tokens and basis != "columns") else basis
         settings |= embeddings or {} if p in of_tokens else {}
         settings |= {key: named[own[key]] for key, named in values.items() if own[key]}
         settings |= by_pattern["overrides"].get(own["overrides"], {})

@@ -541,8 +541,8 @@ def test_changed_hyperparameters_are_applied_on_resume_and_said(run_config, trai
 
 
 def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, capsys):
-    """From none to columns, which parts the groups, in other blocks, and to none where these stay apart; or to both sides, and to rows. As
-    no refresh is in between, each is the identity, and changes nothing."""
+    """From none to columns, in other blocks, to none and back; or to both sides, which parts the groups, and to rows. As no refresh
+    is in between, each is the identity, and changes nothing."""
     plain = train(run_config(run_dir=str(tmp_path / "plain"), optim__refresh_ratio=2.0))  # refreshes at 1, 2, 4, 8
     bases, losses = {}, [r["loss"] for r in metrics(plain) if "loss" in r]
 
@@ -562,13 +562,9 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
 
     go_on("a", None, 128, 8)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert "basis = 'columns' in param group 1; the checkpoint had None" in go_on("a", "columns", 128, 9)
+    assert "basis = 'columns' in param group 0; the checkpoint had None" in go_on("a", "columns", 128, 9)
     assert "basis_block = 8 in param group 0; the checkpoint had 128" in go_on("a", "columns", 8, 11)
-    with pytest.raises(
-        ConfigError, match=r"embeddings are in a param group of their own there. Set optim.embedding_beta1 = 0.9,"
-    ):
-        go_on("a", None, 8, 12)
-    assert "basis = None in param group 1; the checkpoint had 'columns'" in go_on("a", None, 8, 12, beta1=0.9)
+    assert "basis = None in param group 1; the checkpoint had 'columns'" in go_on("a", None, 8, 12)
     assert "basis = 'both' in param group 1; the checkpoint had None" in go_on("b", "both", 16, 10)
     go_on("b", "rows", 16, 12)
     assert bases == {
@@ -577,7 +573,13 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
         ("b", "both"): {"basis_rows", "basis_columns"},
         ("b", "rows"): {"basis_rows"},
     }
-    go_on("b", "columns", 16, 14)
+    for basis in ("columns", None):
+        with pytest.raises(
+            ConfigError, match=r"a param group of their own. Set optim.embedding_beta1 = 0.9, the β1 of"
+        ):
+            go_on("b", basis, 16, 14)
+    go_on("b", "columns", 16, 13, beta1=0.9)
+    go_on("b", None, 16, 14, beta1=0.9)
 
 
 def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):
@@ -734,15 +736,15 @@ def test_another_model_is_refused_by_its_field(change, words, run_config, train)
 
 
 def test_a_change_of_basis_that_is_refused_is_told_with_what_can_be_done(run_config, train):
-    """A basis has embeddings in a group of their own; without one they are with the other matrices."""
+    """Where rows are turned, embeddings are in a group of their own; else they are with the other matrices."""
     folder = train(run_config(train__steps=4, optim__basis="rows"))
     words = (
         r"step-0+4 was trained with optim.basis = rows and embedding_beta1 = None,.* Set optim.embedding_beta1 = 0.9,"
     )
-    with pytest.raises(ConfigError, match=words) as error:
-        train(run_config(train__steps=8))
-    assert error.value.exit_code == 2
+    for basis in ("columns", None):
+        with pytest.raises(ConfigError, match=words) as error:
+            train(run_config(train__steps=8, optim__basis=basis))
+        assert error.value.exit_code == 2
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
     train(run_config(train__steps=5, optim__embedding_beta1=0.9))  # as it says
     train(run_config(train__steps=6, optim__basis="both"))
-    train(run_config(train__steps=8, optim__basis="columns"))

@@ -155,16 +155,15 @@ def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -
 
 
 def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> str | None:
-    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: they are parted where
-    there is a basis, or `optim.embedding_beta1`, and cannot be joined again."""
+    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: `optim.basis` and
+    `optim.embedding_beta1` part groups, which cannot be joined again. The latter parts them as far as any basis does."""
     before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
     then, now = ((o.get("basis"), o.get("embedding_beta1")) for o in (before, vars(config.optim)))
-    if now != (None, None) or then == (None, None):
+    if then in ((None, None), now) or now[1] is not None:
         return None
-    beta1 = config.optim.betas[0]
     return (
-        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, so embeddings are in a param group of their "
-        f"own there. Set optim.embedding_beta1 = {beta1}, which is that of all others: it keeps this group"
+        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, for which embeddings are in a param group of "
+        f"their own. Set optim.embedding_beta1 = {config.optim.betas[0]}, the β1 of all others: it keeps this group"
     )
 
 

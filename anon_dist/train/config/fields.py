@@ -142,7 +142,7 @@ class OptimConfig:
     betas: tuple[Below1, Below1] = (0.9, 0.95)
     """Decay rates of the gradient's mean and of the squared gradient's."""
     embedding_beta1: Below1 | None = None
-    """β1 of embeddings and of the output matrix. None: the first of betas, as of the others."""
+    """β1 of embeddings and of the output matrix. None: the first of betas, as of the others. With basis both, 0.9 beside 0.95."""
     eps: Epsilon | None = None
     """Added to the second moment. None: 1e-16 for Anon, 1e-8 for AdamW (where it stands outside the square root)."""
     weight_decay: NotNegative = 0.1
@@ -179,9 +179,9 @@ class OptimConfig:
     cautious_decay: bool = False
     """(Anon) Decay a weight only where its update makes it smaller too."""
     basis: Literal["columns", "rows", "both"] | None = None
-    """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; not
-    embeddings and the output matrix, nor experts, which are stacked. Under fsdp2, hsdp and deepspeed take columns: rows only
-    where shards hold whole blocks. Of deepspeed only stages 0 and 3, where the ranks divide the rows of every matrix. Not for fsdp1, which
+    """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; never by the
+    rows of embeddings and of the output matrix, which have columns under columns alone, and not experts, which are
+    stacked. Under fsdp2, hsdp and deepspeed take columns: rows only where shards hold whole blocks. Of deepspeed only stages 0 and 3, where the ranks divide the rows of every matrix. Not for fsdp1, which
     cuts within rows. A run may be resumed with another one, or none."""
     basis_block: Size = 128
     """(Anon) Bases are block-diagonal, in blocks of so many columns or rows: 8 bytes of state for each, times the length of the side."""
