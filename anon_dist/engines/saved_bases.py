@@ -66,15 +66,16 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         names: names of the parameters.
 
     Returns:
-        Whether the checkpoint's param groups are the present ones, as far as bases may part them.
+        Whether the checkpoint's param groups are the present ones. Where they are not, `restore` gives each group what its members had.
 
     Raises:
         CheckpointError: a matrix has a basis there, and can have none under this engine.
         EngineError: blocks of the checkpoint's basis would lie across shards here.
     """
-    if not isinstance(optimizer, Anon):
-        return True
     own = [{names[p] for p in group["params"]} for group in optimizer.param_groups]
+    alike = len(own) == len(saved) and all(a <= b.members for a, b in zip(own, saved, strict=True))
+    if not isinstance(optimizer, Anon):
+        return alike
     turned = any(group.basis for group in saved)
     if turned and engine == "fsdp1":
         raise CheckpointError(
@@ -83,7 +84,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         )
     turned |= any(group["basis"] for group in optimizer.param_groups)
     if not turned:
-        return True
+        return alike
     for group, members in zip(optimizer.param_groups, own, strict=True):
         source = next((s for s in saved if members & s.members), None)
         if source is not None:
@@ -91,7 +92,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
             group[HISTORY] = Regime(group).fresh()
     optimizer.state.clear()
     allocate(optimizer)
-    return len(own) == len(saved) and all(a <= b.members for a, b in zip(own, saved, strict=True))
+    return alike
 
 
 def refuse_saved(engine: str, checkpoint: Checkpoint) -> None:

@@ -44,14 +44,19 @@ def param_groups(
 
     Returns:
         Groups in the order in which their first parameter appears in the model; none is empty. Which parameters are together depends on
-        the decay rule, the patterns, whether rows are turned, and whether `embeddings` is given; not on the values, so that a
+        the decay rule, the patterns, whether rows are turned, and whether `embeddings` has any; not on the values, so that a
         checkpoint fits after a value has changed.
 
     Raises:
-        ValueError: a pattern matches no trainable parameter, or `basis` is none of these.
+        ValueError: a pattern matches no trainable parameter, `embeddings` are given and the model has none, or `basis` is none of these.
+        TypeError: `embeddings` is no mapping of hyperparameters.
     """
     if basis not in (None, "columns", "rows", "both"):
         raise ValueError(f"param_groups: basis must be None, 'columns', 'rows' or 'both', not {basis!r}")
+    if embeddings is not None and (not isinstance(embeddings, Mapping) or "params" in embeddings):
+        raise TypeError(
+            f'param_groups: embeddings are hyperparameters, such as {{"betas": (0.9, 0.95)}}, not {embeddings!r}'
+        )
     values: dict[str, Mapping[str, Any]] = {"lr": lr or {}, "weight_decay": decay or {}, "gamma": gamma or {}}
     by_pattern = {**values, "overrides": overrides or {}}
     patterns = {pattern for named in (*by_pattern.values(), no_decay) for pattern in named}
@@ -73,6 +78,8 @@ def param_groups(
         groups.setdefault(key, {"params": [], **settings})["params"].append(p)
     if unused:
         raise ValueError(_no_match(unused, model))
+    if embeddings and not of_tokens:
+        raise ValueError(f"param_groups: embeddings={embeddings!r}, and the model has no embeddings")
     return list(groups.values())
 
 

@@ -255,7 +255,7 @@ def _load_engine(run: Run, source: Path, progress: Mapping[str, Any]) -> None:
     except GroupsDiffer as error:
         if (why := why_refused(run.config, source, progress)) is None:
             raise
-        raise ConfigError(f"{why} ({error})") from error
+        raise ConfigError(why) from error
 
 
 def _agreed_progress(source: Path) -> dict[str, Any]:

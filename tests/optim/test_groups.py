@@ -130,6 +130,12 @@ def test_embeddings_have_hyperparameters_of_their_own():
     turned = param_groups(net, embeddings={"betas": (0.9, 0.95)}, basis="both")
     assert [names(net, g) for g in plain] == [names(net, g) for g in turned]
     turned = param_groups(net, embeddings={"basis": "columns"}, basis="both")
+    for wrong in (0.9, [0.9, 0.95], {"params": [net.wte.weight]}):
+        with pytest.raises(TypeError, match="param_groups: embeddings are hyperparameters, such as"):
+            param_groups(net, embeddings=wrong)
+    with pytest.raises(ValueError, match="and the model has no embeddings"):
+        param_groups(nn.Linear(2, 2), embeddings={"lr": 1e-3})
+    assert len(param_groups(net, embeddings={})) == len(param_groups(net)) == 2
     others = dict.fromkeys([*MATRICES, *VECTORS], "both")
     assert values(net, turned, "basis") == {**dict.fromkeys(of_tokens, "columns"), **others}
 

@@ -574,12 +574,41 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
         ("b", "rows"): {"basis_rows"},
     }
     for basis in ("columns", None):
-        with pytest.raises(
-            ConfigError, match=r"a param group of their own. Set optim.embedding_beta1 = 0.9, the β1 of"
-        ):
+        with pytest.raises(ConfigError, match=r"part the param groups. Set optim.embedding_beta1 = 0.9, the β1 of"):
             go_on("b", basis, 16, 14)
     go_on("b", "columns", 16, 13, beta1=0.9)
     go_on("b", None, 16, 14, beta1=0.9)
+
+
+@pytest.mark.parametrize("name", ["anon", "adamw"])
+def test_parted_groups_go_on_as_what_they_were(run_config, train, tmp_path, name, capsys):
+    """By a β1 of embeddings that is that of all others: with γ and ρ changed in the same resume, and before, the losses stay the same."""
+
+    def go_on(folder, steps, beta1=None, **optim):
+        values = {f"optim__{key}": value for key, value in {"name": name, **optim}.items()}
+        run = run_config(run_dir=str(tmp_path / folder), train__steps=steps, checkpoint__every=4, **values)
+        run.optim.embedding_beta1 = beta1
+        capsys.readouterr()
+        return [r["loss"] for r in metrics(train(run)) if "loss" in r], capsys.readouterr().out
+
+    go_on("a", 8)
+    changed = {"gamma": 0.5, "refresh_ratio": 1.7} if name == "anon" else {"weight_decay": 0.3}
+    for other in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / other)
+    whole, _ = go_on("a", 14, **changed)
+    parted, said = go_on("b", 14, 0.9, **changed)
+    assert parted == pytest.approx(whole, rel=1e-6)
+    first = {"anon": "gamma = 0.5", "adamw": "weight_decay = 0.3"}[name]
+    assert f"resuming with {first} in param group 0; the checkpoint had {1.0 if name == 'anon' else 0.1}" in said
+    assert not [line for line in said.splitlines() if "param group" in line and "had None" in line]
+    go_on("c", 10, **changed)
+    shutil.copytree(tmp_path / "c", tmp_path / "d")
+    whole, _ = go_on("d", 14, **changed)
+    parted, said = go_on("c", 14, 0.9, **changed)
+    assert parted == pytest.approx(whole, rel=1e-6)
+    assert "param group" not in said
+    with pytest.raises(ConfigError, match=r"part the param groups. Set optim.embedding_beta1 = 0.9"):
+        go_on("c", 16, **changed)
 
 
 def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):

@@ -26,7 +26,7 @@ from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.exits import may_pass
 
-_HYPERPARAMETER = re.compile(r"optimizer\.param_groups\.\d+\.\w+$")
+_HYPERPARAMETER = re.compile(r"(optimizer\.param_groups\.\d+\.)\w+$")
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -82,7 +82,8 @@ def load_state(folder: Path, state: dict[str, Any], optimizer: str, elsewhere: C
         wanted = set(flatten_state_dict(state)[0]) | set(elsewhere)
         parts = {key.partition(".")[0] for key in wanted}  # a script may keep its schedule beside them
         saved = {key for key in reader.read_metadata().state_dict_metadata if key.partition(".")[0] in parts}
-        new = {key for key in wanted - saved if _HYPERPARAMETER.match(key)}
+        # Of a group that is there: a group that is not would keep the present hyperparameters as if its state had been made with them.
+        new = {key for key in wanted - saved if (of := _HYPERPARAMETER.match(key)) and of[1] + "params" in saved}
         if any(key.startswith("optimizer.state.") for key in wanted ^ saved):
             new = set()  # another optimizer's
         _compare(folder, saved, wanted - new, optimizer)
@@ -143,6 +144,10 @@ def _compare(folder: Path, saved: set[str], wanted: set[str], optimizer: str) ->
     if not missing and not extra:
         return
     kinds = {"missing": missing, "unexpected": extra}
+    if all(_HYPERPARAMETER.match(k) for k in missing + extra):
+        raise CheckpointError(
+            f"{folder} was written with other param groups: {_some(kinds)}. Resume with the groups it was written with"
+        )
     if not any(k.startswith("model.") for k in missing + extra):
         raise CheckpointError(
             f"{folder} holds another optimizer's state than {optimizer}'s: {_some(kinds)}. Resume with the optimizer "

@@ -158,12 +158,16 @@ def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> st
     """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: `optim.basis` and
     `optim.embedding_beta1` part groups, which cannot be joined again. The latter parts them as far as any basis does."""
     before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
-    then, now = ((o.get("basis"), o.get("embedding_beta1")) for o in (before, vars(config.optim)))
+    # AdamW has no basis, whatever stands there.
+    then, now = (
+        (o.get("basis") if o.get("name") == "anon" else None, o.get("embedding_beta1"))
+        for o in (before, vars(config.optim))
+    )
     if then in ((None, None), now) or now[1] is not None:
         return None
     return (
-        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, for which embeddings are in a param group of "
-        f"their own. Set optim.embedding_beta1 = {config.optim.betas[0]}, the β1 of all others: it keeps this group"
+        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, which part the param groups. "
+        f"Set optim.embedding_beta1 = {config.optim.betas[0]}, the β1 of all others: it keeps them apart"
     )
 
 
