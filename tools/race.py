@@ -15,6 +15,7 @@ optimizer needs at most that share of AdamW's tokens.
 | adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study/results) |
 | nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
+| muon32 | the same with its iterations in float32, which on CPUs is several times as fast |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
 | element | Anon with Nesterov momentum, otherwise as in the presets |
 | columns, both | the same with that basis, beta1 0.95 (with both 0.9 of embeddings), and a refresh every 4 steps at least |
@@ -32,16 +33,18 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, mode, stdev
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer, _muon
 
 from anon_dist.optim import param_groups
 from anon_dist.train.config.parsing import OptimConfig, parse_args
@@ -61,6 +64,7 @@ OPTIONS = {
     "adamw": f"--optim.name adamw {BETAS}",
     "nadamw": BETAS,
     "muon": BETAS,
+    "muon32": BETAS,
     "soap": "",
     "element": PRESET,
     "columns": f"{PRESET} {OFTEN} --optim.basis columns",
@@ -72,6 +76,7 @@ LABELS = {
     "adamw": "AdamW",
     "nadamw": "AdamW, Nesterov",
     "muon": "Muon",
+    "muon32": "Muon, float32",
     "soap": "SOAP",
     "element": "Anon, by element",
     "columns": "Anon, columns",
@@ -172,15 +177,33 @@ def nadamw(config: OptimConfig, model: nn.Module) -> Optimizer:
     return _nadamw(config, param_groups(model, config.weight_decay))
 
 
-def muon(config: OptimConfig, model: nn.Module) -> Optimizer:
+def muon(config: OptimConfig, model: nn.Module, of: type[torch.optim.Muon] = torch.optim.Muon) -> Optimizer:
     """Muon for matrices that are neither embeddings nor the output's, nadamw for the rest."""
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {model.get_output_embeddings().weight}
     groups = param_groups(model, config.weight_decay)
     hidden = [p for g in groups for p in g["params"] if p.ndim == 2 and p not in tables]
     rest = [{**g, "params": left} for g in groups if (left := [p for p in g["params"] if p.ndim != 2 or p in tables])]
-    return Several(
-        torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"), _nadamw(config, rest)
-    )
+    return Several(of(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"), _nadamw(config, rest))
+
+
+class Muon32(torch.optim.Muon):
+    """Muon with its Newton-Schulz iterations in float32, which on CPUs is several times as fast as in bfloat16."""
+
+    def step(self, closure: Any = None) -> Any:
+        """As torch's."""
+        with mock.patch.object(_muon, "_zeropower_via_newtonschulz", orthogonalised):
+            return super().step(closure)
+
+
+def orthogonalised(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """What torch's function of that name gives, in float32."""
+    a, b, c = coefficients
+    x = grad.mT if grad.shape[0] > grad.shape[1] else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if grad.shape[0] > grad.shape[1] else x
 
 
 def soap(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -191,7 +214,12 @@ def soap(config: OptimConfig, model: nn.Module) -> Optimizer:
     return SOAP(groups, lr=config.lr, betas=config.betas, precondition_frequency=10, max_precondition_dim=512)
 
 
-PEERS: dict[str, MakeOptimizer] = {"nadamw": nadamw, "muon": muon, "soap": soap}
+PEERS: dict[str, MakeOptimizer] = {
+    "nadamw": nadamw,
+    "muon": muon,
+    "muon32": partial(muon, of=Muon32),
+    "soap": soap,
+}
 
 
 def run(args: argparse.Namespace) -> None:

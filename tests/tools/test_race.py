@@ -60,6 +60,18 @@ def test_muon_steps_hidden_matrices_as_torchs_own_does_and_the_rest_as_nadam(mod
         torch.testing.assert_close(p, copies[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_muon_in_float32_is_muon_but_for_rounding():
+    for shape in ((24, 40), (40, 24)):
+        ours, torchs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        for step in range(3):
+            ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            torchs.grad = ours.grad.clone()
+            for p, of in ((ours, race.Muon32), (torchs, torch.optim.Muon)):
+                of([p], 1e-2, 0.0, adjust_lr_fn="match_rms_adamw").step()
+            away = torch.linalg.vector_norm(ours - torchs) / torch.linalg.vector_norm(torchs)
+            assert 0.0 < away < 0.02  # bfloat16 has 8 bits
+
+
 def rows_of(text):
     return [line.rstrip() for line in text.splitlines() if line.startswith(("| A", "| M", "| S"))]
 
