@@ -83,12 +83,12 @@ LABELS = {
     "both": "Anon, both sides",
     "both64": "Anon, both, blocks of 64",
     "both32": "Anon, both, blocks of 32",
-    "columns-e": "Anon, columns, earlier",
     "both-e": "Anon, both sides, earlier",
     "both64-e": "Anon, both, blocks of 64, earlier",
     "both32-e": "Anon, both, blocks of 32, earlier",
 }
-"""Earlier: before embeddings were left without a basis and the covariance's weight was bounded. They cannot be run any more."""
+"""Earlier: with a basis of the embeddings' columns too, their β1 0.95, and a covariance that kept β3 of the old one. They cannot be run
+any more; of columns nothing but the last was changed, which made no difference."""
 FIELDS = ("corpus", "edition", "optimizer", "batch_tokens", "steps", "lr", "seed", "loss", "bits_per_byte")
 KEY = FIELDS[:-2]
 """The edition of a corpus: bytes per token of its validation split. A system's documentation and library change with its updates, and

@@ -35,10 +35,10 @@ def param_groups(
         lr: pattern → learning rate of the parameters it matches; the others' is the optimizer's. A scheduler of torch keeps the ratio.
         decay: pattern → λ of the parameters it matches, matrices or not, in place of the rule.
         gamma: pattern → γ of the parameters it matches.
-        basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings, and of linear
-            layers with as many outputs as an embedding has rows; they have None under "both" and "rows", and "columns" under "columns".
-            Stacks of matrices in one tensor, such as a layer's experts, have None. All that have None are in groups apart.
-        embeddings: any hyperparameters of these embeddings and layers, in place of the others' and of `basis`.
+        basis: which sides of matrices are turned (see `Anon`). Rows that stand for tokens never are: those of embeddings and of output
+            heads (see `token_matrices`), which have None under "both" and "rows", and "columns" under "columns". Stacks of matrices in
+            one tensor, such as a layer's experts, have None. All that have None are in groups apart.
+        embeddings: any hyperparameters of these embeddings and heads, in place of the others' and of `basis`.
         overrides: pattern → any hyperparameters of the parameters it matches, over all of the above.
         no_decay: patterns of further parameters that are not decayed.
 
@@ -103,7 +103,9 @@ def token_matrices(model: nn.Module) -> set[Tensor]:
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     found, rows = {module.weight for module in embeddings}, {module.num_embeddings for module in embeddings}
-    if callable(get := getattr(model, "get_output_embeddings", None)):
+    # Within DDP the model is its `module`; the groups must be those that it has alone.
+    of_model = (getattr(m, "get_output_embeddings", None) for m in (model, getattr(model, "module", None)))
+    if (get := next(filter(callable, of_model), None)) is not None:
         head = getattr(get(), "weight", None)
         return found if head is None else {*found, head}
     for name, module in model.named_modules():

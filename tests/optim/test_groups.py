@@ -140,6 +140,29 @@ def test_embeddings_have_hyperparameters_of_their_own():
     assert values(net, turned, "basis") == {**dict.fromkeys(of_tokens, "columns"), **others}
 
 
+def test_a_wrapped_model_has_the_groups_that_it_has_alone():
+    """BERT's transform has as many outputs as there are positions, and lies in no numbered block."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    net = BertForMaskedLM(shape)
+    wrapped = nn.Module()
+    wrapped.module = net
+    groups = [param_groups(m, basis="both") for m in (net, wrapped)]
+    known = {p: n for n, p in net.named_parameters()}
+    alone, within = ([sorted(known[p] for p in g["params"]) for g in found] for found in groups)
+    assert alone == within
+    dense = "cls.predictions.transform.dense.weight"
+    assert [g["basis"] for g, members in zip(groups[0], alone, strict=True) if dense in members] == ["both"]
+
+
 def test_the_head_of_a_transformers_model():
     from transformers import GPT2Config, GPT2LMHeadModel
 
