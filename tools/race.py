@@ -369,12 +369,15 @@ def plot(results: Path, out: Path) -> None:
         "muon": ("#d55e00", "-."),
         "columns": ("#56b4e9", "-"),
         "both": ("#0072b2", "-"),
+        "both-e": ("#0072b2", ":"),
     }
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
         edition = mode(r["edition"] for r in rows if int(r["steps"]) == STEPS)  # all lines of one
         found = grouped([r for r in rows if r["edition"] == edition])
         for name, (colour, dashes) in styles.items():
             if not (losses := found.get((name, SEQUENCES * 128, STEPS))):
+                continue
+            if name.endswith("-e") and (name.removesuffix("-e"), SEQUENCES * 128, STEPS) in found:
                 continue
             lr = next(rate for rate in losses if losses[rate] == best(losses))
             key = (corpus, edition, name, str(SEQUENCES * 128), str(STEPS), lr, "0")
