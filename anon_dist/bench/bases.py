@@ -63,12 +63,15 @@ def why_not(engine: EngineName, job: Job) -> str | None:
 def _cost(engine: EngineName, job: Job, bases: Bases, parameters: list[Parameter]) -> Cost:
     ranks, tensor = (1, 1) if engine in ("ddp", "zero1", "zero0") else sharding(engine, job)
     kept = flops = refresh = sent = turned = 0.0
-    for p in (p for p in parameters if len(p.shape) > 1):
+    for p in parameters:
+        # Under "both" embeddings and the output matrix have no basis.
+        if len(p.shape) < 2 or (bases.sides == "both" and p.where != "block"):
+            continue
         local = p.local(ranks, tensor)
         rows = math.ceil(p.shape[0] / (tensor if p.split == 0 else 1) / ranks)
         columns = math.prod(p.shape[1:]) // (tensor if p.split == 1 else 1)
         sides: dict[Side, int] = {"columns": columns}
-        if bases.sides == "both" and p.where == "block":
+        if bases.sides == "both":
             sides["rows"] = rows
         for side, n in sides.items():
             block = min(bases.block, n)
