@@ -15,7 +15,7 @@ optimizer needs at most that share of AdamW's tokens.
 | adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study/results) |
 | nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
-| muon32 | the same with its iterations in float32, which on CPUs is several times as fast |
+| muon32 | the same with its iterations in float32, which is faster on CPUs without fast bfloat16 |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
 | element | Anon with Nesterov momentum, otherwise as in the presets |
 | columns, both | the same with that basis, beta1 0.95 (with both 0.9 of embeddings), and a refresh every 4 steps at least |
@@ -187,7 +187,7 @@ def muon(config: OptimConfig, model: nn.Module, of: type[torch.optim.Muon] = tor
 
 
 class Muon32(torch.optim.Muon):
-    """Muon with its Newton-Schulz iterations in float32, which on CPUs is several times as fast as in bfloat16."""
+    """Muon with its Newton-Schulz iterations in float32, which is faster on CPUs without fast bfloat16."""
 
     def step(self, closure: Any = None) -> Any:
         """As torch's."""
