@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from anon_dist.bench.clock import Step
 from anon_dist.bench.paper import PaperLoop
 from anon_dist.optim import Anon
-from anon_dist.optim.frame import BASIS_KEYS
+from anon_dist.optim.frame import BASIS_KEYS, sides_of
 from anon_dist.optim.plan import Variant
 from anon_dist.optim.regime import Regime
 from anon_dist.train.config.parsing import OptimConfig, find_config, load_config
@@ -121,10 +121,14 @@ def _anon(states: Any, tensors: Parameters) -> Optimizer:
 
 
 def _anon_in_a_basis(basis: Literal["columns", "both"], tensors: Parameters) -> Optimizer:
-    """The model's embeddings, rows of which stand for tokens, are the matrices with most rows to a column."""
+    """With both sides the model's embeddings, which are the matrices with most rows to a column, have none (see `param_groups`)."""
     if all(p.dim() < 2 for p in tensors):
         raise UnavailableError("it turns matrices, and these are vectors: --tensors gpt2-small")
-    return Anon(tensors, **anon_settings(preset_settings()), basis=basis, fused=True)
+    turned, tokens = list[nn.Parameter](), list[nn.Parameter]()
+    for p in tensors:
+        (tokens if basis == "both" and "rows" not in sides_of(p.shape, {"basis": basis}) else turned).append(p)
+    groups: list[dict[str, Any]] = [{"params": turned, "basis": basis}, {"params": tokens}]
+    return Anon([g for g in groups if g["params"]], **anon_settings(preset_settings()), fused=True)
 
 
 def _deepspeed_cpu(tensors: Parameters) -> Optimizer:

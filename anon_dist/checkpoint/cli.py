@@ -126,7 +126,7 @@ class Convert:
     """Make the state that of another optimizer: AdamW's (or the paper's port's) Anon's, or Anon's AdamW's."""
     groups: Annotated[str | None, tyro.conf.arg(metavar="decay|FILE")] = None
     """Put the parameters into other param groups. decay: those of anon_dist.optim.param_groups, matrices as they are and vectors without
-    weight decay. Or a JSON file: [{"params": [NAME or PATTERN, ...], "weight_decay": 0.1}, ...]."""
+    weight decay. Or a JSON file: [{"params": [NAME or PATTERN, ...], "weight_decay": 0.1, "basis": null}, ...]."""
     anon: AnonOptions = field(default_factory=AnonOptions)
     adamw: AdamWOptions = field(default_factory=AdamWOptions)
     reading: tyro.conf.OmitArgPrefixes[Reading] = field(default_factory=Reading)

@@ -58,7 +58,7 @@ def convert(
     checkpoint = formats.open_checkpoint(source, replace(read, nameless=to == "hf"))  # which has the weights alone
     try:
         if groups is not None:
-            checkpoint = regroup(checkpoint, groups)
+            checkpoint = regroup(checkpoint, groups, to_anon=isinstance(optimizer, AnonOptions))
         if optimizer is not None:
             checkpoint = to_optimizer(checkpoint, optimizer)
         if (groups is not None or optimizer is not None) and to == "dcp":

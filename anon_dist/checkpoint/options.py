@@ -87,7 +87,7 @@ class AnonOptions:
     cautious_decay: bool = False
     """Whether weights decay only where the update makes them smaller too."""
     drop_basis: bool = False
-    """Of Anon's own checkpoint with a basis: turn its states back, for engines that cannot have one (DeepSpeed's ZeRO 1 to 3, FSDP1)."""
+    """Of Anon's own checkpoint with a basis: turn its states back, for engines that cannot have one (DeepSpeed's ZeRO 1 and 2, FSDP1)."""
     keep_lr: bool = False
     """Whether learning rate, clip and decay stay as they are also where γ ≠ 1, whatever their unit."""
     decoupled: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from anon_dist.checkpoint.errors import CheckpointError
 from anon_dist.checkpoint.names import unwrapped
 from anon_dist.checkpoint.optimizers.schedules import regrouped as schedules_regrouped
+from anon_dist.checkpoint.options import Basis
+from anon_dist.checkpoint.recognise import ADAM, ADAMW
 from anon_dist.checkpoint.schema import MASTER, WEIGHT, Checkpoint, Key, ParamGroup
 
 DECAY: Literal["decay"] = "decay"
@@ -34,6 +36,14 @@ class Group:
     """Names of its parameters, or patterns of them (`fnmatch`)."""
     weight_decay: float | None = None
     """None: what its parameters have had."""
+    basis: Basis | Literal[""] | None = ""
+    """Where AdamW's state becomes Anon's: the sides of its matrices that are turned. "": those of `AnonOptions.basis`."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The hyperparameters that it has of its own."""
+        decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return decay if self.basis == "" else {**decay, "basis": self.basis}
 
 
 Groups = Literal["decay"] | tuple[Group, ...]
@@ -60,14 +70,18 @@ def read_groups(words: str) -> Groups:
 
 
 def _group(entry: Mapping[str, Any], where: str) -> Group:
-    params, decay = entry.get("params"), entry.get("weight_decay")
-    if foreign := sorted(set(entry) - {"params", "weight_decay"}):
-        raise CheckpointError(f"{where} has {foreign[0]}; only params and weight_decay can be given, and lr goes on")
+    params, decay, basis = entry.get("params"), entry.get("weight_decay"), entry.get("basis", "")
+    if foreign := sorted(set(entry) - {"params", "weight_decay", "basis"}):
+        raise CheckpointError(
+            f"{where} has {foreign[0]}; only params, weight_decay and basis can be given, and lr goes on"
+        )
     if not isinstance(params, list) or not params or not all(isinstance(name, str) for name in params):
         raise CheckpointError(f"{where} needs params, a list of names or patterns")
     if decay is not None and not (type(decay) in (int, float) and 0.0 <= decay < float("inf")):
         raise CheckpointError(f"{where}: weight_decay must be a number ≥ 0, not {decay!r}")
-    return Group(tuple(params), None if decay is None else float(decay))
+    if "basis" in entry and basis not in (None, *get_args(Basis)):
+        raise CheckpointError(f"{where}: basis must be null, {', '.join(map(repr, get_args(Basis)))}, not {basis!r}")
+    return Group(tuple(params), None if decay is None else float(decay), basis)
 
 
 def _clean(groups: Sequence[Group]) -> tuple[Group, ...]:
@@ -76,28 +90,38 @@ def _clean(groups: Sequence[Group]) -> tuple[Group, ...]:
     return tuple(replace(group, params=tuple(clean[name] for name in group.params)) for group in groups)
 
 
-def regroup(checkpoint: Checkpoint, groups: Groups) -> Checkpoint:
+def regroup(checkpoint: Checkpoint, groups: Groups, to_anon: bool = False) -> Checkpoint:
     """The same checkpoint with its optimizer's parameters in these groups; schedules' rates follow.
 
     A parameter goes to the first group that has its name, else to the first with a pattern that fits. Within a group parameters keep the
     optimizer's order, or have the model's where they come from several groups. By `decay` matrices and embeddings keep their weight
     decay, and vectors have none; the group of the first parameter comes first, as `param_groups` makes them.
 
+    Args:
+        to_anon: the state is about to become Anon's.
+
     Raises:
-        CheckpointError: there is no optimizer, a parameter or pattern is left over, or a group would have parameters whose
-            hyperparameters differ.
+        CheckpointError: there is no optimizer, a parameter or pattern is left over, a group would have parameters whose hyperparameters
+            differ, or groups have a basis, and AdamW's state does not become Anon's.
     """
     manifest = checkpoint.manifest
+    if not (to_anon and manifest.optimizer in (ADAM, ADAMW)) and any(
+        "basis" in g.given for g in groups if isinstance(g, Group)
+    ):
+        raise CheckpointError(
+            "--groups: a basis can be given where AdamW's state becomes Anon's (--optimizer anon). Anon's own keeps the one that it has: "
+            "optimizer.rebase(basis=…, group=…) in the run that goes on"
+        )
     if not manifest.groups:
         raise CheckpointError("the checkpoint has no optimizer state, so no param groups (--groups)")
     old = {name: index for index, group in enumerate(manifest.groups) for name in group.members}
     members = _in_order(old, manifest.order)
     shares = _by_decay(checkpoint, members) if isinstance(groups, str) else _by_name(members, groups)
     made, origins = [], []
-    for share, decay in shares:
+    for share, given in shares:
         sources = sorted({old[name] for name in share})
         share = _in_order({name: old[name] for name in share}, manifest.order)
-        values = _values(manifest.groups, sources, decay)
+        values = _values(manifest.groups, sources, given)
         if _NAMES in values:
             values[_NAMES] = [_recorded(manifest.groups[old[name]])[name] for name in share]
         made.append(ParamGroup(share, values))
@@ -117,7 +141,7 @@ def _in_order(members: Mapping[str, int], model: Sequence[str]) -> list[str]:
     return sorted(members, key=lambda name: places.get(name, len(places)))
 
 
-def _by_decay(checkpoint: Checkpoint, members: Iterable[str]) -> list[tuple[list[str], float | None]]:
+def _by_decay(checkpoint: Checkpoint, members: Iterable[str]) -> list[tuple[list[str], dict[str, Any]]]:
     shares: dict[bool, list[str]] = {}
     for name in members:
         info = next(
@@ -128,10 +152,10 @@ def _by_decay(checkpoint: Checkpoint, members: Iterable[str]) -> list[tuple[list
                 f"the checkpoint has no weights of {name}, so it is not known whether it is a matrix: give --groups FILE"
             )
         shares.setdefault(len(info.shape) >= 2, []).append(name)
-    return [(share, None if matrices else 0.0) for matrices, share in shares.items()]
+    return [(share, {} if matrices else {"weight_decay": 0.0}) for matrices, share in shares.items()]
 
 
-def _by_name(members: Iterable[str], groups: Sequence[Group]) -> list[tuple[list[str], float | None]]:
+def _by_name(members: Iterable[str], groups: Sequence[Group]) -> list[tuple[list[str], dict[str, Any]]]:
     shares: list[list[str]] = [[] for _ in groups]
     used: set[str] = set()
     for name in members:
@@ -147,23 +171,21 @@ def _by_name(members: Iterable[str], groups: Sequence[Group]) -> list[tuple[list
     if unused or empty:
         what = f"{unused[0]!r} matches no parameter of the optimizer" if unused else f"group {empty[0]} is left empty"
         raise CheckpointError(f"--groups: {what}")
-    return [(share, group.weight_decay) for share, group in zip(shares, groups, strict=True)]
+    return [(share, group.given) for share, group in zip(shares, groups, strict=True)]
 
 
-def _values(groups: Sequence[ParamGroup], sources: Sequence[int], decay: float | None) -> dict[str, Any]:
-    """The hyperparameters of a group with members from these groups."""
+def _values(groups: Sequence[ParamGroup], sources: Sequence[int], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group with members from these groups; those `given` are its own."""
     first = dict(groups[sources[0]].hyperparameters)
     for index in sources[1:]:
         other = groups[index].hyperparameters
-        for key in [k for k in {**first, **other} if k != _NAMES and not (k == "weight_decay" and decay is not None)]:
+        for key in [k for k in {**first, **other} if k != _NAMES and k not in given]:
             if key not in first or key not in other or not _same(first[key], other[key]):
                 raise CheckpointError(
                     f"--groups: parameters of the param groups {sources[0]} and {index} cannot be in one group, as they have {key} = "
                     f"{first.get(key)!r} and {other.get(key)!r}" + (_SAY_WHICH if key == "weight_decay" else "")
                 )
-    if decay is not None:
-        first["weight_decay"] = decay
-    return first
+    return {**first, **given}
 
 
 _SAY_WHICH = '; say which ("weight_decay": …)'

@@ -218,7 +218,7 @@ def check_cut(cut: Cut, basis_block: int, every: Callable[[], Iterable[Cut]]) ->
 
 def _remedy(cuts: Collection[Cut], most: int) -> str:
     """A `basis_block` that fits all of these. Blocks of 1 turn nothing, and count as none."""
-    sizes = range(most, 1, -1)
+    sizes = (*range(most, 1, -1), *range(most + 1, max(cut.share for cut in cuts) + 1))
     if (common := next((b for b in sizes if all(cut.fits(b) for cut in cuts)), None)) is not None:
         return f"basis_block={common} would fit" + (" all of its param group" if len(cuts) > 1 else "")
     single = {cut.shape: next((b for b in sizes if cut.fits(b)), None) for cut in sorted(cuts, key=str)}

@@ -10,7 +10,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anon_dist.optim import flat, frame
 from anon_dist.optim.backends import choice
@@ -25,8 +25,9 @@ from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.scaling import GradScaling
 from anon_dist.optim.turned import Renewal, TurnedWork
 
-LONGEST_VECTOR = 1 << 13
-"""A parameter of one dimension with more elements than this is taken for a matrix that an engine has flattened."""
+LONGEST_VECTOR = {True: 1 << 20, False: 1 << 13}
+"""By whether it is a `nn.Parameter`: one of one dimension with more elements than this is taken for matrices that an engine has flattened.
+DeepSpeed's flat tensors are no `nn.Parameter`, and a model's biases are."""
 
 
 @dataclass
@@ -317,25 +318,35 @@ def _check_matrices(groups: Groups) -> None:
     """Refuse a basis where an engine has flattened the matrices. Warn where there are only vectors, which ZeroRedundancyOptimizer may leave
     to a rank, or only matrices that the basis leaves alone."""
     asked = next((group["basis"] for group in groups if group["basis"]), None)
-    if asked is None or any(flat.kind(p, group) for group in groups for p in group["params"]):
+    if asked is None:
         return
-    present = [p for group in groups for p in group["params"] if p.numel()]
-    if shape := next((tuple(p.shape) for p in present if p.dim() >= 2), None):
+    wanted = [p for group in groups if group["basis"] for p in group["params"]]
+    words = f"Anon: basis={asked!r} turns matrices, and this optimizer has"
+    if what := _flattened([p for p in wanted if flat.layout_of(p) is None]):
+        raise RuntimeError(
+            f"{words} {what}: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP, ZeroRedundancyOptimizer or, after "
+            "anon_dist.register(), DeepSpeed's stage 3, or basis=None"
+        )
+    if any(flat.kind(p, group) for group in groups for p in group["params"]):
+        return
+    if shape := next((tuple(p.shape) for p in wanted if p.dim() >= 2 and p.numel()), None):
         warnings.warn(
             f"Anon: basis={asked!r} turns none of this optimizer's matrices, of which one has the shape {shape}: a side of one element has "
             f"no basis, nor have rows if there are more than {frame.MOST_ROWS} to a column, nor groups with basis=None",
             stacklevel=5,
         )
-        return
-    longest = max((p.numel() for p in present), default=0)
-    words = f"Anon: basis={asked!r} turns matrices, and this optimizer has none"
-    if longest > LONGEST_VECTOR:
-        raise RuntimeError(
-            f"{words}, but a flat parameter of {longest} elements: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP, "
-            "ZeroRedundancyOptimizer or, after anon_dist.register(), DeepSpeed's stage 3, or basis=None"
-        )
-    if longest:
-        warnings.warn(words, stacklevel=5)
+    elif any(p.numel() for p in wanted):
+        warnings.warn(f"{words} none", stacklevel=5)
+
+
+def _flattened(params: Sequence[Tensor]) -> str:
+    """Which of the parameters an engine has put matrices in, in words; "": none."""
+    # torch's FSDP1 marks what it flattens with this attribute; unsharded (NO_SHARD) parameters keep their shapes.
+    of_fsdp1 = [p for p in params if getattr(p, "_fsdp_flattened", False)]
+    if of_fsdp1 and all(p.dim() < 2 for p in of_fsdp1):
+        return "parameters that FSDP1 has flattened"
+    lengths = (p.numel() for p in params if p.dim() == 1 and p.numel() > LONGEST_VECTOR[isinstance(p, nn.Parameter)])
+    return f"a flat parameter of {longest} elements" if (longest := max(lengths, default=0)) else ""
 
 
 def _has_no_gradient(groups: Groups) -> bool:

@@ -1,11 +1,13 @@
 """Checkpoints into optimizers whose param groups are cut otherwise, against torch's own loaders and schedules."""
 
+import copy
 import json
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoints import Net, step
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR, StepLR
 
@@ -101,6 +103,51 @@ def test_one_group_of_adamw_goes_on_in_the_groups_of_a_script_with_anon(sources,
     assert rates == pytest.approx([1e-2 * 0.9**s for s in (2, 2, 3, 3)])
 
 
+def test_adamw_goes_on_in_a_script_whose_embeddings_have_no_basis(tmp_path):
+    """Its next step is the one that it has without any basis, which begins at the identity."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"tokens": nn.Embedding(8, 6), "up": nn.Linear(6, 10), "head": nn.Linear(10, 8, bias=False)})
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    steps = [{n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(5)]
+
+    def take(module, by, taken):
+        for gradients in taken:
+            for name, p in module.named_parameters():
+                p.grad = gradients[name].clone()
+            by.step()
+
+    take(model, optimizer, steps[:4])
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "adamw")
+    content = [
+        {"params": ["tokens.*", "head.*"], "basis": None},
+        {"params": ["*.weight"]},
+        {"params": ["*.bias"], "weight_decay": 0.0},
+    ]
+    (tmp_path / "groups.json").write_text(json.dumps(content))
+    words = ["--to", "dcp", "--optimizer", "anon", "--groups", str(tmp_path / "groups.json")]
+    found = {}
+    for basis in ("both", None):
+        turned = ["--anon.basis", "both"] if basis else []
+        main(["ckpt", "convert", str(tmp_path / "adamw"), str(tmp_path / str(basis)), *words, *turned])
+        other = copy.deepcopy(model)
+        anon = Anon(param_groups(other, basis="both"), lr=7.0)
+        anon.rebase(basis=None) if basis is None else None
+        weights, state = get_state_dict(other, anon)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / str(basis))
+        set_state_dict(other, anon, model_state_dict=weights, optim_state_dict=state)
+        assert [g["basis"] for g in anon.param_groups] == [None, basis, basis]
+        states = {n: {k for k in anon.state[p] if "basis" in k} for n, p in other.named_parameters()}
+        assert states["up.weight"] == ({"basis_columns", "basis_rows"} if basis else set())
+        assert not states["tokens.weight"] | states["head.weight"] | states["up.bias"]
+        take(other, anon, steps[4:])
+        found[basis] = dict(other.named_parameters())
+    for name, p in found["both"].items():
+        assert torch.allclose(p, found[None][name], rtol=0, atol=1e-6), name
+    with pytest.raises(SystemExit, match="a basis can be given where AdamW's state becomes Anon's"):
+        main(["ckpt", "convert", str(tmp_path / "both"), str(tmp_path / "again"), *words[:2], *words[4:]])
+
+
 def test_groups_are_named_by_a_file_and_put_together(tmp_path):
     """Two groups of Anon into one, and into three; the order in a group is the model's."""
     model, anon, schedule = trained(lambda m: param_groups(m, 0.1), Anon)
@@ -140,7 +187,9 @@ def _consolidated(folder):
         ("[", "cannot be read: Expecting value"),
         ("{}", "is not a list such as"),
         ('[{"weight_decay": 0.1}]', "group 0 needs params, a list of names or patterns"),
-        ('[{"params": ["*"], "lr": 1}]', "group 0 has lr; only params and weight_decay can be given"),
+        ('[{"params": ["*"], "lr": 1}]', "group 0 has lr; only params, weight_decay and basis can be given"),
+        ('[{"params": ["*"], "basis": "all"}]', "group 0: basis must be null, 'columns', 'rows', 'both', not 'all'"),
+        ('[{"params": ["*"], "basis": null}]', "a basis can be given where AdamW's state becomes Anon's"),
         ('[{"params": ["*"], "weight_decay": -1}]', "weight_decay must be a number ≥ 0, not -1"),
         ('[{"params": ["*.weight"]}]', "scale is in none of the groups"),
         ('[{"params": ["*"]}, {"params": ["wte"]}]', "'wte' matches no parameter of the optimizer"),

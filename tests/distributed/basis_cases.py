@@ -276,6 +276,14 @@ def case_engines_that_flatten_are_refused():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 raises(RuntimeError, "flat", optimizer.step)
+        # Small, or beside a matrix that FSDP1 leaves whole.
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 8))
+        model[1] = FullyShardedDataParallel(model[1], device_id=torch.device("cpu"), use_orig_params=not whole)
+        for params in (model.parameters(), model[1].parameters()):
+            optimizer = Anon(params, **LM, basis="columns")
+            model(torch.randn(4, 4)).sum().backward()
+            if dist.get_world_size() > 1:
+                raises(RuntimeError, "parameters that FSDP1 has flattened", optimizer.step)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def groups(model):
     return [*found, {"params": [named[name] for name in apart], "gamma": 0.9}] if apart else found
 
 
-def started(hyper, shapes=None, bf16=False, **zero):
+def started(hyper, shapes=None, bf16=False, parted=groups, **zero):
     """An engine, several sub-groups in a group."""
     model = Bag(shapes)
     config = {
@@ -74,7 +74,7 @@ def started(hyper, shapes=None, bf16=False, **zero):
         "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": 3, "sub_group_size": 200, **zero},
     }
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=Anon(groups(model), **{**LM, **hyper}))
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=Anon(parted(model), **{**LM, **hyper}))
     return engine
 
 
@@ -106,9 +106,9 @@ def assert_close(found, expected):
         assert (error := float((found[name] - q).detach().abs().max())) <= bound, (name, error)
 
 
-def one_process(hyper, steps=STEPS, shapes=None):
+def one_process(hyper, steps=STEPS, shapes=None, parted=groups):
     model = Bag(shapes)
-    optimizer = Anon(groups(model), **{**LM, **hyper})
+    optimizer = Anon(parted(model), **{**LM, **hyper})
     train_plainly(model, optimizer, range(steps))
     return dict(model.named_parameters()), optimizer
 
@@ -188,6 +188,24 @@ def case_rows_that_do_not_divide_are_refused():
     for stage in (1, 2):
         words = f"DeepSpeed's stage {stage} cuts matrices into flat parts, within rows, which a basis needs whole"
         raises(EngineError, words, lambda stage=stage: started(COLUMNS, stage=stage))
+
+
+def case_large_matrices_without_a_basis_beside_turned_ones():
+    """DeepSpeed shows the optimizer one sub-group at a time: also one in which nothing is to be turned, such as embeddings."""
+    shapes = {"square": (24, 24), "embedding": (4800, 12), "wide": (24, 40), "bias": (5,)}
+
+    def parted(model):
+        named = dict(model.named_parameters())
+        return [
+            {"params": [named.pop("embedding")], "basis": None, "betas": (0.9, 0.95)},
+            {"params": [*named.values()]},
+        ]
+
+    for order in (parted, lambda model: parted(model)[::-1]):
+        for hyper in (COLUMNS, BOTH):
+            engine = started(hyper, shapes, parted=order)
+            train(engine, range(STEPS))
+            assert_close(masters(engine), one_process(hyper, shapes=shapes, parted=order)[0])
 
 
 def case_deepspeeds_own_checkpoint_goes_on():

@@ -541,6 +541,7 @@ def test_a_refused_block_comes_with_one_that_fits_the_whole_group():
         "no basis_block fits (4, 9): basis=None in a param group of their own" in refusal([(64, 9), (4, 9), (32, 9)])[0]
     )
     assert "nor do blocks fit those of shape (32, 9), (4, 9)" in refusal([(64, 9), (4, 9), (32, 9)])[0]
+    assert "basis_block=5 would fit" in refusal([(10, 3)], block=3, ranks=2)[0]  # larger than what was asked for
     said, _ = refusal([(64, 9), (36, 9)])
     assert (
         "no basis_block fits all of its param group (9 for (36, 9), 16 for (64, 9)): param groups of their own" in said
@@ -660,6 +661,22 @@ def test_groups_have_their_own():
     optimizer.step()
     found = [{key for key in optimizer.state[p] if key in BASIS_KEYS} for p in params]
     assert [len(f) for f in found] == [4, 0, 0]
+
+
+def test_a_long_vector_alone_is_no_flattened_matrix():
+    """ZeroRedundancyOptimizer may leave a rank nothing but a bias; DeepSpeed's flat tensors are no nn.Parameter."""
+    bias = nn.Parameter(torch.ones(9000))
+    optimizer = Anon([bias], **LM, basis="columns")
+    bias.grad = torch.ones(9000)
+    with pytest.warns(UserWarning, match="has none"):
+        optimizer.step()
+    flattened = torch.ones(9000, requires_grad=True)
+    flattened.grad = torch.ones(9000)
+    beside = nn.Parameter(torch.ones(4, 4))
+    beside.grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="a flat parameter of 9000 elements"):
+        Anon([beside, flattened], **LM, basis="columns").step()
+    Anon([{"params": [beside]}, {"params": [flattened], "basis": None}], **LM, basis="columns").step()
 
 
 def test_missing_gradients_keep_bases_where_they_are():

@@ -77,7 +77,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
         old = group.hyperparameters
         _check_decoupled(checkpoint, old, index, options)
         eps = options.eps if options.eps is not None else float(Decimal(str(old["eps"])) ** 2)  # 1e-16, of 1e-8
-        new = _anon_group(old, options, eps=eps, gamma=options.gamma)
+        new = _anon_group(old, replace(options, basis=old.get("basis", options.basis)), eps=eps, gamma=options.gamma)
         for name in _with_state(checkpoint, group):
             beta2, step = float(old["betas"][1]), _step(checkpoint, name)
             moment = debiased(checkpoint, name, "exp_avg_sq", beta2, step)
@@ -89,7 +89,7 @@ def to_anon(checkpoint: Checkpoint, options: AnonOptions | None = None) -> Check
             computed[Key(name, "precond")] = preconditioner(stepped_with, eps, options.gamma)
             computed[Key(name, "exp_avg_sq")] = scaled(moment, weight)
             shape = checkpoint.tensors[Key(name, "exp_avg")].shape
-            bases, their_shapes = identities(name, shape, options.basis, options.basis_block)
+            bases, their_shapes = identities(name, shape, new["basis"], options.basis_block)
             computed.update(bases)
             shapes.update(their_shapes)
         factor = 1.0
