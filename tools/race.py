@@ -315,10 +315,13 @@ def _order(group: Group) -> tuple[int, bool, int, int]:
 
 
 def summary(results: Path) -> None:
-    """What was run on every corpus: the loss of its best rate on each, [the seeds], and (how far that is from `peer`)."""
+    """What was run on every corpus: the loss of its best rate on each, [the seeds], and (how far that is from `peer`). Of earlier versions
+    only what the present one was not run with."""
     corpora = {corpus: grouped(rows) for corpus, rows in read(results)}
     shown = Table("optimizer", "tokens", "steps", *corpora, box=MARKDOWN)
-    for group in sorted(set.intersection(*map(set, corpora.values())), key=_order):
+    on_all = set.intersection(*map(set, corpora.values()))
+    superseded = {(f"{name}-e", *rest) for name, *rest in on_all}
+    for group in sorted(on_all - superseded, key=_order):
         cells = []
         for found in corpora.values():
             losses = best(found[group])
@@ -369,15 +372,14 @@ def plot(results: Path, out: Path) -> None:
         "muon": ("#d55e00", "-."),
         "columns": ("#56b4e9", "-"),
         "both": ("#0072b2", "-"),
-        "both-e": ("#0072b2", ":"),
     }
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
         edition = mode(r["edition"] for r in rows if int(r["steps"]) == STEPS)  # all lines of one
         found = grouped([r for r in rows if r["edition"] == edition])
         for name, (colour, dashes) in styles.items():
+            if name == "muon" and (name, SEQUENCES * 128, STEPS) not in found:
+                name = "muon32"
             if not (losses := found.get((name, SEQUENCES * 128, STEPS))):
-                continue
-            if name.endswith("-e") and (name.removesuffix("-e"), SEQUENCES * 128, STEPS) in found:
                 continue
             lr = next(rate for rate in losses if losses[rate] == best(losses))
             key = (corpus, edition, name, str(SEQUENCES * 128), str(STEPS), lr, "0")

@@ -25,9 +25,9 @@ from anon_dist.optim.regime import HISTORY, Regime
 from anon_dist.optim.scaling import GradScaling
 from anon_dist.optim.turned import Renewal, TurnedWork
 
-LONGEST_VECTOR = {True: 1 << 20, False: 1 << 13}
-"""By whether it is a `nn.Parameter`: one of one dimension with more elements than this is taken for matrices that an engine has flattened.
-DeepSpeed's flat tensors are no `nn.Parameter`, and a model's biases are."""
+LONGEST_VECTOR = {True: 1 << 16, False: 1 << 13}
+"""By whether it is a `nn.Parameter`, as a model's biases are and DeepSpeed's flat tensors are not: one of one dimension with more elements
+than this, and no matrices beside it, is taken for matrices that an engine has flattened."""
 
 
 @dataclass
@@ -320,16 +320,18 @@ def _check_matrices(groups: Groups) -> None:
     asked = next((group["basis"] for group in groups if group["basis"]), None)
     if asked is None:
         return
-    wanted = [p for group in groups if group["basis"] for p in group["params"]]
+    present = [(p, group["basis"]) for group in groups for p in group["params"]]
+    wanted = [p for p, basis in present if basis]
+    shape = next((tuple(p.shape) for p, _ in present if p.dim() >= 2 and p.numel()), None)
     words = f"Anon: basis={asked!r} turns matrices, and this optimizer has"
-    if what := _flattened([p for p in wanted if flat.layout_of(p) is None]):
+    if what := _flattened([p for p in wanted if flat.layout_of(p) is None], beside_matrices=shape is not None):
         raise RuntimeError(
             f"{words} {what}: DeepSpeed and FSDP1 cut matrices into flat parts. Use FSDP2, DDP, ZeroRedundancyOptimizer or, after "
             "anon_dist.register(), DeepSpeed's stage 3, or basis=None"
         )
     if any(flat.kind(p, group) for group in groups for p in group["params"]):
         return
-    if shape := next((tuple(p.shape) for p in wanted if p.dim() >= 2 and p.numel()), None):
+    if shape:
         warnings.warn(
             f"Anon: basis={asked!r} turns none of this optimizer's matrices, of which one has the shape {shape}: a side of one element has "
             f"no basis, nor have rows if there are more than {frame.MOST_ROWS} to a column, nor groups with basis=None",
@@ -339,14 +341,15 @@ def _check_matrices(groups: Groups) -> None:
         warnings.warn(f"{words} none", stacklevel=5)
 
 
-def _flattened(params: Sequence[Tensor]) -> str:
+def _flattened(params: Sequence[Tensor], beside_matrices: bool) -> str:
     """Which of the parameters an engine has put matrices in, in words; "": none."""
     # torch's FSDP1 marks what it flattens with this attribute; unsharded (NO_SHARD) parameters keep their shapes.
     of_fsdp1 = [p for p in params if getattr(p, "_fsdp_flattened", False)]
     if of_fsdp1 and all(p.dim() < 2 for p in of_fsdp1):
         return "parameters that FSDP1 has flattened"
-    lengths = (p.numel() for p in params if p.dim() == 1 and p.numel() > LONGEST_VECTOR[isinstance(p, nn.Parameter)])
-    return f"a flat parameter of {longest} elements" if (longest := max(lengths, default=0)) else ""
+    long = (p.numel() for p in params if p.dim() == 1 and p.numel() > LONGEST_VECTOR[isinstance(p, nn.Parameter)])
+    longest = 0 if beside_matrices else max(long, default=0)
+    return f"none, but a flat parameter of {longest} elements" if longest else ""
 
 
 def _has_no_gradient(groups: Groups) -> bool:
