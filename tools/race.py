@@ -18,7 +18,7 @@ optimizer needs at most that share of AdamW's tokens.
 | muon32 | the same with its iterations in float32, which is faster on CPUs without fast bfloat16 |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
 | element | Anon with Nesterov momentum, otherwise as in the presets |
-| columns, both | the same with that basis, beta1 0.95 (with both 0.9 of embeddings), and a refresh every 4 steps at least |
+| columns, both | the same with that basis, beta1 0.95 (with both 0.9 and beta3 0.97 of embeddings), and a refresh every 4 steps at least |
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STEPS, SEQUENCES = 2000, 8
 COMMON = "--train.precision fp32 --eval.every 250 --log.every 25"
 PRESET = "--optim.refresh-ratio 1.03 --optim.beta3 0.93 --optim.window 64 --optim.nesterov True"
 OFTEN = "--optim.betas 0.95 0.95 --optim.max-interval 4"
-BOTH = "--optim.basis both --optim.embedding-beta1 0.9"
+BOTH = "--optim.basis both --optim.embedding-beta1 0.9 --optim.embedding-beta3 0.97"
 BETAS = "--optim.betas 0.9 0.99"
 OPTIONS = {
     "adamw": f"--optim.name adamw {BETAS}",
@@ -83,12 +83,13 @@ LABELS = {
     "both": "Anon, both sides",
     "both64": "Anon, both, blocks of 64",
     "both32": "Anon, both, blocks of 32",
+    "both-93": "Anon, both sides, β3 0.93",
     "both-e": "Anon, both sides, earlier",
     "both64-e": "Anon, both, blocks of 64, earlier",
     "both32-e": "Anon, both, blocks of 32, earlier",
 }
-"""Earlier: with a basis of the embeddings' columns too, their β1 0.95, and a covariance that kept β3 of the old one. They cannot be run
-any more; of columns nothing but the last was changed, which made no difference."""
+"""β3 0.93: of embeddings too. Earlier: with a basis of the embeddings' columns too, their β1 0.95, and a covariance that kept β3 of the old
+one. They cannot be run any more; of columns nothing but the last was changed, which made no difference."""
 FIELDS = ("corpus", "edition", "optimizer", "batch_tokens", "steps", "lr", "seed", "loss", "bits_per_byte")
 KEY = FIELDS[:-2]
 """The edition of a corpus: bytes per token of its validation split. A system's documentation and library change with its updates, and
@@ -320,7 +321,7 @@ def summary(results: Path) -> None:
     corpora = {corpus: grouped(rows) for corpus, rows in read(results)}
     shown = Table("optimizer", "tokens", "steps", *corpora, box=MARKDOWN)
     on_all = set.intersection(*map(set, corpora.values()))
-    superseded = {(f"{name}-e", *rest) for name, *rest in on_all}
+    superseded = {(f"{name}-{version}", *rest) for name, *rest in on_all for version in ("93", "e")}
     for group in sorted(on_all - superseded, key=_order):
         cells = []
         for found in corpora.values():

@@ -574,7 +574,7 @@ def test_a_basis_is_changed_on_resume(run_config, train, tmp_path, monkeypatch, 
         ("b", "rows"): {"basis_rows"},
     }
     for basis in ("columns", None):
-        with pytest.raises(ConfigError, match=r"part the param groups. Set optim.embedding_beta1 = 0.9, the β1 of"):
+        with pytest.raises(ConfigError, match=r"parts the param groups. Set optim.embedding_beta1 = 0.9, the β1 of"):
             go_on("b", basis, 16, 14)
     go_on("b", "columns", 16, 13, beta1=0.9)
     go_on("b", None, 16, 14, beta1=0.9)
@@ -607,7 +607,7 @@ def test_parted_groups_go_on_as_what_they_were(run_config, train, tmp_path, name
     parted, said = go_on("c", 14, 0.9, **changed)
     assert parted == pytest.approx(whole, rel=1e-6)
     assert "param group" not in said
-    with pytest.raises(ConfigError, match=r"part the param groups. Set optim.embedding_beta1 = 0.9"):
+    with pytest.raises(ConfigError, match=r"parts the param groups. Set optim.embedding_beta1 = 0.9"):
         go_on("c", 16, **changed)
 
 
@@ -617,6 +617,7 @@ def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):
         "optim__lr_by_name": {"*wte*": 3.0, "*ln_*": 0.0},
         "optim__weight_decay_by_name": {"*mlp*": 0.0},
         "optim__embedding_beta1": 0.5,
+        "optim__embedding_beta3": 0.25,
     }
     for name in ("anon", "adamw"):
         folder = train(run_config(optim__name=name, train__steps=5, run_dir=str(tmp_path / name), **own))
@@ -630,13 +631,30 @@ def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):
             assert h["lr"] == pytest.approx(rate * factor)
             assert last[f"lr_factor/{i}"] == factor
             assert h["weight_decay"] == (0.0 if "mlp" in first or "bias" in first or "ln_" in first else 0.1)
-            assert tuple(h["betas"]) == (0.5 if "wte" in first or "wpe" in first else 0.9, 0.95)
+            embedding = "wte" in first or "wpe" in first
+            assert tuple(h["betas"]) == (0.5 if embedding else 0.9, 0.95)
+            assert name == "adamw" or h["beta3"] == (0.25 if embedding else 0.93)
         norm = "transformer.h.0.ln_1.weight"
         assert bool((checkpoint.read(Key(norm, WEIGHT), 0, 32) == 1.0).all())
     with pytest.raises(ConfigError, match=r"'\*lm_head\*'\] match no trainable parameter"):
         train(run_config(optim__lr_by_name={"*lm_head*": 0.5}, run_dir=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match=r"decay the weights past 0 in a step"):
         train(run_config(optim__lr_by_name={"*wte*": 5e3}, run_dir=str(tmp_path / "other")))
+
+
+def test_a_beta3_of_embeddings_is_set_on_resume(run_config, train, tmp_path, capsys):
+    """Also as the first thing that parts them, and to that of the others."""
+    for steps, own in ((5, None), (8, 0.97), (10, 0.9), (12, 0.93)):
+        folder = train(run_config(train__steps=steps, checkpoint__every=5, optim__embedding_beta3=own))
+        said = capsys.readouterr().out
+        assert own is None or f"resuming with beta3 = {own} in param group 0; the checkpoint had" in said
+        groups = open_checkpoint(folder / "checkpoints" / f"step-{steps:08}").manifest.groups
+        found = [g.hyperparameters["beta3"] for g in groups]
+        assert found == ([0.93] * 2 if own is None else [own, 0.93, 0.93])
+    with pytest.raises(
+        ConfigError, match=r"embedding_beta3 = 0.93: that parts the param groups. Set optim.embedding_beta1"
+    ):
+        train(run_config(train__steps=14))
 
 
 def test_what_cannot_be_resumed_is_refused_and_stays(run_config, train, texts, tmp_path):
@@ -767,9 +785,7 @@ def test_another_model_is_refused_by_its_field(change, words, run_config, train)
 def test_a_change_of_basis_that_is_refused_is_told_with_what_can_be_done(run_config, train):
     """Where rows are turned, embeddings are in a group of their own; else they are with the other matrices."""
     folder = train(run_config(train__steps=4, optim__basis="rows"))
-    words = (
-        r"step-0+4 was trained with optim.basis = rows and embedding_beta1 = None,.* Set optim.embedding_beta1 = 0.9,"
-    )
+    words = r"step-0+4 was trained with optim.basis = rows: .* Set optim.embedding_beta1 = 0.9,"
     for basis in ("columns", None):
         with pytest.raises(ConfigError, match=words) as error:
             train(run_config(train__steps=8, optim__basis=basis))

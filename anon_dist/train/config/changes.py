@@ -155,20 +155,23 @@ def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -
 
 
 def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> str | None:
-    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: `optim.basis` and
-    `optim.embedding_beta1` part groups, which cannot be joined again. The latter parts them as far as any basis does."""
+    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: `optim.basis`,
+    `embedding_beta1` and `embedding_beta3` part groups, which cannot be joined again. The latter two part them as far as any basis does."""
     before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
-    # AdamW has no basis, whatever stands there.
-    then, now = (
-        (o.get("basis") if o.get("name") == "anon" else None, o.get("embedding_beta1"))
-        for o in (before, vars(config.optim))
-    )
-    if then in ((None, None), now) or now[1] is not None:
+    then, now = _parting(before), _parting(vars(config.optim))
+    if not then or then == now or any(key != "basis" for key in now):
         return None
+    said = ", ".join(f"optim.{key} = {value}" for key, value in then.items())
     return (
-        f"{source} was trained with optim.basis = {then[0]} and embedding_beta1 = {then[1]}, which part the param groups. "
+        f"{source} was trained with {said}: that parts the param groups. "
         f"Set optim.embedding_beta1 = {config.optim.betas[0]}, the β1 of all others: it keeps them apart"
     )
+
+
+def _parting(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an optimizer's configuration parts param groups. AdamW has no basis and no β3, whatever stands there."""
+    keys = ("basis", "embedding_beta1", "embedding_beta3") if optim.get("name") == "anon" else ("embedding_beta1",)
+    return {key: optim[key] for key in keys if optim.get(key) is not None}
 
 
 def _beside(source: Path) -> Mapping[str, Any] | None:

@@ -167,6 +167,8 @@ class OptimConfig:
     """(Anon) ρ: the preconditioner is refreshed at steps 1, …, a, ⌈ρ a⌉, … The paper's is 2."""
     beta3: Below1 = 0.93
     """(Anon) Weight of the old preconditioner at a refresh. The paper's is 0.5."""
+    embedding_beta3: Below1 | None = None
+    """(Anon) The same for embeddings and the output matrix, whose rows are silent in most steps. None: beta3. With basis both, 0.97."""
     update_clip: Positive | None = 1.0
     """(Anon) Largest magnitude of an element of v · m̂. Its unit depends on γ. None: unlimited, as in the paper."""
     window: Steps | Literal["auto"] | None = 64

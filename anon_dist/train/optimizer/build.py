@@ -38,7 +38,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         decay=config.weight_decay_by_name,
         gamma=config.gamma_by_name if anon else None,
         basis=config.basis if anon else None,
-        embeddings=None if config.embedding_beta1 is None else {"betas": (config.embedding_beta1, config.betas[1])},
+        embeddings=_of_embeddings(config),
     )
     for group in groups:
         if (rate := group.get("lr", config.lr)) * group["weight_decay"] >= 1.0:
@@ -68,6 +68,16 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         state_dtype=config.state_dtype,
         stochastic_rounding=any(p.dtype == torch.bfloat16 for p in model.parameters()),
     )
+
+
+def _of_embeddings(config: OptimConfig) -> dict[str, Any] | None:
+    """The hyperparameters that embeddings and output matrices have of their own."""
+    own: dict[str, Any] = {}
+    if config.embedding_beta1 is not None:
+        own["betas"] = config.embedding_beta1, config.betas[1]
+    if config.embedding_beta3 is not None and config.name == "anon":
+        own["beta3"] = config.embedding_beta3
+    return own or None
 
 
 def optimizer_of(config: Config, model: nn.Module, make: MakeOptimizer) -> tuple[Optimizer, GammaRules]:
