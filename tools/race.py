@@ -321,7 +321,12 @@ def summary(results: Path) -> None:
     corpora = {corpus: grouped(rows) for corpus, rows in read(results)}
     shown = Table("optimizer", "tokens", "steps", *corpora, box=MARKDOWN)
     on_all = set.intersection(*map(set, corpora.values()))
-    superseded = {(f"{name}-{version}", *rest) for name, *rest in on_all for version in ("93", "e")}
+    older = {"": ("93", "e"), "93": ("e",), "e": ()}
+    superseded = {
+        (f"{name.partition('-')[0]}-{version}", *rest)
+        for name, *rest in on_all
+        for version in older[name.partition("-")[2]]
+    }
     for group in sorted(on_all - superseded, key=_order):
         cells = []
         for found in corpora.values():

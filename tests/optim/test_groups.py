@@ -1,5 +1,8 @@
 """The decay split and overrides by pattern."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -182,3 +185,17 @@ def test_the_head_of_a_transformers_model():
     assert {n for n, found in sides.items() if found == ["basis_columns", "basis_rows"]} == {
         f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
+
+
+def test_the_bases_of_the_readme():
+    """Its line for all engines, and the param groups that it has for one GPU."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    anon = {"lr": 1e-3, "betas": (0.9, 0.95)}
+    exec(re.search(r"^Their basis: `(anon \|= \{.*\})`", text, re.MULTILINE).group(1))
+    net = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 8))
+    assert Anon(param_groups(net), **anon).param_groups[0]["basis"] == "columns"
+    groups = eval(
+        re.search(r"`(param_groups\(model, .*\))` gains", text).group(1), {"param_groups": param_groups, "model": net}
+    )
+    found = [(g["basis"], g["betas"], g["beta3"]) for g in Anon(groups, beta3=0.93, **anon).param_groups]
+    assert found == [(None, (0.9, 0.95), 0.97), ("both", (0.95, 0.95), 0.93), ("both", (0.95, 0.95), 0.93)]
