@@ -380,7 +380,8 @@ def plot(results: Path, out: Path) -> None:
         "both": ("#0072b2", "-"),
     }
     for axis, (corpus, rows) in zip(axes[0], corpora, strict=True):
-        edition = mode(r["edition"] for r in rows if int(r["steps"]) == STEPS)  # all lines of one
+        full = [r for r in rows if int(r["steps"]) == STEPS]
+        edition = mode(r["edition"] for r in [r for r in full if r["optimizer"] == "both"] or full)  # all lines of one
         found = grouped([r for r in rows if r["edition"] == edition])
         for name, (colour, dashes) in styles.items():
             if name == "muon" and (name, SEQUENCES * 128, STEPS) not in found:
