@@ -32,6 +32,7 @@ ANON_ONLY = tuple(
         "match",
         "refresh_ratio",
         "beta3",
+        "embedding_beta3",
         "update_clip",
         "window",
         "max_interval",
