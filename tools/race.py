@@ -174,8 +174,9 @@ def _nadamw(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def nadamw(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """AdamW with Nesterov momentum."""
-    return _nadamw(config, param_groups(model, config.weight_decay))
+    """AdamW with Nesterov momentum; `optim.lr_by_name` holds for it too."""
+    rates = {pattern: config.lr * factor for pattern, factor in config.lr_by_name.items()}
+    return _nadamw(config, param_groups(model, config.weight_decay, lr=rates))
 
 
 def muon(config: OptimConfig, model: nn.Module, of: type[torch.optim.Muon] = torch.optim.Muon) -> Optimizer:

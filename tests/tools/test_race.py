@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from anon_dist.train.config.parsing import OptimConfig
+from anon_dist.train.optimizer.gamma import GammaRules
 
 STUDY = Path(__file__).parents[2] / "configs" / "study"
 
@@ -58,6 +59,18 @@ def test_muon_steps_hidden_matrices_as_torchs_own_does_and_the_rest_as_nadam(mod
             o.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, copies[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_rates_by_name_hold_for_nadam_and_are_refused_where_a_group_mixes_them(model):
+    config = OptimConfig(lr=1e-2, betas=(0.9, 0.99), lr_by_name={"*wte*": 3.0})
+    optimizer = race.nadamw(config, model)
+    rules = GammaRules(config, optimizer, model, None)
+    for rule, group in zip(rules.groups, optimizer.param_groups, strict=True):
+        tied = any(p is model.transformer.wte.weight for p in group["params"])
+        assert (rule.lr_factor, group["lr"]) == ((3.0, pytest.approx(3e-2)) if tied else (1.0, 1e-2))
+        assert len(group["params"]) == 1 or not tied
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight the factor 3 and .* 1, .* in one param group"):
+        GammaRules(config, race.nadamw(OptimConfig(lr=1e-2), model), model, None)
 
 
 def test_muon_in_float32_is_muon_but_for_rounding():

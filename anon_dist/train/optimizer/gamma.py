@@ -69,7 +69,7 @@ class GammaRules:
         """To be made before the engine wraps model and optimizer; it keeps neither.
 
         Raises:
-            ValueError: a parameter has no spectrum.
+            ValueError: a parameter has no spectrum, or a param group's parameters have several factors of their learning rate.
         """
         anon, names = isinstance(optimizer, Anon), {p: name for name, p in model.named_parameters()}
         self._knots = config.gamma_schedule if anon else {}
@@ -79,7 +79,7 @@ class GammaRules:
             named = any(fnmatchcase(members[0], pattern) for pattern in config.gamma_by_name)
             spectrum = group_spectrum(spectra, group, names) if anon and spectra is not None else None
             scheduled = bool(self._knots) and not named
-            factor = next((f for pattern, f in config.lr_by_name.items() if fnmatchcase(members[0], pattern)), 1.0)
+            factor = self._lr_factor(config, members)
             rule = GroupRule(scheduled, spectrum, group.get("update_clip"), group["weight_decay"], factor)
             self.groups.append(rule)
         matched = any(rule.spectrum for rule in self.groups)
@@ -88,6 +88,18 @@ class GammaRules:
         self._settled: tuple[float | None, list[float]] | None = None
         if not matched and not self._knots:
             self._settled = (None, [rule.lr_factor for rule in self.groups])
+
+    @staticmethod
+    def _lr_factor(config: OptimConfig, members: list[str]) -> float:
+        by_name = config.lr_by_name.items()
+        factors = {next((f for pattern, f in by_name if fnmatchcase(name, pattern)), 1.0): name for name in members}
+        if len(factors) > 1:
+            (one, a), (other, b), *_ = factors.items()
+            raise ValueError(
+                f"lr_by_name gives {a} the factor {one:g} and {b} {other:g}, and the optimizer has both in one param group; build its "
+                "groups with anon_dist.optim.param_groups(model, weight_decay, lr={pattern: rate})"
+            )
+        return next(iter(factors))
 
     def restart(self) -> None:
         """Another state was loaded: what was set in the groups holds no more."""
