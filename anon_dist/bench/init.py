@@ -48,7 +48,10 @@ def init(options: InitOptions, asked: Asked) -> str:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
     planned = f"for {options.ranks} x {machine.memory:g} GB{machine.said}"
-    return f"{planned}; start it with\n\n  {_command(options, machine, chosen)}"
+    alone = (
+        f"Of {options.model} the model alone is in {options.out}. " if options.model.endswith((".yaml", ".yml")) else ""
+    )
+    return f"{alone}{planned}; start it with\n\n  {_command(options, machine, chosen)}"
 
 
 def _check_text(text: str) -> None:

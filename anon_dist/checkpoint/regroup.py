@@ -183,11 +183,12 @@ def _values(groups: Sequence[ParamGroup], sources: Sequence[int], given: Mapping
             if key not in first or key not in other or not _same(first[key], other[key]):
                 raise CheckpointError(
                     f"--groups: parameters of the param groups {sources[0]} and {index} cannot be in one group, as they have {key} = "
-                    f"{first.get(key)!r} and {other.get(key)!r}" + (_SAY_WHICH if key == "weight_decay" else "")
+                    f"{first.get(key)!r} and {other.get(key)!r}" + (_SAY_WHICH if key == "weight_decay" else _APART)
                 )
     return {**first, **given}
 
 
+_APART = "; keep them apart: --groups FILE, a JSON list with an entry for each group"
 _SAY_WHICH = '; say which ("weight_decay": …)'
 
 

@@ -17,9 +17,17 @@ from anon_dist.checkpoint.schema import Checkpoint, Key
 from anon_dist.checkpoint.together import on_every_rank
 from anon_dist.checkpoint.zero.flat import Cut
 from anon_dist.engines.bases import allocate
+from anon_dist.engines.errors import EngineError
 from anon_dist.optim import Anon
 from anon_dist.optim.frame import BASIS_KEYS, KEYS
 from anon_dist.optim.regime import HISTORY, Regime
+
+LEFT = (
+    "`anon-dist ckpt convert SRC DST --to dcp --optimizer anon --anon.drop-basis` turns matrices back; resume DST, with basis None. "
+    "Or go on without a basis (optim.basis None, Anon.rebase(basis=None)) to a next checkpoint under FSDP2, DDP, "
+    "ZeroRedundancyOptimizer or DeepSpeed's stage 3"
+)
+"""How a checkpoint gets rid of its bases."""
 
 
 @dataclass
@@ -78,10 +86,7 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         return alike
     turned = any(group.basis for group in saved)
     if turned and engine == "fsdp1":
-        raise CheckpointError(
-            f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: go on under fsdp2, ddp or zero1 with "
-            f"optim.basis None, which turns them back, to the next checkpoint, and under {engine} from there"
-        )
+        raise CheckpointError(f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: {LEFT}")
     turned |= any(group["basis"] for group in optimizer.param_groups)
     if not turned:
         return alike
@@ -91,7 +96,15 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
             group["basis"], group["basis_block"] = source.basis, source.block
             group[HISTORY] = Regime(group).fresh()
     optimizer.state.clear()
-    allocate(optimizer)
+    try:
+        allocate(optimizer)
+    except EngineError as error:
+        bases = sorted({group.basis for group in saved if group.basis})
+        raise EngineError(
+            f"the checkpoint's basis ({', '.join(bases)}) is loaded before it becomes another, and does not fit here: {error}. Or go "
+            "on with the basis that you want in one process, or on ranks that the checkpoint's fits, to a next checkpoint, and here from "
+            "that"
+        ) from None
     return alike
 
 
@@ -104,8 +117,7 @@ def refuse_saved(engine: str, checkpoint: Checkpoint) -> None:
     key = next((key for key in checkpoint.tensors if key.state in BASIS_KEYS), None)
     if key is not None:
         raise CheckpointError(
-            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: under FSDP2, DDP, "
-            "ZeroRedundancyOptimizer or DeepSpeed's stage 3 Anon.rebase(basis=None) turns the state back"
+            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: {LEFT}"
         )
 
 

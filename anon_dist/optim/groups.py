@@ -79,7 +79,10 @@ def param_groups(
     if unused:
         raise ValueError(_no_match(unused, model))
     if embeddings and not of_tokens:
-        raise ValueError(f"param_groups: embeddings={embeddings!r}, and the model has no embeddings")
+        raise ValueError(
+            f"param_groups: embeddings={embeddings!r}, and the model has no embeddings (nn.Embedding): leave them out, or "
+            "give parameters hyperparameters by name (overrides)"
+        )
     return list(groups.values())
 
 
@@ -99,10 +102,10 @@ def token_matrices(model: nn.Module) -> set[Tensor]:
     """The parameters whose rows stand for tokens: embeddings, and output heads.
 
     A head is what the model's `get_output_embeddings` gives, which transformers' models have; of others a linear layer that is not inside
-    of numbered blocks and has as many outputs as some embedding has rows.
+    of numbered blocks and whose weight has the shape of some embedding's.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    found, rows = {module.weight for module in embeddings}, {module.num_embeddings for module in embeddings}
+    found, shapes = {module.weight for module in embeddings}, {module.weight.shape for module in embeddings}
     # Within DDP the model is its `module`; the groups must be those that it has alone.
     of_model = (getattr(m, "get_output_embeddings", None) for m in (model, getattr(model, "module", None)))
     if (get := next(filter(callable, of_model), None)) is not None:
@@ -110,6 +113,6 @@ def token_matrices(model: nn.Module) -> set[Tensor]:
         return found if head is None else {*found, head}
     for name, module in model.named_modules():
         in_a_block = any(part.isdigit() for part in name.split(".")[:-1])
-        if isinstance(module, nn.Linear) and module.out_features in rows and not in_a_block:
+        if isinstance(module, nn.Linear) and module.weight.shape in shapes and not in_a_block:
             found.add(module.weight)
     return found

@@ -137,7 +137,8 @@ class Regime:
             if name not in allowed:
                 raise RuntimeError(
                     f"Anon: {name} of param group {index} was changed from {recorded!r} to {present!r} after steps were taken. The state "
-                    f"was made with {recorded!r}: call optimizer.rebase({name}={present!r}), which converts it, or set {recorded!r} again"
+                    f"was made with {recorded!r}: call optimizer.rebase({name}={present!r}, group={index}), which converts it, or set "
+                    f"{recorded!r} again. Without group= rebase changes all groups"
                 )
 
     # -- what is next ------------------------------------------------------------------------------

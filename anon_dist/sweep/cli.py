@@ -108,7 +108,7 @@ def _check_optimizer(cell: Cell, base: Config) -> None:
     where = f"--grid, at {cell.setting}"
     config = with_fields(cell.config(base), {name: {} for name in BY_NAME}, where)
     try:
-        build_optimizer(config.optim, nn.Linear(1, 1))
+        build_optimizer(config.optim, nn.Sequential(nn.Embedding(1, 1), nn.Linear(1, 1)))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -202,8 +202,8 @@ def _curves(results: Results, path: Path) -> str:
     figure.legend(*loss.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     _save(figure, path)
     return (
-        "Each line at its best learning rate, mean over seeds. The spread is that of the first param group (matrices and embeddings): "
-        "0 means one learning rate for all. The first steps of the loss may lie above the picture."
+        "Each line at its best learning rate, mean over seeds. The spread is that of the first param group (matrices, or embeddings where "
+        "these have one): 0 means one learning rate for all. The first steps of the loss may lie above the picture."
     )
 
 

@@ -40,9 +40,13 @@ def introduce(run: Run, console: Console) -> None:
     ):
         console.say(line)
     precision = config.train.precision + " (products in TF32)" * uses_tf32(config, run.accelerator)
+    held = (
+        f"holds {run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank"
+        if run.state.whole
+        else "makes its state in the first step"
+    )
     console.say(
         f"{run.parameters / 1e6:.2f}M parameters, {precision}, {run.engine.name} on {ranks} "
-        f"{device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} holds "
-        f"{run.state.local / mib:.1f} of {run.state.whole / mib:.1f} MiB state per rank; {tokens:,} tokens a step, "
+        f"{device.type} rank{'s' * (ranks > 1)}; {type(run.engine.optimizer).__name__} {held}; {tokens:,} tokens a step, "
         f"{config.train.steps} steps, {epochs:.2f} epochs"
     )

@@ -27,7 +27,7 @@ def table(page, title):
 
 
 def test_a_sweep_of_the_real_loop(base, tmp_path, capsys):
-    config = base(optim__update_clip=1.0)
+    config = base(optim__update_clip=1.0, optim__embedding_beta1=0.8, optim__embedding_beta3=0.97)
     config.eval.sets = {"held": config.data.path}  # its validation split, once more
     config.checkpoint.remote = f"file://{tmp_path}/store"
     (tmp_path / "base.yaml").write_text(to_yaml(config))

@@ -636,8 +636,20 @@ def test_rates_decay_and_momentum_of_some(run_config, train, tmp_path):
             assert name == "adamw" or h["beta3"] == (0.25 if embedding else 0.93)
         norm = "transformer.h.0.ln_1.weight"
         assert bool((checkpoint.read(Key(norm, WEIGHT), 0, 32) == 1.0).all())
-    with pytest.raises(ConfigError, match=r"'\*lm_head\*'\] match no trainable parameter"):
+    with pytest.raises(ConfigError, match=r"^optim: lr_by_name: \['\*lm_head\*'\] match no trainable parameter"):
         train(run_config(optim__lr_by_name={"*lm_head*": 0.5}, run_dir=str(tmp_path / "other")))
+    with pytest.raises(
+        ConfigError, match=r"^optim: weight_decay_by_name: '\*wte\*' never counts, as patterns before it"
+    ):
+        train(
+            run_config(optim__weight_decay_by_name={"*te.weight": 0.0, "*wte*": 0.1}, run_dir=str(tmp_path / "other"))
+        )
+    for left_out in ("lr_by_name", "weight_decay_by_name"):
+        go_on = {**own, f"optim__{left_out}": {}, "optim__name": "adamw", "run_dir": str(tmp_path / "adamw")}
+        with pytest.raises(ConfigError, match=rf"trained with optim\.{left_out} of .* Keep these patterns"):
+            train(run_config(train__steps=6, **go_on))
+    go_on["optim__weight_decay_by_name"] = {"*mlp*": 0.1}  # as it says
+    train(run_config(train__steps=6, **go_on))
     with pytest.raises(ConfigError, match=r"decay the weights past 0 in a step"):
         train(run_config(optim__lr_by_name={"*wte*": 5e3}, run_dir=str(tmp_path / "other")))
 

@@ -15,6 +15,8 @@ import yaml
 
 from anon_dist.train.config.parsing import Config, ConfigError, flat
 
+BY_NAME = ("lr_by_name", "weight_decay_by_name", "gamma_by_name")
+"""Fields of `optim` with values for patterns of parameters' names."""
 PLACES = ("run_dir", "resume", "data.cache_dir", "data.cache_bytes")
 """Fields that say where something lies, not what a run does."""
 
@@ -155,9 +157,17 @@ def check_positions(config: Config, source: Path, progress: Mapping[str, Any]) -
 
 
 def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> str | None:
-    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: `optim.basis`,
-    `embedding_beta1` and `embedding_beta3` part groups, which cannot be joined again. The latter two part them as far as any basis does."""
+    """What may have an engine refuse a checkpoint's param groups, in the configuration's words, with the remedy: patterns of names,
+    `optim.basis`, `embedding_beta1` and `embedding_beta3` part groups, which cannot be joined again. The latter two part them as far as any
+    basis does."""
     before = (progress.get("config") or _beside(source) or {}).get("optim") or {}
+    if gone := {f: left for f in BY_NAME if (left := _left_out(before, vars(config.optim), f))}:
+        said = "; ".join(f"optim.{field} of {', '.join(map(repr, patterns))}" for field, patterns in gone.items())
+        return (
+            f"{source} was trained with {said}: that parts the param groups, which cannot be joined again. Keep these patterns, with the "
+            f"values that the other parameters have: 1 in lr_by_name, {config.optim.weight_decay:g} (vectors: 0) in weight_decay_by_name, "
+            f"{config.optim.gamma:g} in gamma_by_name"
+        )
     then, now = _parting(before), _parting(vars(config.optim))
     if not then or then == now or any(key != "basis" for key in now):
         return None
@@ -166,6 +176,12 @@ def why_refused(config: Config, source: Path, progress: Mapping[str, Any]) -> st
         f"{source} was trained with {said}: that parts the param groups. "
         f"Set optim.embedding_beta1 = {config.optim.betas[0]}, the β1 of all others: it keeps them apart"
     )
+
+
+def _left_out(before: Mapping[str, Any], now: Mapping[str, Any], field: str) -> list[str]:
+    """Patterns of a field that part the param groups of a checkpoint, and stand in the configuration no more."""
+    then = before.get(field) if field != "gamma_by_name" or before.get("name") == "anon" else None
+    return [pattern for pattern in then or {} if pattern not in now[field]]
 
 
 def _parting(optim: Mapping[str, Any]) -> dict[str, Any]:

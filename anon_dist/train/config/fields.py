@@ -184,7 +184,8 @@ class OptimConfig:
     """(Anon) Adapt matrices in the eigenbasis of their columns' covariance, of their rows', or of both, renewed at refreshes; never by the
     rows of embeddings and of the output matrix, which have columns under columns alone, and not experts, which are stacked. Under fsdp2,
     hsdp and deepspeed take columns: rows only where shards hold whole blocks. Of deepspeed only stages 0 and 3, where the ranks divide the
-    rows of every matrix. Not for fsdp1, which cuts within rows. A run may be resumed with another one, or none."""
+    rows of every matrix. Not for fsdp1, which cuts within rows. A run may be resumed with another one, or none, where the
+    checkpoint's can be held."""
     basis_block: Size = 128
     """(Anon) Bases are block-diagonal, in blocks of so many columns or rows: 8 bytes of state for each, times the length of the side."""
     hold_silent: bool = False

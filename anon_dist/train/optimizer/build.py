@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     Raises:
         ValueError: a hyperparameter is out of its range, or a pattern matches no parameter.
     """
+    _check_patterns(config, model)
     rates = {pattern: config.lr * factor for pattern, factor in config.lr_by_name.items()}
     anon = config.name == "anon"
     groups = param_groups(
@@ -68,6 +70,22 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         state_dtype=config.state_dtype,
         stochastic_rounding=any(p.dtype == torch.bfloat16 for p in model.parameters()),
     )
+
+
+def _check_patterns(config: OptimConfig, model: nn.Module) -> None:
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    fields = ("lr_by_name", "weight_decay_by_name", *(("gamma_by_name",) if config.name == "anon" else ()))
+    for field in fields:
+        counting = {next((p for p in getattr(config, field) if fnmatchcase(name, p)), None) for name in names}
+        for pattern in (p for p in getattr(config, field) if p not in counting):
+            if any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{field}: {pattern!r} never counts, as patterns before it match all of its parameters, and the first that matches "
+                    "counts; put it before them, or leave it out"
+                )
+            raise ValueError(
+                f"{field}: [{pattern!r}] match no trainable parameter; the names are like {', '.join(names[:4])}, …"
+            )
 
 
 def _of_embeddings(config: OptimConfig) -> dict[str, Any] | None:
