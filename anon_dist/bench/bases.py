@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rich.table import Table
 
@@ -18,8 +17,11 @@ from anon_dist.bench.memory import Bases, Job, assigned, owned_elements, shardin
 from anon_dist.bench.options import EngineName
 from anon_dist.bench.shapes import Parameter
 from anon_dist.bench.traffic import bytes_sent
+from anon_dist.optim.basis import Side
+from anon_dist.optim.frame import Cut
 
-Side = Literal["columns", "rows"]
+WHOLE = ("ddp", "zero1", "zero0")
+"""Engines whose optimizer steps whole matrices."""
 RANKS = (8, 64, 512)
 MOVED = 32.0
 """Bytes for each turned element and step beyond a plain step's: the turned gradient and the update, written and read in either frame."""
@@ -52,20 +54,33 @@ def cost(engine: EngineName, job: Job, bases: Bases) -> Cost:
     return _cost(engine, job, bases, parameters)
 
 
-def why_not(engine: EngineName, job: Job) -> str | None:
-    """Why columns cannot be turned under an engine that shows the optimizer rows of matrices."""
-    if engine != "zero3":
+def why_not(engine: EngineName, job: Job, bases: Bases) -> str | None:
+    """Why matrices cannot be turned so under an engine that shows the optimizer shards of them."""
+    if engine in WHOLE:
         return None
-    odd = sum(len(p.shape) > 1 and p.shape[0] % job.ranks > 0 for p in job.shape.parameters())
-    return f"rows of {odd} matrices do not divide" if odd else None
+    turned = [p for p in job.shape.parameters() if _is_turned(p, bases)]
+    if engine == "zero3" and (odd := sum(p.shape[0] % job.ranks > 0 for p in turned)):
+        return f"rows of {odd} matrices do not divide"
+    ranks, tensor = sharding(engine, job)
+    across = 0
+    for p in turned:
+        over: dict[Side, tuple[int, ...]] = {"columns": (tensor,) if p.split == 1 else (1,)}
+        if bases.sides == "both":
+            over["rows"] = (ranks, tensor) if p.split == 0 and tensor > 1 else (ranks,)
+        across += not all(Cut(p.shape, side, among).fits(bases.block) for side, among in over.items())
+    return f"blocks of {across} matrices lie across shards" if across else None
+
+
+def _is_turned(p: Parameter, bases: Bases) -> bool:
+    """Under "both" embeddings and the output matrix have no basis."""
+    return len(p.shape) > 1 and (bases.sides != "both" or p.where == "block")
 
 
 def _cost(engine: EngineName, job: Job, bases: Bases, parameters: list[Parameter]) -> Cost:
-    ranks, tensor = (1, 1) if engine in ("ddp", "zero1", "zero0") else sharding(engine, job)
+    ranks, tensor = (1, 1) if engine in WHOLE else sharding(engine, job)
     kept = flops = refresh = sent = turned = 0.0
     for p in parameters:
-        # Under "both" embeddings and the output matrix have no basis.
-        if len(p.shape) < 2 or (bases.sides == "both" and p.where != "block"):
+        if not _is_turned(p, bases):
             continue
         local = p.local(ranks, tensor)
         rows = math.ceil(p.shape[0] / (tensor if p.split == 0 else 1) / ranks)
@@ -91,8 +106,9 @@ def bases_table(job: Job, bases: Bases, flops: float, link: Callable[[int], floa
         flops: float32 operations per second.
         link: bytes per second that a rank of so many sends.
     """
+    turned = "both sides" if bases.sides == "both" else bases.sides
     made = Table(
-        title=f"fsdp2 (zero3 is alike) with {bases.sides} of matrices in bases of their own, blocks of {bases.block}; per rank"
+        title=f"fsdp2 (zero3 is alike) with {turned} of matrices in bases of their own, blocks of {bases.block}; per rank"
     )
     whole = sum(p.numel for p in job.shape.parameters())
     for name in (
@@ -109,6 +125,10 @@ def bases_table(job: Job, bases: Bases, flops: float, link: Callable[[int], floa
         made.add_column(name, justify="right")
     for ranks in RANKS:
         there = replace(job, ranks=ranks)
+        if why_not("fsdp2", there, bases) is not None:
+            made.add_row(f"{ranks:,}", *"–" * 8)
+            made.caption = "–: blocks of rows would lie across shards"
+            continue
         found = cost("fsdp2", there, bases)
         made.add_row(
             f"{ranks:,}",

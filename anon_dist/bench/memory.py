@@ -312,10 +312,11 @@ NAMED: dict[OptimizerName, Optimizer] = {
     "anon-bf16-m": Optimizer(2.0, 2.0, 2.0),
     "anon-8bit-m": Optimizer(1.0 + 1.0 / BLOCK, 2.0, 2.0),
     "anon-columns": Optimizer(4.0, 2.0, 2.0, Bases("columns")),
+    "anon-both": Optimizer(4.0, 2.0, 2.0, Bases("both")),
     "adamw": Optimizer(4.0, 4.0),
 }
 """anon: float32 states; -bf16: exp_avg_sq and precond in bfloat16; -m: exp_avg too, or in blocks of 8 bits; -columns: as anon-bf16,
-and columns of matrices in bases of their own, with a refresh every `MAX_INTERVAL` steps at least (the presets)."""
+and columns of matrices in bases of their own, with a refresh every `MAX_INTERVAL` steps at least (the presets); -both: rows too."""
 
 MAX_INTERVAL = 4
 """optim.max_interval of the presets. A basis gains from refreshes that are near each other."""

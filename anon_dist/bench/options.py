@@ -29,7 +29,7 @@ EngineName = Literal[
 ]
 """zero1 is torch's ZeroRedundancyOptimizer; the last seven are DeepSpeed's, as configs/deepspeed has them."""
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "anon-columns", "adamw"]
+OptimizerName = Literal["anon", "anon-bf16", "anon-bf16-m", "anon-8bit-m", "anon-columns", "anon-both", "adamw"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
@@ -184,7 +184,7 @@ class PlanOptions:
     steps: int = 100_000
     """Length of the run, on which the mean traffic of Anon's step depends (with the presets' schedule)."""
     basis_block: int = 128
-    """Of anon-columns (optim.basis_block)."""
+    """Of anon-columns and anon-both (optim.basis_block)."""
     engines: tuple[EngineName, ...] = ENGINES
     """Which to show."""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS

@@ -25,7 +25,6 @@ from anon_dist.bench.bases import MOVED, bases_table, cost, why_not
 from anon_dist.bench.memory import (
     MAX_INTERVAL,
     NAMED,
-    Bases,
     Job,
     Memory,
     is_deepspeed,
@@ -144,8 +143,9 @@ def predict(
     optimizer = optimizer_seconds(engine, job, NAMED[name].moved(accumulating, refreshing, job.stored), hardware)
     trouble = "bf16-true needs Anon" if job.pure and name == "adamw" else None
     if bases is not None:
-        trouble = trouble or why_not(engine, job)
-        found = cost(engine, job, replace(bases, block=block))
+        bases = replace(bases, block=block)
+        trouble = trouble or why_not(engine, job, bases)
+        found = cost(engine, job, bases)
         needed = replace(needed, state=needed.state + found.bytes)
         sent["all-reduce"] += refreshing * found.refresh_bytes
         communication += refreshing * found.refresh_bytes / link_of(sharding(engine, job)[0], hardware)
@@ -312,6 +312,6 @@ def show(options: PlanOptions, job: Job, rows: list[Row]) -> None:
         "step: max(compute, comm.) + optim. + offload, if communication hides behind computation; tokens/s: of a rank, then.",
         highlight=False,
     )
-    if any(NAMED[row.optimizer].bases for row in rows):
-        bases = Bases("columns", options.basis_block)
-        console.print(bases_table(job, bases, options.hardware.flops32, partial(link_of, hardware=options.hardware)))
+    for bases in dict.fromkeys(bases for row in rows if (bases := NAMED[row.optimizer].bases)):
+        sized = replace(bases, block=options.basis_block)
+        console.print(bases_table(job, sized, options.hardware.flops32, partial(link_of, hardware=options.hardware)))

@@ -130,6 +130,20 @@ def test_bases_in_stage_3_where_rows_divide():
     assert predict("zero3", "anon-columns", four, Hardware(), 0.4, 1000).trouble == "rows of 2 matrices do not divide"
 
 
+def test_bases_of_both_sides_where_ranks_have_whole_blocks_of_rows():
+    """As the optimizer refuses them. Each of TINY's two blocks has matrices of 8 rows (three), 4 (two) and 24 (two)."""
+    for engine, ranks, block, trouble in (
+        ("fsdp2", 2, 4, "blocks of 4 matrices lie across shards"),
+        ("fsdp2", 2, 2, None),
+        ("fsdp2", 3, 2, "blocks of 6 matrices lie across shards"),
+        ("zero3", 3, 2, "rows of 10 matrices do not divide"),
+        ("ddp", 3, 4, None),
+        ("zero1", 3, 4, None),
+    ):
+        job = Job(TINY, ranks, seq_len=16)
+        assert predict(engine, "anon-both", job, Hardware(), 0.4, 1000, block).trouble == trouble, (engine, ranks)
+
+
 def test_bases_are_small_beside_a_large_model(capsys):
     """Width 4,096, 32 layers, blocks of 128: on every rank, at most 0.25 bytes for each parameter of the whole model."""
     gpt2 = Shape("gpt2", 32, 4096, 32, 32, 4 * 4096, 50304, 4096, tied=True)
