@@ -14,6 +14,7 @@ optimizer needs at most that share of AdamW's tokens.
 |---|---|
 | adamw | torch's AdamW, beta2 0.99 (0.95 is worse here, see configs/study/results) |
 | nadamw | the same with Nesterov momentum: torch's NAdam, whose momentum schedule is over after 200 steps |
+| nadamw3 | that with three times the learning rate for token embeddings |
 | muon | torch's Muon for the hidden matrices, at a rate that gives them AdamW's root mean square (arXiv 2502.16982); nadamw for the rest |
 | muon32 | the same with its iterations in float32, which is faster on CPUs without fast bfloat16 |
 | soap | SOAP (arXiv 2409.11321) of `pip install pytorch_optimizer`, beta2 0.95: sides up to 512 are turned, bases renewed every 10 steps |
@@ -63,6 +64,7 @@ BETAS = "--optim.betas 0.9 0.99"
 OPTIONS = {
     "adamw": f"--optim.name adamw {BETAS}",
     "nadamw": BETAS,
+    "nadamw3": f"{BETAS} --optim.lr-by-name *wte* 3",
     "muon": BETAS,
     "muon32": BETAS,
     "soap": "",
@@ -75,6 +77,7 @@ OPTIONS = {
 LABELS = {
     "adamw": "AdamW",
     "nadamw": "AdamW, Nesterov",
+    "nadamw3": "AdamW, Nesterov, embeddings × 3",
     "muon": "Muon",
     "muon32": "Muon, float32",
     "soap": "SOAP",
@@ -124,12 +127,15 @@ class Entry:
 RATES = {
     "adamw": (4e-3, 6e-3),
     "nadamw": (4e-3, 6e-3),
+    "nadamw3": (4e-3,),
     "muon": (4e-3, 8e-3),
     "soap": (6e-3, 1.2e-2),
     "element": (6e-3,),
     "columns": (6e-3, 1.2e-2),
     "both": (4e-3, 8e-3),
 }
+ADAMWS = ("nadamw", "nadamw3")
+"""With the better of them others are compared."""
 ENTRIES = [Entry(o, lr, seed) for seed in (0, 1) for o, rates in RATES.items() for lr in rates]
 ENTRIES += [Entry(o, 6e-3, 0, steps) for o in ("columns", "both") for steps in (STEPS // 2, STEPS * 3 // 4)]
 ENTRIES += [Entry(o, 8e-3, 0, STEPS // 2) for o in ("muon", "both", "both64", "both32")]
@@ -218,6 +224,7 @@ def soap(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 PEERS: dict[str, MakeOptimizer] = {
     "nadamw": nadamw,
+    "nadamw3": nadamw,
     "muon": muon,
     "muon32": partial(muon, of=Muon32),
     "soap": soap,
@@ -285,17 +292,17 @@ def best(losses: Losses) -> dict[tuple[str, int], float]:
 
 
 def peer(found: dict[Group, Losses], group: Group) -> dict[tuple[str, int], float]:
-    """The best AdamW with Nesterov of that batch on each edition, by seed: of as many steps, or of the next more. None is its own."""
+    """The best of `ADAMWS` of that batch on each edition, by seed: of as many steps, or of the next more. None is its own."""
     name, batch, steps = group
-    if name == "nadamw":
+    if name in ADAMWS:
         return {}
-    lengths = sorted(s for o, b, s in found if (o, b) == ("nadamw", batch))
+    lengths = sorted({s for o, b, s in found if o in ADAMWS and b == batch})
     longer = [s for s in lengths if s >= steps] or lengths[-1:]
-    losses = found["nadamw", batch, longer[0]] if longer else {}
+    runs = [seeds for o in ADAMWS for length in longer[:1] for seeds in found.get((o, batch, length), {}).values()]
     shared = {}
-    for edition in sorted({edition for seeds in losses.values() for edition, _ in seeds}):
-        here = {lr: {key: x for key, x in seeds.items() if key[0] == edition} for lr, seeds in losses.items()}
-        shared.update(best({lr: seeds for lr, seeds in here.items() if seeds}))
+    for edition in sorted({edition for seeds in runs for edition, _ in seeds}):
+        here = [{key: x for key, x in seeds.items() if key[0] == edition} for seeds in runs]
+        shared.update(min(filter(None, here), key=lambda seeds: mean(seeds.values())))
     return shared
 
 

@@ -846,6 +846,13 @@ def case_a_basis_goes_from_engine_to_engine():
     config = with_a_basis("fsdp2")
     config.optim.basis = "rows"
     raises(EngineError, "basis_block=16 would fit", lambda: run(config))
+    config = with_a_basis("ddp")
+    config.optim.basis, config.optim.embedding_beta1 = "both", 0.9
+    run(config)
+    config.optim.basis, config.train.steps, config.train.engine = "columns", 14, "fsdp2"
+    raises(EngineError, "the checkpoint's basis (both) is loaded before it becomes another", lambda: run(config))
+    for config.train.steps, config.train.engine in ((14, "ddp"), (16, "fsdp2")):  # as it says
+        run(config)
 
 
 def case_bases_on_ranks_are_compared():
