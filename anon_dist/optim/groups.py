@@ -102,7 +102,8 @@ def token_matrices(model: nn.Module) -> set[Tensor]:
     """The parameters whose rows stand for tokens: embeddings, and output heads.
 
     A head is what the model's `get_output_embeddings` gives, which transformers' models have; of others a linear layer that is not inside
-    of numbered blocks and whose weight has the shape of some embedding's.
+    of numbered blocks and whose weight has the shape of some embedding's; without any, one with as many outputs as the embedding of most
+    rows has.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     found, shapes = {module.weight for module in embeddings}, {module.weight.shape for module in embeddings}
@@ -111,8 +112,10 @@ def token_matrices(model: nn.Module) -> set[Tensor]:
     if (get := next(filter(callable, of_model), None)) is not None:
         head = getattr(get(), "weight", None)
         return found if head is None else {*found, head}
-    for name, module in model.named_modules():
-        in_a_block = any(part.isdigit() for part in name.split(".")[:-1])
-        if isinstance(module, nn.Linear) and module.weight.shape in shapes and not in_a_block:
-            found.add(module.weight)
-    return found
+    linear = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part.isdigit() for part in name.split(".")[:-1])
+    ]
+    heads = [w for w in linear if w.shape in shapes]
+    return {*found, *(heads or [w for w in linear if shapes and w.shape[0] == max(shape[0] for shape in shapes)])}

@@ -591,7 +591,7 @@ def test_an_edited_basis_is_refused_and_rebase_named():
     p, optimizer = stepped((8, 8), basis=None)
     optimizer.param_groups[0]["basis"] = "columns"
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=r"rebase\(basis='columns'\)"):
+    with pytest.raises(RuntimeError, match=r"rebase\(basis='columns', group=0\)"):
         optimizer.step()
     optimizer.param_groups[0]["basis"] = None
     optimizer.param_groups[0]["basis_block"] = 4  # means nothing without a basis
