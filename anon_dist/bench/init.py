@@ -48,10 +48,9 @@ def init(options: InitOptions, asked: Asked) -> str:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, text)
     planned = f"for {options.ranks} x {machine.memory:g} GB{machine.said}"
-    alone = (
-        f"Of {options.model} the model alone is in {options.out}. " if options.model.endswith((".yaml", ".yml")) else ""
-    )
-    return f"{alone}{planned}; start it with\n\n  {_command(options, machine, chosen)}"
+    if options.model.endswith((".yaml", ".yml")):
+        planned += f", with the model of {options.model} and none of its other settings"
+    return f"{planned}; start it with\n\n  {_command(options, machine, chosen)}"
 
 
 def _check_text(text: str) -> None:
