@@ -207,9 +207,8 @@ def check_straggler(run, config):
     def slow(batch, model, *args, **options):
         if model.training:
             slept.append(1)
-            of_rank = int(
-                len(slept) > 6 * rounds
-            )  # rank 0 in the steps 1 to 6, so that rank 1 is not slow by chance; then rank 1
+            # Rank 0 in the steps 1 to 6, so that rank 1 is not the slowest there by chance; then rank 1.
+            of_rank = int(len(slept) > 6 * rounds)
             if dist.get_rank() == of_rank and len(slept) % rounds == 0:  # once in a step
                 time.sleep(asleep)
         return original(batch, model, *args, **options)
