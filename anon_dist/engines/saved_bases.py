@@ -22,7 +22,7 @@ from anon_dist.optim import Anon
 from anon_dist.optim.frame import BASIS_KEYS, KEYS
 from anon_dist.optim.regime import HISTORY, Regime
 
-LEFT = (
+REMEDY = (
     "`anon-dist ckpt convert SRC DST --to dcp --optimizer anon --anon.drop-basis` turns matrices back; resume DST, with basis None. "
     "Or go on without a basis (optim.basis None, Anon.rebase(basis=None)) to a next checkpoint under FSDP2, DDP, "
     "ZeroRedundancyOptimizer or DeepSpeed's stage 3"
@@ -86,7 +86,9 @@ def take_over(engine: str, optimizer: Optimizer, names: Mapping[Any, str], saved
         return alike
     turned = any(group.basis for group in saved)
     if turned and engine == "fsdp1":
-        raise CheckpointError(f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: {LEFT}")
+        raise CheckpointError(
+            f"the checkpoint has matrices in bases of their own, which {engine} cannot hold: {REMEDY}"
+        )
     turned |= any(group["basis"] for group in optimizer.param_groups)
     if not turned:
         return alike
@@ -117,7 +119,7 @@ def refuse_saved(engine: str, checkpoint: Checkpoint) -> None:
     key = next((key for key in checkpoint.tensors if key.state in BASIS_KEYS), None)
     if key is not None:
         raise CheckpointError(
-            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: {LEFT}"
+            f"the checkpoint has a basis of {key.parameter} ({key.state}), which {engine} cannot hold: {REMEDY}"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from anon_dist.train.config import strict_yaml
+from anon_dist.train.config import fields, strict_yaml
 from anon_dist.train.config.parsing import Config, ConfigError, accumulation, check, field_types, with_fields
 from anon_dist.train.config.ranges import spell
 
@@ -49,7 +49,7 @@ ANON_ONLY = tuple(
 OWN_GAMMAS = ("optim.gamma_by_name", "optim.gamma_schedule")
 """Fields that make γ differ within a cell."""
 
-BY_NAME = ("optim.gamma_by_name", "optim.lr_by_name", "optim.weight_decay_by_name")
+BY_NAME = tuple(f"optim.{field}" for field in fields.BY_NAME)
 """Fields whose patterns are of the model's parameters."""
 
 OWN = {

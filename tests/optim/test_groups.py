@@ -113,10 +113,8 @@ def test_rows_of_tokens_are_never_turned():
             assert found == {**dict.fromkeys(of_tokens, None), **dict.fromkeys([*MATRICES, *VECTORS], basis)}
             assert sorted(of_tokens) in [sorted(names(net, g)) for g in groups]
     net = Named()
-    net.pool, net.wide = (
-        nn.Linear(9, 16),
-        nn.Linear(9, 11),
-    )  # as many outputs as there are positions, or tokens, of another width
+    # As many outputs as there are positions, or tokens, of another width.
+    net.pool, net.wide = nn.Linear(9, 16), nn.Linear(9, 11)
     found = values(net, param_groups(net, basis="both"), "basis")
     assert {name for name, basis in found.items() if basis is None} == {"wte.weight", "wpe.weight", "head.weight"}
     net = Named()

@@ -13,10 +13,9 @@ import torch
 import transformers
 import yaml
 
+from anon_dist.train.config.fields import BY_NAME
 from anon_dist.train.config.parsing import Config, ConfigError, flat
 
-BY_NAME = ("lr_by_name", "weight_decay_by_name", "gamma_by_name")
-"""Fields of `optim` with values for patterns of parameters' names."""
 PLACES = ("run_dir", "resume", "data.cache_dir", "data.cache_bytes")
 """Fields that say where something lies, not what a run does."""
 

@@ -29,6 +29,9 @@ from anon_dist.train.config.ranges import (
     Whole,
 )
 
+BY_NAME = ("lr_by_name", "weight_decay_by_name", "gamma_by_name")
+"""Fields of `optim` with values for patterns of parameters' names."""
+
 
 @dataclass
 class ModelConfig:

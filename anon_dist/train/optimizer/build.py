@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anon_dist.optim import Anon, param_groups
+from anon_dist.train.config.fields import BY_NAME
 from anon_dist.train.config.parsing import Config, ConfigError, OptimConfig
 from anon_dist.train.optimizer.gamma import GammaRules, gamma_at
 from anon_dist.train.optimizer.spectrum import agreed_spectra
@@ -74,8 +75,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 def _check_patterns(config: OptimConfig, model: nn.Module) -> None:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    fields = ("lr_by_name", "weight_decay_by_name", *(("gamma_by_name",) if config.name == "anon" else ()))
-    for field in fields:
+    for field in BY_NAME if config.name == "anon" else (f for f in BY_NAME if f != "gamma_by_name"):
         counting = {next((p for p in getattr(config, field) if fnmatchcase(name, p)), None) for name in names}
         for pattern in (p for p in getattr(config, field) if p not in counting):
             if any(fnmatchcase(name, pattern) for name in names):
